@@ -1,0 +1,60 @@
+"""kvdistill: teach a small language model by matching the key/value caches of bigger ones, and prove that it helped.
+
+`kvdistill demo` runs the whole thing; `docs/design.md` draws the house. Importing this package is cheap: the
+public names below load their module (and torch) when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "KV": "kvdistill.core.kv",
+    "SparseMap": "kvdistill.core.maps",
+    "KVDistillError": "kvdistill.core.errors",
+    "Recipe": "kvdistill.core.recipe",
+    "load_recipe": "kvdistill.core.config",
+    "capture_kv": "kvdistill.models",
+    "rotate_keys": "kvdistill.models",
+    "unrotate_keys": "kvdistill.models",
+    "MapProjectionAligner": "kvdistill.align",
+    "HeadwiseMapProjector": "kvdistill.align",
+    "KVDimensionProjector": "kvdistill.align",
+    "SegmentIdentifier": "kvdistill.align",
+    "TimeWarper": "kvdistill.align",
+    "MercatorKVLoss": "kvdistill.losses",
+    "LearningCurveTracker": "kvdistill.report",
+    "load_multi_task_dataset": "kvdistill.data",
+}
+__all__ = ["__version__", *_PUBLIC]
+
+if TYPE_CHECKING:
+    from kvdistill.align import (
+        HeadwiseMapProjector,
+        KVDimensionProjector,
+        MapProjectionAligner,
+        SegmentIdentifier,
+        TimeWarper,
+    )
+    from kvdistill.core.config import load_recipe
+    from kvdistill.core.errors import KVDistillError
+    from kvdistill.core.kv import KV
+    from kvdistill.core.maps import SparseMap
+    from kvdistill.core.recipe import Recipe
+    from kvdistill.data import load_multi_task_dataset
+    from kvdistill.losses import MercatorKVLoss
+    from kvdistill.models import capture_kv, rotate_keys, unrotate_keys
+    from kvdistill.report import LearningCurveTracker
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'kvdistill' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,258 @@
+"""Recipes: YAML plus `key=value` overrides in, one typed, checked, hashed `Recipe` out.
+
+Every mistake becomes one `RecipeError` that names the key (and the nearest key there is) before anything
+expensive happens. Checks that need only the recipe are here; those that need models or data are in the stages.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from kvdistill.core.errors import RecipeError
+from kvdistill.core.files import sha256_of
+from kvdistill.core.recipe import (
+    AlignRecipe,
+    ArmRecipe,
+    CompressRecipe,
+    FuseRecipe,
+    LossRecipe,
+    Recipe,
+)
+
+ARM_SECTIONS: dict[str, type[BaseModel]] = {
+    "align": AlignRecipe,
+    "compress": CompressRecipe,
+    "fuse": FuseRecipe,
+    "loss": LossRecipe,
+}
+# words from the documents the project grew from, and where they live now
+FORMER_KEYS = {
+    "fusion_strategy": "fuse.fusion_strategy",
+    "fixed_weights": "fuse.weights",
+    "alignment_strategy": "align.time",
+    "kv_compression": "compress.kv_compression",
+    "distill_layers": "loss.distill_layers",
+    "kv_weight": "loss.kv_weight",
+    "router": "fuse.fusion_strategy",
+    "total_steps": "train.steps",
+}
+_SAME_WORDS = {"truncate": "index", "soft": "segment"}  # align.time, in the original's words
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe, lay `key=value` overrides over it, check it.
+
+    Raises RecipeError naming file, key and fix.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    path = Path(path)
+    if not path.is_file():
+        raise RecipeError("recipe not found", place=str(path), fix=_nearest_recipe(path))
+    try:
+        tree = OmegaConf.load(path)
+        for override in overrides:
+            _override(tree, override)
+        plain = OmegaConf.to_container(tree, resolve=True)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError) as error:
+        first = str(error).strip().replace("\n", " ")
+        raise RecipeError(
+            f"not a readable recipe: {first}", place=str(path), fix="mend the YAML (or the override)"
+        ) from None
+    if not isinstance(plain, dict):
+        raise RecipeError("a recipe is a mapping of sections", place=str(path), fix="start from recipes/demo.yaml")
+    return make_recipe(plain, place=str(path))
+
+
+def _override(tree: Any, override: str) -> None:
+    """Lay one `key=value` over the tree; the value is read as YAML, list entries go by number (`teachers.0.seed=1`)."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"cannot read {override!r}", place="command line", fix="write overrides as key=value")
+    try:
+        OmegaConf.update(tree, key, OmegaConf.from_dotlist([f"value={value}"])["value"], merge=True, force_add=True)
+    except (OmegaConfBaseException, TypeError, ValueError, IndexError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise RecipeError(
+            f"cannot set {key!r} ({first})", place="command line", fix="see docs/recipe.md for keys"
+        ) from None
+
+
+def make_recipe(tree: Mapping[str, Any], place: str = "recipe") -> Recipe:
+    """Typed recipe from a plain mapping, with every cross-check that needs no model and no data."""
+    if isinstance(tree.get("align"), dict):
+        time = tree["align"].get("time")
+        tree = {**tree, "align": {**tree["align"], **({"time": _SAME_WORDS[time]} if time in _SAME_WORDS else {})}}
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise _as_recipe_error(error, Recipe, place) from None
+    names = [teacher.name for teacher in recipe.teachers]
+    if len(set(names)) < len(names):
+        raise RecipeError("two teachers share a name", place=f"{place}: teachers", fix="give each teacher its own name")
+    tasks = [task.key for task in recipe.data.tasks]
+    for number, teacher in enumerate(recipe.teachers):
+        for task in teacher.train_on:
+            if task not in tasks:
+                raise RecipeError(
+                    f"teacher {teacher.name!r} is to be trained on {task!r}, which is not among the tasks",
+                    place=f"{place}: teachers.{number}.train_on",
+                    fix=_nearest(task, tasks),
+                )
+    for arm in recipe.arms:
+        arm_recipe(recipe, arm, place=place)
+    for pair in recipe.report.comparisons:
+        for arm in pair:
+            if arm not in recipe.arms:
+                raise RecipeError(
+                    f"comparison names an arm that is not there: {arm!r}",
+                    place=f"{place}: report.comparisons",
+                    fix=_nearest(arm, list(recipe.arms)),
+                )
+    return recipe
+
+
+def arm_recipe(recipe: Recipe, arm: str, place: str = "recipe") -> ArmRecipe:
+    """The complete recipe of one arm: the study's sections with the arm's own changes over them."""
+    if arm not in recipe.arms:
+        raise RecipeError(f"there is no arm {arm!r}", place=f"{place}: arms", fix=_nearest(arm, list(recipe.arms)))
+    where = f"{place}: arms.{arm}"
+    changes = dict(recipe.arms[arm] or {})
+    teachers = changes.pop("teachers", [teacher.name for teacher in recipe.teachers])
+    tree: dict[str, Any] = {"teachers": teachers, "placebo": changes.pop("placebo", False)}
+    for section in ARM_SECTIONS:
+        over = changes.pop(section, None) or {}
+        if not isinstance(over, dict):
+            raise RecipeError(f"{section} is a section", place=where, fix=f"write {section}: {{key: value}}")
+        if section == "align" and over.get("time") in _SAME_WORDS:
+            over = {**over, "time": _SAME_WORDS[over["time"]]}
+        tree[section] = {**getattr(recipe, section).model_dump(), **over}
+    if changes:
+        unknown = next(iter(changes))
+        words = ["teachers", "placebo", *ARM_SECTIONS]
+        raise RecipeError(f"unknown key {unknown!r}", place=where, fix=_nearest(unknown, words, ArmRecipe))
+    try:
+        made = ArmRecipe.model_validate(tree)
+    except ValidationError as error:
+        raise _as_recipe_error(error, ArmRecipe, where) from None
+    _check_arm(made, [teacher.name for teacher in recipe.teachers], where)
+    return made
+
+
+def _check_arm(arm: ArmRecipe, teachers: list[str], where: str) -> None:
+    for name in arm.teachers:
+        if name not in teachers:
+            raise RecipeError(f"unknown teacher {name!r}", place=f"{where}.teachers", fix=_nearest(name, teachers))
+    weights = arm.fuse.weights
+    if weights is not None and arm.fuse.fusion_strategy == "fixed" and len(weights) != len(arm.teachers):
+        raise RecipeError(
+            f"{len(weights)} weights for {len(arm.teachers)} teachers ({', '.join(arm.teachers)})",
+            place=f"{where}: fuse.weights",
+            fix="give one weight per teacher of the arm, or leave weights out for equal ones",
+        )
+    if arm.placebo and not arm.needs_kv:
+        raise RecipeError("a placebo arm needs teachers and loss.kv_weight > 0", place=where, fix="give it both")
+    if arm.loss.k_weight + arm.loss.v_weight <= 0 and arm.needs_kv:
+        raise RecipeError(
+            "loss.k_weight and loss.v_weight are both 0",
+            place=where,
+            fix="make one positive, or set loss.kv_weight: 0 for an arm without KV",
+        )
+    if arm.align.layers == "explicit" and arm.align.layer_map is None:
+        raise RecipeError(
+            "layers: explicit needs align.layer_map",
+            place=f"{where}: align.layers",
+            fix="give a mapping or a JSON file",
+        )
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """Hash of everything that changes results. Where it runs and on how many workers does not."""
+    tree = recipe.model_dump(mode="json")
+    for key in ("run_dir", "hardware", "title"):
+        tree.pop(key, None)
+    return sha256_of(tree)
+
+
+def run_folder(recipe: Recipe) -> Path:
+    return Path(recipe.run_dir) if recipe.run_dir else Path("runs") / recipe.name
+
+
+# -- error messages ---------------------------------------------------------------------------------
+
+
+def _as_recipe_error(error: ValidationError, model: type[BaseModel], place: str) -> RecipeError:
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        key = str(first["loc"][-1])
+        section = _section_at(model, first["loc"][:-1])
+        return RecipeError(
+            f"unknown key {where!r}",
+            place=place,
+            fix=_nearest(key, list(section.model_fields) if section else [], model),
+        )
+    what = first["msg"].removeprefix("Value error, ")
+    given = first.get("input")
+    shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) or given is None else ""
+    return RecipeError(f"{where}: {what}{shown}" if where else what, place=place, fix="see docs/recipe.md for this key")
+
+
+def _section_at(model: type[BaseModel], loc: Sequence[Any]) -> type[BaseModel] | None:
+    current: type[BaseModel] | None = model
+    for part in loc:
+        if current is None or isinstance(part, int):
+            continue
+        field = current.model_fields.get(str(part))
+        current = next(_models_in(field.annotation), None) if field else None
+    return current
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models_in(inner)
+
+
+def _all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        for inner in _models_in(field.annotation):
+            yield from _all_keys(inner, f"{prefix}{name}.")
+
+
+def _nearest(word: str, words: Sequence[str], model: type[BaseModel] | None = None) -> str:
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    if word in FORMER_KEYS:
+        return f"it is called {FORMER_KEYS[word]!r} here"
+    if model is not None:
+        by_end = {key.rsplit(".", 1)[-1]: key for key in _all_keys(Recipe)}
+        close = difflib.get_close_matches(word, list(by_end), n=1, cutoff=0.6)
+        if close:
+            return f"did you mean {by_end[close[0]]!r}?"
+    return f"one of: {', '.join(words)}" if words else "see docs/recipe.md"
+
+
+def _nearest_recipe(path: Path) -> str:
+    from kvdistill.core.builtin import builtin_recipes
+
+    there = sorted({*(p.name for p in path.parent.glob("*.yaml")), *(p.name for p in builtin_recipes())})
+    close = difflib.get_close_matches(path.name, there, n=1, cutoff=0.5)
+    return (
+        f"did you mean {close[0]!r}?"
+        if close
+        else f"give the path of a recipe, for example recipes/{(there or ['demo.yaml'])[0]}"
+    )

@@ -1,0 +1,64 @@
+"""The one exception family. A user's mistake says what is wrong, where, and how to mend it.
+
+`cli.py` prints these as one message and exits with 2; anything else is a bug of ours and exits with 1.
+Imports nothing, so that the command line can start without torch.
+"""
+
+from __future__ import annotations
+
+
+class KVDistillError(Exception):
+    """Base of every error that a user can mend.
+
+    what: the mistake, one sentence. place: the recipe key, `file:line`, model or folder it is in.
+    fix: what to do about it.
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, *, place: str = "", fix: str = "") -> None:
+        self.what, self.place, self.fix = what, place, fix
+        super().__init__(self.message())
+
+    def message(self) -> str:
+        head = f"{self.place}: {self.what}" if self.place else self.what
+        return f"{head}\n  fix: {self.fix}" if self.fix else head
+
+    def __reduce__(self):  # survives the way back from a worker process
+        return (_rebuild, (type(self), self.what, self.place, self.fix))
+
+
+def _rebuild(kind: type[KVDistillError], what: str, place: str, fix: str) -> KVDistillError:
+    return kind(what, place=place, fix=fix)
+
+
+class RecipeError(KVDistillError):
+    """The recipe or an override: unknown key, wrong type, values that do not go together."""
+
+
+class DataError(KVDistillError):
+    """A data file, a task, a split or a tokenizer."""
+
+
+class ModelError(KVDistillError):
+    """A model that cannot be loaded, or whose attention cannot be captured."""
+
+
+class AlignmentError(KVDistillError):
+    """Shapes, maps, frames or layers that do not fit together."""
+
+
+class StoreError(KVDistillError):
+    """A store made of something else, torn, or altered."""
+
+
+class RunFolderError(KVDistillError):
+    """A run folder that belongs to another recipe, or lacks what an earlier stage should have left."""
+
+
+class TrainingStopped(KVDistillError):
+    """Training stopped on purpose, with the last good checkpoint kept: NaN in a loss term, a full disk."""
+
+
+class StatisticsRefused(KVDistillError):
+    """A comparison that would not mean anything: unpaired, too few seeds, budgets apart."""

@@ -1,0 +1,299 @@
+"""The recipe's types: what a study is made of, key by key. Reading and merging is in `config.py`.
+
+Every section is a frozen pydantic model that forbids unknown keys. Its docstrings and field descriptions
+are the reference that `docs/recipe.md` and `kvdistill recipe` print. Knows no torch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class TaskRecipe(Section):
+    """One source of problems, and how many of them each split gets."""
+
+    name: str = Field(description="chain, product (built in), gsm8k, or jsonl with `file`")
+    file: str | None = Field(None, description="local JSONL file with question, reasoning, answer (or `fields`)")
+    fields: dict[str, str] = Field(default_factory=dict, description="our name -> column, e.g. {question: problem}")
+    train: int = Field(1000, ge=0, description="training problems")
+    val: int = Field(100, ge=0, description="validation problems")
+    test: int = Field(100, ge=0, description="test problems, seen by evaluation only")
+
+    @property
+    def key(self) -> str:
+        """The name its records carry: the task, or the file's stem."""
+        return self.name if not self.file else self.file.rsplit("/", 1)[-1].rsplit(".", 1)[0]
+
+
+class DataRecipe(Section):
+    """Problems, splits and the tokenizer."""
+
+    tasks: list[TaskRecipe] = Field(min_length=1)
+    root: str | None = Field(None, description="folder with local copies of the public data sets; unset: the hub")
+    style: Literal["cot", "direct", "both"] = Field("cot", description="written reasoning before the answer, or not")
+    tokenizer: str = Field("characters", description="characters (built in), a folder, `root:NAME`, or a hub id")
+    trim_vocabulary: bool = Field(False, description="keep only the pieces these texts need (tiny models)")
+    max_length: Positive = Field(512, description="tokens; longer examples are left out and counted")
+    seed: int = Field(0, description="which problems go where; the same for every arm and seed")
+    allow_leaks: bool = Field(
+        False, description="go on although a test problem is in a training set (never for results)"
+    )
+
+
+class ScratchRecipe(Section):
+    """A model with random weights of a known family."""
+
+    architecture: Literal["qwen2", "qwen3", "llama", "mistral", "gemma", "gpt2"] = "qwen2"
+    hidden_size: Positive = 64
+    num_layers: Positive = 2
+    num_heads: Positive = 4
+    num_kv_heads: Positive | None = Field(None, description="unset: as many as num_heads")
+    head_size: Positive | None = Field(None, description="unset: hidden_size / num_heads")
+    intermediate_size: Positive | None = Field(None, description="unset: 8/3 of hidden_size, rounded up to 8")
+    vocab_size: Positive | None = Field(None, description="unset: the tokenizer's length")
+    rope_theta: float = 10000.0
+    tie_embeddings: bool = True
+
+
+class LoraRecipe(Section):
+    """Low-rank adapters (peft); merged into the saved student."""
+
+    r: Positive = 16
+    alpha: Positive = 32
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+
+
+class ModelRecipe(Section):
+    """Where a model comes from: `path` (folder or hub id) or `scratch` (random weights). One of the two."""
+
+    path: str | None = None
+    scratch: ScratchRecipe | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    trust_remote_code: bool = Field(False, description="run code that comes with the model: only if you read it")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelRecipe:
+        if (self.path is None) == (self.scratch is None):
+            raise ValueError("give exactly one of `path` (a folder or hub id) and `scratch` (random weights)")
+        return self
+
+
+class OptimiserRecipe(Section):
+    """AdamW, a schedule, and how many steps."""
+
+    steps: Positive = 800
+    batch_size: Positive = Field(32, description="examples per device and micro-batch")
+    accumulation: Positive = Field(1, description="micro-batches per optimiser step; the loss does not depend on it")
+    learning_rate: float = Field(2e-3, gt=0)
+    adam_betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: NonNegative = 0.0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="cosine ends at this share of the peak")
+    lr_warmup_steps: int = Field(0, ge=0)
+    max_grad_norm: NonNegative = 1.0
+
+
+class TeacherRecipe(ModelRecipe):
+    """One teacher. A `scratch` teacher is trained on the spot, on `train_on`, with `optimiser`."""
+
+    name: str
+    train_on: list[str] = Field(default_factory=list, description="tasks a scratch teacher is trained on")
+    optimiser: OptimiserRecipe = OptimiserRecipe()
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _trained(self) -> TeacherRecipe:
+        if self.scratch is not None and not self.train_on:
+            raise ValueError("a scratch teacher needs `train_on`: the tasks it is trained on")
+        return self
+
+
+class StudentRecipe(ModelRecipe):
+    """The model that learns."""
+
+    lora: LoraRecipe | None = None
+    gradient_checkpointing: bool = False
+
+
+class CaptureRecipe(Section):
+    """How teacher targets reach the student."""
+
+    source: Literal["store", "online"] = Field(
+        "store", description="paid once and read from disk, or run in every step"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    logits_top_k: int = Field(32, ge=0, description="teacher logits kept per token for logit distillation; 0: none")
+    batch_size: Positive = 64
+
+
+class AlignRecipe(Section):
+    """Teacher KV to student slots, layers, heads and sizes."""
+
+    match_in: Literal["teacher", "student"] = Field("teacher", description="which space the two meet in")
+    time: Literal["index", "pad", "proportional", "segment"] = Field("pad", description="how positions correspond")
+    layers: Literal["ratio", "interpolate", "terminal", "explicit"] = "ratio"
+    layer_map: dict[int, list[int]] | str | None = Field(
+        None, description="for `explicit`: student layer -> teacher layers, or a JSON file with it"
+    )
+    projection: Literal["flat", "structured"] = Field(
+        "flat", description="one linear over all heads, or head mixer + size"
+    )
+    share_layers: bool = Field(False, description="one projector for all layers")
+    init: Literal["xavier", "orthogonal", "identity", "uniform", "ridge"] = "xavier"
+    train_projector: bool | None = Field(None, description="unset: trained in teacher space, frozen in student space")
+    ridge_l2: float = Field(1e-2, gt=0, description="ridge penalty relative to the mean channel variance")
+    standardise: bool = Field(True, description="teacher channels to mean 0, std 1 over the training tokens")
+    keys: Literal["unrotated", "rotated"] = Field("unrotated", description="frame in which keys are compared")
+    calibration_examples: Positive = 512
+
+
+class CompressRecipe(Section):
+    """Which teacher tokens take part."""
+
+    kv_compression: Literal["full", "right", "crop"] = "full"
+    keep: Positive | None = Field(None, description="reasoning tokens kept by right (last) and crop (first)")
+
+    @model_validator(mode="after")
+    def _needs_keep(self) -> CompressRecipe:
+        if self.kv_compression != "full" and self.keep is None:
+            raise ValueError(f"kv_compression {self.kv_compression} needs `keep`: how many reasoning tokens to keep")
+        return self
+
+
+class FuseRecipe(Section):
+    """How several teachers become one signal."""
+
+    fusion_strategy: Literal["fixed", "competence", "similarity"] = "fixed"
+    weights: list[float] | None = Field(None, description="fixed: one per teacher, normalised to sum 1; unset: equal")
+    temperature: float = Field(1.0, gt=0, description="softmax temperature of competence and similarity")
+    fuse_at: Literal["loss", "kv"] = Field("loss", description="one loss term per teacher, or one averaged cache")
+    metric: Literal["cosine", "dot", "euclidean"] = "cosine"
+    prototype: Literal["mean", "first", "max", "k-means"] = "mean"
+    num_prototypes: Positive = Field(4, description="centres for k-means")
+
+    @field_validator("weights")
+    @classmethod
+    def _weights(cls, weights: list[float] | None) -> list[float] | None:
+        if weights is not None:
+            if any(not (w >= 0 and w < float("inf")) for w in weights):
+                raise ValueError(f"weights must be finite and >= 0, got {weights}")
+            if sum(weights) <= 0:
+                raise ValueError(f"weights {weights} sum to 0 and cannot be normalised: make at least one positive")
+        return weights
+
+
+class LossRecipe(Section):
+    """The terms of the loss and their weights."""
+
+    kind: Literal["mse", "smooth_l1", "l1", "mercator", "hybrid"] = "mse"
+    kv_weight: NonNegative = Field(20.0, description="0: no KV term")
+    k_weight: NonNegative = 1.0
+    v_weight: NonNegative = 1.0
+    kv_warmup: NonNegative = Field(
+        0.1, description="below 1: share of the steps; else steps; the KV weight rises linearly"
+    )
+    distill_layers: str = Field("all", description="student layers, `0-12` (inclusive), `3,5`, or `all`")
+    smooth_l1_beta: float = Field(1.0, gt=0)
+    mercator_alpha: NonNegative = 1.0
+    mercator_beta: NonNegative = 0.1
+    hybrid_share: float = Field(0.5, ge=0, le=1, description="hybrid: share of mse, the rest mercator")
+    ce_weight: NonNegative = 1.0
+    ce_on: Literal["reasoning+answer", "answer"] = "reasoning+answer"
+    logit_weight: NonNegative = Field(0.0, description="logit distillation (reference arm)")
+    logit_temperature: float = Field(1.0, gt=0)
+    kv_on: Literal["all", "reasoning", "answer", "reasoning+answer"] = Field("all", description="tokens of the KV term")
+
+
+class TrainRecipe(OptimiserRecipe):
+    """Training of the student."""
+
+    bf16: bool = Field(False, description="autocast to bfloat16")
+    log_every: Positive = 20
+    eval_every: int = Field(
+        200, ge=0, description="steps between validation points (KV loss and accuracy); 0: only the end"
+    )
+    eval_examples: Positive = Field(64, description="validation problems per point of the learning curve")
+    save_every: Positive = Field(200, description="steps between checkpoints")
+    keep_checkpoints: Positive = 2
+    report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
+
+
+class EvaluateRecipe(Section):
+    """Greedy generation on held-out problems, one record per question."""
+
+    max_new_tokens: Positive = 64
+    batch_size: Positive = 64
+    limit: int | None = Field(None, gt=0, description="first n test problems of each task")
+    match_examples: Positive = Field(128, description="held-out examples for R2, centred cosine and retrieval")
+
+
+class ReportRecipe(Section):
+    """The comparisons that were declared beforehand, and the margin that counts as equal."""
+
+    comparisons: list[tuple[str, str]] = Field(
+        default_factory=list, description="[arm, baseline] pairs: the Holm family"
+    )
+    primary: Literal["accuracy", "nll"] = Field("accuracy", description="what the verdict is about")
+    alpha: float = Field(0.05, gt=0, lt=1)
+    margin: float = Field(0.02, gt=0, description="TOST equivalence margin, in units of the primary figure")
+
+
+class HardwareRecipe(Section):
+    device: str = "auto"
+    workers: int = Field(0, ge=0, description="runs side by side on this machine; 0: one per core (CPU) or GPU")
+    threads: int = Field(1, ge=0, description="threads per worker; 0: torch's choice")
+
+
+class ArmRecipe(Section):
+    """One arm of the study, complete: the recipe's sections with the arm's changes laid over them."""
+
+    teachers: list[str]
+    placebo: bool = Field(False, description="teacher KV of a mismatched example: same cost, no information")
+    align: AlignRecipe
+    compress: CompressRecipe
+    fuse: FuseRecipe
+    loss: LossRecipe
+
+    @property
+    def needs_kv(self) -> bool:
+        return self.loss.kv_weight > 0 and bool(self.teachers)
+
+    @property
+    def needs_logits(self) -> bool:
+        return self.loss.logit_weight > 0 and bool(self.teachers)
+
+
+class Recipe(Section):
+    """A whole study."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    title: str = ""
+    run_dir: str | None = Field(None, description="unset: runs/NAME")
+    seeds: list[int] = Field(default_factory=lambda: [42, 43, 44], min_length=1)
+    data: DataRecipe
+    teachers: list[TeacherRecipe] = Field(default_factory=list)
+    student: StudentRecipe
+    capture: CaptureRecipe = CaptureRecipe()
+    align: AlignRecipe = AlignRecipe()
+    compress: CompressRecipe = CompressRecipe()
+    fuse: FuseRecipe = FuseRecipe()
+    loss: LossRecipe = LossRecipe()
+    train: TrainRecipe = TrainRecipe()
+    evaluate: EvaluateRecipe = EvaluateRecipe()
+    report: ReportRecipe = ReportRecipe()
+    hardware: HardwareRecipe = HardwareRecipe()
+    arms: dict[str, dict[str, Any]] = Field(
+        min_length=1, description="arm -> {teachers, placebo, align, fuse, loss, …}"
+    )

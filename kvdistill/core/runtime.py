@@ -1,0 +1,83 @@
+"""Seeds, threads and devices: everything that makes two runs of one recipe the same numbers.
+
+Seeds come from one place: `derive_seed(base, "student", "init")` is a stable hash of its words, so that
+data order, initial weights and evaluation never share a stream and never depend on call order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import time
+
+import numpy as np
+import torch
+
+from kvdistill.core.errors import (  # noqa: F401  (re-exported: parts import errors from here)
+    AlignmentError,
+    DataError,
+    KVDistillError,
+    ModelError,
+    RecipeError,
+    RunFolderError,
+    StatisticsRefused,
+    StoreError,
+    TrainingStopped,
+)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def derive_seed(base: int, *words: object) -> int:
+    """A seed in [0, 2**31) that depends on `base` and every word, the same on every machine."""
+    text = "\x1f".join([str(base), *map(str, words)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+
+
+def seed_everything(seed: int) -> None:
+    """Python, NumPy and torch (all devices) from one seed."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def set_threads(num_threads: int) -> None:
+    """Intra-op threads on purpose: 0 leaves torch's own choice."""
+    if num_threads > 0:
+        torch.set_num_threads(num_threads)
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` is CUDA where there is one, else CPU. One process sees one device (LOCAL_RANK)."""
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+class Stopwatch:
+    """Wall and CPU seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def wall_s(self) -> float:
+        return time.perf_counter() - self._wall
+
+    def cpu_s(self) -> float:
+        return time.process_time() - self._cpu
+
+
+def quiet_libraries() -> None:
+    """Keep transformers' and datasets' own bars and advice off the terminal: progress is ours to show."""
+    import logging
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")

@@ -1,0 +1,35 @@
+"""Problems, their written form, splits, tokenizers and answers.
+
+    tasks/        one small file a task: where its rows are, what their fields mean, how it writes answers
+    synthetic.py  the built-in families of generated problems
+    splits.py     rows -> train / val / test, by problem
+    leaks.py      the same question in two splits
+    encode.py     text -> token ids and segment codes
+    tokenizers.py built-in, local and hub tokenizers; trimming
+    answers.py    what a completion answers, and whether it is right
+    tables.py     the prepared splits on disk
+
+Everything here is pure but for reading the sources and the tables; the stage is `kvdistill.prepare`.
+"""
+
+from __future__ import annotations
+
+from kvdistill.data.answers import extract_answer, is_correct
+from kvdistill.data.encode import Example, encode_row, encode_rows
+from kvdistill.data.problems import Problem, Row, Style
+from kvdistill.data.splits import load_multi_task_dataset
+from kvdistill.data.tables import read_manifest, read_split
+
+__all__ = [
+    "Example",
+    "Problem",
+    "Row",
+    "Style",
+    "encode_row",
+    "encode_rows",
+    "extract_answer",
+    "is_correct",
+    "load_multi_task_dataset",
+    "read_manifest",
+    "read_split",
+]

@@ -1,0 +1,134 @@
+"""Families of generated problems: `ChainFamily` (sums and differences) and `ProductFamily` (two products).
+
+Every family numbers its problems 0 … count()-1 and can write down any of them. Drawing numbers without
+replacement makes problems that are unique by construction and uniform over the family, and the stream for a
+longer request begins with the stream for a shorter one. Knows no split and no tokenizer.
+
+    chain    question 12+7-5      reasoning 19      answer 14
+    product  question 3*4+5*6     reasoning 12,30   answer 42
+"""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import final
+
+from kvdistill.core.errors import DataError
+from kvdistill.core.runtime import derive_seed
+from kvdistill.data.problems import Problem
+
+
+class AbstractFamily(ABC):
+    """A finite, numbered set of problems."""
+
+    name: str
+
+    @abstractmethod
+    def count(self) -> int:
+        """How many different problems there are."""
+
+    @abstractmethod
+    def write(self, number: int) -> tuple[str, str, str]:
+        """Question, reasoning and answer of problem `number`, 0 <= number < count()."""
+
+    def draw(self, num_problems: int, seed: int) -> list[Problem]:
+        """`num_problems` different problems, the same ones for the same seed. DataError where too few exist."""
+        if num_problems > self.count():
+            raise DataError(
+                f"{num_problems} problems asked for, but only {self.count()} different ones exist",
+                place=f"data.tasks ({self.name})",
+                fix=f"lower train + val + test of {self.name} to {self.count()} in all",
+            )
+        numbers = _draw_numbers(self.count(), num_problems, derive_seed(seed, self.name, "problems"))
+        return [Problem(self.name, str(number), *self.write(number)) for number in numbers]
+
+
+@final
+@dataclass(frozen=True)
+class ChainFamily(AbstractFamily):
+    """A start value and `num_steps` times + or − a step; every value stays in 0 … max_value."""
+
+    num_steps: int = 3
+    max_value: int = 30
+    max_step: int = 9
+    name: str = "chain"
+
+    @cached_property
+    def _ways(self) -> list[list[int]]:
+        """ways[n][v]: how many chains of n steps begin at value v."""
+        ways = [[1] * (self.max_value + 1)]
+        for _ in range(self.num_steps):
+            ways.append(
+                [sum(ways[-1][after] for _, after in self._moves(value)) for value in range(self.max_value + 1)]
+            )
+        return ways
+
+    def _moves(self, value: int) -> Iterator[tuple[str, int]]:
+        for step in range(1, self.max_step + 1):
+            if value + step <= self.max_value:
+                yield f"+{step}", value + step
+            if value - step >= 0:
+                yield f"-{step}", value - step
+
+    def count(self) -> int:
+        return sum(self._ways[self.num_steps])
+
+    def write(self, number: int) -> tuple[str, str, str]:
+        value = 0
+        while number >= self._ways[self.num_steps][value]:
+            number -= self._ways[self.num_steps][value]
+            value += 1
+        question, values = str(value), []
+        for left in range(self.num_steps - 1, -1, -1):
+            step, value, number = self._find_move(value, left, number)
+            question += step
+            values.append(str(value))
+        return question, ",".join(values[:-1]), values[-1]
+
+    def _find_move(self, value: int, left: int, number: int) -> tuple[str, int, int]:
+        """The step that chain `number` takes at `value`, where it leads, and the chain's number among those after it."""
+        for step, after in self._moves(value):
+            if number < self._ways[left][after]:
+                return step, after, number
+            number -= self._ways[left][after]
+        raise AssertionError("a number beyond count()")
+
+
+@final
+@dataclass(frozen=True)
+class ProductFamily(AbstractFamily):
+    """a*b + c*d with factors in min_factor … max_factor."""
+
+    min_factor: int = 2
+    max_factor: int = 9
+    name: str = "product"
+
+    def count(self) -> int:
+        return (self.max_factor - self.min_factor + 1) ** 4
+
+    def write(self, number: int) -> tuple[str, str, str]:
+        factors = []
+        for _ in range(4):
+            number, rest = divmod(number, self.max_factor - self.min_factor + 1)
+            factors.append(self.min_factor + rest)
+        a, b, c, d = factors
+        return f"{a}*{b}+{c}*{d}", f"{a * b},{c * d}", str(a * b + c * d)
+
+
+# The sizes that the built-in study uses.
+CHAIN = ChainFamily()
+PRODUCT = ProductFamily()
+
+
+def _draw_numbers(total: int, count: int, seed: int) -> Iterator[int]:
+    """`count` different numbers below `total`: a Fisher–Yates shuffle that remembers only what it moved."""
+    stream = random.Random(seed)
+    moved: dict[int, int] = {}
+    for i in range(count):
+        j = stream.randrange(i, total)
+        yield moved.get(j, j)
+        moved[j] = moved.get(i, i)

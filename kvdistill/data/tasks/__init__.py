@@ -1,0 +1,25 @@
+"""The tasks, by name. A new task is one small file here and one entry below."""
+
+from __future__ import annotations
+
+import difflib
+
+from kvdistill.core.errors import DataError
+from kvdistill.data.tasks.base import Loaded, Task
+from kvdistill.data.tasks.generated import CHAIN, PRODUCT
+from kvdistill.data.tasks.gsm8k import GSM8K
+from kvdistill.data.tasks.jsonl import JSONL
+
+TASKS: dict[str, Task] = {task.name: task for task in (CHAIN, PRODUCT, GSM8K, JSONL)}
+
+
+def find_task(name: str, *, place: str) -> Task:
+    """The task of that name; DataError with the nearest name otherwise."""
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.5)
+        meant = f"did you mean {near[0]!r}? " if near else ""
+        raise DataError(f"unknown task {name!r}", place=place, fix=f"{meant}there are: {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+__all__ = ["CHAIN", "GSM8K", "JSONL", "PRODUCT", "TASKS", "Loaded", "Task", "find_task"]

@@ -1,0 +1,254 @@
+"""Tokenizers: the built-in one of single characters, local and hub ones, and trimming to what some texts need.
+
+All come out as plain fast tokenizers (`PreTrainedTokenizerFast`) that `AutoTokenizer` loads back from a folder.
+One rule for roles: what the tokenizer itself says; where it says nothing, beginning-of-text is its `cls` (or there
+is none and nothing is put in front), end-of-text is its `sep`, and padding is end-of-text, which is harmless because
+padding is known by its mask and never by its id. So Qwen2.5 pads with `<|endoftext|>`, GPT-2 and Llama-3 with their
+end-of-text. Knows no task.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from kvdistill.core.errors import DataError
+from kvdistill.core.files import sha256_of
+from kvdistill.data.sources import hub_reachable
+
+CHARACTERS = "characters"
+SYMBOLS = "0123456789+-*=;:?., "
+_ROLES = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
+
+
+def character_tokenizer(extra_symbols: Iterable[str] = "") -> PreTrainedTokenizerFast:
+    """One character, one token: SYMBOLS, then `extra_symbols` in code-point order; decoding restores the text."""
+    symbols = list(SYMBOLS) + sorted(set(extra_symbols) - set(SYMBOLS))
+    vocabulary = {symbol: number for number, symbol in enumerate([*_ROLES.values(), *symbols])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=_ROLES["unk_token"]))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **_ROLES)
+
+
+def load_tokenizer(
+    name: str, root: str | None = None, place: str = "data.tokenizer", *, texts: Iterable[str] = ()
+) -> PreTrainedTokenizerFast:
+    """`characters`, a folder, `root:NAME` (data.root/tokenizers/NAME) or a hub id, with its roles settled.
+
+    texts: for `characters`, the texts it has to be able to write. Raises DataError with the fix for a name that leads
+    nowhere, a hub out of reach, and a tokenizer that is not a fast one.
+    """
+    if name == CHARACTERS:
+        return character_tokenizer({symbol for text in texts for symbol in text})
+    folder = _folder_of(name, root, place)
+    if folder is not None and not (folder / "tokenizer.json").is_file():
+        raise DataError(
+            f"{folder} holds no tokenizer.json",
+            place=place,
+            fix="give the folder of a fast tokenizer (save_pretrained of one writes it)",
+        )
+    local_only = folder is not None or not hub_reachable()
+    try:
+        found = PreTrainedTokenizerFast.from_pretrained(str(folder or name), local_files_only=local_only)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise _not_loaded(name, folder, local_only, place, error) from error
+    except Exception as error:  # the tokenizers library raises bare Exception for a broken tokenizer.json
+        if type(error) is not Exception:
+            raise
+        raise _not_loaded(name, folder, local_only, place, error) from error
+    return settle_roles(found, place=place)
+
+
+def settle_roles(tokenizer: PreTrainedTokenizerFast, *, place: str = "data.tokenizer") -> PreTrainedTokenizerFast:
+    """The same pieces and ids as a plain fast tokenizer with end-of-text and padding (the rule above)."""
+    eos = tokenizer.eos_token or tokenizer.sep_token
+    if eos is None:
+        raise DataError(
+            "the tokenizer has no end-of-text token",
+            place=place,
+            fix="set eos_token in its tokenizer_config.json to a token of its vocabulary",
+        )
+    roles = {
+        "bos_token": tokenizer.bos_token or tokenizer.cls_token,
+        "eos_token": eos,
+        "pad_token": tokenizer.pad_token or eos,
+        "unk_token": tokenizer.unk_token,
+    }
+    return _plain(tokenizer.backend_tokenizer, roles, tokenizer.chat_template, tokenizer.model_max_length)
+
+
+def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256 over pieces, merges, rules and roles: equal exactly when two tokenizers do the same."""
+    roles = {role: getattr(tokenizer, role) for role in _ROLES}
+    return sha256_of([_definition(tokenizer), roles])
+
+
+def trim_tokenizer(
+    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]
+) -> tuple[PreTrainedTokenizerFast, dict[int, int]]:
+    """A byte-level BPE tokenizer with only the pieces that `texts` use, and old id -> new id of the pieces kept.
+
+    Kept are those pieces, the pieces and merges that build them, all 256 bytes (so any other text still round-trips),
+    and every added token. New ids are dense and in the old order. A kept merge sequence reproduces the old pieces
+    because BPE applies the lowest-ranked merge at hand, and those applied are all kept in their order.
+    Raises DataError for other kinds of tokenizer, and where a text would encode differently after all.
+    """
+    definition = _definition(tokenizer)
+    model = definition["model"]
+    _require_byte_level(definition)
+    before = _encode_plain(tokenizer, texts)
+    pieces = {number: piece for piece, number in model["vocab"].items()}
+    used = {pieces[number] for ids in before for number in ids if number in pieces}
+    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+    kept, kept_merges = _close_over_merges(used | set(pre_tokenizers.ByteLevel.alphabet()), merges)
+    added = {token["id"]: token["content"] for token in definition["added_tokens"]}
+    old_ids = sorted({model["vocab"][piece] for piece in kept} | set(added))
+    id_map = {old: new for new, old in enumerate(old_ids)}
+    trimmed = settle_roles(_rebuild(tokenizer, definition, id_map, [m for m in merges if m in kept_merges]))
+    after = _encode_plain(trimmed, texts)
+    for text, old, new in zip(texts, before, after, strict=True):
+        if [id_map[number] for number in old] != new:
+            raise DataError(
+                f"trimming would change how {text[:60]!r} is tokenized",
+                place="data.trim_vocabulary",
+                fix="set data.trim_vocabulary=false for this tokenizer, and report it",
+            )
+    return trimmed, id_map
+
+
+def _folder_of(name: str, root: str | None, place: str) -> Path | None:
+    """The folder that `name` stands for, or None for a hub id."""
+    if name.startswith("root:"):
+        if root is None:
+            raise DataError(f"{name} needs data.root", place=place, fix="set data.root=DIR (with tokenizers/)")
+        folder = Path(root).expanduser() / "tokenizers" / name.removeprefix("root:")
+        if not folder.is_dir():
+            beside = folder.parent
+            there = sorted(path.name for path in beside.iterdir() if path.is_dir()) if beside.is_dir() else []
+            raise DataError(
+                f"no tokenizer folder {folder}",
+                place=place,
+                fix=f"there are: {', '.join(there)}" if there else f"make {beside}/NAME with a tokenizer.json in it",
+            )
+        return folder
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise DataError(
+            f"no such folder: {name}", place=place, fix="give a folder, `root:NAME`, `characters`, or a hub id"
+        )
+    return None
+
+
+def _not_loaded(name: str, folder: Path | None, local_only: bool, place: str, error: Exception) -> DataError:
+    reason = str(error).strip().split("\n", 1)[0]
+    if folder is not None:
+        return DataError(
+            f"cannot load a fast tokenizer from {folder}: {reason}", place=place, fix="check its tokenizer.json"
+        )
+    why = "the hub cannot be reached and it is not in the local cache" if local_only else reason
+    return DataError(
+        f"cannot load tokenizer {name!r}: {why}",
+        place=place,
+        fix="check the id and the network, or give a folder, `root:NAME` with data.root=DIR, or `characters`",
+    )
+
+
+def _plain(
+    backend: Tokenizer, roles: Mapping[str, str | None], chat_template: Any, model_max_length: int
+) -> PreTrainedTokenizerFast:
+    backend = copy.deepcopy(backend)
+    backend.no_padding()
+    backend.no_truncation()
+    named = {role: token for role, token in roles.items() if token is not None}
+    plain = PreTrainedTokenizerFast(
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, model_max_length=model_max_length, **named
+    )
+    plain.chat_template = chat_template
+    return plain
+
+
+def _definition(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    return definition | {"truncation": None, "padding": None}
+
+
+def _encode_plain(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+
+def _require_byte_level(definition: Mapping[str, Any]) -> None:
+    model = definition["model"]
+    whole = model["type"] == "BPE" and all(byte in model["vocab"] for byte in pre_tokenizers.ByteLevel.alphabet())
+    if not whole or '"ByteLevel"' not in json.dumps([definition["pre_tokenizer"], definition["decoder"]]):
+        raise DataError(
+            f"only byte-level BPE tokenizers can be trimmed, this one is {model['type']}",
+            place="data.trim_vocabulary",
+            fix="set data.trim_vocabulary=false, or use a Qwen, Llama-3 or GPT-2 tokenizer",
+        )
+
+
+def _close_over_merges(used: Iterable[str], merges: Sequence[tuple[str, ...]]) -> tuple[set[str], set[tuple[str, ...]]]:
+    """`used` with every piece on the way to them, and the merges on the way.
+
+    The merges inside a finished piece do not depend on its neighbours, so each piece is built on its own. A piece that
+    its merges do not reach (Llama-3 looks whole words up first) stays as a piece.
+    """
+    ranks = {merge: rank for rank, merge in enumerate(merges)}
+    kept: set[str] = set()
+    kept_merges: set[tuple[str, ...]] = set()
+    for piece in used:
+        kept.add(piece)
+        parts = list(piece)
+        while len(parts) > 1:
+            pairs = list(pairwise(parts))
+            best = min(range(len(pairs)), key=lambda i: ranks.get(pairs[i], len(ranks)))
+            if pairs[best] not in ranks:
+                break
+            parts[best : best + 2] = ["".join(pairs[best])]
+            kept_merges.add(pairs[best])
+            kept.update((*pairs[best], parts[best]))
+    return kept, kept_merges
+
+
+def _rebuild(
+    tokenizer: PreTrainedTokenizerFast,
+    definition: dict[str, Any],
+    id_map: Mapping[int, int],
+    merges: Sequence[tuple[str, ...]],
+) -> PreTrainedTokenizerFast:
+    """The tokenizer again, from its definition with new ids."""
+    new = copy.deepcopy(definition)
+    vocabulary = definition["model"]["vocab"].items()
+    new["model"]["vocab"] = {piece: id_map[number] for piece, number in vocabulary if number in id_map}
+    new["model"]["merges"] = [list(merge) for merge in merges]
+    for token in new["added_tokens"]:
+        token["id"] = id_map[token["id"]]
+    _renumber_processor(new["post_processor"], id_map)
+    roles = {role: getattr(tokenizer, role) for role in (*_ROLES, "cls_token", "sep_token")}
+    return _plain(Tokenizer.from_str(json.dumps(new)), roles, tokenizer.chat_template, tokenizer.model_max_length)
+
+
+def _renumber_processor(processor: dict[str, Any] | None, id_map: Mapping[int, int]) -> None:
+    """New ids in the rules that put special tokens around a text (in place)."""
+    if processor is None:
+        return
+    for inner in processor.get("processors", []):
+        _renumber_processor(inner, id_map)
+    if processor["type"] == "TemplateProcessing":
+        for special in processor["special_tokens"].values():
+            special["ids"] = [id_map[number] for number in special["ids"]]
+    for role in ("sep", "cls"):
+        if isinstance(processor.get(role), list):
+            processor[role] = [processor[role][0], id_map[processor[role][1]]]

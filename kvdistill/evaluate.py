@@ -1,0 +1,100 @@
+"""The evaluate stage: greedy answers of a trained student on the test problems, one record per question.
+
+Reads a model folder with plain transformers, exactly as anybody else would; knows nothing of how it was trained.
+Writes records.jsonl and, last, evaluated.json.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kvdistill.core.files import write_json, write_text
+from kvdistill.core.layout import arm_folder, evaluated_mark, trained_mark
+from kvdistill.core.progress import Progress, silent
+from kvdistill.core.recipe import Recipe
+from kvdistill.core.runtime import DTYPES, RunFolderError, Stopwatch, pick_device
+from kvdistill.core.targets import ANSWER, PROMPT
+from kvdistill.data.answers import extract_answer, is_correct
+from kvdistill.data.encode import Example
+from kvdistill.data.tables import read_split
+from kvdistill.models.generate import generate_greedy, segment_nll
+
+
+def evaluate(recipe: Recipe, run: Path, arm: str, seed: int, progress: Progress = silent) -> None:
+    """Answer and score every test problem with one trained student. Returns at once where that is done."""
+    folder = arm_folder(run, arm, seed)
+    if evaluated_mark(folder).exists():
+        return
+    if not trained_mark(folder).exists():
+        raise RunFolderError(
+            "this student is not trained yet", place=str(folder), fix="run `kvdistill train RECIPE` first"
+        )
+    device = pick_device(recipe.hardware.device)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "model", dtype=DTYPES[recipe.student.dtype], use_safetensors=True
+    ).to(device)
+    examples = test_examples(recipe, run)
+    records = answer(model, tokenizer, examples, recipe, lambda done, total: progress("evaluate", done, total))
+    lines = [json.dumps({"arm": arm, "seed": seed, **record}, ensure_ascii=False) for record in records]
+    write_text(folder / "records.jsonl", "\n".join(lines) + "\n")
+    write_json(evaluated_mark(folder), {"arm": arm, "seed": seed, "questions": len(records)})
+
+
+def test_examples(recipe: Recipe, run: Path) -> list[Example]:
+    """The test problems in order, at most `evaluate.limit` of each task."""
+    limit = recipe.evaluate.limit
+    seen: dict[str, int] = {}
+    chosen: list[Example] = []
+    for example in read_split(run, "test"):
+        seen[example.task] = seen.get(example.task, 0) + 1
+        if limit is None or seen[example.task] <= limit:
+            chosen.append(example)
+    return chosen
+
+
+def answer(model: Any, tokenizer: Any, examples: list[Example], recipe: Recipe, progress: Any) -> list[dict[str, Any]]:
+    """One record per example: greedy prediction, whether it is right, and the NLL of the gold answer tokens."""
+    watch = Stopwatch()
+    prompts = [[t for t, s in zip(e.input_ids, e.segments, strict=True) if s == PROMPT] for e in examples]
+    answers = generate_greedy(
+        model,
+        prompts,
+        eos_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
+        max_new_tokens=recipe.evaluate.max_new_tokens,
+        batch_size=recipe.evaluate.batch_size,
+        progress=progress,
+    )
+    seconds = watch.wall_s() / max(1, len(examples))
+    nll = segment_nll(
+        model,
+        [e.input_ids for e in examples],
+        [[s == ANSWER for s in e.segments] for e in examples],
+        pad_id=tokenizer.pad_token_id,
+        batch_size=recipe.evaluate.batch_size,
+    )
+    records = []
+    for example, ids, gold_nll in zip(examples, answers, nll, strict=True):
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        records.append(
+            {
+                "task": example.task,
+                "id": example.id,
+                "style": example.style,
+                "doc_hash": example.doc_hash,
+                "prompt_hash": example.prompt_hash,
+                "prediction": extract_answer(example.task, text),
+                "completion": text,
+                "gold": example.answer,
+                "correct": is_correct(example.task, text, example.answer),
+                "nll": gold_nll,
+                "tokens_out": len(ids),
+                "seconds": seconds,
+            }
+        )
+    return records

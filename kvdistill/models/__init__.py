@@ -1,0 +1,47 @@
+"""The only package that knows transformers' model internals: load, describe, capture q/k/v, rotate, run a teacher."""
+
+from kvdistill.models.capture import KVCapture, capture_kv
+from kvdistill.models.describe import (
+    ModelShape,
+    batch_geometry,
+    capture_flops,
+    describe_config,
+    describe_model,
+    forward_flops,
+)
+from kvdistill.models.forward import EMPTY_LOGPROB, teacher_forward
+from kvdistill.models.load import (
+    add_lora,
+    check_model_exists,
+    fingerprint_model,
+    load_model,
+    merge_lora,
+    model_config,
+)
+from kvdistill.models.rope import rotate_keys, unrotate_keys
+from kvdistill.models.structure import find_backbone, model_name, positions_from_mask, unwrap_model
+
+__all__ = [
+    "EMPTY_LOGPROB",
+    "KVCapture",
+    "ModelShape",
+    "add_lora",
+    "batch_geometry",
+    "capture_flops",
+    "capture_kv",
+    "check_model_exists",
+    "describe_config",
+    "describe_model",
+    "find_backbone",
+    "fingerprint_model",
+    "forward_flops",
+    "load_model",
+    "merge_lora",
+    "model_config",
+    "model_name",
+    "positions_from_mask",
+    "rotate_keys",
+    "teacher_forward",
+    "unrotate_keys",
+    "unwrap_model",
+]

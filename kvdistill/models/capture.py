@@ -1,0 +1,277 @@
+"""Keys, values and queries of every layer, recorded while the model runs, with their gradient.
+
+    with capture_kv(model, layers=[0, 3]) as capture:
+        model(input_ids=..., attention_mask=mask_BT, position_ids=positions_BT, use_cache=False)
+    kv = capture.kv(mask_BT, positions_BT)          # keys in frame 'rotated', 'none' for GPT-2
+
+Mechanism: an attention function registered with transformers' attention interface (and the fitting mask function
+with the mask interface) records what it is handed and calls the implementation the model had. Keys arrive after
+rotation and before they are repeated for grouped queries. The context manager only changes the name of the
+implementation in the model's config, and changes it back. Nothing is patched.
+
+Records the last forward of the model's backbone. What runs outside of it, like the recomputation of gradient
+checkpointing during backward, is not recorded. Does not know rotary positions: `rope.py` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from jaxtyping import Int, Shaped
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kvdistill.core.kv import KV
+from kvdistill.core.runtime import ModelError
+from kvdistill.models.structure import (
+    attention_modules,
+    find_backbone,
+    find_rotary,
+    from_modeling_file,
+    model_name,
+    positions_from_mask,
+    text_config,
+)
+
+_PREFIX = "kvdistill_"  # + the model's own implementation: 'flash' must stay part of a flash implementation's name
+_LISTENERS: dict[int, list[KVCapture]] = {}  # id of an attention module -> the captures that want its k, v
+_BORROWED: dict[int, list[Any]] = {}  # id of a config -> [config, its own implementation, captures that use it]
+
+
+class _EnoughRecorded(Exception):
+    """Leaves the model's forward once the highest wanted layer is recorded. Never seen outside."""
+
+    def __init__(self, capture: KVCapture) -> None:
+        super().__init__("the highest wanted layer is recorded")
+        self.capture = capture
+
+
+class KVCapture:
+    """Context manager that records k, v (and q on request) of one model's layers. See `capture_kv`."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[int] | None, queries: bool, stop_early: bool) -> None:
+        self.name = model_name(model)
+        self.backbone = find_backbone(model)
+        self.rope = "none" if find_rotary(model) is None else "rotated"
+        num_layers = text_config(model).num_hidden_layers
+        self.layers = tuple(range(num_layers)) if layers is None else tuple(sorted(set(layers)))
+        outside = [layer for layer in self.layers if not 0 <= layer < num_layers]
+        if outside or not self.layers:
+            raise ModelError(
+                f"layer {outside[0]} is asked for, the model has layers 0-{num_layers - 1}"
+                if outside
+                else "no layer is asked for",
+                place=self.name,
+                fix=f"choose layers between 0 and {num_layers - 1}",
+            )
+        self.queries, self.stop_early = queries, stop_early
+        self._wanted, self._last = frozenset(self.layers), self.layers[-1]
+        self._modules = attention_modules(model)
+        self._recorded: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
+        self._running = self._grad_outside = False
+        self._hooks: list[Any] = []
+
+    # -- installing and removing ------------------------------------------------------------------
+
+    def __enter__(self) -> KVCapture:
+        try:
+            for module in self._modules:
+                _LISTENERS.setdefault(id(module), []).append(self)
+            for config in self._configs():
+                _borrow_config(config)
+            self._hooks = [
+                self.backbone.register_forward_pre_hook(self._begin_forward),
+                self.backbone.register_forward_hook(self._end_forward, always_call=True),
+            ]
+        except BaseException:
+            self._remove()
+            raise
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        self._remove()
+        return isinstance(error, _EnoughRecorded) and error.capture is self
+
+    def _configs(self) -> list[Any]:
+        # the backbone's own config decides which mask is built, the modules' which attention runs
+        configs = {id(m.config): m.config for m in [self.backbone, *self._modules]}
+        return list(configs.values())
+
+    def _remove(self) -> None:
+        self._running = False
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        for module in self._modules:
+            listeners = [c for c in _LISTENERS.pop(id(module), []) if c is not self]
+            if listeners:
+                _LISTENERS[id(module)] = listeners
+        for config in self._configs():
+            _return_config(config)
+
+    # -- recording --------------------------------------------------------------------------------
+
+    def _begin_forward(self, *_: object) -> None:
+        rotary = self.backbone._modules.get("rotary_emb")
+        if rotary is not None:
+            reset_dynamic_rotary(rotary)
+        self._recorded = {}
+        self._running, self._grad_outside = True, torch.is_grad_enabled()
+
+    def _end_forward(self, *_: object) -> None:
+        self._running = False
+
+    def _record(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Keep what a layer was handed. True when nothing above it is wanted."""
+        if not self._running or layer not in self._wanted:
+            return False
+        if self._grad_outside and not torch.is_grad_enabled():
+            raise ModelError(
+                f"layer {layer} runs under reentrant gradient checkpointing, which cuts the gradient of its keys",
+                place=self.name,
+                fix="enable gradient checkpointing with {'use_reentrant': False}",
+            )
+        self._recorded[layer] = (key, value, query if self.queries else None)
+        return self.stop_early and layer == self._last
+
+    # -- reading ----------------------------------------------------------------------------------
+
+    def kv(self, mask_BT: Shaped[Tensor, "B T"], positions_BT: Int[Tensor, "B T"] | None = None) -> KV:
+        """What the last forward left, shallow to deep.
+
+        mask_BT: [B, T], nonzero at real tokens. positions_BT: the `position_ids` the model was given; unset:
+        `positions_from_mask(mask_BT)`. Raises ModelError where a layer recorded nothing or head sizes are mixed.
+        """
+        if not self._recorded:
+            raise ModelError(
+                "no layer recorded any key: no forward ran inside capture_kv, or the attention bypasses "
+                f"transformers' attention interface (first layer asked for: {self.layers[0]})",
+                place=self.name,
+                fix="run the model inside the `with` block; use a family with ALL_ATTENTION_FUNCTIONS in its code",
+            )
+        self._check_layers()
+        entries = [self._recorded[layer] for layer in self.layers]
+        return KV(
+            keys=tuple(k for k, _, _ in entries),
+            values=tuple(v for _, v, _ in entries),
+            mask_BT=mask_BT.bool(),
+            positions_BT=positions_from_mask(mask_BT) if positions_BT is None else positions_BT,
+            rope=self.rope,  # type: ignore[arg-type]
+            queries=tuple(q for _, _, q in entries if q is not None),
+            layers=self.layers,
+        )
+
+    def _check_layers(self) -> None:
+        first = self.layers[0]
+        for layer in self.layers:
+            if layer not in self._recorded:
+                raise ModelError(
+                    f"layer {layer} recorded no keys: its attention bypasses transformers' attention interface",
+                    place=self.name,
+                    fix="leave that layer out, or use a family whose every layer is plain attention",
+                )
+            shapes = [tuple(x.shape[i] for i in (1, 3)) for x in self._recorded[layer][:2]]
+            wanted = [tuple(x.shape[i] for i in (1, 3)) for x in self._recorded[first][:2]]
+            if shapes != wanted:
+                raise ModelError(
+                    f"layer {layer} has (heads, size) {shapes[0]} for keys and {shapes[1]} for values, "
+                    f"layer {first} has {wanted[0]} and {wanted[1]}: mixed head sizes",
+                    place=self.name,
+                    fix="choose layers with equal heads",
+                )
+
+
+def capture_kv(
+    model: nn.Module, layers: Sequence[int] | None = None, queries: bool = False, stop_early: bool = False
+) -> KVCapture:
+    """Record keys and values [B, kv_heads, T, D] of `layers` (all by default) in what runs inside the `with` block.
+
+    queries: queries [B, heads, T, D] too. stop_early: layers above the highest one asked for, and the LM head, are
+    not run: the forward call leaves the `with` block at once, so that statements after it inside are skipped.
+    model: a transformers decoder, plain or wrapped by peft, DDP or torch.compile. May be nested, and several models
+    may be captured at once. Raises ModelError for a layer the model does not have.
+    """
+    return KVCapture(model, layers, queries, stop_early)
+
+
+def reset_dynamic_rotary(rotary: Any) -> None:
+    """Forget the longest sequence seen: a dynamic rotary module then depends on this batch only, not on history."""
+    if getattr(rotary, "rope_type", None) == "dynamic":
+        rotary.inv_freq = rotary.original_inv_freq.to(rotary.inv_freq.device).clone()
+        rotary.max_seq_len_cached = rotary.original_max_seq_len
+
+
+# -- transformers' interfaces ---------------------------------------------------------------------
+
+
+def _borrow_config(config: Any) -> None:
+    entry = _BORROWED.get(id(config))
+    if entry is None:
+        own = config._attn_implementation or "eager"
+        entry = _BORROWED[id(config)] = [config, config._attn_implementation, 0]
+        _register_implementation(own)
+        config._attn_implementation_internal = _PREFIX + own
+    entry[2] += 1
+
+
+def _return_config(config: Any) -> None:
+    entry = _BORROWED.get(id(config))
+    if entry is None:
+        return
+    entry[2] -= 1
+    if entry[2] == 0:  # the last capture of this config restores it, in whatever order they end
+        config._attn_implementation_internal = entry[1]
+        del _BORROWED[id(config)]
+
+
+def _register_implementation(own: str) -> None:
+    name = _PREFIX + own
+    if name in ALL_ATTENTION_FUNCTIONS:
+        return
+    AttentionInterface.register(name, _recording_attention(own))
+    if own in ALL_MASK_ATTENTION_FUNCTIONS:
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[own])
+
+
+def _recording_attention(own: str) -> Callable[..., Any]:
+    def record_and_attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        enough = None
+        for capture in _LISTENERS.get(id(module), ()):
+            if capture._record(module.layer_idx, query, key, value):  # type: ignore[arg-type]
+                enough = capture
+        if enough is not None:
+            raise _EnoughRecorded(enough)
+        if own == "eager" and getattr(module, "reorder_and_upcast_attn", False):  # GPT-2 asks for the name 'eager'
+            return module._upcast_and_reordered_attn(query, key, value, *args[:1])  # type: ignore[operator]
+        attend = _own_attention(module, own)
+        if "flash" not in own:
+            return attend(module, query, key, value, *args, **kwargs)
+        config: Any = module.config
+        borrowed = config._attn_implementation_internal
+        config._attn_implementation_internal = own  # flash attention picks its kernels by this name
+        try:
+            return attend(module, query, key, value, *args, **kwargs)
+        finally:
+            config._attn_implementation_internal = borrowed
+
+    return record_and_attend
+
+
+def _own_attention(module: nn.Module, own: str) -> Callable[..., Any]:
+    """The implementation the model would have used: its own file's eager function and overrides come first."""
+    eager = from_modeling_file(module, "eager_attention_forward")
+    if own == "eager" and eager is None:
+        raise ModelError(
+            f"layer {module.layer_idx}: no eager attention function in the file of {type(module).__name__}",
+            place=type(module).__name__,
+            fix="load the model with attention: sdpa",
+        )
+    interface = from_modeling_file(module, "ALL_ATTENTION_FUNCTIONS") or ALL_ATTENTION_FUNCTIONS
+    return interface.get_interface(own, eager)

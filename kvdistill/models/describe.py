@@ -1,0 +1,141 @@
+"""What a model is, in numbers, and how many FLOPs a forward pass of it takes.
+
+The FLOPs are closed forms of matrix products (2 per multiply-add), the convention of torch.utils.flop_counter and
+of the PaLM paper's appendix B; norms, activations and softmax are not counted, and causal attention counts as full,
+as the counter does. Does not know what a training step is made of: the ledger adds forwards and backwards up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from kvdistill.core.runtime import ModelError
+from kvdistill.models.structure import (
+    attention_modules,
+    find_backbone,
+    find_rotary,
+    model_name,
+    text_config,
+    unwrap_model,
+)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a dense decoder. mlp_matrices: 3 with a gated MLP, 2 without."""
+
+    family: str
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    has_rope: bool
+    num_parameters: int
+    tied: bool
+    mlp_matrices: int
+
+
+def describe_model(model: nn.Module) -> ModelShape:
+    """Sizes of a loaded model (plain or wrapped; a meta-device model will do).
+
+    Raises ModelError where head sizes differ between layers (names model and layer) and for mixtures of experts.
+    """
+    inner, config = unwrap_model(model), text_config(model)
+    if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
+        raise ModelError("mixture of experts: sizes and FLOPs are of dense models only", place=model_name(model))
+    num_heads = config.num_attention_heads
+    heads, embeddings = inner.get_output_embeddings(), inner.get_input_embeddings()
+    names = {name.rsplit(".", 1)[-1] for name, _ in find_backbone(model).named_modules()}
+    return ModelShape(
+        family=config.model_type,
+        num_layers=config.num_hidden_layers,
+        num_heads=num_heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
+        head_size=_one_head_size(model, config),
+        hidden_size=config.hidden_size,
+        intermediate_size=_intermediate_size(config),
+        vocab_size=config.vocab_size,
+        has_rope=find_rotary(model) is not None,
+        num_parameters=sum(p.numel() for p in inner.parameters()),
+        tied=heads is not None and heads.weight is embeddings.weight,
+        mlp_matrices=3 if names & {"gate_proj", "gate_up_proj"} else 2,
+    )
+
+
+def describe_config(config: PreTrainedConfig) -> ModelShape:
+    """Sizes from a configuration alone: the model is built without memory for its weights."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return describe_model(model)
+
+
+def _intermediate_size(config: PreTrainedConfig) -> int:
+    for key in ("intermediate_size", "n_inner", "ffn_dim"):
+        size = getattr(config, key, None)
+        if size:
+            return int(size)
+    return 4 * config.hidden_size
+
+
+def _one_head_size(model: nn.Module, config: PreTrainedConfig) -> int:
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for module in attention_modules(model):
+        own = module.__dict__.get("head_dim", size)
+        if own != size:
+            raise ModelError(
+                f"layer {module.layer_idx} has head size {own}, the config says {size}: mixed head sizes",
+                place=model_name(model),
+                fix="use a model with one head size",
+            )
+    return int(size)
+
+
+def forward_flops(
+    shape: ModelShape,
+    num_tokens: int,
+    sum_squared_lengths: int,
+    num_layers: int | None = None,
+    with_lm_head: bool = True,
+    num_head_tokens: int | None = None,
+    qkv_of_next_layer: bool = False,
+) -> int:
+    """FLOPs of one forward pass.
+
+    num_tokens and sum_squared_lengths: of the batch as run (padding included: B * T and B * T * T), see
+    `batch_geometry`. num_layers: the lowest n only. num_head_tokens: positions the LM head sees (unset: all).
+    qkv_of_next_layer: the projections of one more layer, which is where an early-stopped capture ends.
+    """
+    layers = shape.num_layers if num_layers is None else num_layers
+    q_width, kv_width = shape.num_heads * shape.head_size, shape.num_kv_heads * shape.head_size
+    qkv = 2 * num_tokens * shape.hidden_size * (q_width + 2 * kv_width)
+    output = 2 * num_tokens * shape.hidden_size * q_width
+    attention = 4 * sum_squared_lengths * q_width  # q.k and weights.v
+    mlp = 2 * num_tokens * shape.mlp_matrices * shape.hidden_size * shape.intermediate_size
+    total = layers * (qkv + output + attention + mlp)
+    if qkv_of_next_layer:
+        total += qkv
+    if with_lm_head:
+        head_tokens = num_tokens if num_head_tokens is None else num_head_tokens
+        total += 2 * head_tokens * shape.hidden_size * shape.vocab_size
+    return total
+
+
+def capture_flops(shape: ModelShape, num_tokens: int, sum_squared_lengths: int, top_layer: int) -> int:
+    """FLOPs of an early-stopped capture whose highest layer is `top_layer`: full layers below, only q, k, v of it."""
+    return forward_flops(
+        shape, num_tokens, sum_squared_lengths, num_layers=top_layer, with_lm_head=False, qkv_of_next_layer=True
+    )
+
+
+def batch_geometry(lengths: Iterable[int]) -> tuple[int, int]:
+    """(num_tokens, sum_squared_lengths) of sequences of these lengths; a padded batch is B times its width T."""
+    lengths = list(lengths)
+    return sum(lengths), sum(n * n for n in lengths)

@@ -1,0 +1,138 @@
+"""One forward pass of a teacher: its KV, how well it explains the gold text, and its top-k predictions.
+
+Runs only what is asked for: without NLL and top-k, layers above the highest wanted one and the LM head are skipped;
+with them, the head sees only the positions that predict a completion token, so that [B, T, V] never exists.
+Everything returned is detached and may enter the student's graph. Does not know alignment, fusion or the store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from jaxtyping import Int, Shaped
+from torch import Tensor, nn
+
+from kvdistill.core.runtime import DataError, ModelError
+from kvdistill.core.targets import ANSWER, REASONING, TeacherTargets
+from kvdistill.models.capture import KVCapture, capture_kv
+from kvdistill.models.rope import unrotate_keys
+from kvdistill.models.structure import model_name, positions_from_mask, unwrap_model
+
+EMPTY_LOGPROB = -1e4  # where there is no prediction: probability 0 in every dtype, and 0 * log 0 stays finite
+_CHUNK_ELEMENTS = 1 << 26  # fp32 log-probabilities in memory at once
+
+
+@torch.no_grad()
+def teacher_forward(
+    model: nn.Module,
+    input_ids_BT: Int[Tensor, "B T"],
+    mask_BT: Shaped[Tensor, "B T"],
+    segments_BT: Int[Tensor, "B T"],
+    *,
+    layers: Sequence[int] | None = None,
+    want_kv: bool = True,
+    want_nll: bool = False,
+    want_logits_top_k: int = 0,
+) -> TeacherTargets:
+    """Run `model` on a padded batch (left or right) without a graph and without dropout.
+
+    mask_BT: nonzero at real tokens. segments_BT: codes of core/targets.py. layers: KV of these only.
+    want_logits_top_k: predictions kept per position (at most V).
+    Returns kv (unrotated), nll_B (fp32, mean per completion token) and top-k: at position t the fp32
+    log-probabilities of token t + 1, filled where that token is of the completion, index 0 and EMPTY_LOGPROB
+    elsewhere. What was not asked for is None. No inference_mode: its tensors may not enter the student's graph.
+    Raises DataError for an example without a completion token when NLL is wanted, and what capture_kv and
+    unrotate_keys raise.
+    """
+    device = next(model.parameters()).device
+    ids, mask, segments = input_ids_BT.to(device), mask_BT.to(device), segments_BT.to(device)
+    want_head = want_nll or want_logits_top_k > 0
+    if not want_kv and not want_head:
+        return TeacherTargets(segments)
+    select = _predicting_positions(mask, segments, need_one=want_nll) if want_head else None
+    positions = positions_from_mask(mask)
+    capture: KVCapture | None = None
+    logits: Tensor | None = None
+    with ExitStack() as stack:
+        stack.enter_context(_evaluating(model))
+        if select is not None:
+            stack.enter_context(_head_on(model, select))
+        if want_kv:
+            capture = stack.enter_context(capture_kv(model, layers, stop_early=not want_head))
+        output = model(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False)
+        logits = output.logits[0] if want_head else None
+    kv = None if capture is None else unrotate_keys(capture.kv(mask, positions), model).detach()
+    if logits is None or select is None:
+        return TeacherTargets(segments, kv)
+    return TeacherTargets(segments, kv, *_read_logits(logits, ids, select, want_nll, want_logits_top_k))
+
+
+def _predicting_positions(mask_BT: Tensor, segments_BT: Tensor, *, need_one: bool) -> Tensor:
+    """True at [b, t] where token t + 1 is a real completion token and token t is real."""
+    real = mask_BT.bool()
+    completion = real & ((segments_BT == REASONING) | (segments_BT == ANSWER))
+    select = torch.zeros_like(real)
+    select[:, :-1] = real[:, :-1] & completion[:, 1:]
+    if need_one and not bool(select.any(dim=1).all()):
+        row = int((~select.any(dim=1)).nonzero()[0])
+        raise DataError(
+            "an example has no reasoning or answer token after its first token: its NLL is undefined",
+            place=f"row {row} of the batch",
+            fix="leave out examples with an empty completion, or raise data.max_length",
+        )
+    return select
+
+
+def _read_logits(
+    logits_NV: Tensor, ids_BT: Tensor, select_BT: Tensor, want_nll: bool, top_k: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    row, column = select_BT.nonzero(as_tuple=True)
+    row, column = row.to(logits_NV.device), column.to(logits_NV.device)
+    gold_N = ids_BT.to(logits_NV.device)[row, column + 1]
+    B, T = ids_BT.shape
+    K = min(top_k, logits_NV.shape[-1])
+    nll_N = torch.empty(len(row), device=logits_NV.device)
+    index_BTK = torch.zeros(B, T, K, dtype=torch.long, device=logits_NV.device)
+    logprob_BTK = torch.full((B, T, K), EMPTY_LOGPROB, device=logits_NV.device)
+    chunk = max(1, _CHUNK_ELEMENTS // logits_NV.shape[-1])
+    for start in range(0, len(row), chunk):
+        part = slice(start, start + chunk)
+        logprob_NV = logits_NV[part].float().log_softmax(dim=-1)
+        nll_N[part] = -logprob_NV.gather(1, gold_N[part, None])[:, 0]
+        if K:
+            logprob_BTK[row[part], column[part]], index_BTK[row[part], column[part]] = logprob_NV.topk(K, dim=-1)
+    nll_B = None
+    if want_nll:
+        total = torch.zeros(B, device=nll_N.device).index_add_(0, row, nll_N)
+        nll_B = total / torch.bincount(row, minlength=B)
+    return nll_B, (index_BTK if K else None), (logprob_BTK if K else None)
+
+
+@contextmanager
+def _head_on(model: nn.Module, select_BT: Tensor) -> Iterator[None]:
+    """While open, the LM head sees only the selected positions: the model's logits are [1, N, V].
+
+    The model's own forward still runs around the head, so that scaled or soft-capped logits come out right.
+    """
+    head = unwrap_model(model).get_output_embeddings()
+    if head is None:
+        raise ModelError("the model has no LM head", place=model_name(model), fix="load a causal language model")
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0][select_BT.to(args[0].device)][None], *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout while open; every module's own mode afterwards."""
+    training = [module for module in model.modules() if module.training] if model.training else []
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,306 @@
+"""Models from recipes: a folder or hub id (safetensors only), or random weights of a known family; LoRA around them.
+
+Checks that cost nothing (`check_model_exists`, `model_config`) are apart from loading, so that a recipe's mistakes
+come out before any work. Does not know tokenizers or devices, and never reads pickled weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from kvdistill.core.recipe import LoraRecipe, ModelRecipe, ScratchRecipe
+from kvdistill.core.runtime import DTYPES, ModelError, derive_seed
+
+SCRATCH_FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "qwen2": (Qwen2Config, {"use_sliding_window": False}),
+    "qwen3": (Qwen3Config, {"use_sliding_window": False}),
+    "llama": (LlamaConfig, {}),
+    "mistral": (MistralConfig, {"sliding_window": None}),
+    "gemma": (GemmaConfig, {}),
+    "gpt2": (GPT2Config, {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}),  # as little dropout as the rest
+}
+MAX_POSITIONS = 4096  # free with rotary positions; GPT-2 has a row of weights for each, hence fewer
+GPT2_MAX_POSITIONS = 1024
+_NO_SPECIAL_TOKENS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+
+
+# -- before loading -------------------------------------------------------------------------------
+
+
+def check_model_exists(recipe: ModelRecipe, place: str) -> PreTrainedConfig:
+    """The model's config, read without its weights.
+
+    place: the recipe key, for errors (`student`, `teachers[0]`). Raises ModelError where folder, config or weights
+    are missing, weights are pickled, or the sizes of a scratch model do not go together.
+    """
+    if recipe.scratch is not None:
+        return model_config(recipe, recipe.scratch.vocab_size or 1, place)
+    assert recipe.path is not None
+    folder = Path(recipe.path).expanduser()
+    if folder.is_dir():
+        _check_folder(folder, f"{place}.path")
+    elif recipe.path.startswith((".", "/", "~")) or recipe.path.count("/") > 1:
+        raise ModelError(
+            f"there is no folder {recipe.path}",
+            place=f"{place}.path",
+            fix="give a folder with config.json and *.safetensors, or a hub id like Qwen/Qwen2.5-0.5B",
+        )
+    source = str(folder) if folder.is_dir() else recipe.path
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=recipe.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise _cannot_load(recipe, place, error) from error
+
+
+def model_config(recipe: ModelRecipe, vocab_size: int, place: str = "model") -> PreTrainedConfig:
+    """The transformers config of a model: its own for `path`, one with the given sizes for `scratch`.
+
+    vocab_size: the tokenizer's length; the model's must not be smaller. Raises ModelError.
+    """
+    if recipe.scratch is None:
+        config = check_model_exists(recipe, place)
+    else:
+        config = _scratch_config(recipe.scratch, vocab_size, f"{place}.scratch")
+    have = config.get_text_config(decoder=True).vocab_size
+    if have < vocab_size:
+        raise ModelError(
+            f"the model has {have} token embeddings, the tokenizer has {vocab_size} tokens",
+            place=place,
+            fix="use the model's own tokenizer (data.tokenizer), or a larger scratch.vocab_size",
+        )
+    return config
+
+
+def _check_folder(folder: Path, place: str) -> None:
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{folder} has no config.json",
+            place=place,
+            fix="give a folder written by save_pretrained (merge adapters into their model first)",
+        )
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{index} is not a weight index", place=place, fix="copy the model again") from error
+        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+        if missing:
+            raise ModelError(f"{folder} lacks {missing[0]}", place=place, fix="copy the missing weight files")
+    elif not (folder / "model.safetensors").is_file():
+        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
+        raise ModelError(
+            f"{folder} has no safetensors weights" + (", only pickled ones, which are never loaded" if pickled else ""),
+            place=place,
+            fix="convert the weights to safetensors where you trust them (save_pretrained writes safetensors)",
+        )
+
+
+def _cannot_load(recipe: ModelRecipe, place: str, error: Exception) -> ModelError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "trust_remote_code" in str(error):
+        fix = "use a model transformers knows; or read the code that comes with this one, then set trust_remote_code"
+    else:
+        fix = "give a folder with config.json and *.safetensors, or a hub id this machine can reach"
+    return ModelError(f"cannot load {recipe.path}: {reason}", place=f"{place}.path", fix=fix)
+
+
+def _scratch_config(scratch: ScratchRecipe, vocab_size: int, place: str) -> PreTrainedConfig:
+    kind, own = SCRATCH_FAMILIES[scratch.architecture]
+    num_kv_heads = scratch.num_kv_heads or scratch.num_heads
+    if scratch.num_heads % num_kv_heads:
+        raise ModelError(
+            f"{scratch.num_heads} heads cannot share {num_kv_heads} key/value heads evenly",
+            place=f"{place}.num_kv_heads",
+            fix="choose a divisor of num_heads",
+        )
+    if scratch.head_size is None and scratch.hidden_size % scratch.num_heads:
+        raise ModelError(
+            f"hidden_size {scratch.hidden_size} is no multiple of num_heads {scratch.num_heads}",
+            place=f"{place}.hidden_size",
+            fix="choose a multiple, or give head_size",
+        )
+    head_size = scratch.head_size or scratch.hidden_size // scratch.num_heads
+    vocab = scratch.vocab_size or vocab_size
+    inner = scratch.intermediate_size or -(-scratch.hidden_size * 8 // 3 // 8) * 8
+    if scratch.architecture == "gpt2":
+        return _gpt2_config(scratch, vocab, inner, num_kv_heads, head_size, own, place)
+    if head_size % 2:
+        raise ModelError(
+            f"head size {head_size} is odd: rotary positions turn channels in pairs",
+            place=f"{place}.head_size",
+            fix="choose an even head size",
+        )
+    settings = dict(
+        vocab_size=vocab,
+        hidden_size=scratch.hidden_size,
+        intermediate_size=inner,
+        num_hidden_layers=scratch.num_layers,
+        num_attention_heads=scratch.num_heads,
+        num_key_value_heads=num_kv_heads,
+        head_dim=head_size,
+        max_position_embeddings=MAX_POSITIONS,
+        rope_parameters={"rope_type": "default", "rope_theta": scratch.rope_theta},
+        tie_word_embeddings=scratch.tie_embeddings,
+        **_NO_SPECIAL_TOKENS,
+        **own,
+    )
+    try:
+        return kind(**settings)
+    except StrictDataclassError as error:  # Llama, for one, wants hidden_size % num_heads == 0 whatever the head size
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ModelError(
+            f"{scratch.architecture} does not take these sizes: {reason}", place=place, fix="change the sizes it names"
+        ) from error
+
+
+def _gpt2_config(
+    scratch: ScratchRecipe, vocab: int, inner: int, num_kv_heads: int, head_size: int, own: dict[str, Any], place: str
+) -> PreTrainedConfig:
+    if num_kv_heads != scratch.num_heads or head_size * scratch.num_heads != scratch.hidden_size:
+        raise ModelError(
+            "GPT-2 has as many key/value heads as heads, of size hidden_size / num_heads",
+            place=place,
+            fix="leave num_kv_heads and head_size unset for gpt2",
+        )
+    return GPT2Config(
+        vocab_size=vocab,
+        n_embd=scratch.hidden_size,
+        n_inner=inner,
+        n_layer=scratch.num_layers,
+        n_head=scratch.num_heads,
+        n_positions=GPT2_MAX_POSITIONS,
+        tie_word_embeddings=scratch.tie_embeddings,
+        **_NO_SPECIAL_TOKENS,
+        **own,
+    )
+
+
+# -- loading --------------------------------------------------------------------------------------
+
+
+def load_model(recipe: ModelRecipe, *, vocab_size: int, seed: int, place: str) -> PreTrainedModel:
+    """The model, on the CPU, in eval mode, with the recipe's dtype and attention implementation.
+
+    vocab_size: the tokenizer's length. seed: of random weights (`scratch`); the same seed gives the same bits, and
+    the global random state is left alone. place: the recipe key, for errors. Raises ModelError.
+    """
+    config = model_config(recipe, vocab_size, place)
+    dtype = DTYPES[recipe.dtype]
+    try:
+        if recipe.scratch is not None:
+            return _random_model(config, recipe.attention, dtype, derive_seed(seed, "model", "init"))
+        return _pretrained_model(recipe, config, dtype, place)
+    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if recipe.path is not None and "attn" not in str(error).lower() and not isinstance(error, ImportError):
+            raise _cannot_load(recipe, place, error) from error
+        raise ModelError(
+            f"cannot run attention {recipe.attention} here: {str(error).strip().splitlines()[0]}",
+            place=f"{place}.attention",
+            fix="attention: sdpa (or eager); flash_attention_2 needs its package, a GPU and a half-precision dtype",
+        ) from error
+
+
+def _random_model(config: PreTrainedConfig, attention: str, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    for parameter in model.parameters():  # not model.to(dtype): the rotary frequencies stay in float32
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model.eval()
+
+
+def _pretrained_model(recipe: ModelRecipe, config: PreTrainedConfig, dtype: torch.dtype, place: str) -> PreTrainedModel:
+    assert recipe.path is not None
+    folder = Path(recipe.path).expanduser()
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        str(folder) if folder.is_dir() else recipe.path,
+        config=config,
+        dtype=dtype,
+        attn_implementation=recipe.attention,
+        trust_remote_code=recipe.trust_remote_code,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    model, report = loaded
+    missing = sorted(report.get("missing_keys", ()))
+    if missing:
+        raise ModelError(
+            f"{recipe.path} lacks {len(missing)} weights, first {missing[0]}: they would be random",
+            place=f"{place}.path",
+            fix="give a folder with the whole causal language model",
+        )
+    return model.eval()
+
+
+# -- LoRA -----------------------------------------------------------------------------------------
+
+
+def add_lora(model: PreTrainedModel, lora: LoraRecipe, *, seed: int, place: str = "student.lora") -> nn.Module:
+    """A peft model around `model`: only the adapters train. Same seed, same bits. Raises ModelError."""
+    from peft import LoraConfig, get_peft_model  # takes seconds to import, and most runs do not need it
+
+    targets = lora.target_modules
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        fan_in_fan_out=model.config.model_type == "gpt2",  # GPT-2 stores its matrices transposed
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "lora", "init"))
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:
+            raise ModelError(
+                f"no adapter fits: {str(error).strip().splitlines()[0]}",
+                place=f"{place}.target_modules",
+                fix="name linear layers of this model (q_proj, v_proj, …), or all-linear",
+            ) from error
+
+
+def merge_lora(model: nn.Module) -> PreTrainedModel:
+    """The plain model with its adapters added into its weights; a model without adapters comes back as it is."""
+    return model if isinstance(model, PreTrainedModel) else model.merge_and_unload()  # type: ignore[operator]
+
+
+# -- identity -------------------------------------------------------------------------------------
+
+
+def fingerprint_model(model: nn.Module) -> str:
+    """sha256 (hex) over the name, dtype, shape and bytes of every parameter and saved buffer, in order of name.
+
+    Streams 64 MiB at a time; the same on every device.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        digest.update(f"{name}\x1f{tensor.dtype}\x1f{tuple(tensor.shape)}\x1e".encode())
+        flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        for start in range(0, flat.numel(), 1 << 26):
+            digest.update(flat[start : start + (1 << 26)].cpu().numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,187 @@
+"""Take the rotation off captured keys (and queries), and put it on again, with the model's own rotary module.
+
+Rotary position embedding (Su et al. 2021, eq. 34, in the "rotate half" layout): channel pair (i, i + r/2) of a key
+at position p is turned by the angle p * theta_i and multiplied by the module's attention factor f (YaRN, longrope;
+1 elsewhere). The inverse turns back and divides by f. Scaling (linear, dynamic, YaRN, llama3, …) and partial rotary
+come from the module's cos and sin, so nothing of it is written again here. cos, sin and the products are fp32.
+
+The layout is not assumed: the first use on a model compares with the `apply_rotary_pos_emb` of the model's own
+file, and a family that interleaves its channels gets an error.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from kvdistill.core.kv import KV
+from kvdistill.core.runtime import AlignmentError, ModelError
+from kvdistill.models.capture import reset_dynamic_rotary
+from kvdistill.models.structure import attention_modules, find_rotary, from_modeling_file, model_name, text_config
+
+_LAYOUT_CHECKED: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
+
+
+def unrotate_keys(kv: KV, model: nn.Module) -> KV:
+    """The same KV with keys and queries as they were before rotation at kv.positions_BT: exact, differentiable.
+
+    KV without rotary positions comes back as it is. Raises AlignmentError for keys that are already unrotated and
+    ModelError for a rotary layout that is not supported.
+    """
+    if kv.rope == "unrotated":
+        raise AlignmentError("keys are already unrotated", place=model_name(model), fix="call unrotate_keys once")
+    if kv.rope == "none":
+        return kv
+    return _turn_kv(kv, model, kv.positions_BT, "unrotated")
+
+
+def rotate_keys(kv: KV, model: nn.Module, positions_BT: Int[Tensor, "B T"] | None = None) -> KV:
+    """Keys and queries rotated as `model` would at positions_BT [B, T] (unset: kv.positions_BT), differentiable.
+
+    The result carries the new positions. KV without rotary positions comes back as it is. Raises AlignmentError for
+    keys that are already rotated and ModelError for a rotary layout that is not supported.
+    """
+    if kv.rope == "rotated":
+        raise AlignmentError("keys are already rotated", place=model_name(model), fix="unrotate_keys first")
+    if kv.rope == "none":
+        return kv
+    return _turn_kv(kv, model, kv.positions_BT if positions_BT is None else positions_BT, "rotated")
+
+
+def _turn_kv(kv: KV, model: nn.Module, positions_BT: Tensor, frame: str) -> KV:
+    rotary = find_rotary(model)
+    if rotary is None:
+        raise AlignmentError(
+            "the keys have rotary positions, this model has none",
+            place=model_name(model),
+            fix="use the model the keys came from",
+        )
+    check_layout(model, rotary, kv.keys[0].shape[-1])
+    types = _layer_types(model, rotary, kv.layers)
+    keys: list[Tensor | None] = [None] * kv.num_layers
+    queries: list[Tensor | None] = [None] * len(kv.queries)
+    for kind in dict.fromkeys(types):  # one cos/sin table for all layers of a type; most models have one type
+        cos_BTR, sin_BTR = rotary_angles(rotary, positions_BT, kind)
+        if frame == "unrotated":
+            factor_BTR = cos_BTR.square() + sin_BTR.square()  # attention factor squared; 1 in most families
+            cos_BTR, sin_BTR = cos_BTR / factor_BTR, -sin_BTR / factor_BTR
+        chosen = [i for i, other in enumerate(types) if other == kind]
+        tensors = [kv.keys[i] for i in chosen] + [kv.queries[i] for i in chosen if kv.queries]
+        turned = turn_pairs(cos_BTR[:, None], sin_BTR[:, None], *tensors)
+        for place, i in enumerate(chosen):
+            keys[i] = turned[place]
+            if kv.queries:
+                queries[i] = turned[place + len(chosen)]
+    return replace(kv, keys=tuple(keys), queries=tuple(queries), positions_BT=positions_BT, rope=frame)  # type: ignore[arg-type]
+
+
+def rotary_angles(
+    rotary: nn.Module, positions_BT: Int[Tensor, "B T"], layer_type: str | None = None
+) -> tuple[Float[Tensor, "B T R"], Float[Tensor, "B T R"]]:
+    """cos and sin [B, T, R/2] in fp32, times the attention factor, of the module's own scaling at these positions."""
+    reset_dynamic_rotary(rotary)
+    probe = torch.empty(1, dtype=torch.float32, device=positions_BT.device)  # the module reads its dtype and device
+    extra = () if layer_type is None else (layer_type,)
+    with torch.no_grad():
+        cos, sin = rotary(probe, positions_BT, *extra)
+    half = cos.shape[-1] // 2
+    return cos[..., :half].float(), sin[..., :half].float()
+
+
+def turn_pairs(
+    cos_B1TR: Float[Tensor, "B 1 T R"], sin_B1TR: Float[Tensor, "B 1 T R"], *tensors: Float[Tensor, "b _ T _"]
+) -> tuple[Tensor, ...]:
+    """Each [B, H, T, D] with channels (i, i + r) turned to (x_i c - x_{i+r} s, x_{i+r} c + x_i s), i < r <= D/2.
+
+    Channels from 2r on are left alone. fp32 inside, input dtype outside.
+    """
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return _TurnPairs.apply(cos_B1TR, sin_B1TR, *tensors)  # type: ignore[return-value, no-untyped-call]
+    return tuple(_turn_one(x, cos_B1TR, sin_B1TR) for x in tensors)
+
+
+class _TurnPairs(torch.autograd.Function):
+    """The gradient of a turn is the turn back: nothing but cos and sin is kept for backward."""
+
+    @staticmethod
+    def forward(ctx, cos, sin, *tensors):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(cos, sin)
+        ctx.set_materialize_grads(False)
+        return tuple(_turn_one(x, cos, sin) for x in tensors)
+
+    @staticmethod
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+        cos, sin = ctx.saved_tensors
+        return None, None, *(None if g is None else turn_pairs(cos, -sin, g)[0] for g in grads)
+
+
+def _turn_one(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    r = cos.shape[-1]
+    wide = x.float()
+    low, high = wide[..., :r], wide[..., r : 2 * r]
+    out = torch.empty_like(wide)  # written in place: a concatenation would read and write everything once more
+    torch.mul(low, cos, out=out[..., :r]).addcmul_(high, sin, value=-1)
+    torch.mul(high, cos, out=out[..., r : 2 * r]).addcmul_(low, sin)
+    if 2 * r < x.shape[-1]:
+        out[..., 2 * r :] = wide[..., 2 * r :]
+    return out.to(x.dtype)
+
+
+# -- what the model does --------------------------------------------------------------------------
+
+
+def _layer_types(model: nn.Module, rotary: nn.Module, layers: tuple[int, ...]) -> list[str | None]:
+    """For each layer the kind its rotary module asks for (Gemma 3: sliding or full attention), or None."""
+    if "layer_type" not in inspect.signature(rotary.forward).parameters:
+        return [None] * len(layers)
+    kinds = text_config(model).layer_types
+    return [kinds[layer] for layer in layers]
+
+
+def check_layout(model: nn.Module, rotary: nn.Module, head_size: int) -> None:
+    """Raise ModelError unless `turn_pairs` does what the model's own rotation does. Looks once per rotary module."""
+    checked = _LAYOUT_CHECKED.setdefault(rotary, set())
+    if head_size in checked:
+        return
+    if 0 in (getattr(text_config(model), "no_rope_layers", None) or ()):
+        raise _unsupported(model, "some layers have rotary positions and others have none")
+    apply = from_modeling_file(attention_modules(model)[0], "apply_rotary_pos_emb")
+    if apply is None:
+        raise _unsupported(model, "its file has no apply_rotary_pos_emb to compare with")
+    device = next(model.parameters()).device
+    positions = torch.tensor([[0, 1, 5]], device=device)
+    probe = torch.empty(1, device=device)
+    key = torch.linspace(-1, 1, 3 * head_size, device=device).sin().view(1, 1, 3, head_size)
+    for kind in dict.fromkeys(_layer_types(model, rotary, tuple(range(text_config(model).num_hidden_layers)))):
+        try:
+            with torch.no_grad():
+                cos, sin = rotary(probe, positions, *(() if kind is None else (kind,)))
+                theirs = _apply_theirs(apply, key, cos, sin)
+                ours = turn_pairs(*(x[:, None] for x in rotary_angles(rotary, positions, kind)), key)[0]
+        except (TypeError, RuntimeError, ValueError, AttributeError) as error:
+            raise _unsupported(model, f"its rotary module or function takes other arguments ({error})") from error
+        if theirs.shape != ours.shape or not torch.allclose(theirs.float(), ours, atol=1e-4):
+            raise _unsupported(model, "it does not turn channel i with channel i + half (interleaved layout?)")
+    checked.add(head_size)
+
+
+def _apply_theirs(apply, key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    r = cos.shape[-1]
+    if r == key.shape[-1]:
+        return apply(key, key, cos, sin)[1]
+    # partial rotary: in these families the attention module cuts the first r channels out itself
+    return torch.cat([apply(key[..., :r], key[..., :r], cos, sin)[1], key[..., r:]], dim=-1)
+
+
+def _unsupported(model: nn.Module, why: str) -> ModelError:
+    return ModelError(
+        f"the rotary positions of this model cannot be taken off its keys: {why}",
+        place=model_name(model),
+        fix="use a family with the rotate-half layout (Qwen2/3, Llama, Mistral, Gemma, GPT-NeoX, Phi), or compare "
+        "rotated keys (align.keys: rotated)",
+    )

@@ -1,0 +1,237 @@
+"""Two arms side by side: may they be compared at all, and if so, what does the declared family of comparisons say?
+
+Works on `SeedRun`s in memory. Knows nothing of files or pages; the arithmetic is `kvdistill.stats`.
+A comparison that would not mean anything is not computed: its result carries `refused` with every reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from kvdistill import stats
+from kvdistill.stats import NAN
+
+MIN_SEEDS = 3
+BUDGET_TOLERANCE = 0.01
+FINGERPRINTS = {
+    "data_fingerprint": "training data",
+    "init_fingerprint": "initial weights",
+    "order_fingerprint": "data order",
+}
+_NO_PAIREDT = stats.PairedT(NAN, NAN, NAN, 0, NAN, NAN, NAN, "refused")
+_NO_EFFECT = stats.Effect(NAN, NAN, "refused")
+_NO_TOST = stats.Tost(NAN, NAN, NAN, "refused")
+_NO_INTERVAL = stats.Interval(NAN, NAN, NAN, NAN, "refused")
+_NO_VERDICT = stats.Verdict("refused", "refused")
+
+
+@dataclass(frozen=True)
+class SeedRun:
+    """One training run as evaluation saw it: one entry per question, in the order of `keys`, plus its budget.
+
+    keys: (task, id, style), unique. nll: mean per answer token, NaN where unknown.
+    """
+
+    keys: tuple[tuple[str, str, str], ...]
+    doc_hashes: tuple[str | None, ...]
+    prompt_hashes: tuple[str | None, ...]
+    correct_Q: np.ndarray
+    nll_Q: np.ndarray
+    tokens_out_Q: np.ndarray
+    ledger: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def tasks_Q(self) -> list[str]:
+        return [task for task, _, _ in self.keys]
+
+    def column(self, figure: str) -> np.ndarray:
+        return {"accuracy": self.correct_Q, "nll": self.nll_Q, "tokens_out": self.tokens_out_Q}[figure]
+
+    def by_task(self, figure: str) -> dict[str, float]:
+        """Mean of the figure over each task's questions."""
+        tasks, values = np.asarray(self.tasks_Q), self.column(figure)
+        return {task: float(values[tasks == task].mean()) for task in sorted(set(self.tasks_Q))}
+
+    def macro(self, figure: str) -> float:
+        """Mean over tasks: every task counts the same, however many questions it has."""
+        means = list(self.by_task(figure).values())
+        return float(np.mean(means)) if means else NAN
+
+
+Runs = Mapping[int, SeedRun]
+
+
+def find_refusals(arm: Runs, baseline: Runs, seeds: Sequence[int], figure: str = "accuracy") -> list[str]:
+    """Every reason not to compare two arms; empty if they may be compared. `seeds`: what the recipe declared."""
+    reasons = []
+    for name, runs in (("arm", arm), ("baseline", baseline)):
+        if missing := [s for s in seeds if s not in runs]:
+            reasons.append(f"missing runs: the {name} has no records for seed {_words(missing)}")
+    if set(arm) != set(baseline):
+        reasons.append(f"unpaired seeds: {_words(sorted(arm)) or 'none'} against {_words(sorted(baseline)) or 'none'}")
+    shared = sorted(set(arm) & set(baseline))
+    if len(shared) < MIN_SEEDS:
+        reasons.append(f"{len(shared)} seed(s) in common, at least {MIN_SEEDS} are needed")
+    if not shared:
+        return reasons
+    reasons += _question_refusals(arm, baseline, shared)
+    for seed in shared:
+        reasons += [f"seed {seed}: {why}" for why in _ledger_refusals(arm[seed].ledger, baseline[seed].ledger)]
+    if not any("question" in r for r in reasons):
+        a, b = ([runs[s].macro(figure) for s in shared] for runs in (arm, baseline))
+        if not np.isfinite(a + b).all():
+            reasons.append(f"{figure} is missing for some questions")
+        elif len(shared) >= MIN_SEEDS and (why := stats.paired_t(a, b).reason):
+            reasons.append(why)
+    return reasons
+
+
+def _words(items: Sequence[object]) -> str:
+    return ", ".join(map(str, items))
+
+
+def _question_refusals(arm: Runs, baseline: Runs, shared: Sequence[int]) -> list[str]:
+    reference = arm[shared[0]]
+    for what, attribute in (("question (document)", "doc_hashes"), ("prompt", "prompt_hashes")):
+        for name, runs in (("arm", arm), ("baseline", baseline)):
+            for seed in shared:
+                run, place = runs[seed], f"{name}, seed {seed}"
+                if run.keys != reference.keys:
+                    return [f"differing questions: {place} has other questions than the arm's seed {shared[0]}"]
+                hashes = getattr(run, attribute)
+                if not hashes or None in hashes:
+                    return [f"{what} hashes of the questions are missing in the records of {place}"]
+                if hashes != getattr(reference, attribute):
+                    return [
+                        f"differing {what} hashes: {place} was asked other questions than the arm's seed {shared[0]}"
+                    ]
+    return []
+
+
+def _ledger_refusals(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    if not a or not b:
+        return ["no ledger, so equal budgets cannot be shown"]
+    reasons = []
+    for key, name in (("tokens_nonpadding", "tokens"), ("optimiser_steps", "steps")):
+        x, y = a.get(key), b.get(key)
+        if x is None or y is None:
+            reasons.append(f"the ledger lacks {key}")
+        elif abs(x - y) > BUDGET_TOLERANCE * max(x, y):
+            reasons.append(f"budgets apart by {abs(x - y) / max(x, y):.1%} ({name}: {x:g} against {y:g}; at most 1 %)")
+    for key, name in FINGERPRINTS.items():
+        if a.get(key) is None or b.get(key) is None:
+            reasons.append(f"the ledger lacks {key}, so the same {name} cannot be shown")
+        elif a[key] != b[key]:
+            reasons.append(f"differing {name} ({key})")
+    if "test" in (a.get("checkpoint_chosen_on"), b.get("checkpoint_chosen_on")):
+        reasons.append("a checkpoint was chosen on the test set")
+    return reasons
+
+
+@dataclass
+class Comparison:
+    """One arm against its baseline, `difference` = arm - baseline in the figure's own unit. NaN has a reason."""
+
+    arm: str
+    baseline: str
+    figure: str
+    seeds: list[int]
+    refused: list[str]
+    differences: list[float] = field(default_factory=list)
+    t: stats.PairedT = _NO_PAIREDT
+    p_holm: float = NAN
+    effect: stats.Effect = _NO_EFFECT
+    detectable_d: float = NAN
+    detectable: float = NAN
+    tost: stats.Tost = _NO_TOST
+    tost_p_holm: float = NAN
+    questions: stats.Interval = _NO_INTERVAL
+    bootstrap: stats.Interval = _NO_INTERVAL
+    mcnemar: list[dict[str, Any]] = field(default_factory=list)
+    verdict: stats.Verdict = _NO_VERDICT
+
+
+def compare_family(
+    runs: Mapping[str, Runs],
+    pairs: Sequence[tuple[str, str]],
+    seeds: Sequence[int],
+    *,
+    figure: str = "accuracy",
+    alpha: float = 0.05,
+    margin: float = NAN,
+) -> list[Comparison]:
+    """All declared comparisons of one figure, Holm-adjusted over the family (refused ones are counted in it).
+
+    The difference tests and the equivalence tests are adjusted as one family each. The smallest detectable effect is
+    for power .8 at alpha / family size, Holm's first step, so it is on the careful side. margin: NaN = not declared.
+    """
+    family = [_compare(runs, pair, seeds, figure, alpha, margin, len(pairs)) for pair in pairs]
+    p_holm = stats.adjust_holm([c.t.p for c in family])
+    tost_holm = stats.adjust_holm([c.tost.p for c in family])
+    for c, p, p_tost in zip(family, p_holm, tost_holm, strict=True):
+        c.p_holm, c.tost_p_holm = p, p_tost
+        if not c.refused:
+            c.verdict = stats.give_verdict(
+                c.t, p, p_tost, margin=margin, detectable=c.detectable, alpha=alpha,
+                higher_is_better=figure == "accuracy",
+                scale=100 if figure == "accuracy" else 1, unit="points" if figure == "accuracy" else "nats",
+            )  # fmt: skip
+    return family
+
+
+def _compare(
+    runs: Mapping[str, Runs], pair: tuple[str, str], seeds: Sequence[int],
+    figure: str, alpha: float, margin: float, family_size: int,
+) -> Comparison:  # fmt: skip
+    arm, baseline = runs.get(pair[0], {}), runs.get(pair[1], {})
+    shared = sorted(set(arm) & set(baseline))
+    out = Comparison(*pair, figure, shared, find_refusals(arm, baseline, seeds, figure))
+    if out.refused:
+        out.verdict = stats.Verdict("refused", "refused: " + "; ".join(out.refused))
+        return out
+    a, b = ([side[s].macro(figure) for s in shared] for side in (arm, baseline))
+    out.differences = [x - y for x, y in zip(a, b, strict=True)]
+    out.t, out.effect = stats.paired_t(a, b, alpha), stats.effect_size(a, b)
+    out.detectable_d, _ = stats.smallest_detectable_d(len(shared), alpha / family_size)
+    out.detectable = out.detectable_d * out.t.std
+    out.tost = stats.tost(a, b, margin)
+    tasks = arm[shared[0]].tasks_Q
+    delta = np.stack([arm[s].column(figure) - baseline[s].column(figure) for s in shared])
+    out.questions = stats.question_level(delta, tasks, alpha)
+    out.bootstrap = stats.bootstrap_two_stage(delta, tasks, alpha)
+    if figure == "accuracy":
+        out.mcnemar = [_mcnemar(s, arm[s].correct_Q, baseline[s].correct_Q) for s in shared]
+    return out
+
+
+def _mcnemar(seed: int, correct_a: np.ndarray, correct_b: np.ndarray) -> dict[str, Any]:
+    only_a, only_b = int(((correct_a > 0) & (correct_b == 0)).sum()), int(((correct_a == 0) & (correct_b > 0)).sum())
+    corrected, exact = stats.mcnemar(only_a, only_b), stats.mcnemar(only_a, only_b, exact=True)
+    return {"seed": seed, "only_arm": only_a, "only_baseline": only_b, "p_corrected": corrected.p, "p_exact": exact.p,
+            "reason": corrected.reason}  # fmt: skip
+
+
+def describe_comparison(c: Comparison) -> dict[str, Any]:
+    """The comparison as plain values for JSON (NaN stays NaN; `collect.write_json` makes it null)."""
+    reasons = {"p": c.t.reason, "hedges_g": c.effect.reason, "tost_p": c.tost.reason,
+               "questions": c.questions.reason, "bootstrap": c.bootstrap.reason}  # fmt: skip
+    out = {
+        "arm": c.arm, "baseline": c.baseline, "figure": c.figure, "seeds": c.seeds, "differences": c.differences,
+        "difference": c.t.difference, "std": c.t.std, "t": c.t.t, "df": c.t.df, "p": c.t.p, "p_holm": c.p_holm,
+        "ci": [c.t.low, c.t.high], "d_z": c.effect.d_z, "hedges_g": c.effect.hedges_g,
+        "smallest_detectable_d_z": c.detectable_d, "smallest_detectable_effect": c.detectable,
+        "tost_p": c.tost.p, "tost_p_holm": c.tost_p_holm, "verdict": c.verdict.word, "sentence": c.verdict.sentence,
+        "refused": c.refused, "reasons": {k: v for k, v in reasons.items() if v},
+        "conditional_on_these_checkpoints": {
+            "question_difference": c.questions.difference, "question_se": c.questions.se,
+            "question_ci": [c.questions.low, c.questions.high],
+            "bootstrap_ci": [c.bootstrap.low, c.bootstrap.high], "mcnemar": c.mcnemar,
+        },
+    }  # fmt: skip
+    if c.refused:
+        out["reasons"] = {"all": "; ".join(c.refused)}
+    return out

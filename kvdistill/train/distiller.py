@@ -1,0 +1,209 @@
+"""Student, aligners and fusion as one module: a batch in, the loss and each of its terms out.
+
+    student(ids) ── captured k, v ──▶ unrotate ──▶ aligner.sources ──┐
+    teacher targets ──▶ time map ──▶ layer map ──▶ standardise ──────┴─▶ distance ─▶ × router weight ─▶ mean over tokens
+
+One module, so that gradients of projectors are averaged over ranks with the student's. It reads no files, runs
+no teacher and knows no optimiser.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kvdistill.align import AlignedKV, MapProjectionAligner
+from kvdistill.core.kv import KV
+from kvdistill.core.maps import SparseMap
+from kvdistill.core.recipe import ArmRecipe
+from kvdistill.core.targets import TeacherTargets
+from kvdistill.fuse import Fusion, fuse_caches
+from kvdistill.losses import build_distance, cross_entropy, logit_distillation, masked_token_mean, prediction_mask
+from kvdistill.models import capture_kv, positions_from_mask, unrotate_keys
+from kvdistill.batches import CE_SEGMENTS
+
+
+@dataclass
+class DistillOutput:
+    """loss: scalar with graph. terms: name -> (raw value, weight it entered the loss with), detached.
+
+    weights: router weights [N, L or 1, B, T or 1], or None for arms without teachers.
+    """
+
+    loss: Tensor
+    terms: dict[str, tuple[Tensor, float]] = field(default_factory=dict)
+    weights: Tensor | None = None
+
+
+class Distiller(nn.Module):
+    """student: a causal model. aligners, fusion: of the arm's teachers; None for an arm without any."""
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        arm: ArmRecipe | None = None,
+        aligners: Mapping[str, MapProjectionAligner] | None = None,
+        fusion: Fusion | None = None,
+        student_layers: Sequence[int] = (),
+        frames: Mapping[str, Callable[[KV], KV]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.arm = arm
+        self.teachers = list(arm.teachers) if arm is not None else []
+        self.fusion = fusion
+        self.student_layers = list(student_layers)
+        self._frames = dict(frames or {})
+        # teacher names may hold dots, module names may not: aligners go by the teacher's number
+        self.aligners = nn.ModuleDict({str(self.teachers.index(n)): a for n, a in (aligners or {}).items()})
+        self._distance = build_distance(arm.loss) if arm is not None and arm.needs_kv else None
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        segments: Tensor,
+        counts: Tensor,
+        kv_weight: float = 0.0,
+        targets: Mapping[str, TeacherTargets] | None = None,
+        maps: Mapping[str, SparseMap] | None = None,
+        kv_masks: Mapping[str, Tensor] | None = None,
+        **_unused: Any,
+    ) -> DistillOutput:
+        """input_ids, segments [B, T], right-padded. counts: what each term's sum is divided by (`token_counts`)."""
+        arm = self.arm
+        mask_BT = segments > 0
+        needs_kv = arm is not None and arm.needs_kv
+        logits_BTV, kv = self._run_student(input_ids, mask_BT, capture=needs_kv)
+        codes = CE_SEGMENTS[arm.loss.ce_on if arm is not None else "reasoning+answer"]
+        supervised_BT = torch.isin(segments, torch.tensor(codes, device=segments.device))
+        ce = cross_entropy(logits_BTV, input_ids, supervised_BT, counts[0])
+        ce_weight = arm.loss.ce_weight if arm is not None else 1.0
+        out = DistillOutput(loss=ce_weight * ce, terms={"ce": (ce.detach(), ce_weight)})
+        if arm is None or not (needs_kv or arm.needs_logits):
+            return out
+        targets = targets or {}
+        sources = {n: self._aligner(n).sources(kv) for n in self.teachers} if needs_kv else {}
+        out.weights = self.router_weights(targets, sources, mask_BT)
+        if needs_kv:
+            aligned = {n: self._target_channels(n, targets[n].kv, (maps or {}).get(n)) for n in self.teachers}
+            self._add_kv_terms(out, sources, aligned, kv_masks or {}, counts, kv_weight)
+        if arm.needs_logits:
+            self._add_logit_terms(out, logits_BTV, targets, supervised_BT, counts[0])
+        return out
+
+    @torch.no_grad()
+    def cross_entropy_only(self, input_ids: Tensor, segments: Tensor, counts: Tensor) -> Tensor:
+        """Cross-entropy of a batch without any teacher: what learning curves compare train and validation by."""
+        logits_BTV, _ = self._run_student(input_ids, segments > 0, capture=False)
+        codes = CE_SEGMENTS[self.arm.loss.ce_on if self.arm is not None else "reasoning+answer"]
+        supervised_BT = torch.isin(segments, torch.tensor(codes, device=segments.device))
+        return cross_entropy(logits_BTV, input_ids, supervised_BT, counts[0])
+
+    @torch.no_grad()
+    def match(
+        self, input_ids: Tensor, segments: Tensor, target: KV, name: str, time: SparseMap | None
+    ) -> tuple[AlignedKV, AlignedKV]:
+        """Student and teacher `name` in the space they meet in, for match figures: two [L, B, T, C] pairs."""
+        _, kv = self._run_student(input_ids, segments > 0, capture=True)
+        assert kv is not None
+        return self._aligner(name).sources(kv), self._target_channels(name, target, time)
+
+    def _target_channels(self, name: str, kv: KV | None, time: SparseMap | None) -> AlignedKV:
+        assert kv is not None
+        return self._aligner(name).targets(self._frames[name](kv) if name in self._frames else kv, time)[0]
+
+    def _aligner(self, name: str) -> MapProjectionAligner:
+        return self.aligners[str(self.teachers.index(name))]  # type: ignore[return-value]
+
+    def _run_student(self, input_ids: Tensor, mask_BT: Tensor, *, capture: bool) -> tuple[Tensor, KV | None]:
+        positions_BT = positions_from_mask(mask_BT)
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": mask_BT.long(),
+            "position_ids": positions_BT,
+            "use_cache": False,
+        }
+        if not capture:
+            return self.student(**inputs).logits, None
+        with capture_kv(self.student, layers=self.student_layers) as captured:
+            logits_BTV = self.student(**inputs).logits
+        kv = captured.kv(mask_BT, positions_BT)
+        assert self.arm is not None
+        return logits_BTV, kv if self.arm.align.keys == "rotated" else unrotate_keys(kv, self.student)
+
+    def router_weights(
+        self, targets: Mapping[str, TeacherTargets], sources: Mapping[str, AlignedKV], mask_BT: Tensor
+    ) -> Tensor:
+        """Weight of each teacher, [N, L or 1, B, T or 1], without gradient."""
+        assert self.fusion is not None
+        given: dict[str, Any] = {"mask_BT": mask_BT}
+        if "nll_BN" in self.fusion.needs:
+            given["nll_BN"] = torch.stack([targets[n].nll_B for n in self.teachers], dim=1)  # type: ignore[misc]
+        if "query_N_LBTC" in self.fusion.needs:
+            given["query_N_LBTC"] = [self._aligner(n).unstandardised_keys(sources[n]) for n in self.teachers]
+        return self.fusion.weights(mask_BT.shape[0], mask_BT.device, **given)
+
+    def _add_kv_terms(
+        self,
+        out: DistillOutput,
+        sources: Mapping[str, AlignedKV],
+        aligned: Mapping[str, AlignedKV],
+        kv_masks: Mapping[str, Tensor],
+        counts: Tensor,
+        kv_weight: float,
+    ) -> None:
+        assert self.arm is not None and self._distance is not None and out.weights is not None
+        sides = (("k", 0, self.arm.loss.k_weight), ("v", 1, self.arm.loss.v_weight))
+        names = self.teachers
+        weights = {n: out.weights[i] for i, n in enumerate(names)}
+        if self.arm.fuse.fuse_at == "kv":
+            masks = [kv_masks[n] for n in names]
+            for side, place, side_weight in sides:
+                if side_weight == 0:
+                    continue
+                fused, mask_BT = fuse_caches([aligned[n][place] for n in names], masks, out.weights)
+                distance = self._distance(sources[names[0]][place], fused)
+                raw = masked_token_mean(distance, mask_BT, None, counts[1 : 1 + len(names)].max())
+                self._add(out, f"kv/fused/{side}", raw, kv_weight * side_weight)
+            return
+        for number, name in enumerate(names):
+            for side, place, side_weight in sides:
+                if side_weight == 0:
+                    continue
+                distance = self._distance(sources[name][place], aligned[name][place])
+                raw = masked_token_mean(distance, kv_masks[name], weights[name], counts[1 + number])
+                self._add(out, f"kv/{name}/{side}", raw, kv_weight * side_weight)
+
+    def _add_logit_terms(
+        self,
+        out: DistillOutput,
+        logits_BTV: Tensor,
+        targets: Mapping[str, TeacherTargets],
+        supervised_BT: Tensor,
+        num_tokens: Tensor,
+    ) -> None:
+        assert self.arm is not None and out.weights is not None
+        predicts_BT = prediction_mask(supervised_BT)
+        for number, name in enumerate(self.teachers):
+            target = targets[name]
+            weight_BT = out.weights[number].mean(0)  # over layers
+            raw = logit_distillation(
+                logits_BTV,
+                target.topk_index_BSK,
+                target.topk_logprob_BSK,
+                predicts_BT,
+                weight_BT,
+                self.arm.loss.logit_temperature,
+                num_tokens,
+            )
+            self._add(out, f"logit/{name}", raw, self.arm.loss.logit_weight)
+
+    @staticmethod
+    def _add(out: DistillOutput, name: str, raw: Tensor, weight: float) -> None:
+        out.terms[name] = (raw.detach(), weight)
+        out.loss = out.loss + weight * raw

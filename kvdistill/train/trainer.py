@@ -1,0 +1,250 @@
+"""`DistillTrainer`: transformers' Trainer with our loss, our batches, our checkpoints and our log.
+
+What differs from the base class: losses are divided by token counts of the whole optimiser step, over all
+micro-batches and ranks; teachers may run online; each loss term is watched and logged; checkpoints are
+safetensors and JSON (`checkpoint.py`). It knows nothing of recipes' files or of the run folder's layout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+
+from kvdistill.core.files import append_json_line, keep_json_lines
+from kvdistill.core.recipe import ArmRecipe, OptimiserRecipe, TrainRecipe
+from kvdistill.core.runtime import Stopwatch, TrainingStopped
+from kvdistill.core.targets import TeacherTargets
+from kvdistill.fuse.record import RoutingRecord
+from kvdistill.losses import kv_weight_at
+from kvdistill.batches import BatchMaker, ExampleNumbers, FixedOrder, token_counts
+from kvdistill.train.checkpoint import (
+    drop_old_checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    restore_generators,
+    save_checkpoint,
+)
+from kvdistill.train.distiller import Distiller, DistillOutput
+
+SCHEDULES = {"cosine": "cosine_with_min_lr", "linear": "linear", "constant": "constant_with_warmup"}
+TeacherRun = Callable[[Tensor, Tensor], TeacherTargets]
+
+
+def training_arguments(recipe: OptimiserRecipe, folder: Path, *, seed: int, cpu: bool) -> TrainingArguments:
+    """The Trainer's arguments for a recipe's `train` section; everything is written under `folder`."""
+    train = recipe if isinstance(recipe, TrainRecipe) else TrainRecipe(**recipe.model_dump())
+    return TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        max_steps=train.steps,
+        per_device_train_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.accumulation,
+        learning_rate=train.learning_rate,
+        adam_beta1=train.adam_betas[0],
+        adam_beta2=train.adam_betas[1],
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        lr_scheduler_type=SCHEDULES[train.schedule],
+        lr_scheduler_kwargs={"min_lr_rate": train.min_lr_ratio} if train.schedule == "cosine" else None,
+        warmup_steps=train.lr_warmup_steps,
+        bf16=train.bf16,
+        logging_steps=train.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # a NaN stops the run (see compute_loss), it is not averaged away
+        save_strategy="steps",
+        save_steps=train.save_every,
+        save_total_limit=train.keep_checkpoints,
+        report_to=list(train.report_to) or "none",
+        seed=seed,
+        use_cpu=cpu,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=not cpu,
+    )
+
+
+class DistillTrainer(Trainer):
+    """Trains a `Distiller` over a fixed order of examples.
+
+    order: example numbers for the whole training. run_teachers: online teachers by name.
+    on_step(step, trainer): called after every optimiser step (learning curves, progress).
+    """
+
+    def __init__(
+        self,
+        model: Distiller,
+        args: TrainingArguments,
+        batches: BatchMaker,
+        order: Sequence[int],
+        *,
+        arm: ArmRecipe | None = None,
+        run_teachers: Mapping[str, TeacherRun] | None = None,
+        log_file: Path,
+        on_step: Callable[[int, DistillTrainer], None] | None = None,
+    ) -> None:
+        self._order = order
+        self._arm = arm
+        self._run_teachers = dict(run_teachers or {})
+        self._log_file = log_file
+        self._sums: dict[str, list[float]] = {}
+        self._routing = RoutingRecord(model.teachers, max(1, len(model.student_layers))) if model.teachers else None
+        self._clock = Stopwatch()
+        self.seen = torch.zeros(2, dtype=torch.float64)  # real tokens, loss tokens
+        callbacks: list[TrainerCallback] = [_StepCallback(on_step, self)] if on_step else []
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=ExampleNumbers(len(batches.examples)),
+            data_collator=batches,
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)  # progress is ours to show
+        self.loss_is_scaled_for_ga = True  # sums are divided by the counts of the whole step
+
+    # -- data ---------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return FixedOrder(self._order)
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor]:
+        """The micro-batches of one optimiser step, and the token counts its losses are divided by."""
+        batches: list[Any] = []
+        for _ in range(num_batches):
+            batch = next(epoch_iterator, None)
+            if batch is not None:
+                batches.append(batch)
+        if not batches:
+            return batches, torch.ones(1)
+        counts = torch.stack([token_counts(batch, self._arm) for batch in batches]).sum(0)
+        real = torch.stack([(batch["segments"] > 0).sum() for batch in batches]).sum()
+        both = torch.cat([real[None].to(counts), counts]).to(device=device, dtype=torch.float32)
+        if self.args.world_size > 1:
+            both = self.accelerator.gather(both[None]).sum(0)
+        self.seen += both[:2].double().cpu()
+        return batches, both[1:].clamp_min(1.0)
+
+    # -- loss ---------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if self._run_teachers:
+            ids = inputs.pop("teacher_ids", inputs["input_ids"])
+            segments = inputs.pop("teacher_segments", inputs["segments"])
+            inputs["targets"] = {name: run(ids, segments) for name, run in self._run_teachers.items()}
+        kv_weight = 0.0
+        if self._arm is not None and self._arm.needs_kv:
+            loss_recipe = self._arm.loss
+            kv_weight = kv_weight_at(
+                self.state.global_step, self.args.max_steps, loss_recipe.kv_weight, loss_recipe.kv_warmup
+            )
+        out: DistillOutput = model(**inputs, counts=num_items_in_batch, kv_weight=kv_weight)
+        self._watch(out)
+        if self._routing is not None and out.weights is not None:
+            self._routing.add(out.weights, inputs["segments"] > 0, inputs["tasks"])
+        loss = out.loss * self.args.world_size  # ranks are averaged, counts are global
+        return (loss, out) if return_outputs else loss
+
+    def _watch(self, out: DistillOutput) -> None:
+        """Stop at the first loss that is not a number, naming the term; keep sums for the log."""
+        values = torch.stack([raw.float() for raw, _ in out.terms.values()]).tolist()
+        for (name, (_, weight)), value in zip(out.terms.items(), values, strict=True):
+            if value != value or value in (float("inf"), float("-inf")):
+                raise TrainingStopped(
+                    f"loss term {name!r} became {value} at step {self.state.global_step + 1}; "
+                    "the last good checkpoint is kept",
+                    place=str(self._log_file.parent),
+                    fix="lower train.learning_rate or loss.kv_weight, or look at this term's teacher; then run again",
+                )
+            sums = self._sums.setdefault(name, [0.0, 0.0, 0.0])
+            sums[0] += value
+            sums[1] = weight
+            sums[2] += weight * value
+
+    # -- log ----------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """One row in log.jsonl: the step's means over the window, each term raw and weighted, and the routing."""
+        if "loss" in logs and self.is_world_process_zero():
+            steps = max(1, self.state.global_step - self._last_logged)
+            terms = {
+                name: {"raw": raw / steps, "weight": weight, "weighted": weighted / steps}
+                for name, (raw, weight, weighted) in self._sums.items()
+            }
+            row: dict[str, Any] = {
+                "step": self.state.global_step,
+                "loss": logs["loss"],
+                "lr": logs.get("learning_rate"),
+                "grad_norm": logs.get("grad_norm"),
+                "terms": terms,
+                "tokens": int(self.seen[0]),
+                "seconds": round(self._clock.wall_s(), 3),
+            }
+            if self._routing is not None:
+                row["routing"] = self._routing.row()
+            append_json_line(self._log_file, row)
+            for name, term in terms.items():
+                logs[f"{name}/raw"], logs[f"{name}/weighted"] = term["raw"], term["weighted"]
+            self._sums = {}
+            self._last_logged = self.state.global_step
+        super().log(logs, start_time)
+
+    _last_logged = 0
+
+    # -- checkpoints --------------------------------------------------------------------------
+
+    def resume_or_start(self) -> int:
+        """Train to the end, from the newest good checkpoint if there is one. Returns the step it started from."""
+        found = newest_checkpoint(Path(self.args.output_dir))
+        start = int(found.name.rsplit("-", 1)[1]) if found else 0
+        keep_json_lines(self._log_file, lambda row: row["step"] <= start)
+        self._last_logged = start
+        self.train(resume_from_checkpoint=str(found) if found else None)
+        return start
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.is_world_process_zero():
+            root = Path(self.args.output_dir)
+            save_checkpoint(
+                root / f"checkpoint-{self.state.global_step}",
+                self.accelerator.unwrap_model(self.model),
+                self.optimizer.optimizer if hasattr(self.optimizer, "optimizer") else self.optimizer,
+                self.lr_scheduler,
+                {"seen": self.seen.tolist(), "sums": self._sums, "last_logged": self._last_logged},
+                json.dumps(dataclasses.asdict(self.state), default=str),
+            )
+            drop_old_checkpoints(root, self.args.save_total_limit or 2)
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        state = load_checkpoint(Path(resume_from_checkpoint), self.model)
+        self.seen = torch.tensor(state["seen"], dtype=torch.float64)
+        self._sums = {name: list(values) for name, values in state["sums"].items()}
+        self._last_logged = state["last_logged"]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            optimizer = self.optimizer.optimizer if hasattr(self.optimizer, "optimizer") else self.optimizer
+            load_checkpoint(Path(checkpoint), self.model, optimizer, self.lr_scheduler)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            restore_generators(Path(checkpoint))
+
+
+class _StepCallback(TrainerCallback):
+    def __init__(self, on_step: Callable[[int, DistillTrainer], None], trainer: DistillTrainer) -> None:
+        self._on_step, self._trainer = on_step, trainer
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._on_step(state.global_step, self._trainer)

@@ -1,0 +1,178 @@
+"""Jobs side by side on one machine: worker processes that start once, do one job after another, and end with us.
+
+A job is (verb, arguments); `VERBS` says which stage function it is. Workers import torch once (2-6 s), hold the
+thread count they were given, report progress through a queue, and end by themselves when the parent is gone,
+so that a killed study never leaves a writer behind.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvdistill.core.errors import KVDistillError, TrainingStopped
+from kvdistill.core.progress import Progress
+
+_QUEUE: Any = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """verb and arguments of one stage call; `cost` in any unit, for the ETA; `name` for people."""
+
+    name: str
+    verb: str
+    arguments: tuple[Any, ...]
+    cost: float
+
+
+def num_workers(asked: int, num_jobs: int, device: str) -> int:
+    """How many workers: as asked, else one per GPU, else one per usable core; never more than jobs."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    if device.startswith("cuda") or (device == "auto" and Path("/dev/nvidia0").exists()):
+        available = max(1, len(list(Path("/dev").glob("nvidia[0-9]*"))))
+    return max(1, min(asked or available, num_jobs))
+
+
+class Workers:
+    """A pool that runs waves of jobs. Use as a context manager."""
+
+    def __init__(self, workers: int, threads: int) -> None:
+        self._context = multiprocessing.get_context("spawn")
+        self._queue = self._context.Queue()
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # read by the children when they import torch
+            if threads > 0:
+                os.environ.setdefault(name, str(threads))
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self._pool = ProcessPoolExecutor(
+            workers, mp_context=self._context, initializer=_start_worker, initargs=(self._queue, threads, os.getpid())
+        )
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is None:
+            self._pool.shutdown(wait=True)
+            return
+        processes = list((self._pool._processes or {}).values())
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join(5)
+
+    def run(self, jobs: Sequence[Job], progress: Progress, what: str) -> None:
+        """All jobs, most costly first where order is free; the first error stops the rest and is raised."""
+        total = sum(job.cost for job in jobs)
+        done = {job.name: 0.0 for job in jobs}
+        futures: dict[Future[Any], Job] = {
+            self._pool.submit(_do, job.verb, job.name, job.arguments): job for job in jobs
+        }
+        pending = set(futures)
+        costs = {job.name: job.cost for job in jobs}
+        progress(what, 0.0, total)
+        while pending:
+            finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+            while not self._queue.empty():
+                name, share = self._queue.get()
+                if name in costs:
+                    done[name] = max(done[name], share * costs[name])
+            for future in finished:
+                try:
+                    future.result()
+                except BrokenProcessPool:
+                    raise TrainingStopped(
+                        "a worker process was ended from outside (out of memory?)",
+                        place=futures[future].name,
+                        fix="lower hardware.workers or batch sizes, then give the same command again: it goes on where it stopped",
+                    ) from None
+                done[futures[future].name] = futures[future].cost
+            progress(what, sum(done.values()), total)
+
+
+def _start_worker(queue: Any, threads: int, parent: int) -> None:
+    global _QUEUE
+    _QUEUE = queue
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle: it ends us
+    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
+    from kvdistill.core.runtime import quiet_libraries, set_threads
+
+    set_threads(threads)
+    quiet_libraries()
+
+
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)
+
+
+def _do(verb: str, name: str, arguments: tuple[Any, ...]) -> None:
+    last = [0.0]
+
+    def report(what: str, done: float, total: float) -> None:
+        now = time.monotonic()
+        if now - last[0] > 0.2 and total:
+            last[0] = now
+            _QUEUE.put((name, done / total))
+
+    try:
+        stage_function(verb)(*arguments, progress=report)
+    except KVDistillError:
+        raise
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc(file=sys.stderr)
+        raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from None
+
+
+def stage_function(verb: str) -> Callable[..., Any]:
+    """The stage behind a verb, imported when it is first needed."""
+    if verb == "prepare":
+        from kvdistill.prepare import prepare
+
+        return prepare
+    if verb == "train_teacher":
+        from kvdistill.train import train_teacher
+
+        return train_teacher
+    if verb == "capture":
+        from kvdistill.capture import capture
+
+        return capture
+    if verb == "fit":
+        from kvdistill.fit import fit
+
+        return fit
+    if verb == "train_student":
+        from kvdistill.train import train_student
+
+        return train_student
+    if verb == "evaluate":
+        from kvdistill.evaluate import evaluate
+
+        return evaluate
+    if verb == "student":
+        return _train_and_evaluate
+    raise ValueError(verb)
+
+
+def _train_and_evaluate(recipe: Any, run: Path, arm: str, seed: int, progress: Progress) -> None:
+    stage_function("train_student")(
+        recipe, run, arm, seed, progress=lambda what, done, total: progress(what, 0.95 * done, total)
+    )
+    stage_function("evaluate")(
+        recipe, run, arm, seed, progress=lambda what, done, total: progress(what, 0.95 * total + 0.05 * done, total)
+    )

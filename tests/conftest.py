@@ -1,0 +1,34 @@
+"""Fixtures that several tests share: where the real data is, and what must not be skipped."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def is_required(what: str) -> bool:
+    """Whether KVDISTILL_REQUIRE (comma-separated: data, chromium, slurm) names it: then it may not be skipped."""
+    return what in os.environ.get("KVDISTILL_REQUIRE", "").split(",")
+
+
+def skip_or_fail(what: str, reason: str) -> None:
+    if is_required(what):
+        pytest.fail(f"{what} is required here, but {reason}")
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """Folder with real rows and tokenizers (KVDISTILL_DATA, default ../shared/data beside the repository)."""
+    folder = Path(os.environ.get("KVDISTILL_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not (folder / "gsm8k").is_dir():
+        skip_or_fail("data", "there is no real data (set KVDISTILL_DATA)")
+    return folder

@@ -1,0 +1,160 @@
+"""Writes a synthetic run folder, as the other stages would leave it, for the report's tests. No torch, no models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvdistill.core.recipe import Recipe
+
+TASKS = ("chain", "product")
+TEACHERS = ("adds", "multiplies")
+# arm -> (changes to the recipe, accuracy per task)
+ARMS: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
+    "competence": ({"fuse": {"fusion_strategy": "competence"}}, (0.96, 0.66)),
+    "fixed": ({}, (0.90, 0.51)),
+    "teacher-adds": ({"teachers": ["adds"]}, (0.83, 0.20)),
+    "logits": ({"loss": {"kv_weight": 0.0, "logit_weight": 1.0}}, (0.81, 0.22)),
+    "placebo": ({"placebo": True}, (0.72, 0.23)),
+    "ce": ({"teachers": []}, (0.75, 0.22)),
+}
+COMPARISONS = [["competence", "ce"], ["fixed", "ce"], ["competence", "fixed"], ["placebo", "ce"]]
+
+
+def make_recipe(arms: dict[str, Any] | None = None, **changes: Any) -> Recipe:
+    scratch = {"scratch": {}}
+    return Recipe.model_validate(
+        {
+            "name": "two-teachers",
+            "title": "Two teachers, one student: chains and products",
+            "data": {"tasks": [{"name": t} for t in TASKS]},
+            "teachers": [{"name": n, "train_on": [t], **scratch} for n, t in zip(TEACHERS, TASKS, strict=True)],
+            "student": scratch,
+            "arms": arms if arms is not None else {name: spec for name, (spec, _) in ARMS.items()},
+            "report": {"comparisons": COMPARISONS},
+            **changes,
+        }
+    )
+
+
+def short_hash(*words: object) -> str:
+    return hashlib.sha256("\x1f".join(map(str, words)).encode()).hexdigest()[:16]
+
+
+def make_records(arm: str, seed: int, accuracy: tuple[float, ...], questions: int) -> list[dict[str, Any]]:
+    """Questions have a difficulty of their own, runs a luck of their own."""
+    rng = np.random.default_rng(int(short_hash(arm, seed), 16) % 2**32)
+    luck = rng.normal(0, 0.02)
+    rows = []
+    for task, share in zip(TASKS, accuracy, strict=True):
+        hard = np.random.default_rng(len(task)).random(questions)
+        for i in range(questions):
+            chance = share + luck
+            correct = bool(0.6 * hard[i] + 0.4 * rng.random() < chance * (0.4 + 0.6 * chance) + 0.0)
+            gold = str(17 + i)
+            rows.append({"arm": arm, "seed": seed, "task": task, "id": f"{task}-{i:04d}", "style": "cot",
+                         "doc_hash": short_hash(task, i), "prompt_hash": short_hash("prompt", task, i),
+                         "prediction": f"{i} + 17 = {gold}\n#### {gold}" if correct else f"{i} + 17 = {gold}1",
+                         "gold": gold, "correct": correct, "nll": float(1.4 - share - luck + 0.3 * hard[i]),
+                         "tokens_out": int(14 + 9 * hard[i]), "seconds": 0.01})  # fmt: skip
+    return rows
+
+
+def make_log(arm: str, seed: int, accuracy: tuple[float, ...], spec: dict[str, Any], steps: int = 800) -> list[Any]:
+    rng = np.random.default_rng(int(short_hash("log", arm, seed), 16) % 2**32)
+    teachers = spec.get("teachers", list(TEACHERS)) if spec.get("loss", {}).get("kv_weight", 1) else []
+    rows: list[Any] = []
+    for step in range(20, steps + 1, 20):
+        done = step / steps
+        kv = 0.25 + 0.9 * math.exp(-4 * done) + 0.01 * rng.normal()
+        ce = 0.3 + 1.8 * math.exp(-5 * done) + 0.02 * rng.normal()
+        terms = {"ce": {"raw": ce, "weight": 1.0, "weighted": ce}}
+        for t in teachers:
+            terms |= {f"kv/{t}/{p}": {"raw": kv, "weight": 10.0, "weighted": 10 * kv} for p in "kv"}
+        row = {"step": step, "loss": ce, "lr": 2e-3, "grad_norm": 0.7, "terms": terms, "tokens": 900 * step,
+               "seconds": 0.05 * step}  # fmt: skip
+        if len(teachers) > 1:
+            own = 0.5 + (0.45 * done if "fuse" in spec else 0.0)
+            weights = {"adds": own, "multiplies": 1 - own}
+            row["routing"] = {"mean": {"adds": 0.5, "multiplies": 0.5}, "entropy": 0.6,
+                              "by_task": {"chain": weights, "product": {"adds": 1 - own, "multiplies": own}},
+                              "by_layer": [{"adds": 0.5, "multiplies": 0.5}, {"adds": 0.47, "multiplies": 0.53}]}  # fmt: skip
+        rows.append(row)
+        if step % 100 == 0:
+            by_task = {
+                t: a * (1 - math.exp(-4 * done)) + 0.01 * rng.normal() for t, a in zip(TASKS, accuracy, strict=True)
+            }
+            rows.append({"step": step, "train": {"ce": ce, "kv_loss": kv if teachers else None},
+                         "val": {"kv_loss": 1.1 * kv if teachers else None, "ce": ce + 0.1 * done, "nll": ce,
+                                 "accuracy": sum(by_task.values()) / len(by_task),
+                                 "accuracy_by_task": by_task}})  # fmt: skip
+    return rows
+
+
+def make_ledger(seed: int, spec: dict[str, Any]) -> dict[str, Any]:
+    teachers = spec.get("teachers", list(TEACHERS))
+    return {
+        "optimiser_steps": 800, "tokens_nonpadding": 712_345, "tokens_loss": 512_345,
+        "flops": {"student_forward": 2.1e11, "student_backward": 4.2e11,
+                  "teachers": {t: 3.3e11 for t in teachers}, "aligner": 2e9 * len(teachers)},
+        "seconds": 41.2 + 9 * len(teachers), "cpu_seconds": 40.9 + 9 * len(teachers), "peak_memory_bytes": 512 * 2**20,
+        "data_fingerprint": "d0", "init_fingerprint": f"i{seed}", "order_fingerprint": f"o{seed}",
+    }  # fmt: skip
+
+
+def make_match(spec: dict[str, Any]) -> dict[str, Any]:
+    teachers = spec.get("teachers", list(TEACHERS)) if spec.get("loss", {}).get("kv_weight", 1) else []
+    if spec.get("placebo"):
+        k = {"r2": 0.02, "centred_cosine": 0.11, "retrieval_top1": 0.03, "cosine": 0.93}
+    else:
+        k = {"r2": 0.71, "centred_cosine": 0.84, "retrieval_top1": 0.62, "cosine": 0.97}
+    v = {key: value * 0.9 for key, value in k.items()}
+    return {t: {"k": k, "v": v, "by_layer": []} for t in teachers}
+
+
+def write_lines(path: Path, rows: list[Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_object(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def write_run(
+    run: Path,
+    recipe: Recipe | None = None,
+    *,
+    questions: int = 60,
+    accuracy: dict[str, tuple[float, float]] | None = None,
+) -> Recipe:
+    """A complete run folder of the recipe's arms; accuracies default to those of ARMS (0.5 for unknown arms)."""
+    recipe = recipe or make_recipe()
+    for arm, spec in recipe.arms.items():
+        shares = (accuracy or {}).get(arm) or ARMS.get(arm, ({}, (0.5, 0.5)))[1]
+        for seed in recipe.seeds:
+            folder = run / "arms" / arm / f"seed-{seed}"
+            write_lines(folder / "records.jsonl", make_records(arm, seed, shares, questions))
+            write_lines(folder / "log.jsonl", make_log(arm, seed, shares, spec))
+            write_object(folder / "ledger.json", make_ledger(seed, spec))
+            if match := make_match(spec):
+                write_object(folder / "match.json", match)
+    for teacher, task in zip(TEACHERS, TASKS, strict=True):
+        by_task = {t: 0.97 if t == task else 0.02 for t in TASKS}
+        write_object(
+            run / "teachers" / teacher / "report.json", {"accuracy_by_task": by_task, "steps": 700, "seconds": 58.0}
+        )
+    counts = {t: {"train": 1500, "val": 100, "test": questions} for t in TASKS}
+    write_object(run / "data" / "manifest.json", {"counts": counts, "too_long": 0, "fingerprint": short_hash("rows"),
+                 "tokenizer_fingerprint": short_hash("tokenizer"), "sources": {t: "built in" for t in TASKS}})  # fmt: skip
+    write_object(run / "data" / "validation_report.json", {"leaks": [], "checked": {"train-test": 6000}})
+    write_object(run / "provenance.json", {"recipe_sha256": short_hash("r"), "versions": {"torch": "2.13", "python": "3.11"},
+                 "machine": {"cpu": "2 cores", "gpu": None}, "command": "kvdistill study run recipe.yaml",
+                 "started": "2026-01-01T10:00:00Z", "finished": "2026-01-01T10:21:00Z"})  # fmt: skip
+    return recipe

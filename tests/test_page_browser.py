@@ -1,0 +1,173 @@
+"""The report's page in a real browser: no errors, no requests, no overflow on a phone, nothing hostile comes alive.
+
+Speaks the DevTools protocol over Chromium's own pipe, so that nothing but Chromium itself is needed.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_factory import make_recipe, write_lines, write_run
+
+from kvdistill.report import report
+
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
+    "--remote-debugging-pipe", "about:blank",
+)  # fmt: skip
+HOSTILE = '<script>document.title="owned"<b>\x1b[31m\u202eevil'
+
+
+def find_chromium() -> str:
+    found = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
+    if found is None:
+        reason = "no chromium on PATH"
+        if "chromium" in os.environ.get("KVDISTILL_REQUIRE", ""):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return found
+
+
+class Browser:
+    """One tab. `call` sends a command and returns its result; every event on the way is kept in `events`."""
+
+    def __init__(self, binary: str, profile: Path) -> None:
+        to_child, self._out = os.pipe()
+        self._in, from_child = os.pipe()
+        moved = [os.dup(to_child), os.dup(from_child)]  # Chromium reads fd 3 and writes fd 4
+        script = f'exec 3<&{moved[0]} 4>&{moved[1]}; exec "$0" "$@"'
+        command = ["bash", "-c", script, binary, f"--user-data-dir={profile}", *FLAGS]
+        self.process = subprocess.Popen(command, pass_fds=moved, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        for fd in (*moved, to_child, from_child):
+            os.close(fd)
+        self.events: list[dict[str, Any]] = []
+        self._rest, self._next, self._session = b"", 0, None
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        self._next += 1
+        message = {"id": self._next, "method": method, "params": params}
+        if self._session:
+            message["sessionId"] = self._session
+        os.write(self._out, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._read()
+            if answer.get("id") == self._next:
+                assert "error" not in answer, answer
+                return answer["result"]
+            self.events.append(answer)
+
+    def _read(self) -> dict[str, Any]:
+        while b"\0" not in self._rest:
+            chunk = os.read(self._in, 1 << 16)
+            assert chunk, "chromium went away"
+            self._rest += chunk
+        line, self._rest = self._rest.split(b"\0", 1)
+        return json.loads(line)
+
+    def open(self, page: Path, width: int, height: int = 800, *, dark: bool = False) -> None:
+        """Load a page at a device width and wait until it has fired `load`."""
+        scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+        self.call("Emulation.setEmulatedMedia", features=scheme)
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+        )
+        self.events.clear()
+        self.call("Page.navigate", url=page.as_uri())
+        while not any(e.get("method") == "Page.loadEventFired" for e in self.events):
+            self.events.append(self._read())
+
+    def evaluate(self, expression: str) -> Any:
+        return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+
+    def screenshot(self, path: Path) -> None:
+        answer = self.call("Page.captureScreenshot", captureBeyondViewport=True)
+        path.write_bytes(base64.b64decode(answer["data"]))
+
+    def print_pdf(self, path: Path) -> None:
+        answer = self.call("Page.printToPDF", preferCSSPageSize=True, printBackground=True)
+        path.write_bytes(base64.b64decode(answer["data"]))
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait(20)
+        os.close(self._out)
+        os.close(self._in)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    found = Browser(find_chromium(), tmp_path_factory.mktemp("chromium"))
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report with hostile names, ids and predictions, and words too long for any screen."""
+    run = tmp_path_factory.mktemp("run")
+    long = "w" * 300
+    recipe = make_recipe(
+        {"competence": {}, "ce": {"teachers": []}, HOSTILE: {"teachers": []}},
+        title=f"A {HOSTILE} title", report={"comparisons": [["competence", "ce"], [HOSTILE, "ce"]]},
+    )  # fmt: skip
+    write_run(run, recipe, questions=12)
+    for path in run.glob("arms/*/seed-*/records.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [
+            {**r, "id": f"{HOSTILE}{i}", "prediction": f"{HOSTILE}</pre>{long}", "gold": long}
+            for i, r in enumerate(rows)
+        ]
+        write_lines(path, rows)
+    return report(recipe, run)
+
+
+def test_no_errors_and_no_requests(browser: Browser, page: Path) -> None:
+    browser.open(page, 900)
+    events = browser.events
+    assert [
+        e for e in events if e["method"] in ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled")
+    ] == []
+    urls = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    assert any(u.startswith("file:") for u in urls)
+    assert [u for u in urls if not u.startswith(("file:", "data:"))] == []
+    assert [u for u in urls if u.startswith("file:")] == [page.as_uri()]
+
+
+def test_pictures_are_drawn_and_hostile_text_stays_text(browser: Browser, page: Path) -> None:
+    browser.open(page, 900)
+    assert browser.evaluate("[...document.images].length") >= 5
+    assert browser.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
+    assert browser.evaluate("document.scripts.length") == 0
+    assert browser.evaluate("document.title") != "owned"
+    text = browser.evaluate("document.body.textContent")
+    assert "␛" in text and "⟨U+202E⟩" in text and not {"\x1b", "\u202e"} & set(text)
+
+
+@pytest.mark.parametrize("width", [320, 390, 900, 1400])
+@pytest.mark.parametrize("dark", [False, True])
+def test_no_horizontal_overflow(browser: Browser, page: Path, width: int, dark: bool) -> None:
+    browser.open(page, width, dark=dark)
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    assert browser.evaluate("document.body.getBoundingClientRect().width") <= width
+    # nothing outside the scrolling boxes sticks out either
+    wide = f"[...document.querySelectorAll('main *')].filter(e => !e.closest('.scroll') && e.getBoundingClientRect().right > {width} + 1).length"  # noqa: E501
+    assert browser.evaluate(wide) == 0
+
+
+def test_prints(browser: Browser, page: Path, tmp_path: Path) -> None:
+    browser.open(page, 900)
+    browser.print_pdf(tmp_path / "report.pdf")
+    assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF-")
