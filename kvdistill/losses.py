@@ -41,7 +41,7 @@ class _MeanSquare(torch.autograd.Function):
     """mean over C of (source - target)^2, keeping only the difference for the backward pass.
 
     The norm kernel reads the difference once and writes no [..., C] square; backward is one product.
-    Four times faster than `((s - t) ** 2).mean(-1)` on a CPU, forward and backward together.
+    Two to five times faster than `((s - t) ** 2).mean(-1)` on a CPU, forward and backward together.
     """
 
     @staticmethod
@@ -161,7 +161,7 @@ class MercatorKVLoss(AbstractKVDistance):
     def _distance(self, source: Tensor, target: Tensor) -> Tensor:
         dtype = _accumulation_dtype(source, target)
         source, target = source.to(dtype), target.to(dtype)
-        # Three products and their sums: a fifth of the time of F.cosine_similarity and two norms.
+        # Three products and their sums: a quarter of the time of F.cosine_similarity and two norms.
         source_square = _channel_mean(source * source) + NORM_FLOOR_SQUARED
         target_square = _channel_mean(target * target) + NORM_FLOOR_SQUARED
         # two roots, not the root of the product: 1e-16 is a subnormal away from what fp32 holds

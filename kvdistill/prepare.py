@@ -223,7 +223,7 @@ def _fingerprints(encoded: Encoded) -> dict[str, str]:
 def _describe_tokenizer(
     data: DataRecipe, tokenizer: PreTrainedTokenizerFast, id_map: dict[int, int] | None, encoded: Encoded
 ) -> dict[str, Any]:
-    unk = tokenizer.unk_token_id
+    unk = None if tokenizer.unk_token == tokenizer.eos_token else tokenizer.unk_token_id  # GPT-2: one token for all
     return {
         "name": data.tokenizer,
         "fingerprint": fingerprint_tokenizer(tokenizer),

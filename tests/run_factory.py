@@ -83,7 +83,8 @@ def make_log(arm: str, seed: int, accuracy: tuple[float, ...], spec: dict[str, A
             weights = {"adds": own, "multiplies": 1 - own}
             row["routing"] = {"mean": {"adds": 0.5, "multiplies": 0.5}, "entropy": 0.6,
                               "by_task": {"chain": weights, "product": {"adds": 1 - own, "multiplies": own}},
-                              "by_layer": [{"adds": 0.5, "multiplies": 0.5}, {"adds": 0.47, "multiplies": 0.53}]}  # fmt: skip
+                              "by_layer": [{"adds": 0.5, "multiplies": 0.5},
+                                           {"adds": 0.47, "multiplies": 0.53}]}  # fmt: skip
         rows.append(row)
         if step % 100 == 0:
             by_task = {
@@ -152,9 +153,11 @@ def write_run(
         )
     counts = {t: {"train": 1500, "val": 100, "test": questions} for t in TASKS}
     write_object(run / "data" / "manifest.json", {"counts": counts, "too_long": 0, "fingerprint": short_hash("rows"),
-                 "tokenizer_fingerprint": short_hash("tokenizer"), "sources": {t: "built in" for t in TASKS}})  # fmt: skip
+                 "tokenizer_fingerprint": short_hash("tokenizer"),
+                 "sources": {t: "built in" for t in TASKS}})  # fmt: skip
     write_object(run / "data" / "validation_report.json", {"leaks": [], "checked": {"train-test": 6000}})
-    write_object(run / "provenance.json", {"recipe_sha256": short_hash("r"), "versions": {"torch": "2.13", "python": "3.11"},
+    write_object(run / "provenance.json", {"recipe_sha256": short_hash("r"),
+                 "versions": {"torch": "2.13", "python": "3.11"},
                  "machine": {"cpu": "2 cores", "gpu": None}, "command": "kvdistill study run recipe.yaml",
                  "started": "2026-01-01T10:00:00Z", "finished": "2026-01-01T10:21:00Z"})  # fmt: skip
     return recipe

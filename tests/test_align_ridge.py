@@ -95,5 +95,5 @@ def test_wrong_use_says_so():
         fit.solve(0.1)
     with pytest.raises(AlignmentError, match="7 -> 4 channels"):
         fit.update(torch.zeros(L, 3, O), torch.zeros(L, 3, I), torch.ones(3, dtype=torch.bool))
-    with pytest.raises(RecipeError, match="l2 = 0.0"):
+    with pytest.raises(RecipeError, match=r"l2 = 0\.0"):
         fit.solve(0.0)

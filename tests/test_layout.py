@@ -33,6 +33,7 @@ RANKS = {
     "study": 4,
     "workers": 4,
     "cli": 5,
+    "__main__": 6,
     "__init__": 6,
 }
 # a room may look into its neighbour where the neighbour is its own foundation, said in docs/design.md

@@ -269,6 +269,24 @@ def test_student_and_two_teachers_at_once():
     assert kvs[0].keys[0].requires_grad and not kvs[1].keys[0].requires_grad
 
 
+def test_two_captures_of_one_model_stop_where_the_inner_one_says():
+    model = tiny_model()
+    ids, mask = padded_batch()
+    reached = []
+    with torch.no_grad(), capture_kv(model, layers=[0, 2]) as outer:
+        with capture_kv(model, layers=[1], stop_early=True) as inner:
+            model(**inputs(ids, mask))
+        reached.append(1)
+        assert inner.kv(mask).layers == (1,)
+        with pytest.raises(ModelError, match="layer 2 recorded no keys"):
+            outer.kv(mask)
+    with torch.no_grad(), capture_kv(model, layers=[1], stop_early=True) as outer:
+        with capture_kv(model, layers=[0, 1, 2]):
+            model(**inputs(ids, mask))
+        reached.append(2)  # the outer capture's stop passes through the inner one
+    assert reached == [1] and outer.kv(mask).num_layers == 1
+
+
 def test_models_that_share_one_config_object_do_not_mix():
     one = tiny_model(seed=1)
     two = type(one)(one.config).eval()

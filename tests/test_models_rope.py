@@ -76,6 +76,18 @@ def test_dynamic_scaling_does_not_depend_on_what_ran_before():
     later = captured(model, *short)
     alone = captured(scaled_model("dynamic", max_positions=8), *short)
     assert later.keys[1].equal(alone.keys[1])
+    again = captured(model, *long)
+    assert again.keys[1].equal(first.keys[1])
+    rotated = rotate_keys(unrotate_keys(first, model), model, later.positions_BT[:, :1].expand_as(first.positions_BT))
+    fresh = scaled_model("dynamic", max_positions=8)
+    short_angles = slow_rotation(
+        unrotate_keys(first, model).keys[0], rotated.positions_BT, fresh.model.rotary_emb.inv_freq
+    )
+    torch.testing.assert_close(rotated.keys[0], short_angles, rtol=1e-5, atol=1e-5)
+    model(**inputs(*long))  # leaves the module grown, without a capture that would reset it
+    twelve = later.positions_BT + 0
+    grown = rotate_keys(unrotate_keys(later, model), model, twelve)
+    torch.testing.assert_close(grown.keys[0], later.keys[0], rtol=1e-5, atol=1e-5)
     early = unrotate_keys(first, model)  # after a shorter batch went through: still the first batch's own angles
     for layer, (_, k, _) in enumerate(slow_projections(scaled_model("dynamic", max_positions=8), *long)):
         torch.testing.assert_close(early.keys[layer], k, rtol=1e-5, atol=1e-5)

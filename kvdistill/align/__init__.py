@@ -316,12 +316,9 @@ def _check_time(mapping: SparseMap, mask_BS: Tensor) -> None:
 
 
 def _token_major(x_BGSE: Tensor, time_mapping: SparseMap | None) -> Tensor:
-    """[B, G, S, E] -> [B, T, G, E], a view unless there is a map; the map copies along whichever axis is rows."""
-    if time_mapping is None:
-        return x_BGSE.transpose(1, 2)
-    if x_BGSE.is_contiguous():
-        return time_mapping.apply(x_BGSE, 2).transpose(1, 2)
-    return time_mapping.apply(x_BGSE.transpose(1, 2), 1)
+    """[B, G, S, E] -> [B, T, G, E]: a view without a map; with one, whole tokens (all heads) are copied at once."""
+    x_BSGE = x_BGSE.transpose(1, 2)
+    return x_BSGE if time_mapping is None else time_mapping.apply(x_BSGE, 1)
 
 
 def _find_layers(kv: KV, layers: Sequence[int], whose: str) -> dict[int, int]:

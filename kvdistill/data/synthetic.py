@@ -90,7 +90,7 @@ class ChainFamily(AbstractFamily):
         return question, ",".join(values[:-1]), values[-1]
 
     def _find_move(self, value: int, left: int, number: int) -> tuple[str, int, int]:
-        """The step that chain `number` takes at `value`, where it leads, and the chain's number among those after it."""
+        """The step that chain `number` takes at `value`, where it leads, and its number among the chains from there."""
         for step, after in self._moves(value):
             if number < self._ways[left][after]:
                 return step, after, number

@@ -229,13 +229,15 @@ def _rebuild(
     merges: Sequence[tuple[str, ...]],
 ) -> PreTrainedTokenizerFast:
     """The tokenizer again, from its definition with new ids."""
-    new = copy.deepcopy(definition)
     vocabulary = definition["model"]["vocab"].items()
-    new["model"]["vocab"] = {piece: id_map[number] for piece, number in vocabulary if number in id_map}
-    new["model"]["merges"] = [list(merge) for merge in merges]
-    for token in new["added_tokens"]:
-        token["id"] = id_map[token["id"]]
-    _renumber_processor(new["post_processor"], id_map)
+    kept = {piece: id_map[number] for piece, number in vocabulary if number in id_map}
+    processor = copy.deepcopy(definition["post_processor"])
+    _renumber_processor(processor, id_map)
+    new = definition | {
+        "model": definition["model"] | {"vocab": kept, "merges": [list(merge) for merge in merges]},
+        "added_tokens": [token | {"id": id_map[token["id"]]} for token in definition["added_tokens"]],
+        "post_processor": processor,
+    }
     roles = {role: getattr(tokenizer, role) for role in (*_ROLES, "cls_token", "sep_token")}
     return _plain(Tokenizer.from_str(json.dumps(new)), roles, tokenizer.chat_template, tokenizer.model_max_length)
 

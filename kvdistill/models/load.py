@@ -41,6 +41,7 @@ SCRATCH_FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 MAX_POSITIONS = 4096  # free with rotary positions; GPT-2 has a row of weights for each, hence fewer
 GPT2_MAX_POSITIONS = 1024
+_ATTENTION_WORDS = ("attn_implementation", "flash_attn", "FlashAttention", "scaled_dot_product_attention")
 _NO_SPECIAL_TOKENS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 
@@ -212,13 +213,15 @@ def load_model(recipe: ModelRecipe, *, vocab_size: int, seed: int, place: str) -
             return _random_model(config, recipe.attention, dtype, derive_seed(seed, "model", "init"))
         return _pretrained_model(recipe, config, dtype, place)
     except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if recipe.path is not None and "attn" not in str(error).lower() and not isinstance(error, ImportError):
-            raise _cannot_load(recipe, place, error) from error
-        raise ModelError(
-            f"cannot run attention {recipe.attention} here: {str(error).strip().splitlines()[0]}",
-            place=f"{place}.attention",
-            fix="attention: sdpa (or eager); flash_attention_2 needs its package, a GPU and a half-precision dtype",
-        ) from error
+        if isinstance(error, ImportError) or any(word in str(error) for word in _ATTENTION_WORDS):
+            raise ModelError(
+                f"cannot run attention {recipe.attention} here: {str(error).strip().splitlines()[0]}",
+                place=f"{place}.attention",
+                fix="attention: sdpa (or eager); flash_attention_2 needs its package, a GPU and a half-precision dtype",
+            ) from error
+        if recipe.path is None:
+            raise
+        raise _cannot_load(recipe, place, error) from error
 
 
 def _random_model(config: PreTrainedConfig, attention: str, dtype: torch.dtype, seed: int) -> PreTrainedModel:

@@ -16,6 +16,7 @@ import matplotlib
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
@@ -53,7 +54,7 @@ def _rules() -> dict[str, Any]:
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": GRID,
         "grid.linewidth": 0.6, "axes.axisbelow": True, "axes.linewidth": 0.8, "hatch.linewidth": 0.5,
         "lines.linewidth": 1.5, "lines.markersize": 4.5, "legend.frameon": False, "figure.facecolor": "white",
-        "text.parse_math": False, "svg.fonttype": "path", "svg.hashsalt": "kvdistill", "savefig.dpi": 150,
+        "text.parse_math": False, "svg.fonttype": "path", "svg.hashsalt": "kvdistill", "figure.dpi": 150,
     }  # fmt: skip
 
 
@@ -70,7 +71,6 @@ def new_grid(num_panels: int, *, columns: int = 3, height: float = 2.4, **shared
     columns = min(columns, num_panels)
     rows = -(-num_panels // columns)
     figure = Figure(figsize=(WIDTH, rows * height), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False, **shared).ravel().tolist()
     for spare in axes[num_panels:]:
         spare.remove()
@@ -83,15 +83,14 @@ def render(name: str, title: str, caption: str, draw: Callable[[], Figure | str]
         drawn = draw()
         if isinstance(drawn, str):
             return Picture(name, title, caption, reason=drawn)
-        drawn.draw_without_rendering()  # lay out once, not once per file
-        drawn.set_layout_engine("none")
-        files = []
-        for kind, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
-            buffer = io.BytesIO()
-            drawn.savefig(buffer, format=kind, metadata=metadata)
-            files.append(buffer.getvalue())
+        if engine := drawn.get_layout_engine():  # lay out once; savefig would do it, and a draw to nowhere, per file
+            engine.execute(drawn)
+            drawn.set_layout_engine("none")
+        png, svg = io.BytesIO(), io.BytesIO()
+        FigureCanvasAgg(drawn).print_png(png, metadata={"Software": None})
+        FigureCanvasSVG(drawn).print_svg(svg, metadata={"Date": None, "Creator": None})
         drawn.clear()
-    return Picture(name, title, caption, *files)
+    return Picture(name, title, caption, svg.getvalue(), png.getvalue())
 
 
 def label(text: object, limit: int = 26) -> str:

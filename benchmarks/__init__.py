@@ -1,0 +1,1 @@
+"""Speed of a training step beside plain fine-tuning and other distillers, and of its parts beside loop references."""
