@@ -77,6 +77,6 @@ def save(name: str, settings: Mapping[str, Any], tables: Mapping[str, Any], devi
 
 def hardware_slug(machine: Mapping[str, Any]) -> str:
     """The GPU, or the processor and its usable cores, as letters, digits and dashes."""
-    text = machine.get("gpu") or f"{machine['processor']} {machine['cores']} cores"
+    text = machine.get("gpu") or f"{machine['processor'].split('@')[0]} {machine['cores']} cores"
     text = re.sub(r"\((r|tm)\)", "", text.lower())
-    return re.sub(r"[^a-z0-9.]+", "-", text.split("@")[0] + ("" if "@" not in text else " " + text.split()[-2] + " cores")).strip("-")
+    return re.sub(r"[^a-z0-9.]+", "-", text).strip("-")

@@ -171,9 +171,15 @@ def _stage(recipe: str, overrides: list[str] | None, as_json: bool, work: Callab
 def _guarded(work: Callable[[], dict[str, Any]], as_json: bool) -> None:
     """Run, print the result, and turn a user's mistake into one message and exit code 2."""
     from kvdistill.core.errors import KVDistillError
+    from kvdistill.core.files import disk_full_error
 
     try:
-        result = work()
+        try:
+            result = work()
+        except OSError as error:  # raised by a writer that is not ours (core.files turns its own into the clear error)
+            if full := disk_full_error(error, str(error.filename or "")):
+                raise full from None
+            raise
     except KVDistillError as error:
         if as_json:
             print(json.dumps({"error": error.what, "place": error.place, "fix": error.fix}, ensure_ascii=False))

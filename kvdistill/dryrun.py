@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from kvdistill.align import parse_layer_range
 from kvdistill.core.config import arm_recipe, make_recipe, run_folder
-from kvdistill.core.errors import DataError, ModelError
+from kvdistill.core.errors import DataError
 from kvdistill.core.layout import folder_lock
 from kvdistill.core.progress import Progress
 from kvdistill.core.recipe import ModelRecipe, Recipe
@@ -56,14 +56,10 @@ def _true_configs(recipe: Recipe, notes: list[str]) -> dict[str, PreTrainedConfi
     sources |= {f"teacher {t.name}": t for t in recipe.teachers}
     configs = {}
     for name, source in sources.items():
-        try:
-            configs[name] = check_model_exists(source, name)
-        except ModelError:
-            known = published_config(source.path or "")
-            if known is None:
-                raise
-            configs[name] = known
-            notes.append(f"{name}: {source.path} is not here and no hub answers; its published sizes are used")
+        known = published_config(source.path or "")  # first: a hub that does not answer costs minutes of retries
+        configs[name] = known or check_model_exists(source, name)
+        if known is not None:
+            notes.append(f"{name}: sizes as published for {source.path}; the weights were not looked for")
     return configs
 
 
@@ -205,5 +201,3 @@ def _store_size(recipe: Recipe, shapes: dict[str, ModelShape], student: ModelSha
 
 def _teacher(recipe: Recipe, name: str) -> ModelRecipe:
     return next(t for t in recipe.teachers if f"teacher {t.name}" == name)
-
-

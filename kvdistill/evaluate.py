@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvdistill.core.files import write_json, write_text
@@ -34,10 +35,17 @@ def evaluate(recipe: Recipe, run: Path, arm: str, seed: int, progress: Progress 
             "this student is not trained yet", place=str(folder), fix="run `kvdistill train RECIPE` first"
         )
     device = pick_device(recipe.hardware.device)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    model = AutoModelForCausalLM.from_pretrained(
-        folder / "model", dtype=DTYPES[recipe.student.dtype], use_safetensors=True
-    ).to(device)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+        model = AutoModelForCausalLM.from_pretrained(
+            folder / "model", dtype=DTYPES[recipe.student.dtype], use_safetensors=True
+        ).to(device)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise RunFolderError(
+            f"the trained student cannot be loaded ({str(error).strip().splitlines()[0]})",
+            place=str(folder / "model"),
+            fix=f"delete {folder} and run `kvdistill train RECIPE` again",
+        ) from None
     examples = test_examples(recipe, run)
     records = answer(model, tokenizer, examples, recipe, lambda done, total: progress("evaluate", done, total))
     lines = [json.dumps({"arm": arm, "seed": seed, **record}, ensure_ascii=False) for record in records]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kvdistill.core.config import arm_recipe, recipe_hash, run_folder
-from kvdistill.core.errors import RecipeError, RunFolderError
+from kvdistill.core.errors import ModelError, RecipeError, RunFolderError
 from kvdistill.core.files import read_json, sha256_of, write_json
 from kvdistill.core.layout import (
     arm_folder,
@@ -28,10 +28,10 @@ from kvdistill.core.layout import (
 from kvdistill.core.progress import Progress
 from kvdistill.core.provenance import machine_facts, package_versions
 from kvdistill.core.recipe import Recipe
-from kvdistill.workers import Job, Workers, num_workers, stage_function
+from kvdistill.workers import Job, Workers, num_workers, prepare_process, stage_function
 
 # sections a finished model depends on: a run folder made with others is refused
-_BASE = ("data", "teachers", "student", "capture", "train")
+_BASE = ("data", "teachers", "student", "capture", "train", "evaluate")
 
 
 def run_study(recipe: Recipe, progress: Progress, *, stages: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -41,14 +41,13 @@ def run_study(recipe: Recipe, progress: Progress, *, stages: tuple[str, ...] = (
     """
     run = run_folder(recipe)
     begun_wall, begun_cpu = time.time(), time.process_time()
-    claim_run_folder(recipe, run)
+    check_run_folder(recipe, run)  # before the lock, which leaves a file behind
     with folder_lock(run, wait=False):
+        claim_run_folder(recipe, run)
         if not stages and is_finished(recipe, run):
             return {**result_of(run), "already_finished": True}
         try:
-            run_waves(
-                recipe, [(n, jobs) for n, jobs in plan(recipe, run) if jobs and (not stages or n in stages)], progress
-            )
+            run_waves(recipe, _wanted(plan(recipe, run), stages), progress)
         finally:  # a call that was interrupted counts too
             add_provenance(run, begun_wall, begun_cpu)
         if not stages or "report" in stages:
@@ -58,6 +57,12 @@ def run_study(recipe: Recipe, progress: Progress, *, stages: tuple[str, ...] = (
         if not stages:
             write_json(run / "study.json", {"recipe": study_hash(recipe), "finished": True})
         return result_of(run)
+
+
+def _wanted(waves: list[tuple[str, list[Job]]], stages: tuple[str, ...]) -> list[tuple[str, list[Job]]]:
+    """Waves with something to do, all or the named ones; whatever needs a model is preceded by the check."""
+    named = {*stages, "check"} if {*stages} & {"teachers", "capture", "fit"} else {*stages}
+    return [(name, jobs) for name, jobs in waves if jobs and (not stages or name in named)]
 
 
 def run_waves(recipe: Recipe, waves: list[tuple[str, list[Job]]], progress: Progress) -> None:
@@ -75,6 +80,7 @@ def plan(recipe: Recipe, run: Path) -> list[tuple[str, list[Job]]]:
     """The waves of jobs that are not done yet, in order."""
     waves: list[tuple[str, list[Job]]] = []
     waves.append(("prepare", [Job("prepare", "prepare", (recipe, run), 1.0)]))
+    waves.append(("check", [Job("check", "check", (recipe, run), 1.0)]))
     teachers = [
         Job(f"teacher {t.name}", "train_teacher", (recipe, run, t.name), float(t.optimiser.steps))
         for t in recipe.teachers
@@ -118,31 +124,62 @@ def arm_hash(recipe: Recipe, arm: str) -> str:
 
 def claim_run_folder(recipe: Recipe, run: Path) -> None:
     """Write `recipe.json`, or refuse a folder whose models were made by another recipe. New arms and seeds are welcome."""
+    check_run_folder(recipe, run)
+    path, mine = run / "recipe.json", recipe.model_dump(mode="json")
+    if not path.exists() or read_json(path) != mine:
+        write_json(path, mine)
+
+
+def check_run_folder(recipe: Recipe, run: Path) -> None:
+    """Refuse, before anything is written, a folder that is not ours, and model folders that are not there."""
+    _check_model_folders(recipe)
     path = run / "recipe.json"
-    mine = recipe.model_dump(mode="json")
     if path.exists():
-        theirs = read_json(path)
-        differing = _first_difference(_base_of(theirs), _base_of(mine))
-        for arm in recipe.arms:
-            if differing is None and arm in theirs.get("arms", {}):
-                old = Recipe.model_validate(theirs)
-                if arm_recipe(old, arm) != arm_recipe(recipe, arm) and list((run / "arms" / arm).glob("seed-*")):
-                    differing = f"arms.{arm}"
+        differing = _difference_from(read_json(path), recipe, run)
         if differing is not None:
             raise RunFolderError(
                 f"this run folder was made with another recipe: {differing} differs",
                 place=str(run),
                 fix="give another folder (run_dir=…), or delete this one to start over",
             )
-        if theirs == mine:
-            return
-    elif run.exists() and any(entry.name != ".lock" for entry in run.iterdir()):
-        raise RunFolderError(
-            "this folder holds files but no recipe.json",
-            place=str(run),
-            fix="give an empty or new folder with run_dir=…",
-        )
-    write_json(path, mine)
+    elif run.exists() and (not run.is_dir() or any(entry.name != ".lock" for entry in run.iterdir())):
+        what = "this folder holds files but no recipe.json" if run.is_dir() else "this is a file, not a folder"
+        raise RunFolderError(what, place=str(run), fix="give an empty or new folder with run_dir=…")
+
+
+def _check_model_folders(recipe: Recipe) -> None:
+    """What can be seen without loading anything: folders given as paths exist. The rest is the `check` job's."""
+    models = [("student", recipe.student.path)]
+    models += [(f"teachers.{i} ({t.name})", t.path) for i, t in enumerate(recipe.teachers)]
+    for place, given in models:
+        if given is None or not (given.startswith((".", "/", "~")) or given.count("/") > 1):
+            continue  # scratch, or what may be a hub id
+        folder = Path(given).expanduser()
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                f"{given} has no config.json" if folder.is_dir() else f"there is no folder {given}",
+                place=f"{place}.path",
+                fix="give a folder with config.json and *.safetensors, or a hub id like Qwen/Qwen2.5-0.5B",
+            )
+
+
+def _difference_from(theirs: Any, recipe: Recipe, run: Path) -> str | None:
+    """The first key in which the folder's recipe differs where models depend on it, or None."""
+    differing = _first_difference(_base_of(theirs), _base_of(recipe.model_dump(mode="json")))
+    if differing is not None:
+        return differing
+    shared = [arm for arm in recipe.arms if arm in theirs.get("arms", {}) and list((run / "arms" / arm).glob("seed-*"))]
+    if not shared:
+        return None
+    try:
+        old = Recipe.model_validate(theirs)
+    except ValueError:
+        return "its form (it was written by another version of kvdistill)"
+    for arm in shared:
+        then, now = arm_recipe(old, arm).model_dump(mode="json"), arm_recipe(recipe, arm).model_dump(mode="json")
+        if then != now:
+            return _first_difference(then, now, f"arms.{arm}")
+    return None
 
 
 def _base_of(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,12 +257,17 @@ def _chosen_runs(recipe: Recipe, progress: Progress, verb: str, arm: str | None,
         arm_recipe(recipe, arm)  # names the nearest arm where there is no such
     if seed is not None and seed not in recipe.seeds:
         raise RecipeError(f"seed {seed} is not in the recipe", place="--seed", fix=f"one of {recipe.seeds}")
-    claim_run_folder(recipe, run)
+    check_run_folder(recipe, run)
     chosen = [(a, s) for s in recipe.seeds for a in recipe.arms if arm in (None, a) and seed in (None, s)]
     if arm is not None and seed is not None:  # in this process: also one rank of a torchrun
+        claim_run_folder(recipe, run)
+        prepare_process(recipe.hardware.threads)  # as a worker would be, for the same numbers
+        stage_function("check")(recipe, run)
         stage_function(verb)(recipe, run, arm, seed, progress=progress)
     else:
         with folder_lock(run, wait=False):
+            claim_run_folder(recipe, run)
             jobs = [Job(f"{a} seed {s}", verb, (recipe, run, a, s), 1.0) for a, s in chosen]
-            run_waves(recipe, [(verb.replace("_", " "), jobs)], progress)
+            check = Job("check", "check", (recipe, run), 1.0)
+            run_waves(recipe, [("check", [check]), (verb.replace("_", " "), jobs)], progress)
     return {"run": str(run), "finished": [f"{a} seed {s}" for a, s in chosen]}

@@ -24,12 +24,13 @@ from kvdistill.core.files import read_json, sha256_file, sha256_of, write_json
 from kvdistill.core.kv import KV
 from kvdistill.core.layout import data_folder, store_root, teacher_folder, tokenizer_folder, trained_mark
 from kvdistill.core.maps import SparseMap
+from kvdistill.core.progress import Progress, silent
 from kvdistill.core.recipe import ArmRecipe, ModelRecipe, Recipe, TeacherRecipe
-from kvdistill.core.runtime import DTYPES, AlignmentError, ModelError, RunFolderError
+from kvdistill.core.runtime import DTYPES, AlignmentError, ModelError, RecipeError, RunFolderError
 from kvdistill.core.store import find_store
 from kvdistill.core.targets import TargetReader, TeacherTargets
 from kvdistill.data.encode import Example
-from kvdistill.data.tables import read_split
+from kvdistill.data.tables import read_manifest, read_split
 from kvdistill.models import ModelShape, describe_config, load_model, model_config, rotate_keys, teacher_forward
 
 
@@ -73,6 +74,7 @@ def teacher_place(recipe: Recipe, name: str) -> str:
 
 def load_tokenizer_of(run: Path) -> PreTrainedTokenizerBase:
     """The run's tokenizer, as `prepare` left it."""
+    read_manifest(run)  # says so where prepare has not finished
     return AutoTokenizer.from_pretrained(tokenizer_folder(run))
 
 
@@ -126,13 +128,46 @@ def captured_top_k(recipe: Recipe, name: str) -> int:
     return recipe.capture.logits_top_k if any(arm.needs_logits and name in arm.teachers for arm in arms) else 0
 
 
+def check_models(recipe: Recipe, run: Path, progress: Progress = silent) -> None:
+    """Everything about models that can be wrong and shows without weights: before any training. Data is prepared.
+
+    Raises ModelError (missing folders, weights, sizes), RecipeError (layers outside a model), AlignmentError
+    (tokenizers that differ).
+    """
+    shape_of_student(recipe, run)
+    for number, teacher in enumerate(recipe.teachers):
+        shape_of_teacher(recipe, run, teacher.name)
+        if teacher.path is not None:
+            check_same_tokenizer(run, teacher.path, teacher_place(recipe, teacher.name))
+        progress("check", number + 1, len(recipe.teachers))
+    for arm_name in recipe.arms:
+        arm = arm_recipe(recipe, arm_name)
+        for name in arm.teachers if arm.needs_kv else ():
+            try:
+                pair(recipe, run, arm, name)
+            except RecipeError as error:
+                place = f"arms.{arm_name} with teacher {name!r}: {error.place}"
+                raise RecipeError(error.what, place=place, fix=error.fix) from None
+
+
 # -- captured targets ---------------------------------------------------------------------------------
 
 
 def split_examples(recipe: Recipe, run: Path, split: str) -> list[Example]:
-    """The examples whose targets are captured: all of train, the first of val that curves and match figures use."""
+    """The examples whose targets are captured: all of train, those of val that curves and match figures use."""
     examples = read_split(run, split)
-    return examples if split == "train" else examples[: max(recipe.train.eval_examples, recipe.evaluate.match_examples)]
+    if split == "train":
+        return examples
+    return [examples[i] for i in spread(examples, max(recipe.train.eval_examples, recipe.evaluate.match_examples))]
+
+
+def spread(examples: Sequence[Example], number: int) -> list[int]:
+    """`number` example numbers, as evenly over the tasks as there are examples, in order."""
+    by_task: dict[str, list[int]] = {}
+    for i, example in enumerate(examples):
+        by_task.setdefault(example.task, []).append(i)
+    share = max(1, number // max(1, len(by_task)))
+    return sorted(i for numbers in by_task.values() for i in numbers[:share])
 
 
 def target_identity(recipe: Recipe, run: Path, name: str, split: str) -> dict[str, Any]:

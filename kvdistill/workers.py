@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from kvdistill.core.errors import KVDistillError, TrainingStopped
+from kvdistill.core.files import disk_full_error
 from kvdistill.core.progress import Progress
 
 _QUEUE: Any = None
@@ -106,6 +107,11 @@ def _start_worker(queue: Any, threads: int, parent: int) -> None:
     _QUEUE = queue
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle: it ends us
     threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
+    prepare_process(threads)
+
+
+def prepare_process(threads: int) -> None:
+    """Threads as asked, libraries quiet: what every process that works does first."""
     from kvdistill.core.runtime import quiet_libraries, set_threads
 
     set_threads(threads)
@@ -134,6 +140,8 @@ def _do(verb: str, name: str, arguments: tuple[Any, ...]) -> None:
     except Exception as error:
         import traceback
 
+        if full := disk_full_error(error, name):  # from a writer that is not ours
+            raise full from None
         traceback.print_exc(file=sys.stderr)
         raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from None
 
@@ -144,6 +152,10 @@ def stage_function(verb: str) -> Callable[..., Any]:
         from kvdistill.prepare import prepare
 
         return prepare
+    if verb == "check":
+        from kvdistill.teachers import check_models
+
+        return check_models
     if verb == "train_teacher":
         from kvdistill.train import train_teacher
 

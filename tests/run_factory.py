@@ -151,11 +151,13 @@ def write_run(
         write_object(
             run / "teachers" / teacher / "report.json", {"accuracy_by_task": by_task, "steps": 700, "seconds": 58.0}
         )
-    counts = {t: {"train": 1500, "val": 100, "test": questions} for t in TASKS}
-    write_object(run / "data" / "manifest.json", {"counts": counts, "too_long": 0, "fingerprint": short_hash("rows"),
-                 "tokenizer_fingerprint": short_hash("tokenizer"),
-                 "sources": {t: "built in" for t in TASKS}})  # fmt: skip
-    write_object(run / "data" / "validation_report.json", {"leaks": [], "checked": {"train-test": 6000}})
+    splits = {"train": 1500, "val": 100, "test": questions}
+    counts = {t: {s: {"asked": n, "problems": n, "rows": n, "too_long": 0} for s, n in splits.items()} for t in TASKS}
+    write_object(run / "data" / "manifest.json", {
+        "format": 1, "section": {"allow_leaks": False}, "fingerprint": {"all": short_hash("rows")}, "tasks": counts,
+        "tokenizer": {"name": "characters", "size": 43}, "sources": [{"task": t, "file": None} for t in TASKS],
+    })  # fmt: skip
+    write_object(run / "data" / "validation_report.json", {"problems": splits, "num_leaks": 0, "leaks": []})
     write_object(run / "provenance.json", {"recipe_sha256": short_hash("r"),
                  "versions": {"torch": "2.13", "python": "3.11"},
                  "machine": {"cpu": "2 cores", "gpu": None}, "command": "kvdistill study run recipe.yaml",

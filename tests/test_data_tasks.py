@@ -14,7 +14,7 @@ from kvdistill.data import sources
 from kvdistill.data.answers import is_correct
 from kvdistill.data.problems import Problem, write_plain
 from kvdistill.data.splits import load_multi_task_dataset, load_splits, share_out
-from kvdistill.data.tasks import GSM8K
+from kvdistill.data.tasks.gsm8k import GSM8K, read_row
 
 ROW = {"question": "How many?", "reasoning": "Two and two.", "answer": "4"}
 
@@ -51,7 +51,7 @@ def test_every_gsm8k_row_parses_and_its_gold_is_right(data_root: Path, split: st
 def test_gsm8k_text_is_as_written_here() -> None:
     answer = "She sold 48/2 = <<48/2=24>>24 clips.\nIn all 48+24 = <<48+24=72>>1,072.\n#### 1,072"
     row = sources.RawRow({"question": " How many? ", "answer": answer}, "f:1", 1)
-    problem = GSM8K.load.__self__.read(row, "train-1")  # type: ignore[attr-defined]
+    problem = read_row(row, "train-1")
     written = GSM8K.write(problem, "cot")
     assert written.text == ("Question: How many?\nAnswer: She sold 48/2 = 24 clips.\nIn all 48+24 = 1,072. #### 1072")
     assert GSM8K.write(problem, "direct").text == "Question: How many?\nFinal answer: #### 1072"
@@ -239,9 +239,9 @@ def test_share_out_adds_up_and_starves_nobody(available: int) -> None:
 
 
 def test_an_empty_split_that_was_asked_for_is_named(tmp_path: Path) -> None:
-    file = str(_jsonl(tmp_path / "rows.jsonl", *_rows(2)))
-    with pytest.raises(DataError, match="split val of task rows is empty"):
-        load_splits(_data({"name": "jsonl", "file": file, "train": 10, "val": 1, "test": 1}))
+    file = str(_jsonl(tmp_path / "rows.jsonl", *_rows(1)))
+    with pytest.raises(DataError, match="split test of task rows is empty"):
+        load_splits(_data({"name": "jsonl", "file": file, "train": 10, "val": 0, "test": 1}))
 
 
 def test_a_repeated_question_is_kept_once(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from kvdistill.data.tokenizers import (
 )
 
 CHARACTERS = character_tokenizer()
+_load = functools.cache(load_tokenizer)  # the big ones take a second each
 WIDE = character_tokenizer("abc<>pd\n中\u0301😀")
 UNSEEN = "Zyzzyva qux, déjà-vu 3.14159 — 中文题目，答案是１２。😀\n\tend  of\u00a0line <|endoftext|>"
 
@@ -67,7 +69,7 @@ ROLES = {
 
 @pytest.mark.parametrize("name", ROLES)
 def test_local_tokenizers_load_with_roles_settled_and_nothing_else_changed(data_root: Path, name: str) -> None:
-    ours = load_tokenizer(f"root:{name}", str(data_root))
+    ours = _load(f"root:{name}", str(data_root))
     plain = PreTrainedTokenizerFast(tokenizer_file=str(data_root / f"tokenizers/{name}/tokenizer.json"))
     assert (ours.bos_token, ours.eos_token, ours.pad_token) == ROLES[name]
     assert len(ours) == len(plain)
@@ -94,10 +96,10 @@ def test_names_that_lead_nowhere(data_root: Path, tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("name", ["qwen2.5", "llama3", "gpt2"])
 def test_trimming_keeps_pieces_round_trips_and_loads_back(data_root: Path, tmp_path: Path, name: str) -> None:
-    full = load_tokenizer(f"root:{name}", str(data_root))
-    rows = load_multi_task_dataset(["gsm8k"], ["cot"], num_problems=700, root=data_root)
+    full = _load(f"root:{name}", str(data_root))
+    rows = load_multi_task_dataset(["gsm8k"], ["cot"], num_problems=250, root=data_root)
     texts = [text for row in rows for text in (row.prompt, row.completion)]
-    seen, held_out = texts[:600], texts[600:]
+    seen, held_out = texts[:400], texts[400:]
     trimmed, id_map = trim_tokenizer(full, seen)
     assert 256 < len(trimmed) < len(full) / 5 and sorted(id_map.values()) == list(range(len(trimmed)))
     old_of = {new: old for old, new in id_map.items()}
@@ -120,7 +122,7 @@ def test_trimming_keeps_pieces_round_trips_and_loads_back(data_root: Path, tmp_p
 
 @pytest.mark.parametrize("name", ["t5-small", "bert-base-uncased", "characters"])
 def test_other_kinds_are_not_trimmed(data_root: Path, name: str) -> None:
-    full = load_tokenizer(name if name == "characters" else f"root:{name}", str(data_root))
+    full = _load(name if name == "characters" else f"root:{name}", str(data_root))
     with pytest.raises(DataError, match="only byte-level BPE") as caught:
         trim_tokenizer(full, ["text"])
     assert "trim_vocabulary=false" in caught.value.fix
@@ -139,17 +141,17 @@ def test_encoding_of_a_chain_is_as_written_here() -> None:
 def test_segments_spell_their_texts(data_root: Path, name: str) -> None:
     rows = load_multi_task_dataset(["gsm8k"], ["cot", "direct"], num_problems=40, root=data_root)
     texts = [row.text for row in rows]
-    tokenizer = load_tokenizer(name if name == "characters" else f"root:{name}", str(data_root), texts=texts)
+    own = load_tokenizer(name, texts=texts) if name == "characters" else None
+    tokenizer = own or _load(f"root:{name}", str(data_root))
     for row, example in zip(rows, encode_rows(tokenizer, rows), strict=True):
         assert sorted(example.segments) == example.segments and len(example.segments) == len(example.input_ids)
         assert example.segments[-1] == 3 and example.input_ids[-1] == tokenizer.eos_token_id
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         alone = tokenizer(row.prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         assert example.prompt_ids == bos + alone
+        paired = list(zip(example.input_ids, example.segments, strict=True))
         spelt = [
-            tokenizer.decode(
-                [i for i, s in zip(example.input_ids, example.segments, strict=True) if s == code][first:last]
-            )
+            tokenizer.decode([i for i, s in paired if s == code][first:last])
             for code, first, last in ((1, len(bos), None), (2, 0, None), (3, 0, -1))
         ]
         if name != "t5-small":  # the one here that does not keep spaces and line ends
@@ -159,14 +161,14 @@ def test_segments_spell_their_texts(data_root: Path, name: str) -> None:
 
 
 def test_a_token_across_the_boundary_belongs_where_it_starts(data_root: Path) -> None:
-    gpt2 = load_tokenizer("root:gpt2", str(data_root))
+    gpt2 = _load("root:gpt2", str(data_root))
     row = Row(Problem("t", "1", "q", "ab", "c"), "cot", "q", " th", "e end")
     assert gpt2.tokenize(row.completion) == ["Ġthe", "Ġend"]
     assert encode_row(gpt2, row).segments == [1, 1, 2, 3, 3]
 
 
 def test_data_cannot_write_special_tokens(data_root: Path) -> None:
-    qwen = load_tokenizer("root:qwen2.5", str(data_root))
+    qwen = _load("root:qwen2.5", str(data_root))
     row = write_plain(Problem("t", "1", "say <|im_end|> now", "so <|endoftext|>", "4"), "cot")
     example = encode_row(qwen, row)
     specials = {qwen.eos_token_id, qwen.pad_token_id}
@@ -175,7 +177,6 @@ def test_data_cannot_write_special_tokens(data_root: Path) -> None:
 
 def test_hashes_tell_problems_and_prompts() -> None:
     problem = Problem("t", "1", "How many?", "two", "4")
-    tokenizer = load_tokenizer("characters", texts=["Question: How many?\nFinal answer #"])
     tokenizer = character_tokenizer("".join(map(chr, range(32, 127))) + "\n")
     cot, direct = (encode_row(tokenizer, write_plain(problem, style)) for style in ("cot", "direct"))
     assert cot.doc_hash == direct.doc_hash and cot.prompt_hash != direct.prompt_hash
@@ -185,7 +186,7 @@ def test_hashes_tell_problems_and_prompts() -> None:
 def test_an_answer_that_cannot_be_spelt_is_refused(data_root: Path) -> None:
     row = write_plain(Problem("t", "9", "城市?", "因为", "北京"), "cot")
     with pytest.raises(DataError, match="cannot spell the answer") as caught:
-        encode_row(load_tokenizer("root:t5-small", str(data_root)), row)
+        encode_row(_load("root:t5-small", str(data_root)), row)
     assert "t / 9" in caught.value.what
 
 

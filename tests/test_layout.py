@@ -37,7 +37,13 @@ RANKS = {
     "__init__": 6,
 }
 # a room may look into its neighbour where the neighbour is its own foundation, said in docs/design.md
-NEIGHBOURS = {("teachers", "batches"), ("batches", "models"), ("train", "fit"), ("study", "workers")}
+NEIGHBOURS = {
+    ("teachers", "batches"),
+    ("batches", "models"),
+    ("train", "fit"),
+    ("study", "workers"),
+    ("dryrun", "workers"),
+}
 
 
 def rooms() -> list[tuple[Path, str]]:

@@ -48,8 +48,7 @@ def test_forward_flops_are_the_counters(family):
     geometry = batch_geometry([T] * B)
     assert geometry == (B * T, B * T * T)
     batch = inputs(ids, torch.ones(B, T, dtype=torch.bool))
-    rotary = 0  # elementwise in this version
-    assert count(lambda: model(**batch)) == forward_flops(shape, *geometry) + rotary
+    assert count(lambda: model(**batch)) == forward_flops(shape, *geometry)
     assert count(lambda: model.get_decoder()(**batch)) == forward_flops(shape, *geometry, with_lm_head=False)
     kept = count(lambda: model(**batch, logits_to_keep=2))
     assert kept == forward_flops(shape, *geometry, num_head_tokens=B * 2)
@@ -75,6 +74,13 @@ def test_the_head_runs_on_completion_tokens_only():
     segments[:, -3:] = 3
     flops = count(lambda: teacher_forward(model, ids, mask, segments, want_nll=True))
     assert flops == forward_flops(describe_model(model), 27, 3 * 81, num_head_tokens=9)
+
+
+def test_a_teacher_asked_for_kv_stops_early():
+    model = tiny_model("mistral", attention="eager")
+    ids, mask = padded_batch((9, 5, 7))
+    flops = count(lambda: teacher_forward(model, ids, mask, mask.long(), layers=[0, 1]))
+    assert flops == capture_flops(describe_model(model), 27, 3 * 81, top_layer=1)
 
 
 def test_flops_of_parts_add_up():

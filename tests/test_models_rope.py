@@ -71,26 +71,16 @@ def test_scalings_do_differ():
 
 def test_dynamic_scaling_does_not_depend_on_what_ran_before():
     long, short = padded_batch((30, 28, 29)), padded_batch((12, 9, 11))
-    model = scaled_model("dynamic", max_positions=8)
+    model, fresh = (scaled_model("dynamic", max_positions=8) for _ in range(2))
     first = captured(model, *long)
-    later = captured(model, *short)
-    alone = captured(scaled_model("dynamic", max_positions=8), *short)
-    assert later.keys[1].equal(alone.keys[1])
-    again = captured(model, *long)
-    assert again.keys[1].equal(first.keys[1])
-    rotated = rotate_keys(unrotate_keys(first, model), model, later.positions_BT[:, :1].expand_as(first.positions_BT))
-    fresh = scaled_model("dynamic", max_positions=8)
-    short_angles = slow_rotation(
-        unrotate_keys(first, model).keys[0], rotated.positions_BT, fresh.model.rotary_emb.inv_freq
-    )
-    torch.testing.assert_close(rotated.keys[0], short_angles, rtol=1e-5, atol=1e-5)
-    model(**inputs(*long))  # leaves the module grown, without a capture that would reset it
-    twelve = later.positions_BT + 0
-    grown = rotate_keys(unrotate_keys(later, model), model, twelve)
-    torch.testing.assert_close(grown.keys[0], later.keys[0], rtol=1e-5, atol=1e-5)
-    early = unrotate_keys(first, model)  # after a shorter batch went through: still the first batch's own angles
-    for layer, (_, k, _) in enumerate(slow_projections(scaled_model("dynamic", max_positions=8), *long)):
-        torch.testing.assert_close(early.keys[layer], k, rtol=1e-5, atol=1e-5)
+    second = captured(model, *short)  # transformers alone would go on with the angles of 30 positions
+    assert second.keys[1].equal(captured(fresh, *short).keys[1])
+    unrotate_keys(second, model)  # the once-only look at the layout is over
+    model(**inputs(*long))  # grows again, outside of any capture
+    for kv, batch in ((second, short), (first, long)):
+        plain = unrotate_keys(kv, model)
+        for layer, (_, k, _) in enumerate(slow_projections(scaled_model("dynamic", max_positions=8), *batch)):
+            torch.testing.assert_close(plain.keys[layer], k, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", SCALINGS)

@@ -136,10 +136,14 @@ def test_a_leak_across_tasks_is_refused_before_anything_is_written(tmp_path: Pat
 
 
 def test_long_problems_are_left_out_in_both_styles_and_counted(tmp_path: Path) -> None:
-    prepare(_recipe(style="both", max_length=15), tmp_path)
+    tasks = [
+        {"name": "chain", "train": 60, "val": 40, "test": 40},
+        {"name": "product", "train": 50, "val": 40, "test": 40},
+    ]
+    prepare(_recipe(tasks=tasks, style="both", max_length=17), tmp_path)
     counts = read_manifest(tmp_path)["tasks"]
-    assert all(len(row.input_ids) <= 15 for row in read_split(tmp_path, "train"))
-    for task in SMALL:
+    assert all(len(row.input_ids) <= 17 for row in read_split(tmp_path, "train"))
+    for task in tasks:
         count = counts[task["name"]]["train"]
         assert count["problems"] + count["too_long"] == task["train"] and count["rows"] == 2 * count["problems"]
     assert counts["chain"]["train"]["too_long"] > 0

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 from run_factory import ARMS, TASKS, make_recipe, write_lines, write_object, write_run
 
-from kvdistill.core.errors import RunFolderError
+from kvdistill.core.errors import RunFolderError, TrainingStopped
 from kvdistill.core.recipe import Recipe
 from kvdistill.report import LearningCurveTracker, report
 from kvdistill.report.canvas import Picture
 from kvdistill.report.collect import collect_tables, read_log, write_atomically, write_json
 from kvdistill.report.compare import Runs, SeedRun, compare_family, find_refusals
-from kvdistill.report.curves import band, val
+from kvdistill.report.curves import band, train_kv, val
 from kvdistill.report.figures import draw_comparison, match_table, routing_tables
 from kvdistill.report.page import build_page, flatten
 from kvdistill.report.summary import budgets, compare_all, describe_arm, summarise
@@ -32,7 +32,8 @@ from kvdistill.report.verdict import write_headline
 
 HOSTILE = '<script>alert("x")<b>&\x1b[31m\u202ecba\u200b'
 PICTURES = ("comparison_with_error_bars", "dual_axis_curve", "kv_loss_curves", "task_accuracy_curves",
-            "overfitting_analysis", "routing_by_task_heatmap", "routing_by_layer_heatmap", "match_beside_placebo")  # fmt: skip
+            "overfitting_analysis", "routing_by_task_heatmap", "routing_by_layer_heatmap", "match_beside_placebo",
+)  # fmt: skip
 
 
 def summary_of(recipe: Recipe, run: Path) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def copy(study: tuple[Recipe, Path], tmp_path: Path) -> tuple[Recipe, Path]:
     return recipe, tmp_path / "run"
 
 
-# ---- refusals -------------------------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------
 
 
 def make_runs(accuracies: list[float], *, questions: int = 50, **changes: Any) -> dict[int, SeedRun]:
@@ -144,7 +145,7 @@ def test_macro_mean_weighs_tasks_not_questions() -> None:
     assert run.macro("accuracy") == 0.5 and run.by_task("accuracy") == {"a": 1.0, "b": 0.0}
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def test_summary_schema(study: tuple[Recipe, Path]) -> None:
@@ -261,12 +262,12 @@ def test_resumed_logs_keep_the_later_row(tmp_path: Path) -> None:
 def test_atomic_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_atomically(tmp_path / "a", b"old")
     monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(TrainingStopped, match="disk is full"):
         write_atomically(tmp_path / "a", b"new")
     assert (tmp_path / "a").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
 
-# ---- numbers behind pictures ------------------------------------------------------------------------------------------
+# ---- numbers behind pictures ---------------------------------------------------------------------
 
 
 def test_unfinished_study(copy: tuple[Recipe, Path]) -> None:
@@ -309,6 +310,12 @@ def test_band_over_seeds() -> None:
     assert steps.tolist() == [1] and mean.tolist() == [1.5] and std[0] == pytest.approx(np.std([1, 2], ddof=1))
 
 
+def test_a_step_with_a_training_and_a_validation_row_keeps_both(study: tuple[Recipe, Path]) -> None:
+    logs = collect_tables(*study).logs["fixed"]
+    assert band(logs, train_kv)[0].tolist() == list(range(20, 801, 20))
+    assert band(logs, val("kv_loss"))[0].tolist() == list(range(100, 801, 100))
+
+
 def test_budgets(study: tuple[Recipe, Path]) -> None:
     recipe, run = study
     found = budgets(recipe, collect_tables(recipe, run))
@@ -331,7 +338,7 @@ def test_descriptions() -> None:
     assert "mismatched example" in describe_arm(recipe, "placebo") and "no teacher" in describe_arm(recipe, "ce")
 
 
-# ---- the page ---------------------------------------------------------------------------------------------------------
+# ---- the page ------------------------------------------------------------------------------------
 
 
 def test_page_leads_with_the_verdict(study: tuple[Recipe, Path]) -> None:
@@ -383,24 +390,25 @@ def test_hostile_text_is_shown_not_run(tmp_path: Path) -> None:
     page = report(recipe, tmp_path).read_bytes().decode("utf-8")
     assert "<script" not in page and "<b>&amp;" not in page and "&lt;script&gt;" in page
     assert not {"\x1b", "\u202e", "\u200b", "\ud800"} & set(page)
-    assert "␛[31m" in page and "⟨U+202E⟩cba⟨U+200B⟩" in page and "⟨U+D800⟩" in page
+    assert "⟨U+001B⟩[31m" in page and "⟨U+202E⟩cba⟨U+200B⟩" in page and "⟨U+D800⟩" in page
     json.loads((tmp_path / "summary.json").read_text())
 
 
 def test_make_visible() -> None:
     assert (
-        make_visible("a\x00\x1b\x7f\x85\u2066\ufeff\n中文 العربية é") == "a␀␛␡⟨U+0085⟩⟨U+2066⟩⟨U+FEFF⟩\n中文 العربية é"
+        make_visible("a\x00\x1b\x7f\x85\u2066\ufeff\n\t中文 العربية é")
+        == "a⟨U+0000⟩⟨U+001B⟩⟨U+007F⟩⟨U+0085⟩⟨U+2066⟩⟨U+FEFF⟩\n\t中文 العربية é"
     )
-    assert make_visible("a\n", keep="") == "a␊"
+    assert make_visible("a\n", keep="") == "a⟨U+000A⟩"
 
 
 def test_leaks_allowed_is_shouted(copy: tuple[Recipe, Path]) -> None:
     recipe, run = copy
     assert "Leaks were allowed" not in page_without_pictures(recipe, run)
-    write_object(run / "data" / "manifest.json", {"allow_leaks": True})
+    write_object(run / "data" / "manifest.json", {"section": {"allow_leaks": True}})
     page = page_without_pictures(recipe, run)
     assert "Leaks were allowed" in page and page.index("Leaks were allowed") < page.index('id="verdict"')
-    allowed = recipe.model_copy(update={"data": recipe.data.model_copy(update={"allow_leaks": True})})
+    allowed = recipe.model_copy(update={"data": recipe.data.model_copy(update={"section": {"allow_leaks": True}})})
     assert summary_of(allowed, run)["leaks_allowed"]
 
 
@@ -438,10 +446,15 @@ def test_no_seed_has_a_value(study: tuple[Recipe, Path]) -> None:
 
 def test_flatten() -> None:
     assert flatten({"a": {"b": 1, "c": None}, "d": [], "e": [1, 2], "f": [{"x": 1}] * 5}) == [
-        ("a.b", "1"), ("a.c", "–"), ("d", "none"), ("e", "1, 2"), ("f", '5: {"x": 1}; {"x": 1}; {"x": 1} …')]  # fmt: skip
+        ("a.b", "1"),
+        ("a.c", "–"),
+        ("d", "none"),
+        ("e", "1, 2"),
+        ("f", '5: {"x": 1}; {"x": 1}; {"x": 1} …'),
+    ]
 
 
-# ---- LearningCurveTracker -----------------------------------------------------------------------------------------------
+# ---- LearningCurveTracker ------------------------------------------------------------------------
 
 
 def test_tracker_writes_and_draws(tmp_path: Path) -> None:

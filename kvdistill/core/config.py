@@ -7,6 +7,7 @@ expensive happens. Checks that need only the recipe are here; those that need mo
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from kvdistill.core.errors import RecipeError
 from kvdistill.core.files import sha256_of
 from kvdistill.core.recipe import (
+    FOLDER_NAME,
     AlignRecipe,
     ArmRecipe,
     CompressRecipe,
@@ -100,6 +102,15 @@ def make_recipe(tree: Mapping[str, Any], place: str = "recipe") -> Recipe:
     names = [teacher.name for teacher in recipe.teachers]
     if len(set(names)) < len(names):
         raise RecipeError("two teachers share a name", place=f"{place}: teachers", fix="give each teacher its own name")
+    for arm in recipe.arms:
+        if not re.fullmatch(FOLDER_NAME, arm):
+            raise RecipeError(
+                f"{arm!r} cannot be an arm's name: its folder is called so",
+                place=f"{place}: arms",
+                fix="use letters, digits and . _ + @ -, beginning with a letter or digit",
+            )
+    if len(set(recipe.seeds)) < len(recipe.seeds):
+        raise RecipeError(f"a seed is given twice: {recipe.seeds}", place=f"{place}: seeds", fix="give each once")
     tasks = [task.key for task in recipe.data.tasks]
     for number, teacher in enumerate(recipe.teachers):
         for task in teacher.train_on:
@@ -153,7 +164,9 @@ def _check_arm(arm: ArmRecipe, teachers: list[str], where: str) -> None:
     for name in arm.teachers:
         if name not in teachers:
             raise RecipeError(f"unknown teacher {name!r}", place=f"{where}.teachers", fix=_nearest(name, teachers))
-    weights = arm.fuse.weights
+    if len(set(arm.teachers)) < len(arm.teachers):
+        raise RecipeError(f"a teacher is named twice: {arm.teachers}", place=f"{where}.teachers", fix="name each once")
+    weights = arm.fuse.weights if arm.teachers else None
     if weights is not None and arm.fuse.fusion_strategy == "fixed" and len(weights) != len(arm.teachers):
         raise RecipeError(
             f"{len(weights)} weights for {len(arm.teachers)} teachers ({', '.join(arm.teachers)})",
@@ -167,6 +180,12 @@ def _check_arm(arm: ArmRecipe, teachers: list[str], where: str) -> None:
             "loss.k_weight and loss.v_weight are both 0",
             place=where,
             fix="make one positive, or set loss.kv_weight: 0 for an arm without KV",
+        )
+    if arm.fuse.fuse_at == "kv" and arm.align.match_in == "teacher" and arm.needs_kv:
+        raise RecipeError(
+            "fuse.fuse_at: kv averages teachers in the student's space",
+            place=f"{where}: align.match_in",
+            fix="set align.match_in: student (and align.init: ridge), or fuse.fuse_at: loss",
         )
     if arm.align.layers == "explicit" and arm.align.layer_map is None:
         raise RecipeError(

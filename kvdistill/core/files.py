@@ -12,7 +12,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from kvdistill.core.errors import RunFolderError, StoreError, TrainingStopped
 _CHUNK_BYTES = 1 << 22
 
 
-def _clear_error(error: BaseException, path: Path) -> TrainingStopped | None:
+def disk_full_error(error: BaseException, path: Path | str) -> TrainingStopped | None:
+    """The clear error behind an OSError (or a Rust library's words for one) that means: no space left. Else None."""
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     if full or "No space left on device" in str(error) or "os error 28" in str(error):
         return TrainingStopped(
@@ -46,7 +47,7 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(part, path)
     except BaseException as error:
         part.unlink(missing_ok=True)
-        if clear := _clear_error(error, path):
+        if clear := disk_full_error(error, path):
             raise clear from error
         raise
 
@@ -78,7 +79,7 @@ def append_json_line(path: Path, row: Mapping[str, Any]) -> None:
         with open(path, "a", encoding="utf-8") as file:
             file.write(line)
     except OSError as error:
-        if clear := _clear_error(error, path):
+        if clear := disk_full_error(error, path):
             raise clear from error
         raise
 
@@ -97,13 +98,13 @@ def read_json(path: Path) -> Any:
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """All complete rows; a torn last line (a kill while appending) is left out."""
     rows: list[dict[str, Any]] = []
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    lines = Path(path).read_bytes().split(b"\n")
     for number, line in enumerate(lines):
         if not line.strip():
             continue
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
+        except ValueError:  # not JSON, or a character cut in two
             if number < len(lines) - 1:
                 raise RunFolderError(
                     "broken row", place=f"{path}:{number + 1}", fix="delete the file and run again"
@@ -111,11 +112,15 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """A whole JSONL file at once."""
+    write_text(path, "".join(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows))
+
+
 def keep_json_lines(path: Path, keep: Any) -> None:
     """Rewrite a JSONL file with only the rows for which `keep(row)` holds (resuming drops later steps)."""
     if path.exists():
-        rows = [row for row in read_json_lines(path) if keep(row)]
-        write_text(path, "".join(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows))
+        write_json_lines(path, [row for row in read_json_lines(path) if keep(row)])
 
 
 def sha256_file(path: Path) -> str:
@@ -153,7 +158,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
             os.replace(part, folder)
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
-        if clear := _clear_error(error, folder):
+        if clear := disk_full_error(error, folder):
             raise clear from error
         raise
 

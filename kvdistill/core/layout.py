@@ -14,12 +14,12 @@ runs/NAME/
 from __future__ import annotations
 
 import fcntl
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from kvdistill.core.errors import RunFolderError
+from kvdistill.core.files import disk_full_error
 
 
 def tokenizer_folder(run: Path) -> Path:
@@ -58,14 +58,20 @@ def evaluated_mark(folder: Path) -> Path:
 @contextmanager
 def folder_lock(folder: Path, *, wait: bool) -> Iterator[None]:
     """Only one process works in `folder`. `wait`: until the other one ends; else RunFolderError at once."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = open(folder / ".lock", "w")  # noqa: SIM115 (closed below; only the opening is guarded)
+    except OSError as error:
+        if full := disk_full_error(error, folder):
+            raise full from error
+        raise RunFolderError(
+            f"cannot write here ({error.strerror})", place=str(folder), fix="give another folder with run_dir=…"
+        ) from None
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise RunFolderError(
                 "another command is working in this run folder", place=str(folder), fix="wait for it, or stop it first"
             ) from None
-        file.write(str(os.getpid()))
-        file.flush()
         yield

@@ -12,9 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
+FOLDER_NAME = r"^\w[\w.+@-]*$"  # teachers and arms have folders of their names: no way out of the run folder
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 
@@ -28,6 +29,7 @@ class TaskRecipe(Section):
     train: int = Field(1000, ge=0, description="training problems")
     val: int = Field(100, ge=0, description="validation problems")
     test: int = Field(100, ge=0, description="test problems, seen by evaluation only")
+    teach: int = Field(0, ge=0, description="further training problems for scratch teachers; 0: they study `train`")
 
     @property
     def key(self) -> str:
@@ -61,6 +63,7 @@ class ScratchRecipe(Section):
     head_size: Positive | None = Field(None, description="unset: hidden_size / num_heads")
     intermediate_size: Positive | None = Field(None, description="unset: 8/3 of hidden_size, rounded up to 8")
     vocab_size: Positive | None = Field(None, description="unset: the tokenizer's length")
+    init_std: float = Field(0.02, gt=0, description="standard deviation of the random weights")
     rope_theta: float = 10000.0
     tie_embeddings: bool = True
 
@@ -101,14 +104,14 @@ class OptimiserRecipe(Section):
     weight_decay: NonNegative = 0.0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="cosine ends at this share of the peak")
-    lr_warmup_steps: int = Field(0, ge=0)
+    lr_warmup_steps: int = Field(0, ge=0, description="steps of linear rise before the schedule")
     max_grad_norm: NonNegative = 1.0
 
 
 class TeacherRecipe(ModelRecipe):
     """One teacher. A `scratch` teacher is trained on the spot, on `train_on`, with `optimiser`."""
 
-    name: str
+    name: str = Field(pattern=FOLDER_NAME)
     train_on: list[str] = Field(default_factory=list, description="tasks a scratch teacher is trained on")
     optimiser: OptimiserRecipe = OptimiserRecipe()
     seed: int = 0
@@ -219,6 +222,7 @@ class LossRecipe(Section):
 class TrainRecipe(OptimiserRecipe):
     """Training of the student."""
 
+    projector_lr_scale: float = Field(1.0, gt=0, description="projectors learn at this multiple of the learning rate")
     bf16: bool = Field(False, description="autocast to bfloat16")
     log_every: Positive = 20
     eval_every: int = Field(

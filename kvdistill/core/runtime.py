@@ -58,10 +58,13 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 class Stopwatch:
-    """Wall and CPU seconds since it was made."""
+    """Wall and CPU seconds since it was made, and those of earlier calls that `advance` adds."""
 
     def __init__(self) -> None:
         self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def advance(self, wall_s: float, cpu_s: float) -> None:
+        self._wall, self._cpu = self._wall - wall_s, self._cpu - cpu_s
 
     def wall_s(self) -> float:
         return time.perf_counter() - self._wall

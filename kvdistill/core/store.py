@@ -23,8 +23,8 @@ from kvdistill.core.files import (
     sha256_file,
     sha256_of,
     write_json,
+    write_json_lines,
     write_tensors,
-    write_text,
 )
 
 FORMAT = 1
@@ -80,15 +80,14 @@ class StoreWriter:
         if not journal.exists():
             return []
         good: list[dict[str, Any]] = []
-        for row in read_json_lines(journal):
+        rows = read_json_lines(journal)
+        for row in rows:
             path = self.folder / row["file"]
             if not path.exists() or path.stat().st_size != row["bytes"] or sha256_file(path) != row["sha256"]:
                 break
             good.append(row)
-        if len(good) < len(read_json_lines(journal)):
-            write_text(journal, "")
-            for row in good:
-                append_json_line(journal, row)
+        if len(good) < len(rows) or not journal.read_bytes().endswith(b"\n"):  # a torn line must not be appended to
+            write_json_lines(journal, good)
         return good
 
 

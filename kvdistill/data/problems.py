@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Style = Literal["cot", "direct"]
-Split = Literal["train", "val", "test"]
-SPLITS = ("train", "val", "test")
+Split = Literal["train", "val", "test", "teach"]
+SPLITS = ("train", "val", "test", "teach")  # teach: seen only by teachers that are trained on the spot
 
 ANSWER_MARK = "####"  # GSM8K's own; also used for tasks whose publisher has no mark
 # Two styles of one problem must not share a prompt: the model could not know which of them is asked for.

@@ -22,7 +22,7 @@ from kvdistill.data.sources import Source
 from kvdistill.data.tasks import TASKS, Task, find_task
 
 # Test is dealt first, so that asking for more training problems leaves the held-out ones as they were.
-_DEAL_ORDER = ("test", "val", "train")
+_DEAL_ORDER = ("test", "val", "train", "teach")
 
 
 @dataclass
@@ -52,7 +52,7 @@ def load_splits(data: DataRecipe, progress: Progress = silent) -> Splits:
         if not loaded.in_order:
             random.Random(derive_seed(data.seed, task.key, "pool")).shuffle(pool)
             random.Random(derive_seed(data.seed, task.key, "test")).shuffle(own_test)
-        asked: dict[str, int] = {"train": task.train, "val": task.val, "test": task.test}
+        asked: dict[str, int] = {split: getattr(task, split) for split in SPLITS}
         dealt = _deal(pool, asked if loaded.test is None else asked | {"test": 0})
         if loaded.test is not None:
             dealt["test"] = own_test[: task.test]

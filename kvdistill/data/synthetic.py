@@ -1,8 +1,8 @@
 """Families of generated problems: `ChainFamily` (sums and differences) and `ProductFamily` (two products).
 
-Every family numbers its problems 0 … count()-1 and can write down any of them. Drawing numbers without
-replacement makes problems that are unique by construction and uniform over the family, and the stream for a
-longer request begins with the stream for a shorter one. Knows no split and no tokenizer.
+Every family numbers its problems 0 … count()-1 and can write down any of them. Drawing numbers without replacement
+makes problems that are unique by construction and uniform over the family. Rearrangements of one problem (3*4+5*6 and
+6*5+4*3) never stand on both sides of a split. Knows no split by name and no tokenizer.
 
     chain    question 12+7-5      reasoning 19      answer 14
     product  question 3*4+5*6     reasoning 12,30   answer 42
@@ -35,16 +35,32 @@ class AbstractFamily(ABC):
     def write(self, number: int) -> tuple[str, str, str]:
         """Question, reasoning and answer of problem `number`, 0 <= number < count()."""
 
-    def draw(self, num_problems: int, seed: int) -> list[Problem]:
-        """`num_problems` different problems, the same ones for the same seed. DataError where too few exist."""
-        if num_problems > self.count():
+    def kin(self, number: int) -> int:
+        """One number for all rearrangements of problem `number`: whoever has seen one of them has seen them all."""
+        return number
+
+    def draw(self, num_held_out: int, num_more: int, seed: int) -> list[Problem]:
+        """Different problems, the same ones for the same seed: first the held-out ones, then those to learn from.
+
+        No two held-out problems are kin, and none of the others is kin to a held-out one. DataError where too few exist.
+        """
+        held_out: dict[int, int] = {}
+        more: list[int] = []
+        for number in _draw_numbers(self.count(), self.count(), derive_seed(seed, self.name, "problems")):
+            if len(held_out) < num_held_out:
+                held_out.setdefault(self.kin(number), number)
+            elif len(more) == num_more:
+                break
+            elif self.kin(number) not in held_out:
+                more.append(number)
+        if len(held_out) < num_held_out or len(more) < num_more:
             raise DataError(
-                f"{num_problems} problems asked for, but only {self.count()} different ones exist",
+                f"{num_held_out} held-out problems and {num_more} others asked for, but only {self.count()} different "
+                f"ones exist: {len(held_out)} held out, and {len(more)} that are not rearrangements of those",
                 place=f"data.tasks ({self.name})",
-                fix=f"lower train + val + test of {self.name} to {self.count()} in all",
+                fix=f"lower train + teach of {self.name} to {len(more)}, or val + test",
             )
-        numbers = _draw_numbers(self.count(), num_problems, derive_seed(seed, self.name, "problems"))
-        return [Problem(self.name, str(number), *self.write(number)) for number in numbers]
+        return [Problem(self.name, str(number), *self.write(number)) for number in [*held_out.values(), *more]]
 
 
 @final
@@ -53,7 +69,7 @@ class ChainFamily(AbstractFamily):
     """A start value and `num_steps` times + or − a step; every value stays in 0 … max_value."""
 
     num_steps: int = 3
-    max_value: int = 30
+    max_value: int = 20
     max_step: int = 9
     name: str = "chain"
 
@@ -103,7 +119,7 @@ class ChainFamily(AbstractFamily):
 class ProductFamily(AbstractFamily):
     """a*b + c*d with factors in min_factor … max_factor."""
 
-    min_factor: int = 2
+    min_factor: int = 1
     max_factor: int = 9
     name: str = "product"
 
@@ -117,6 +133,14 @@ class ProductFamily(AbstractFamily):
             factors.append(self.min_factor + rest)
         a, b, c, d = factors
         return f"{a}*{b}+{c}*{d}", f"{a * b},{c * d}", str(a * b + c * d)
+
+    def kin(self, number: int) -> int:
+        size, digits = self.max_factor - self.min_factor + 1, []
+        for _ in range(4):
+            number, rest = divmod(number, size)
+            digits.append(rest)
+        (a, b), (c, d) = sorted((sorted(digits[:2]), sorted(digits[2:])))
+        return a + size * (b + size * (c + size * d))
 
 
 # The sizes that the built-in study uses.

@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from kvdistill.core.errors import DataError
@@ -29,12 +29,19 @@ _ROLES = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk
 
 
 def character_tokenizer(extra_symbols: Iterable[str] = "") -> PreTrainedTokenizerFast:
-    """One character, one token: SYMBOLS, then `extra_symbols` in code-point order; decoding restores the text."""
-    symbols = list(SYMBOLS) + sorted(set(extra_symbols) - set(SYMBOLS))
-    vocabulary = {symbol: number for number, symbol in enumerate([*_ROLES.values(), *symbols])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=_ROLES["unk_token"]))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    backend.decoder = decoders.Fuse()
+    """One ASCII character, one token: SYMBOLS, then the bytes of `extra_symbols`; decoding restores the text.
+
+    A byte-level BPE without a single merge (so a character beyond ASCII is one token per UTF-8 byte). In this form it
+    also survives transformers 5, whose AutoTokenizer rebuilds the tokenizer of every `qwen2` folder as a byte-level
+    BPE of its own from the saved vocabulary and merges, whatever class and rules were saved.
+    """
+    cut = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    given = [letter for symbol in SYMBOLS for letter in cut.pre_tokenize_str(symbol)[0][0]]
+    extra = sorted({letter for symbol in extra_symbols for letter in cut.pre_tokenize_str(symbol)[0][0]} - set(given))
+    vocabulary = {symbol: number for number, symbol in enumerate([*_ROLES.values(), *given, *extra])}
+    backend = Tokenizer(models.BPE(vocabulary, [], unk_token=_ROLES["unk_token"]))
+    backend.pre_tokenizer = cut
+    backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **_ROLES)
 
 

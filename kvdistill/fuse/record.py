@@ -9,7 +9,7 @@ Axes: N teachers, L layers, B batch, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,6 +59,17 @@ class RoutingRecord:
         sums = rows_BN1.new_zeros(len(names), rows_BN1.shape[1]).index_add_(0, place_B, rows_BN1)
         for name, row in zip(names, sums, strict=True):
             self._task_sums[name] = self._task_sums[name] + row if name in self._task_sums else row
+
+    def state(self) -> dict[str, Any]:
+        """What was taken in since the last `row()`, as JSON, for a checkpoint."""
+        sums = None if self._sums is None else [part.tolist() for part in self._sums]
+        return {"sums": sums, "tasks": {task: row.tolist() for task, row in self._task_sums.items()}}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state()`; exact, since float32 survives JSON."""
+        layers, entropy, count = (torch.tensor(part) for part in state["sums"] or (0.0, 0.0, 0.0))
+        self._sums = None if state["sums"] is None else (layers, entropy, count)
+        self._task_sums = {task: torch.tensor(row) for task, row in state["tasks"].items()}
 
     def row(self) -> dict[str, Any]:
         """{"mean": {teacher: w}, "entropy": nats, "by_task": {task: {…}}, "by_layer": [{…}, …]}; starts anew.

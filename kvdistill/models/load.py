@@ -163,6 +163,7 @@ def _scratch_config(scratch: ScratchRecipe, vocab_size: int, place: str) -> PreT
         max_position_embeddings=MAX_POSITIONS,
         rope_parameters={"rope_type": "default", "rope_theta": scratch.rope_theta},
         tie_word_embeddings=scratch.tie_embeddings,
+        initializer_range=scratch.init_std,
         **_NO_SPECIAL_TOKENS,
         **own,
     )
@@ -191,6 +192,7 @@ def _gpt2_config(
         n_layer=scratch.num_layers,
         n_head=scratch.num_heads,
         n_positions=GPT2_MAX_POSITIONS,
+        initializer_range=scratch.init_std,
         tie_word_embeddings=scratch.tie_embeddings,
         **_NO_SPECIAL_TOKENS,
         **own,

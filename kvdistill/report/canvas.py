@@ -44,7 +44,7 @@ class Picture:
     reason: str = ""
 
 
-def _rules() -> dict[str, Any]:
+def _rules() -> Any:
     fonts = font_manager.fontManager.get_font_names()
     return {
         "font.family": ["DejaVu Sans", *[name for name in _CJK if name in fonts]],

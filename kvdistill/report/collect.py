@@ -6,11 +6,8 @@ What an unfinished study lacks is noted, not fatal; a file that contradicts itse
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from kvdistill.core.errors import RunFolderError
+from kvdistill.core.files import replacing
 from kvdistill.core.recipe import Recipe
 from kvdistill.report.compare import SeedRun
 
@@ -182,20 +180,9 @@ def read_questions(run: Path) -> dict[tuple[str, str, str], str]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """The whole file or the old one, never half; a full disk leaves no litter."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
+    """The whole file or the old one, never half; a full disk is one clear error."""
+    with replacing(path) as part:
+        part.write_bytes(content)
 
 
 def write_json(path: Path, value: Any) -> None:

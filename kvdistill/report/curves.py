@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,8 @@ def band(logs: Mapping[int, Sequence[Row]], pick: Pick) -> tuple[np.ndarray, np.
     """Steps that every seed has, and the figure's mean and standard deviation (0 for one seed) over seeds there."""
     series = []
     for rows in logs.values():
-        points = {row["step"]: pick(row) for row in rows}
-        if known := {s: float(v) for s, v in points.items() if v is not None and np.isfinite(v)}:
+        points = [(row["step"], pick(row)) for row in rows]  # a step may have a training row and a validation row
+        if known := {s: float(v) for s, v in points if v is not None and np.isfinite(v)}:
             series.append(known)
     steps = sorted(set.intersection(*map(set, series))) if series else []
     if not steps:
@@ -203,7 +204,7 @@ def draw_curves(logs: Logs) -> list[Picture]:
             draw_overfitting,
         ),
     )
-    return [render(name, title, caption, lambda draw=draw: draw(logs)) for name, title, caption, draw in drawings]
+    return [render(name, title, caption, partial(draw, logs)) for name, title, caption, draw in drawings]
 
 
 class LearningCurveTracker:

@@ -224,8 +224,8 @@ def draw_match(rows: Sequence[Row]) -> Figure | str:
                 x, reference = row[f"{part}/{key}"], row[f"placebo/{part}/{key}"]
                 axes.plot([reference, x], [index + shift] * 2, color=colour, linewidth=1, alpha=0.6 * faded)
                 axes.plot(reference, index + shift, marker, markerfacecolor="white", color=colour, alpha=faded)
-                hollow = {"markerfacecolor": "white"} if row["is_placebo"] else {}
-                axes.plot(x, index + shift, marker, color=colour, alpha=faded, **hollow)
+                fill = "white" if row["is_placebo"] else colour
+                axes.plot(x, index + shift, marker, color=colour, markerfacecolor=fill, alpha=faded)
         axes.axvline(0, color=GRID, linewidth=1.2, zorder=0)
         axes.margins(x=0.1)
         axes.set_yticks(range(len(rows)), names)

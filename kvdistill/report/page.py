@@ -25,6 +25,13 @@ from kvdistill.report.summary import METHOD, budgets, reference_arm
 from kvdistill.report.verdict import amount, difference, list_warnings
 
 SVG_LIMIT_BYTES = 250_000
+SPLITS = ("train", "val", "test")
+SHOWN_ELSEWHERE = (
+    "tasks",
+    "section",
+    "files",
+    "format",
+)  # of the data manifest: as a table, in the recipe, or of no use
 EXAMPLES_PER_KIND = 4
 EXCERPT = 700
 
@@ -47,7 +54,7 @@ def build_page(recipe: Recipe, tables: RunTables, summary: Row, pictures: Sequen
         figure=summary["primary"], best=_best_arm(summary), seeds_words=_join(summary["seeds"]),
         match=match_table(recipe, tables), match_figures=MATCH_FIGURES,
         budgets=budgets(recipe, tables), reference=reference_arm(recipe), teachers=_teacher_rows(tables),
-        counts=_count_rows(tables.manifest), manifest=_flatten_without(tables.manifest, "counts"),
+        counts=_count_rows(tables.manifest), manifest=_flatten_without(tables.manifest, *SHOWN_ELSEWHERE),
         validation=flatten(tables.validation), examples=_pick_examples(tables, summary),
         provenance=_flatten_without(tables.provenance, "command"),
         command=tables.provenance.get("command"), recipe_text=_recipe_text(recipe, tables),
@@ -90,16 +97,12 @@ def _teacher_rows(tables: RunTables) -> list[Row]:
 
 
 def _count_rows(manifest: Mapping[str, Any]) -> list[Row]:
-    """`counts` as task -> split -> number, also where it was written split first."""
-    counts = manifest.get("counts")
-    if not isinstance(counts, dict) or not all(isinstance(v, dict) for v in counts.values()):
-        return []
-    if set(counts) <= {"train", "val", "test"}:
-        names = sorted({task for by_task in counts.values() for task in by_task})
-        counts = {task: {split: counts[split].get(task) for split in counts} for task in names}
-    return [
-        {"task": task, **{split: by.get(split) for split in ("train", "val", "test")}} for task, by in counts.items()
-    ]
+    """Rows per task and split, and how many problems were too long, from the manifest's `tasks`."""
+    rows = []
+    for task, splits in (manifest.get("tasks") or {}).items():
+        too_long = sum(split.get("too_long") or 0 for split in splits.values())
+        rows.append({"task": task, "too_long": too_long, **{s: splits.get(s, {}).get("rows") for s in SPLITS}})
+    return rows
 
 
 def flatten(value: Any, name: str = "", *, depth: int = 4) -> list[tuple[str, str]]:
@@ -115,8 +118,8 @@ def flatten(value: Any, name: str = "", *, depth: int = 4) -> list[tuple[str, st
     return [(name, "–" if value is None else str(value))] if name else []
 
 
-def _flatten_without(value: Mapping[str, Any], shown_elsewhere: str) -> list[tuple[str, str]]:
-    return flatten({key: part for key, part in value.items() if key != shown_elsewhere})
+def _flatten_without(value: Mapping[str, Any], *shown_elsewhere: str) -> list[tuple[str, str]]:
+    return flatten({key: part for key, part in value.items() if key not in shown_elsewhere})
 
 
 def _pick_examples(tables: RunTables, summary: Row) -> Row:

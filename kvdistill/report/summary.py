@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from kvdistill import stats
 from kvdistill.core.recipe import Recipe
 from kvdistill.report.collect import RunTables
-from kvdistill.report.compare import Comparison, compare_family, describe_comparison
+from kvdistill.report.compare import Comparison, SeedRun, compare_family, describe_comparison
 from kvdistill.stats import NAN
 
 NEAR_ZERO = 0.05
@@ -47,7 +48,7 @@ def compare_all(recipe: Recipe, tables: RunTables) -> dict[str, list[Comparison]
     }
 
 
-def _spread(tables: RunTables, arm: str, pick: Callable[[Any], float]) -> dict[str, Any]:
+def _spread(tables: RunTables, arm: str, pick: Callable[[SeedRun], float]) -> dict[str, Any]:
     """mean, std, per_seed (recipe order, NaN where missing) and the reason of what is undefined."""
     runs = tables.runs[arm]
     values = [pick(runs[s]) for s in tables.seeds if s in runs]
@@ -63,8 +64,12 @@ def _figure(tables: RunTables, arm: str, name: str) -> dict[str, Any]:
     tasks = sorted({t for run in tables.runs[arm].values() for t in run.by_task(name)})
     return {
         **_spread(tables, arm, lambda run: run.macro(name)),
-        "by_task": {t: _spread(tables, arm, lambda run, t=t: run.by_task(name).get(t, NAN)) for t in tasks},
+        "by_task": {t: _spread(tables, arm, partial(_task_mean, figure=name, task=t)) for t in tasks},
     }
+
+
+def _task_mean(run: SeedRun, figure: str, task: str) -> float:
+    return run.by_task(figure).get(task, NAN)
 
 
 def describe_arm(recipe: Recipe, arm: str) -> str:
@@ -171,7 +176,8 @@ def summarise(recipe: Recipe, tables: RunTables, family: dict[str, list[Comparis
         "accuracy_near_zero": bool(known) and max(known) < NEAR_ZERO,
         "seconds": _total(ledgers, "seconds"), "cpu_seconds": _total(ledgers, "cpu_seconds"),
         "teacher_seconds": _total(list(tables.teachers.values()), "seconds"),
-        "leaks_allowed": bool(tables.manifest.get("allow_leaks")) or bool(recipe.data.allow_leaks),
+        "leaks_allowed": recipe.data.allow_leaks or bool((tables.manifest.get("section") or {}).get("allow_leaks")),
+        "leaks_found": tables.validation.get("num_leaks"),
         "notes": tables.notes,
     }  # fmt: skip
 

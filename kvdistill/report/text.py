@@ -9,23 +9,19 @@ DASH = "–"
 _INVISIBLE = {0x00AD, 0x034F, 0x061C, 0x115F, 0x1160, 0x180E, 0x2028, 0x2029, 0x3164, 0xFEFF, 0xFFA0}
 
 
-def make_visible(text: str, *, keep: str = "\n") -> str:
-    """Control, format and private characters as visible marks: ESC becomes ␛, a right-to-left override ⟨U+202E⟩.
+def make_visible(text: str, *, keep: str = "\n\t") -> str:
+    """Control, format and private characters as visible marks: ESC becomes ⟨U+001B⟩.
 
-    Nothing a model writes can then reorder, hide or colour the text around it. Characters in `keep` stay.
+    Not as control pictures such as ␛, which many fonts lack. Nothing a model writes can then reorder, hide or colour
+    the text around it. Characters in `keep` stay.
     """
     return "".join(c if c in keep else _mark(c) for c in text)
 
 
 def _mark(char: str) -> str:
     code = ord(char)
-    if code < 0x20:
-        return chr(0x2400 + code)
-    if code == 0x7F:
-        return "␡"
-    if code in _INVISIBLE or unicodedata.category(char) in ("Cc", "Cf", "Cs", "Co", "Cn"):
-        return f"⟨U+{code:04X}⟩"
-    return char
+    hidden = code in _INVISIBLE or unicodedata.category(char) in ("Cc", "Cf", "Cs", "Co", "Cn")
+    return f"⟨U+{code:04X}⟩" if hidden else char
 
 
 def is_known(value: object) -> bool:

@@ -6,8 +6,10 @@ log.jsonl, ledger.json, match.json and, last, trained.json. Resumes from the new
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from kvdistill.teachers import (
     open_targets,
     pair,
     run_teacher,
-    split_examples,
+    spread,
     teacher_place,
     teacher_recipe,
 )
@@ -53,7 +55,8 @@ def train_student(recipe: Recipe, run: Path, arm_name: str, seed: int, progress:
     arm = arm_recipe(recipe, arm_name)
     device = pick_device(recipe.hardware.device)
     watch = Stopwatch()
-    with folder_lock(folder, wait=True):
+    # one lock for all ranks of a torchrun, held by the first
+    with folder_lock(folder, wait=True) if os.environ.get("RANK", "0") == "0" else nullcontext():
         seed_everything(derive_seed(seed, "training"))
         examples = read_split(run, "train")
         tokenizer = load_tokenizer_of(run)
@@ -71,7 +74,9 @@ def train_student(recipe: Recipe, run: Path, arm_name: str, seed: int, progress:
             arm=arm,
             run_teachers=_online_teachers(recipe, run, arm, device),
             log_file=folder / "log.jsonl",
+            projector_lr_scale=recipe.train.projector_lr_scale,
             on_step=_step_hook(recipe.train.steps, progress, f"{arm_name} seed {seed}", curve),
+            clock=watch,
         )
         trainer.resume_or_start()
         if not trainer.is_world_process_zero():
@@ -102,7 +107,7 @@ def train_teacher(recipe: Recipe, run: Path, name: str, progress: Progress = sil
     watch = Stopwatch()
     with folder_lock(folder, wait=True):
         seed_everything(derive_seed(teacher.seed, "teacher", name))
-        examples = [example for example in read_split(run, "train") if example.task in teacher.train_on]
+        examples = _lessons(run, teacher.train_on)
         if not examples:
             raise DataError(
                 f"no training examples of {', '.join(teacher.train_on)}",
@@ -125,12 +130,20 @@ def train_teacher(recipe: Recipe, run: Path, name: str, progress: Progress = sil
         trainer.resume_or_start()
         distiller = trainer.accelerator.unwrap_model(trainer.model)
         _save_model(folder, distiller, tokenizer)
-        held_out = read_split(run, "val")[: 4 * recipe.train.eval_examples]
+        val = read_split(run, "val")
+        held_out = [val[i] for i in spread(val, 4 * recipe.train.eval_examples)]
         by_task = accuracy_by_task(distiller.student, tokenizer, held_out, recipe.evaluate.max_new_tokens)
         report = {"accuracy_by_task": by_task, "steps": teacher.optimiser.steps, "seconds": watch.wall_s()}
         write_json(folder / "report.json", {**report, "parameters": describe_model(distiller.student).num_parameters})
         write_json(trained_mark(folder), {"teacher": name, "steps": teacher.optimiser.steps})
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def _lessons(run: Path, tasks: Sequence[str]) -> list[Example]:
+    """What a teacher studies: of each task its `teach` split, or the students' training problems where there is none."""
+    own = [example for example in read_split(run, "teach") if example.task in tasks]
+    rest = set(tasks) - {example.task for example in own}
+    return own + [example for example in read_split(run, "train") if example.task in rest]
 
 
 def build_distiller(
@@ -190,8 +203,6 @@ def online_teacher(recipe: Recipe, run: Path, arm: ArmRecipe, name: str, device:
 
 
 def _num_needed(optimiser: OptimiserRecipe) -> int:
-    import os
-
     return optimiser.steps * optimiser.batch_size * optimiser.accumulation * int(os.environ.get("WORLD_SIZE", 1))
 
 

@@ -109,7 +109,8 @@ def newest_checkpoint(root: Path) -> Path | None:
 
 
 def drop_old_checkpoints(root: Path, keep: int) -> None:
-    for folder in sorted(_checkpoints(root), key=_step, reverse=True)[keep:]:
+    """Remove all but the newest `keep`, and what killed writers left half written."""
+    for folder in [*sorted(_checkpoints(root), key=_step, reverse=True)[keep:], *root.glob(f".{_PREFIX}*")]:
         shutil.rmtree(folder)
 
 

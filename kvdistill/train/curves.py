@@ -20,7 +20,7 @@ from kvdistill.data.answers import is_correct
 from kvdistill.data.encode import Example
 from kvdistill.data.tables import read_split
 from kvdistill.models.generate import generate_greedy
-from kvdistill.teachers import open_targets, split_examples
+from kvdistill.teachers import open_targets, split_examples, spread
 from kvdistill.train.distiller import Distiller
 
 BATCH = 64
@@ -40,7 +40,7 @@ class LearningCurve:
         self._val = BatchMaker(val, pad_id, arm, readers, seed)
         self._chosen = spread(val, recipe.train.eval_examples)
         # the training side has stored targets only where the store is used; its likelihood is enough for the gap
-        self._seen = BatchMaker(read_split(run, "train")[:4096], pad_id)
+        self._seen = BatchMaker(read_split(run, "train"), pad_id)
         self._seen_chosen = spread(self._seen.examples, recipe.train.eval_examples)
 
     def point(self, step: int, distiller: Distiller) -> None:
@@ -84,15 +84,6 @@ class LearningCurve:
         means = {name: value / max(tokens, 1.0) for name, value in sums.items()}
         kv = [value for name, value in means.items() if name.startswith("kv/")]
         return {"ce": means["ce"], "nll": means["ce"], "kv_loss": sum(kv) / len(kv) if kv else None}
-
-
-def spread(examples: Sequence[Example], number: int) -> list[int]:
-    """`number` example numbers, as evenly over the tasks as there are examples, in order."""
-    by_task: dict[str, list[int]] = {}
-    for i, example in enumerate(examples):
-        by_task.setdefault(example.task, []).append(i)
-    share = max(1, number // max(1, len(by_task)))
-    return sorted(i for numbers in by_task.values() for i in numbers[:share])
 
 
 def accuracy_by_task(model: Any, tokenizer: Any, examples: Sequence[Example], max_new_tokens: int) -> dict[str, float]:

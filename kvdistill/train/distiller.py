@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvdistill.align import AlignedKV, MapProjectionAligner
+from kvdistill.batches import CE_SEGMENTS
 from kvdistill.core.kv import KV
 from kvdistill.core.maps import SparseMap
 from kvdistill.core.recipe import ArmRecipe
@@ -25,7 +26,6 @@ from kvdistill.core.targets import TeacherTargets
 from kvdistill.fuse import Fusion, fuse_caches
 from kvdistill.losses import build_distance, cross_entropy, logit_distillation, masked_token_mean, prediction_mask
 from kvdistill.models import capture_kv, positions_from_mask, unrotate_keys
-from kvdistill.batches import CE_SEGMENTS
 
 
 @dataclass

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from kvdistill.batches import BatchMaker, moved_to
 from kvdistill.core.recipe import ArmRecipe, Recipe
 from kvdistill.match import TeacherMatch
-from kvdistill.teachers import open_targets, split_examples
-from kvdistill.batches import BatchMaker, moved_to
+from kvdistill.teachers import open_targets, split_examples, spread
 from kvdistill.train.curves import BATCH
 from kvdistill.train.distiller import Distiller
 
@@ -29,10 +29,10 @@ def match_on_held_out(
     examples = split_examples(recipe, run, "val")
     readers = {name: open_targets(recipe, run, name, "val") for name in arm.teachers}
     batches = BatchMaker(examples, pad_id, arm, readers, seed)
-    number = min(len(examples), recipe.evaluate.match_examples)
+    chosen = spread(examples, recipe.evaluate.match_examples)
     figures = {name: TeacherMatch(len(distiller.student_layers), seed=seed) for name in arm.teachers}
-    for start in range(0, number, BATCH):
-        batch = moved_to(batches(range(start, min(start + BATCH, number))), device)
+    for start in range(0, len(chosen), BATCH):
+        batch = moved_to(batches(chosen[start : start + BATCH]), device)
         for name in arm.teachers:
             kv = batch["targets"][name].kv
             source, target = distiller.match(batch["input_ids"], batch["segments"], kv, name, batch["maps"].get(name))

@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
+from kvdistill.batches import BatchMaker, ExampleNumbers, FixedOrder, token_counts
 from kvdistill.core.files import append_json_line, keep_json_lines
 from kvdistill.core.recipe import ArmRecipe, OptimiserRecipe, TrainRecipe
 from kvdistill.core.runtime import Stopwatch, TrainingStopped
 from kvdistill.core.targets import TeacherTargets
 from kvdistill.fuse.record import RoutingRecord
 from kvdistill.losses import kv_weight_at
-from kvdistill.batches import BatchMaker, ExampleNumbers, FixedOrder, token_counts
 from kvdistill.train.checkpoint import (
     drop_old_checkpoints,
     load_checkpoint,
@@ -88,15 +88,18 @@ class DistillTrainer(Trainer):
         arm: ArmRecipe | None = None,
         run_teachers: Mapping[str, TeacherRun] | None = None,
         log_file: Path,
+        projector_lr_scale: float = 1.0,
         on_step: Callable[[int, DistillTrainer], None] | None = None,
+        clock: Stopwatch | None = None,
     ) -> None:
         self._order = order
         self._arm = arm
         self._run_teachers = dict(run_teachers or {})
         self._log_file = log_file
+        self._projector_lr_scale = projector_lr_scale
         self._sums: dict[str, list[float]] = {}
         self._routing = RoutingRecord(model.teachers, max(1, len(model.student_layers))) if model.teachers else None
-        self._clock = Stopwatch()
+        self._clock = clock or Stopwatch()
         self.seen = torch.zeros(2, dtype=torch.float64)  # real tokens, loss tokens
         callbacks: list[TrainerCallback] = [_StepCallback(on_step, self)] if on_step else []
         super().__init__(
@@ -133,6 +136,29 @@ class DistillTrainer(Trainer):
         self.seen += both[:2].double().cpu()
         return batches, both[1:].clamp_min(1.0)
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The arguments' optimiser; no weight decay on biases and norms; projectors at their own rate."""
+        if self.optimizer is None:
+            distiller: Distiller = self.model  # type: ignore[assignment]
+            decayed = set(self.get_decay_parameter_names(distiller))
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, distiller)
+            groups: dict[tuple[bool, bool], list[Tensor]] = {}
+            for name, parameter in distiller.named_parameters():
+                if parameter.requires_grad:
+                    groups.setdefault((name.startswith("aligners."), name in decayed), []).append(parameter)
+            self.optimizer = kind(
+                [
+                    {
+                        "params": parameters,
+                        "lr": self.args.learning_rate * (self._projector_lr_scale if of_aligner else 1.0),
+                        "weight_decay": self.args.weight_decay if decays else 0.0,
+                    }
+                    for (of_aligner, decays), parameters in groups.items()
+                ],
+                **options,
+            )
+        return self.optimizer
+
     # -- loss ---------------------------------------------------------------------------------
 
     def compute_loss(
@@ -164,7 +190,8 @@ class DistillTrainer(Trainer):
                     f"loss term {name!r} became {value} at step {self.state.global_step + 1}; "
                     "the last good checkpoint is kept",
                     place=str(self._log_file.parent),
-                    fix="lower train.learning_rate or loss.kv_weight, or look at this term's teacher; then run again",
+                    fix="lower train.learning_rate or loss.kv_weight, or look at this term's teacher; "
+                    "then run the changed recipe in a new run_dir",
                 )
             sums = self._sums.setdefault(name, [0.0, 0.0, 0.0])
             sums[0] += value
@@ -175,12 +202,14 @@ class DistillTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """One row in log.jsonl: the step's means over the window, each term raw and weighted, and the routing."""
-        if "loss" in logs and self.is_world_process_zero():
+        if "loss" in logs:
             steps = max(1, self.state.global_step - self._last_logged)
             terms = {
                 name: {"raw": raw / steps, "weight": weight, "weighted": weighted / steps}
-                for name, (raw, weight, weighted) in self._sums.items()
+                for name, (raw, weight, weighted) in self._sums_of_all_ranks().items()
             }
+            # not the Trainer's own mean, which forgets the steps before a resume
+            logs["loss"] = sum(term["weighted"] for term in terms.values())
             row: dict[str, Any] = {
                 "step": self.state.global_step,
                 "loss": logs["loss"],
@@ -192,7 +221,8 @@ class DistillTrainer(Trainer):
             }
             if self._routing is not None:
                 row["routing"] = self._routing.row()
-            append_json_line(self._log_file, row)
+            if self.is_world_process_zero():
+                append_json_line(self._log_file, row)
             for name, term in terms.items():
                 logs[f"{name}/raw"], logs[f"{name}/weighted"] = term["raw"], term["weighted"]
             self._sums = {}
@@ -201,13 +231,24 @@ class DistillTrainer(Trainer):
 
     _last_logged = 0
 
+    def _sums_of_all_ranks(self) -> dict[str, list[float]]:
+        """Raw and weighted sums over ranks: each rank divides its own tokens by the counts of all."""
+        if self.args.world_size == 1 or not self._sums:
+            return self._sums
+        own = torch.tensor([[raw, weighted] for raw, _, weighted in self._sums.values()], device=self.args.device)
+        total = self.accelerator.gather(own[None]).sum(0).tolist()
+        return {
+            name: [raw, self._sums[name][1], weighted] for name, (raw, weighted) in zip(self._sums, total, strict=True)
+        }
+
     # -- checkpoints --------------------------------------------------------------------------
 
     def resume_or_start(self) -> int:
         """Train to the end, from the newest good checkpoint if there is one. Returns the step it started from."""
         found = newest_checkpoint(Path(self.args.output_dir))
         start = int(found.name.rsplit("-", 1)[1]) if found else 0
-        keep_json_lines(self._log_file, lambda row: row["step"] <= start)
+        if self.is_world_process_zero():
+            keep_json_lines(self._log_file, lambda row: row["step"] <= start)
         self._last_logged = start
         self.train(resume_from_checkpoint=str(found) if found else None)
         return start
@@ -215,12 +256,20 @@ class DistillTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.is_world_process_zero():
             root = Path(self.args.output_dir)
+            unwrapped = self.accelerator.unwrap_model(self.model)
+            self._refuse_broken_weights(unwrapped)
             save_checkpoint(
                 root / f"checkpoint-{self.state.global_step}",
-                self.accelerator.unwrap_model(self.model),
+                unwrapped,
                 self.optimizer.optimizer if hasattr(self.optimizer, "optimizer") else self.optimizer,
                 self.lr_scheduler,
-                {"seen": self.seen.tolist(), "sums": self._sums, "last_logged": self._last_logged},
+                {
+                    "seen": self.seen.tolist(),
+                    "sums": self._sums,
+                    "last_logged": self._last_logged,
+                    "routing": self._routing.state() if self._routing is not None else None,
+                    "seconds": [self._clock.wall_s(), self._clock.cpu_s()],
+                },
                 json.dumps(dataclasses.asdict(self.state), default=str),
             )
             drop_old_checkpoints(root, self.args.save_total_limit or 2)
@@ -231,6 +280,20 @@ class DistillTrainer(Trainer):
         self.seen = torch.tensor(state["seen"], dtype=torch.float64)
         self._sums = {name: list(values) for name, values in state["sums"].items()}
         self._last_logged = state["last_logged"]
+        self._clock.advance(*state["seconds"])
+        if self._routing is not None and state["routing"] is not None:
+            self._routing.restore(state["routing"])
+
+    def _refuse_broken_weights(self, model: Any) -> None:
+        """A gradient that is no number ruins weights under a loss that is one: no checkpoint of those."""
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and not bool(parameter.detach().isfinite().all()):
+                raise TrainingStopped(
+                    f"weight {name!r} is no longer finite after step {self.state.global_step}; "
+                    "the last good checkpoint is kept",
+                    place=str(self._log_file.parent),
+                    fix="lower train.learning_rate, then run the changed recipe in a new run_dir",
+                )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

@@ -60,7 +60,7 @@ class Published:
                 place=f"data.tasks ({self.name})",
                 fix="use name: jsonl for a file of your own, or data.root for a copy of the published files",
             )
-        wanted = {"train": task.train + task.val, "test": task.test}
+        wanted = {"train": task.train + task.val + task.teach, "test": task.test}
         problems: dict[str, list[Problem]] = {"train": [], "test": []}
         sources: list[Source] = []
         for split in (split for split, count in wanted.items() if count):

@@ -17,14 +17,14 @@ _ENDINGS: dict[Style, str] = {"cot": ":", "direct": "?"}
 
 
 def load_generated(task: TaskRecipe, data: DataRecipe, *, family: synthetic.AbstractFamily) -> Loaded:
-    """As many different problems as the three splits need together, so that they cannot overlap."""
+    """As many different problems as all splits need together, held-out ones first, so that they cannot overlap."""
     if task.file is not None:
         raise DataError(
             f"`file` does not go with the built-in task {family.name}",
             place="data.tasks",
             fix="use name: jsonl for a file",
         )
-    problems = family.draw(task.train + task.val + task.test, data.seed)
+    problems = family.draw(task.test + task.val, task.train + task.teach, data.seed)
     return Loaded(problems, [Source(family.name, "generated", repr(family))], in_order=True)
 
 
