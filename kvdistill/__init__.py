@@ -32,22 +32,22 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
-    from kvdistill.align import (
-        HeadwiseMapProjector,
-        KVDimensionProjector,
-        MapProjectionAligner,
-        SegmentIdentifier,
-        TimeWarper,
-    )
-    from kvdistill.core.config import load_recipe
-    from kvdistill.core.errors import KVDistillError
-    from kvdistill.core.kv import KV
-    from kvdistill.core.maps import SparseMap
-    from kvdistill.core.recipe import Recipe
-    from kvdistill.data import load_multi_task_dataset
-    from kvdistill.losses import MercatorKVLoss
-    from kvdistill.models import capture_kv, rotate_keys, unrotate_keys
-    from kvdistill.report import LearningCurveTracker
+    from kvdistill.align import HeadwiseMapProjector as HeadwiseMapProjector
+    from kvdistill.align import KVDimensionProjector as KVDimensionProjector
+    from kvdistill.align import MapProjectionAligner as MapProjectionAligner
+    from kvdistill.align import SegmentIdentifier as SegmentIdentifier
+    from kvdistill.align import TimeWarper as TimeWarper
+    from kvdistill.core.config import load_recipe as load_recipe
+    from kvdistill.core.errors import KVDistillError as KVDistillError
+    from kvdistill.core.kv import KV as KV
+    from kvdistill.core.maps import SparseMap as SparseMap
+    from kvdistill.core.recipe import Recipe as Recipe
+    from kvdistill.data import load_multi_task_dataset as load_multi_task_dataset
+    from kvdistill.losses import MercatorKVLoss as MercatorKVLoss
+    from kvdistill.models import capture_kv as capture_kv
+    from kvdistill.models import rotate_keys as rotate_keys
+    from kvdistill.models import unrotate_keys as unrotate_keys
+    from kvdistill.report import LearningCurveTracker as LearningCurveTracker
 
 
 def __getattr__(name: str) -> Any:

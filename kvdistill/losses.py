@@ -283,6 +283,20 @@ def logit_distillation(
     mask_BT: positions where predictions are compared (`prediction_mask` of the labels). Gradient to the
     student only. fp32 on the selected positions.
     """
+    divergence = logit_divergence(student_logits_BTV, topk_index_BTK, topk_logprob_BTK, mask_BT, temperature)
+    if weight_B is not None:
+        divergence = divergence * _token_weight(weight_B).expand(mask_BT.shape)[mask_BT]
+    return divergence.sum() / _at_least_one(num_tokens)
+
+
+def logit_divergence(
+    student_logits_BTV: Float[Tensor, "B T V"],
+    topk_index_BTK: Int[Tensor, "B T K"],
+    topk_logprob_BTK: Float[Tensor, "B T K"],
+    mask_BT: Bool[Tensor, "B T"],
+    temperature: int | float,
+) -> Float[Tensor, "N"]:
+    """temperature^2 * KL(teacher || student) at each of the N positions of `mask_BT`, row by row (`logit_distillation`)."""
     places_N = mask_BT.flatten().nonzero().squeeze(1)
     index_NK = topk_index_BTK.flatten(0, 1)[places_N].long()
     teacher = topk_logprob_BTK.detach().flatten(0, 1)[places_N]
@@ -294,10 +308,7 @@ def logit_distillation(
     log_q = (student_classes / temperature).log_softmax(-1)
     log_p = (teacher_classes / temperature).log_softmax(-1)
     p = log_p.exp()
-    divergence = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)  # 0 log 0 is 0, not NaN
-    if weight_B is not None:
-        divergence = divergence * _token_weight(weight_B).expand(mask_BT.shape)[mask_BT]
-    return temperature**2 * divergence.sum() / _at_least_one(num_tokens)
+    return temperature**2 * torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)  # 0 log 0 is 0, not NaN
 
 
 def _log_rest(logprob_NK: Tensor) -> Tensor:

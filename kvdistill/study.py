@@ -212,7 +212,8 @@ def is_finished(recipe: Recipe, run: Path) -> bool:
 def result_of(run: Path) -> dict[str, Any]:
     """What a finished study shows: where the page is, and the summary."""
     summary = read_json(run / "summary.json") if (run / "summary.json").exists() else {}
-    return {"run": str(run), "page": str(run / "report.html"), "summary": summary}
+    page = {"page": str(run / "report.html")} if (run / "report.html").exists() else {}
+    return {"run": str(run), **page, "summary": summary}
 
 
 def add_provenance(run: Path, begun_wall: float, begun_cpu: float) -> None:

@@ -26,6 +26,7 @@ class TerminalProgress:
         self._tty = sys.stderr.isatty()
         self._every_s = every_s if self._tty else plain_every_s
         self._begun: dict[str, tuple[float, float]] = {}
+        self._finished: set[str] = set()
         self._last_s = 0.0
         self._open = False
         self._what = ""
@@ -34,6 +35,8 @@ class TerminalProgress:
         now = time.monotonic()
         start_s, start_done = self._begun.setdefault(what, (now, done))
         finished = total > 0 and done >= total
+        if finished and what in self._finished:
+            return
         if now - self._last_s < self._every_s and not finished and what == self._what:
             return
         self._last_s = now
@@ -54,6 +57,8 @@ class TerminalProgress:
             sys.stderr.write(f"{what}: {share:.0%} after {_clock(gone_s)} {eta}\n".replace(" \n", "\n"))
         sys.stderr.flush()
         self._what = what
+        if finished:
+            self._finished.add(what)
 
     def close(self) -> None:
         if self._open:

@@ -77,7 +77,9 @@ class LearningCurve:
             if plain:
                 terms = {"ce": distiller.cross_entropy_only(moved["input_ids"], moved["segments"], counts)}
             else:
-                terms = {name: raw for name, (raw, _) in distiller(**moved, counts=counts, kv_weight=1.0).terms.items()}
+                terms = {
+                    name: raw for name, (raw, _, _) in distiller(**moved, counts=counts, kv_weight=1.0).terms.items()
+                }
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * float(counts[0])
             tokens += float(counts[0])

@@ -24,19 +24,21 @@ from kvdistill.core.maps import SparseMap
 from kvdistill.core.recipe import ArmRecipe
 from kvdistill.core.targets import TeacherTargets
 from kvdistill.fuse import Fusion, fuse_caches
-from kvdistill.losses import build_distance, cross_entropy, logit_distillation, masked_token_mean, prediction_mask
+from kvdistill.losses import build_distance, cross_entropy, logit_divergence, masked_token_mean, prediction_mask
 from kvdistill.models import capture_kv, positions_from_mask, unrotate_keys
 
 
 @dataclass
 class DistillOutput:
-    """loss: scalar with graph. terms: name -> (raw value, weight it entered the loss with), detached.
+    """loss: scalar with graph. terms: name -> (raw mean per token, the term's weight, what entered the loss), detached.
+
+    Raw values know no router: they are the same figure for every arm, so their curves can be compared.
 
     weights: router weights [N, L or 1, B, T or 1], or None for arms without teachers.
     """
 
     loss: Tensor
-    terms: dict[str, tuple[Tensor, float]] = field(default_factory=dict)
+    terms: dict[str, tuple[Tensor, float, Tensor]] = field(default_factory=dict)
     weights: Tensor | None = None
 
 
@@ -83,7 +85,7 @@ class Distiller(nn.Module):
         supervised_BT = torch.isin(segments, torch.tensor(codes, device=segments.device))
         ce = cross_entropy(logits_BTV, input_ids, supervised_BT, counts[0])
         ce_weight = arm.loss.ce_weight if arm is not None else 1.0
-        out = DistillOutput(loss=ce_weight * ce, terms={"ce": (ce.detach(), ce_weight)})
+        out = DistillOutput(loss=ce_weight * ce, terms={"ce": (ce.detach(), ce_weight, ce_weight * ce.detach())})
         if arm is None or not (needs_kv or arm.needs_logits):
             return out
         targets = targets or {}
@@ -160,24 +162,22 @@ class Distiller(nn.Module):
         assert self.arm is not None and self._distance is not None and out.weights is not None
         sides = (("k", 0, self.arm.loss.k_weight), ("v", 1, self.arm.loss.v_weight))
         names = self.teachers
-        weights = {n: out.weights[i] for i, n in enumerate(names)}
-        if self.arm.fuse.fuse_at == "kv":
-            masks = [kv_masks[n] for n in names]
-            for side, place, side_weight in sides:
-                if side_weight == 0:
-                    continue
+        for side, place, side_weight in sides:
+            if side_weight == 0:
+                continue
+            if self.arm.fuse.fuse_at == "kv":  # in student space, where all sources are the student's own channels
+                masks = [kv_masks[n] for n in names]
                 fused, mask_BT = fuse_caches([aligned[n][place] for n in names], masks, out.weights)
-                distance = self._distance(sources[names[0]][place], fused)
-                raw = masked_token_mean(distance, mask_BT, None, counts[1 : 1 + len(names)].max())
-                self._add(out, f"kv/fused/{side}", raw, kv_weight * side_weight)
-            return
-        for number, name in enumerate(names):
-            for side, place, side_weight in sides:
-                if side_weight == 0:
-                    continue
-                distance = self._distance(sources[name][place], aligned[name][place])
-                raw = masked_token_mean(distance, kv_masks[name], weights[name], counts[1 + number])
-                self._add(out, f"kv/{name}/{side}", raw, kv_weight * side_weight)
+                distance_LBT = self._distance(sources[names[0]][place], fused)
+                raw = masked_token_mean(distance_LBT, mask_BT, None, counts[1 : 1 + len(names)].max())
+                self._add(out, f"kv/fused/{side}", raw, kv_weight * side_weight, raw)
+                continue
+            for number, name in enumerate(names):
+                distance_LBT = self._distance(sources[name][place], aligned[name][place])
+                mask_BT, count = kv_masks[name], counts[1 + number]
+                routed = masked_token_mean(distance_LBT, mask_BT, out.weights[number], count)
+                raw = masked_token_mean(distance_LBT.detach(), mask_BT, None, count)
+                self._add(out, f"kv/{name}/{side}", raw, kv_weight * side_weight, routed)
 
     def _add_logit_terms(
         self,
@@ -192,18 +192,20 @@ class Distiller(nn.Module):
         for number, name in enumerate(self.teachers):
             target = targets[name]
             weight_BT = out.weights[number].mean(0)  # over layers
-            raw = logit_distillation(
+            divergence_N = logit_divergence(
                 logits_BTV,
                 target.topk_index_BSK,
                 target.topk_logprob_BSK,
                 predicts_BT,
-                weight_BT,
                 self.arm.loss.logit_temperature,
-                num_tokens,
             )
-            self._add(out, f"logit/{name}", raw, self.arm.loss.logit_weight)
+            routed = (divergence_N * weight_BT.expand(predicts_BT.shape)[predicts_BT]).sum() / num_tokens
+            raw = divergence_N.detach().sum() / num_tokens
+            self._add(out, f"logit/{name}", raw, self.arm.loss.logit_weight, routed)
 
     @staticmethod
-    def _add(out: DistillOutput, name: str, raw: Tensor, weight: float) -> None:
-        out.terms[name] = (raw.detach(), weight)
-        out.loss = out.loss + weight * raw
+    def _add(out: DistillOutput, name: str, raw: Tensor, weight: float, routed: Tensor) -> None:
+        """raw: mean per token, for the log. routed: the same with the router's weights; this is what is learned from."""
+        entered = weight * routed
+        out.terms[name] = (raw.detach(), weight, entered.detach())
+        out.loss = out.loss + entered

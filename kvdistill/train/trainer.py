@@ -183,8 +183,8 @@ class DistillTrainer(Trainer):
 
     def _watch(self, out: DistillOutput) -> None:
         """Stop at the first loss that is not a number, naming the term; keep sums for the log."""
-        values = torch.stack([raw.float() for raw, _ in out.terms.values()]).tolist()
-        for (name, (_, weight)), value in zip(out.terms.items(), values, strict=True):
+        values = torch.stack([torch.stack([raw, entered]).float() for raw, _, entered in out.terms.values()]).tolist()
+        for (name, (_, weight, _)), (value, entered) in zip(out.terms.items(), values, strict=True):
             if value != value or value in (float("inf"), float("-inf")):
                 raise TrainingStopped(
                     f"loss term {name!r} became {value} at step {self.state.global_step + 1}; "
@@ -196,7 +196,7 @@ class DistillTrainer(Trainer):
             sums = self._sums.setdefault(name, [0.0, 0.0, 0.0])
             sums[0] += value
             sums[1] = weight
-            sums[2] += weight * value
+            sums[2] += entered
 
     # -- log ----------------------------------------------------------------------------------
 
