@@ -7,6 +7,7 @@ Targets come from stored readers, or are left to the trainer, which runs the tea
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,14 @@ KV_SEGMENTS = {
     "reasoning+answer": (REASONING, ANSWER),
 }
 CE_SEGMENTS = {"reasoning+answer": (REASONING, ANSWER), "answer": (ANSWER,)}
+
+
+def in_segments(segments: Tensor, codes: Sequence[int]) -> Tensor:
+    """True where the segment code is one of `codes` (at least one), in the shape of `segments`.
+
+    Comparisons, because torch.isin needs the codes as a tensor: slower, and on a GPU a copy that every step waits for.
+    """
+    return functools.reduce(torch.logical_or, [segments == code for code in codes])
 
 
 def data_order(num_examples: int, num_needed: int, seed: int) -> list[int]:
@@ -133,7 +142,7 @@ class BatchMaker:
     def _alignment(self, batch: dict[str, Any], arm: ArmRecipe) -> tuple[dict[str, SparseMap], dict[str, Tensor]]:
         """Per teacher: the time map where it changes anything, and the student tokens that take part."""
         segments_BT: Tensor = batch["segments"]
-        wanted_BT = torch.isin(segments_BT, torch.tensor(KV_SEGMENTS[arm.loss.kv_on]))
+        wanted_BT = in_segments(segments_BT, KV_SEGMENTS[arm.loss.kv_on])
         maps: dict[str, SparseMap] = {}
         masks: dict[str, Tensor] = {}
         for name in arm.teachers:
@@ -154,7 +163,7 @@ def token_counts(batch: Mapping[str, Any], arm: ArmRecipe | None) -> Tensor:
     """Tokens that each loss term averages over, in this batch: [cross-entropy, kv of teacher 1, …] as float64."""
     segments_BT: Tensor = batch["segments"]
     codes = CE_SEGMENTS[arm.loss.ce_on] if arm is not None else CE_SEGMENTS["reasoning+answer"]
-    counts = [torch.isin(segments_BT[:, 1:], torch.tensor(codes, device=segments_BT.device)).sum()]
+    counts = [in_segments(segments_BT[:, 1:], codes).sum()]
     for name in arm.teachers if arm is not None and arm.needs_kv else ():
         counts.append(batch["kv_masks"][name].sum())
     return torch.stack(counts).double()

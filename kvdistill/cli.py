@@ -128,6 +128,14 @@ def report(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = 
 
 
 @app.command()
+def recipe() -> None:
+    """Every key a recipe can have, with type, default and meaning (Markdown)."""
+    from kvdistill.core.reference import recipe_reference
+
+    print(recipe_reference())
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Is this machine ready? Versions, cores, memory, GPUs, disk; what is missing and how to get it."""
 

@@ -164,8 +164,15 @@ def _check_model_folders(recipe: Recipe) -> None:
 
 
 def _difference_from(theirs: Any, recipe: Recipe, run: Path) -> str | None:
-    """The first key in which the folder's recipe differs where models depend on it, or None."""
-    differing = _first_difference(_base_of(theirs), _base_of(recipe.model_dump(mode="json")))
+    """The first key in which the folder's recipe differs where something that is there depends on it, or None.
+
+    So a mistake that was found before the first model was trained can be mended in the recipe and run again.
+    """
+    sections = ["data"] if (data_folder(run) / "manifest.json").exists() else []
+    if any((run / made).exists() for made in ("teachers", "store", "fit", "arms")):
+        sections = list(_BASE)
+    old_base, new_base = _base_of(theirs), _base_of(recipe.model_dump(mode="json"))
+    differing = _first_difference({s: old_base[s] for s in sections}, {s: new_base[s] for s in sections})
     if differing is not None:
         return differing
     shared = [arm for arm in recipe.arms if arm in theirs.get("arms", {}) and list((run / "arms" / arm).glob("seed-*"))]

@@ -33,6 +33,8 @@ from kvdistill.data.encode import Example
 from kvdistill.data.tables import read_manifest, read_split
 from kvdistill.models import ModelShape, describe_config, load_model, model_config, rotate_keys, teacher_forward
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
 
 @dataclass(frozen=True)
 class Pairing:
@@ -239,6 +241,10 @@ def load_teacher(recipe: Recipe, run: Path, name: str, device: torch.device) -> 
 
 def check_same_tokenizer(run: Path, path: str, place: str) -> None:
     """Raise unless the teacher cuts text exactly as the student does (compared as tokenizers, never by size)."""
+    folder = Path(path).expanduser()
+    if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
+        # transformers would make an empty one up
+        raise ModelError(f"{path} has no tokenizer", place=place, fix="keep the tokenizer files beside the weights")
     try:
         theirs = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:

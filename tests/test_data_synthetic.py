@@ -57,23 +57,54 @@ def test_answers_and_intermediate_results_are_right(family: AbstractFamily, numb
 
 
 @pytest.mark.parametrize("family", SMALL, ids=lambda family: family.name)
-def test_draw_is_unique_seeded_and_a_prefix_of_a_longer_draw(family: AbstractFamily) -> None:
-    everything = family.draw(family.count(), seed=3)
+def test_draw_is_unique_and_seeded(family: AbstractFamily) -> None:
+    everything = family.draw(0, family.count(), seed=3)
     assert len({problem.question for problem in everything}) == family.count()
-    assert family.draw(17, seed=3) == everything[:17]
-    assert family.draw(17, seed=4) != everything[:17]
+    assert family.draw(0, 17, seed=3) == everything[:17]
+    assert family.draw(0, 17, seed=4) != everything[:17]
+    held_out = family.draw(7, 10, seed=3)[:7]
+    assert held_out == family.draw(7, 0, seed=3)  # what is held out does not depend on what is asked for beside it
 
 
 def test_draw_is_uniform() -> None:
     family, counts = SMALL[1], {}
     for seed in range(3000):
-        first = family.draw(1, seed)[0].question
+        first = family.draw(1, 0, seed)[0].question
         counts[first] = counts.get(first, 0) + 1
     chi_square = sum((count - 3000 / 81) ** 2 / (3000 / 81) for count in counts.values())
     assert len(counts) == 81 and chi_square < 136  # 80 degrees of freedom: p = 1e-4
 
 
+def _rearrangements(question: str) -> set[str]:
+    found = set()
+    for first, second in itertools.permutations(question.split("+")):
+        for a in (first, "*".join(reversed(first.split("*")))):
+            for b in (second, "*".join(reversed(second.split("*")))):
+                found.add(f"{a}+{b}")
+    return found
+
+
+def test_rearrangements_of_held_out_products_are_nowhere_else() -> None:
+    problems = PRODUCT.draw(264, 17500, seed=0)
+    held_out, more = problems[:264], {problem.question for problem in problems[264:]}
+    assert len(more) == 17500
+    for problem in held_out:
+        kin = _rearrangements(problem.question)
+        assert not kin & more
+        assert sum(other.question in kin for other in held_out) == 1
+
+
+def test_kin_is_the_same_for_all_rearrangements_and_for_nothing_else() -> None:
+    family = SMALL[1]
+    questions = {number: family.write(number)[0] for number in range(family.count())}
+    for number, question in questions.items():
+        same = {other for other, text in questions.items() if text in _rearrangements(question)}
+        assert same == {other for other in questions if family.kin(other) == family.kin(number)}
+
+
 def test_more_than_there_are_says_how_many_there_are() -> None:
-    with pytest.raises(DataError, match="only 4096 different") as caught:
-        PRODUCT.draw(4097, seed=0)
-    assert "4096" in caught.value.fix
+    family = SMALL[1]
+    with pytest.raises(DataError, match="only 81 different") as caught:
+        family.draw(3, 79, seed=0)
+    left = int(str(caught.value.fix).split(" to ")[1].split(",")[0])
+    assert len(family.draw(3, left, seed=0)) == 3 + left

@@ -62,7 +62,15 @@ def test_a_writer_killed_between_shards_goes_on_there(tmp_path, killed_after):
 
 @pytest.mark.parametrize(
     "damage",
-    ["torn journal line", "torn character", "torn shard", "lost shard", "unjournalled shard", "flipped bit", "leftover part"],
+    [
+        "torn journal line",
+        "torn character",
+        "torn shard",
+        "lost shard",
+        "unjournalled shard",
+        "flipped bit",
+        "leftover part",
+    ],
 )
 def test_a_writer_keeps_what_is_sound_and_writes_the_rest_again(tmp_path, damage):
     made = writer(tmp_path)
@@ -254,5 +262,5 @@ def test_torn_last_lines_are_left_out_and_broken_ones_named(tmp_path):
     log.write_bytes('{"a": 1}\n{"b": "é'.encode()[:-1])
     assert read_json_lines(log) == [{"a": 1}]
     write_text(log, '{"a": 1}\n{"b\n{"c": 2}\n')
-    with pytest.raises(Exception, match="log.jsonl:2"):
+    with pytest.raises(Exception, match=r"log\.jsonl:2"):
         read_json_lines(log)

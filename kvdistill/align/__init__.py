@@ -152,11 +152,14 @@ class MapProjectionAligner(nn.Module):
 
     def sources(self, student_kv: KV) -> AlignedKV:
         """What the student offers, [L', B, T, C], with its graph; layers are found by their numbers."""
-        flat = self.student_channels(student_kv)
+        return self.project(self.student_channels(student_kv))
+
+    def project(self, student: AlignedKV) -> AlignedKV:
+        """`sources` from `student_channels`: those are the same for every teacher of an arm, so gather them once."""
         if self.recipe.match_in == "student":
-            return flat
+            return student
         self._require_ready()
-        return AlignedKV(self.proj_k(flat.k), self.proj_v(flat.v))
+        return AlignedKV(self.proj_k(student.k), self.proj_v(student.v))
 
     @torch.no_grad()
     def teacher_channels(

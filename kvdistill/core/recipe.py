@@ -29,7 +29,7 @@ class TaskRecipe(Section):
     train: int = Field(1000, ge=0, description="training problems")
     val: int = Field(100, ge=0, description="validation problems")
     test: int = Field(100, ge=0, description="test problems, seen by evaluation only")
-    teach: int = Field(0, ge=0, description="further training problems for scratch teachers; 0: they study `train`")
+    teach: int = Field(0, ge=0, description="training problems that scratch teachers study beside `train`")
 
     @property
     def key(self) -> str:
@@ -255,6 +255,8 @@ class ReportRecipe(Section):
 
 
 class HardwareRecipe(Section):
+    """Where runs happen. Changes no result."""
+
     device: str = "auto"
     workers: int = Field(0, ge=0, description="runs side by side on this machine; 0: one per core (CPU) or GPU")
     threads: int = Field(1, ge=0, description="threads per worker; 0: torch's choice")

@@ -11,7 +11,7 @@ from typing import Literal
 
 Style = Literal["cot", "direct"]
 Split = Literal["train", "val", "test", "teach"]
-SPLITS = ("train", "val", "test", "teach")  # teach: seen only by teachers that are trained on the spot
+SPLITS = ("train", "val", "test", "teach")  # teach: what teachers trained on the spot study beside train
 
 ANSWER_MARK = "####"  # GSM8K's own; also used for tasks whose publisher has no mark
 # Two styles of one problem must not share a prompt: the model could not know which of them is asked for.

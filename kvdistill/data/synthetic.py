@@ -120,7 +120,7 @@ class ProductFamily(AbstractFamily):
     """a*b + c*d with factors in min_factor … max_factor."""
 
     min_factor: int = 1
-    max_factor: int = 9
+    max_factor: int = 12
     name: str = "product"
 
     def count(self) -> int:

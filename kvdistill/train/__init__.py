@@ -140,10 +140,8 @@ def train_teacher(recipe: Recipe, run: Path, name: str, progress: Progress = sil
 
 
 def _lessons(run: Path, tasks: Sequence[str]) -> list[Example]:
-    """What a teacher studies: of each task its `teach` split, or the students' training problems where there is none."""
-    own = [example for example in read_split(run, "teach") if example.task in tasks]
-    rest = set(tasks) - {example.task for example in own}
-    return own + [example for example in read_split(run, "train") if example.task in rest]
+    """What a teacher studies: the students' training problems of its tasks, and the `teach` problems beside them."""
+    return [example for split in ("train", "teach") for example in read_split(run, split) if example.task in tasks]
 
 
 def build_distiller(

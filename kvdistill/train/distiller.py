@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvdistill.align import AlignedKV, MapProjectionAligner
-from kvdistill.batches import CE_SEGMENTS
+from kvdistill.batches import CE_SEGMENTS, in_segments
 from kvdistill.core.kv import KV
 from kvdistill.core.maps import SparseMap
 from kvdistill.core.recipe import ArmRecipe
@@ -63,6 +63,7 @@ class Distiller(nn.Module):
         self._frames = dict(frames or {})
         # teacher names may hold dots, module names may not: aligners go by the teacher's number
         self.aligners = nn.ModuleDict({str(self.teachers.index(n)): a for n, a in (aligners or {}).items()})
+        assert all(a.student_layers == self.student_layers for a in self.aligners.values())
         self._distance = build_distance(arm.loss) if arm is not None and arm.needs_kv else None
 
     def forward(
@@ -82,14 +83,14 @@ class Distiller(nn.Module):
         needs_kv = arm is not None and arm.needs_kv
         logits_BTV, kv = self._run_student(input_ids, mask_BT, capture=needs_kv)
         codes = CE_SEGMENTS[arm.loss.ce_on if arm is not None else "reasoning+answer"]
-        supervised_BT = torch.isin(segments, torch.tensor(codes, device=segments.device))
+        supervised_BT = in_segments(segments, codes)
         ce = cross_entropy(logits_BTV, input_ids, supervised_BT, counts[0])
         ce_weight = arm.loss.ce_weight if arm is not None else 1.0
         out = DistillOutput(loss=ce_weight * ce, terms={"ce": (ce.detach(), ce_weight, ce_weight * ce.detach())})
         if arm is None or not (needs_kv or arm.needs_logits):
             return out
         targets = targets or {}
-        sources = {n: self._aligner(n).sources(kv) for n in self.teachers} if needs_kv else {}
+        sources = self._sources(kv) if needs_kv else {}
         out.weights = self.router_weights(targets, sources, mask_BT)
         if needs_kv:
             aligned = {n: self._target_channels(n, targets[n].kv, (maps or {}).get(n)) for n in self.teachers}
@@ -103,7 +104,7 @@ class Distiller(nn.Module):
         """Cross-entropy of a batch without any teacher: what learning curves compare train and validation by."""
         logits_BTV, _ = self._run_student(input_ids, segments > 0, capture=False)
         codes = CE_SEGMENTS[self.arm.loss.ce_on if self.arm is not None else "reasoning+answer"]
-        supervised_BT = torch.isin(segments, torch.tensor(codes, device=segments.device))
+        supervised_BT = in_segments(segments, codes)
         return cross_entropy(logits_BTV, input_ids, supervised_BT, counts[0])
 
     @torch.no_grad()
@@ -118,6 +119,12 @@ class Distiller(nn.Module):
     def _target_channels(self, name: str, kv: KV | None, time: SparseMap | None) -> AlignedKV:
         assert kv is not None
         return self._aligner(name).targets(self._frames[name](kv) if name in self._frames else kv, time)[0]
+
+    def _sources(self, kv: KV | None) -> dict[str, AlignedKV]:
+        """The student in every teacher's space; gathered once, since the aligners of an arm take the same layers."""
+        assert kv is not None
+        flat = self._aligner(self.teachers[0]).student_channels(kv)
+        return {n: self._aligner(n).project(flat) for n in self.teachers}
 
     def _aligner(self, name: str) -> MapProjectionAligner:
         return self.aligners[str(self.teachers.index(name))]  # type: ignore[return-value]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -185,9 +186,10 @@ class DistillTrainer(Trainer):
         """Stop at the first loss that is not a number, naming the term; keep sums for the log."""
         values = torch.stack([torch.stack([raw, entered]).float() for raw, _, entered in out.terms.values()]).tolist()
         for (name, (_, weight, _)), (value, entered) in zip(out.terms.items(), values, strict=True):
-            if value != value or value in (float("inf"), float("-inf")):
+            if not (math.isfinite(value) and math.isfinite(entered)):  # entered: with the router's weights
+                broken = value if not math.isfinite(value) else entered
                 raise TrainingStopped(
-                    f"loss term {name!r} became {value} at step {self.state.global_step + 1}; "
+                    f"loss term {name!r} became {broken} at step {self.state.global_step + 1}; "
                     "the last good checkpoint is kept",
                     place=str(self._log_file.parent),
                     fix="lower train.learning_rate or loss.kv_weight, or look at this term's teacher; "

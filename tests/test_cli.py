@@ -1,0 +1,138 @@
+"""The command line: help, a whole study, single stages, what it prints, and that finished work is not done twice."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_recipe import ARMS, SEED, assert_one_message, call, copy_base, invoke, no_work, rows_of, write_recipe
+
+from kvdistill.core.files import sha256_file
+
+VERBS = ["demo", "run", "prepare", "teach", "capture", "fit", "train", "evaluate", "report", "doctor"]
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory) -> Path:
+    """The folder of a whole tiny study, its recipe beside it."""
+    folder = tmp_path_factory.mktemp("studied")
+    with pytest.MonkeyPatch.context() as patch:
+        answer = invoke(patch, "run", write_recipe(folder))
+    assert answer.code == 0, answer
+    return folder
+
+
+def test_help_names_every_verb_and_imports_nothing_heavy():
+    script = (
+        "import sys\nfrom kvdistill.cli import app\nfrom typer.testing import CliRunner\n"
+        "r = CliRunner().invoke(app, ['--help'])\nprint(r.output)\n"
+        "heavy = [m for m in ('torch', 'transformers', 'numpy', 'pydantic') if m in sys.modules]\nassert not heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(verb in done.stdout for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(monkeypatch, verb):
+    answer = invoke(monkeypatch, verb, "--help")
+    assert answer.code == 0 and "--json" in answer.out
+
+
+@pytest.mark.parametrize("words", [["rnu"], ["run"], ["run", "x.yaml", "--jsno"], ["train", "x.yaml", "--seed", "x"]])
+def test_wrong_usage_is_exit_code_2(monkeypatch, words):
+    answer = invoke(monkeypatch, *words)
+    assert answer.code == 2 and answer.err and answer.out == ""
+
+
+def test_the_parent_of_a_study_does_not_import_torch(studied):
+    script = (
+        "import sys\nimport kvdistill.study, kvdistill.workers, kvdistill.core.config\n"
+        "from kvdistill.core.config import load_recipe\n"
+        f"kvdistill.study.check_run_folder(load_recipe({str(studied / 'tiny.yaml')!r}), "
+        f"__import__('pathlib').Path({str(studied / 'run')!r}))\nassert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_whole_study_leaves_what_it_promises(studied):
+    run = studied / "run"
+    for name in ("report.html", "summary.json", "statistical_results.json", "provenance.json", "study.json"):
+        assert (run / name).stat().st_size > 0, name
+    for arm in ("ce", "fixed"):
+        folder = run / "arms" / arm / f"seed-{SEED}"
+        records = rows_of(folder / "records.jsonl")
+        assert len(records) == 32 and all(row["arm"] == arm and row["seed"] == SEED for row in records)
+        assert not (folder / "checkpoints").exists() and (folder / "model/config.json").exists()
+    first, second = ([r["prompt_hash"] for r in rows_of(f)] for f in sorted(run.glob("arms/*/*/records.jsonl")))
+    assert first == second
+    assert "<script src" not in (run / "report.html").read_text()
+    assert not list(run.rglob("*.part-*")) and not list(run.rglob("*.bin")) and not list(run.rglob("*.pt"))
+
+
+def times_of(run: Path) -> dict[Path, int]:
+    """When each file was written, but for the lock and the provenance, which counts every call."""
+    kept = [f for f in run.rglob("*") if f.is_file() and f.name not in (".lock", "provenance.json")]
+    return {f: f.stat().st_mtime_ns for f in kept}
+
+
+def test_the_same_command_again_does_nothing(studied, monkeypatch):
+    before = times_of(studied / "run")
+    answer = invoke(monkeypatch, "run", studied / "tiny.yaml", waves=no_work)
+    assert answer.code == 0 and "already finished" in answer.out
+    assert before == times_of(studied / "run")
+
+
+def test_json_is_one_object_on_stdout(studied, monkeypatch):
+    answer = invoke(monkeypatch, "run", studied / "tiny.yaml", "--json")
+    said = json.loads(answer.out)
+    assert answer.err == "" and said["run"] == str(studied / "run")
+    assert set(said["summary"]["arms"]) == {"ce", "fixed"} and Path(said["page"]).exists()
+
+
+def test_stages_one_by_one_make_the_same_study(studied, tmp_path, monkeypatch):
+    recipe = write_recipe(tmp_path)
+    for verb in ("prepare", "teach", "capture", "fit", "train", "evaluate", "report"):
+        answer = invoke(monkeypatch, verb, recipe)
+        assert answer.code == 0, (verb, answer)
+    for model in (studied / "run").rglob("*.safetensors"):
+        assert sha256_file(model) == sha256_file(tmp_path / "run" / model.relative_to(studied / "run")), model
+    assert (tmp_path / "run/report.html").exists()
+    assert invoke(monkeypatch, "run", recipe).code == 0  # nothing is left to do but to say so
+
+
+def test_only_one_arm_and_seed(tmp_path, monkeypatch):
+    run = copy_base(tmp_path)
+    recipe = write_recipe(tmp_path, arms=ARMS)
+    answer = invoke(monkeypatch, "train", recipe, "--arm", "single", "--seed", SEED, "--json")
+    assert json.loads(answer.out) == {"run": str(run), "finished": [f"single seed {SEED}"]} and answer.err == ""
+    assert [f.parent.name for f in run.glob("arms/*/*")] == ["single"]
+    answer = invoke(monkeypatch, "evaluate", recipe, "--arm", "single", "--seed", SEED)
+    assert answer.code == 0 and (run / f"arms/single/seed-{SEED}/records.jsonl").exists()
+    other = invoke(monkeypatch, "evaluate", recipe, "--arm", "fixed", "--seed", SEED)
+    assert_one_message(other, "not trained yet", "kvdistill train")
+
+
+def test_the_data_may_lie_elsewhere_and_the_title_may_change(studied, monkeypatch):
+    answer = invoke(monkeypatch, "run", studied / "tiny.yaml", "title=Another", "hardware.workers=3", waves=no_work)
+    assert answer.code == 0 and "already finished" in answer.out
+
+
+def test_doctor_and_the_module_run_as_processes():
+    answer = call("doctor", "--json")
+    assert answer.code == 0 and answer.err == ""
+    facts: dict[str, Any] = json.loads(answer.out)
+    assert {"machine", "versions", "gpus", "findings"} <= facts.keys()
+
+
+def test_a_bug_of_ours_is_not_dressed_up_as_the_users(studied, tmp_path, monkeypatch):
+    def broken(recipe: Any, waves: Any, progress: Any) -> None:
+        raise ZeroDivisionError("ours")
+
+    with pytest.raises(ZeroDivisionError):
+        invoke(monkeypatch, "run", write_recipe(tmp_path), waves=broken)

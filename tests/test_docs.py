@@ -1,0 +1,52 @@
+"""The docs say what the code does: generated pages are fresh, links lead somewhere, commands exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kvdistill.cli import app
+from kvdistill.core.builtin import builtin_recipes
+from kvdistill.core.config import load_recipe
+from kvdistill.core.reference import recipe_reference
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "README.zh-CN.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+VERBS = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+
+
+def test_recipe_reference_is_fresh() -> None:
+    written = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8").strip()
+    assert written == recipe_reference().strip(), "run: .venv/bin/kvdistill recipe > docs/recipe.md"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        if not target.startswith(("http://", "https://")):
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_in_the_docs_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for verb in re.findall(r"(?:^|[`/ ])kvdistill ([a-z-]+)", text, flags=re.MULTILINE):
+        if re.search(rf"`[^`]*kvdistill {verb}|^\s*(\.venv/bin/)?kvdistill {verb}", text, flags=re.MULTILINE):
+            assert verb in VERBS, f"{page.name}: kvdistill {verb}"
+
+
+@pytest.mark.parametrize("path", builtin_recipes(), ids=lambda path: path.name)
+def test_recipes_that_come_with_it_are_valid(path: Path) -> None:
+    assert load_recipe(path).arms
+
+
+def test_help_lists_the_verbs_in_the_order_of_the_data() -> None:
+    shown = CliRunner().invoke(app, ["--help"]).output
+    order = ["demo", "run", "prepare", "teach", "capture", "fit", "train", "evaluate", "report", "doctor"]
+    places = [re.search(rf"^  {verb} ", shown, flags=re.MULTILINE) for verb in order]
+    assert all(places), shown
+    starts = [place.start() for place in places if place]
+    assert starts == sorted(starts)
