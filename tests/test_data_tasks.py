@@ -219,14 +219,14 @@ def test_splits_are_disjoint_seeded_and_held_out_ones_do_not_move(tmp_path: Path
     small, same, large = split(train=10, val=5, test=7), split(train=10, val=5, test=7), split(train=20, val=5, test=7)
     assert small == same != split(seed=1, train=10, val=5, test=7)
     assert (small["test"], small["val"]) == (large["test"], large["val"])
-    assert {name: len(chosen) for name, chosen in large.items()} == {"train": 40, "val": 10, "test": 14}
+    assert {name: len(chosen) for name, chosen in large.items()} == {"train": 40, "val": 10, "test": 14, "teach": 0}
     assert len({q for chosen in large.values() for q in chosen}) == 64
 
 
 def test_fewer_rows_than_asked_for_are_shared_out(tmp_path: Path) -> None:
     file = str(_jsonl(tmp_path / "rows.jsonl", *_rows(20)))
     problems = load_splits(_data({"name": "jsonl", "file": file, "train": 700, "val": 150, "test": 150})).problems
-    assert {name: len(chosen) for name, chosen in problems.items()} == {"train": 14, "val": 3, "test": 3}
+    assert {name: len(chosen) for name, chosen in problems.items()} == {"train": 14, "val": 3, "test": 3, "teach": 0}
 
 
 @pytest.mark.parametrize("available", range(0, 14))

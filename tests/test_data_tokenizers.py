@@ -41,7 +41,7 @@ def test_characters_round_trip_one_token_each(text: str) -> None:
 def test_characters_round_trip_with_more_symbols_even_a_written_pad(text: str) -> None:
     for given_text in (text, text + "<pad>"):
         ids = WIDE(given_text, split_special_tokens=True)["input_ids"]
-        assert len(ids) == len(given_text) and WIDE.decode(ids) == given_text
+        assert len(ids) == len(given_text.encode()) and WIDE.decode(ids) == given_text  # a byte, a token
 
 
 def test_characters_load_back_from_a_folder(tmp_path: Path) -> None:
@@ -54,8 +54,21 @@ def test_characters_load_back_from_a_folder(tmp_path: Path) -> None:
 
 def test_characters_take_in_what_the_texts_need() -> None:
     tokenizer = load_tokenizer("characters", texts=["ab", "b中"])
-    assert len(tokenizer) == 4 + len(SYMBOLS) + 3 and tokenizer.decode(tokenizer("b中a1")["input_ids"]) == "b中a1"
+    assert len(tokenizer) == 4 + len(SYMBOLS) + 2 + 3 and tokenizer.decode(tokenizer("b中a1")["input_ids"]) == "b中a1"
     assert fingerprint_tokenizer(load_tokenizer("characters", texts=["中ba"])) == fingerprint_tokenizer(tokenizer)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama", "mistral", "gemma", "gpt2"])
+def test_characters_survive_auto_tokenizer_beside_any_model(tmp_path: Path, architecture: str) -> None:
+    # transformers 5 swaps the tokenizer class of some families (qwen2) whatever was saved
+    tokenizer = character_tokenizer("中a")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": architecture}))
+    tokenizer.save_pretrained(tmp_path)
+    back = AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("12+7-5:19=14", "3*4+5*6? 中a;., =", "<pad>1"):
+        assert back(text)["input_ids"] == tokenizer(text)["input_ids"]
+        assert back.decode(back(text)["input_ids"]) == tokenizer.decode(tokenizer(text)["input_ids"])
+    assert (back.pad_token_id, back.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
 
 
 ROLES = {

@@ -46,7 +46,7 @@ def test_what_it_leaves(tmp_path: Path) -> None:
             assert tokenizer.decode(row.input_ids, skip_special_tokens=True).startswith(row.prompt)
             assert len(row.input_ids) == len(row.segments) <= manifest["max_tokens"]
     report = json.loads((tmp_path / "data/validation_report.json").read_text())
-    assert report["num_leaks"] == 0 and report["problems"] == {"train": 42, "val": 8, "test": 11}
+    assert report["num_leaks"] == 0 and report["problems"] == {"train": 42, "val": 8, "test": 11, "teach": 0}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "tokenizer"]
     assert not list(tmp_path.rglob(".*"))
 
@@ -169,6 +169,7 @@ def test_fewer_rows_than_asked_are_recorded(tmp_path: Path) -> None:
         "train": (60, 6),
         "val": (20, 2),
         "test": (20, 2),
+        "teach": (0, 0),
     }
 
 

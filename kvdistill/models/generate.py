@@ -7,10 +7,11 @@ and does not change any answer beyond floating-point rounding.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -32,7 +33,7 @@ def right_padded(rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:
 
 @torch.no_grad()
 def generate_greedy(
-    model: PreTrainedModel,
+    model: Any,  # a causal model, plain or wrapped (peft)
     prompts: Sequence[Sequence[int]],
     *,
     eos_id: int,
@@ -63,7 +64,7 @@ def generate_greedy(
 
 @torch.no_grad()
 def segment_nll(
-    model: PreTrainedModel,
+    model: Any,  # a causal model, plain or wrapped (peft)
     rows: Sequence[Sequence[int]],
     counted: Sequence[Sequence[bool]],
     *,

@@ -139,6 +139,14 @@ def train_teacher(recipe: Recipe, run: Path, name: str, progress: Progress = sil
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
+def _checkpoint_activations(student: Any) -> None:
+    """Recompute activations in the backward pass, the non-reentrant way (the other one cuts captured gradients)."""
+    if hasattr(student, "activation_checkpointing_enable"):  # transformers 5.2x renamed it
+        student.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 def _lessons(run: Path, tasks: Sequence[str]) -> list[Example]:
     """What a teacher studies: the students' training problems of its tasks, and the `teach` problems beside them."""
     return [example for split in ("train", "teach") for example in read_split(run, split) if example.task in tasks]
@@ -151,7 +159,7 @@ def build_distiller(
     if recipe.student.lora is not None:
         student = add_lora(student, recipe.student.lora, seed=derive_seed(seed, "lora"))
     if recipe.student.gradient_checkpointing:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint_activations(student)
         if recipe.student.lora is not None:
             student.enable_input_require_grads()
     student.to(device)

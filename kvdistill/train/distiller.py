@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from kvdistill.align import AlignedKV, MapProjectionAligner
 from kvdistill.batches import CE_SEGMENTS, in_segments
@@ -47,7 +46,7 @@ class Distiller(nn.Module):
 
     def __init__(
         self,
-        student: PreTrainedModel,
+        student: nn.Module,
         arm: ArmRecipe | None = None,
         aligners: Mapping[str, MapProjectionAligner] | None = None,
         fusion: Fusion | None = None,
