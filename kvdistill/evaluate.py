@@ -13,16 +13,17 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kvdistill.answering import greedy_answers
 from kvdistill.core.files import write_json, write_text
 from kvdistill.core.layout import arm_folder, evaluated_mark, trained_mark
 from kvdistill.core.progress import Progress, silent
 from kvdistill.core.recipe import Recipe
 from kvdistill.core.runtime import DTYPES, RunFolderError, Stopwatch, pick_device
-from kvdistill.core.targets import ANSWER, PROMPT
+from kvdistill.core.targets import ANSWER
 from kvdistill.data.answers import extract_answer, is_correct
 from kvdistill.data.encode import Example
 from kvdistill.data.tables import read_split
-from kvdistill.models.generate import generate_greedy, segment_nll
+from kvdistill.models.generate import segment_nll
 
 
 def evaluate(recipe: Recipe, run: Path, arm: str, seed: int, progress: Progress = silent) -> None:
@@ -68,12 +69,10 @@ def test_examples(recipe: Recipe, run: Path) -> list[Example]:
 def answer(model: Any, tokenizer: Any, examples: list[Example], recipe: Recipe, progress: Any) -> list[dict[str, Any]]:
     """One record per example: greedy prediction, whether it is right, and the NLL of the gold answer tokens."""
     watch = Stopwatch()
-    prompts = [[t for t, s in zip(e.input_ids, e.segments, strict=True) if s == PROMPT] for e in examples]
-    answers = generate_greedy(
+    answers = greedy_answers(
         model,
-        prompts,
-        eos_id=tokenizer.eos_token_id,
-        pad_id=tokenizer.pad_token_id,
+        tokenizer,
+        examples,
         max_new_tokens=recipe.evaluate.max_new_tokens,
         batch_size=recipe.evaluate.batch_size,
         progress=progress,
@@ -87,8 +86,7 @@ def answer(model: Any, tokenizer: Any, examples: list[Example], recipe: Recipe, 
         batch_size=recipe.evaluate.batch_size,
     )
     records = []
-    for example, ids, gold_nll in zip(examples, answers, nll, strict=True):
-        text = tokenizer.decode(ids, skip_special_tokens=True)
+    for example, (text, num_tokens), gold_nll in zip(examples, answers, nll, strict=True):
         records.append(
             {
                 "task": example.task,
@@ -101,7 +99,7 @@ def answer(model: Any, tokenizer: Any, examples: list[Example], recipe: Recipe, 
                 "gold": example.answer,
                 "correct": is_correct(example.task, text, example.answer),
                 "nll": gold_nll,
-                "tokens_out": len(ids),
+                "tokens_out": num_tokens,
                 "seconds": seconds,
             }
         )

@@ -20,6 +20,7 @@ RANKS = {
     "match": 1,
     "models": 1,
     "stats": 1,
+    "answering": 2,
     "batches": 2,
     "teachers": 2,
     "prepare": 3,

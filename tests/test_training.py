@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 
 import kvdistill.train as train_stage
 from kvdistill.batches import data_order, mismatched_partner
-from kvdistill.core.files import sha256_file
+from kvdistill.core.files import read_json_lines, sha256_file
 from kvdistill.core.runtime import TrainingStopped, quiet_libraries
 from kvdistill.fit import fit, initial_student
 from kvdistill.train import train_student
@@ -311,3 +311,19 @@ def test_gradients_that_are_no_numbers_do_not_reach_a_checkpoint(tmp_path, monke
 
 def test_the_base_run_is_untouched():
     assert not (base_run() / "arms").exists() and IN_STUDENT["init"] == "ridge"
+
+
+def test_tensorboard_gets_every_term_and_stays_in_the_run_folder(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.chdir(tmp_path)
+    run = copy_base(tmp_path)
+    folder = trained(run, "fixed", train={"report_to": ["tensorboard"]})
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    scalars = {tag.removeprefix("train/") for tag in events.Tags()["scalars"]}
+    assert {"loss", "ce/raw", "kv/one/k/raw", "kv/two/v/weighted"} <= scalars
+    logged = [row["terms"]["ce"]["raw"] for row in read_json_lines(folder / "log.jsonl") if "terms" in row]
+    shown = [event.value for event in events.Scalars("train/ce/raw")]
+    assert shown == pytest.approx(logged, rel=1e-6) and len(shown) == 6
+    assert [entry.name for entry in tmp_path.iterdir()] == [run.name]

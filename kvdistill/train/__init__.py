@@ -75,6 +75,7 @@ def train_student(recipe: Recipe, run: Path, arm_name: str, seed: int, progress:
             run_teachers=_online_teachers(recipe, run, arm, device),
             log_file=folder / "log.jsonl",
             projector_lr_scale=recipe.train.projector_lr_scale,
+            tensorboard=folder / "tensorboard" if "tensorboard" in recipe.train.report_to else None,
             on_step=_step_hook(recipe.train.steps, progress, f"{arm_name} seed {seed}", curve),
             clock=watch,
         )

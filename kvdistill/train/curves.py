@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 
+from kvdistill.answering import greedy_answers
 from kvdistill.batches import BatchMaker, moved_to, token_counts
 from kvdistill.core.files import append_json_line
 from kvdistill.core.recipe import ArmRecipe, Recipe
-from kvdistill.core.targets import PROMPT
 from kvdistill.data.answers import is_correct
 from kvdistill.data.encode import Example
 from kvdistill.data.tables import read_split
-from kvdistill.models.generate import generate_greedy
 from kvdistill.teachers import open_targets, split_examples, spread
 from kvdistill.train.distiller import Distiller
 
@@ -90,17 +89,8 @@ class LearningCurve:
 
 def accuracy_by_task(model: Any, tokenizer: Any, examples: Sequence[Example], max_new_tokens: int) -> dict[str, float]:
     """Share of greedy answers that are right, per task."""
-    prompts = [[t for t, s in zip(e.input_ids, e.segments, strict=True) if s == PROMPT] for e in examples]
-    answers = generate_greedy(
-        model,
-        prompts,
-        eos_id=tokenizer.eos_token_id,
-        pad_id=tokenizer.pad_token_id,
-        max_new_tokens=max_new_tokens,
-        batch_size=2 * BATCH,
-    )
+    answers = greedy_answers(model, tokenizer, examples, max_new_tokens=max_new_tokens, batch_size=2 * BATCH)
     right: dict[str, list[bool]] = {}
-    for example, ids in zip(examples, answers, strict=True):
-        text = tokenizer.decode(ids, skip_special_tokens=True)
+    for example, (text, _) in zip(examples, answers, strict=True):
         right.setdefault(example.task, []).append(is_correct(example.task, text, example.answer))
     return {task: sum(values) / len(values) for task, values in sorted(right.items())}

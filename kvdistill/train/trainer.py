@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 from kvdistill.batches import BatchMaker, ExampleNumbers, FixedOrder, token_counts
 from kvdistill.core.files import append_json_line, keep_json_lines
@@ -42,6 +44,8 @@ TeacherRun = Callable[[Tensor, Tensor], TeacherTargets]
 def training_arguments(recipe: OptimiserRecipe, folder: Path, *, seed: int, cpu: bool) -> TrainingArguments:
     """The Trainer's arguments for a recipe's `train` section; everything is written under `folder`."""
     train = recipe if isinstance(recipe, TrainRecipe) else TrainRecipe(**recipe.model_dump())
+    if "wandb" in train.report_to:  # it would write beside wherever the command was given
+        os.environ["WANDB_DIR"] = str(folder)
     return TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=train.steps,
@@ -62,7 +66,7 @@ def training_arguments(recipe: OptimiserRecipe, folder: Path, *, seed: int, cpu:
         save_strategy="steps",
         save_steps=train.save_every,
         save_total_limit=train.keep_checkpoints,
-        report_to=list(train.report_to) or "none",
+        report_to=[name for name in train.report_to if name != "tensorboard"] or "none",  # see resume_or_start
         seed=seed,
         use_cpu=cpu,
         disable_tqdm=True,
@@ -75,7 +79,8 @@ def training_arguments(recipe: OptimiserRecipe, folder: Path, *, seed: int, cpu:
 class DistillTrainer(Trainer):
     """Trains a `Distiller` over a fixed order of examples.
 
-    order: example numbers for the whole training. run_teachers: online teachers by name.
+    order: example numbers for the whole training. run_teachers: online teachers by name. tensorboard: folder for its
+    event files (transformers' own place for them is among the checkpoints, which do not stay).
     on_step(step, trainer): called after every optimiser step (learning curves, progress).
     """
 
@@ -90,6 +95,7 @@ class DistillTrainer(Trainer):
         run_teachers: Mapping[str, TeacherRun] | None = None,
         log_file: Path,
         projector_lr_scale: float = 1.0,
+        tensorboard: Path | None = None,
         on_step: Callable[[int, DistillTrainer], None] | None = None,
         clock: Stopwatch | None = None,
     ) -> None:
@@ -97,7 +103,7 @@ class DistillTrainer(Trainer):
         self._arm = arm
         self._run_teachers = dict(run_teachers or {})
         self._log_file = log_file
-        self._projector_lr_scale = projector_lr_scale
+        self._projector_lr_scale, self._tensorboard = projector_lr_scale, tensorboard
         self._sums: dict[str, list[float]] = {}
         self._routing = RoutingRecord(model.teachers, max(1, len(model.student_layers))) if model.teachers else None
         self._clock = clock or Stopwatch()
@@ -252,6 +258,11 @@ class DistillTrainer(Trainer):
         if self.is_world_process_zero():
             keep_json_lines(self._log_file, lambda row: row["step"] <= start)
         self._last_logged = start
+        if self._tensorboard is not None and self.is_world_process_zero():
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(str(self._tensorboard), purge_step=start + 1)
+            self.add_callback(TensorBoardCallback(tb_writer=writer))
         self.train(resume_from_checkpoint=str(found) if found else None)
         return start
 
