@@ -1,4 +1,4 @@
-"""`kvdistill doctor`: what this machine has, what is missing, and how to get it. Changes nothing, reaches no network."""
+"""`kvdistill doctor`: what this machine has, what is missing, how to get it. Changes nothing, reaches no network."""
 
 from __future__ import annotations
 

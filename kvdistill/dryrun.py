@@ -1,4 +1,4 @@
-"""`kvdistill run RECIPE --dry-run`: the whole study rehearsed with random weights of the true layer sizes, two layers deep.
+"""`kvdistill run RECIPE --dry-run`: the whole study rehearsed with random weights of the true sizes, two layers deep.
 
 Every stage runs on a handful of problems, so that a wrong key, size, map or path shows here and not after hours on a
 cluster; beside that it prints what the real run needs: parameters, memory, FLOPs a step, bytes of captured targets.
@@ -72,7 +72,7 @@ def _check_layers(recipe: Recipe, configs: dict[str, PreTrainedConfig]) -> None:
 
 
 def _prepared(recipe: Recipe, folder: Path, notes: list[str], progress: Progress) -> Recipe:
-    """The recipe cut down to a few problems and steps, its data prepared; built-in data where the real is out of reach."""
+    """The recipe cut down to a few problems and steps, data prepared; built-in data where the real is out of reach."""
     tree = recipe.model_dump(mode="json")
     tree["run_dir"] = str(folder / "run")
     tree["seeds"] = recipe.seeds[:1]
@@ -171,8 +171,8 @@ def _needs(recipe: Recipe, configs: dict[str, PreTrainedConfig]) -> dict[str, st
         gib = shape.num_parameters * size / GIB
         kv_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_size * size
         needs[name] = (
-            f"{shape.num_parameters / 1e9:.2f} B parameters, {shape.num_layers} layers, {gib:.1f} GiB in {source.dtype}, "
-            f"{kv_bytes / 1000:.1f} kB of KV per token"
+            f"{shape.num_parameters / 1e9:.2f} B parameters, {shape.num_layers} layers, "
+            f"{gib:.1f} GiB in {source.dtype}, {kv_bytes / 1000:.1f} kB of KV per token"
         )
     student = shapes["student"]
     tokens = recipe.train.batch_size * recipe.train.accumulation * recipe.data.max_length

@@ -40,7 +40,7 @@ def evaluate(recipe: Recipe, run: Path, arm: str, seed: int, progress: Progress 
         tokenizer = AutoTokenizer.from_pretrained(folder / "model")
         model = AutoModelForCausalLM.from_pretrained(
             folder / "model", dtype=DTYPES[recipe.student.dtype], use_safetensors=True
-        ).to(device)
+        ).to(device)  # type: ignore[arg-type]  # transformers' wrapper of `to` loses self
     except (OSError, ValueError, SafetensorError) as error:
         raise RunFolderError(
             f"the trained student cannot be loaded ({str(error).strip().splitlines()[0]})",

@@ -296,7 +296,10 @@ def logit_divergence(
     mask_BT: Bool[Tensor, "B T"],
     temperature: int | float,
 ) -> Float[Tensor, "N"]:
-    """temperature^2 * KL(teacher || student) at each of the N positions of `mask_BT`, row by row (`logit_distillation`)."""
+    """temperature^2 * KL(teacher || student) at each of the N positions of `mask_BT`, row by row.
+
+    The classes are those of `logit_distillation`.
+    """
     places_N = mask_BT.flatten().nonzero().squeeze(1)
     index_NK = topk_index_BTK.flatten(0, 1)[places_N].long()
     teacher = topk_logprob_BTK.detach().flatten(0, 1)[places_N]

@@ -123,7 +123,7 @@ def arm_hash(recipe: Recipe, arm: str) -> str:
 
 
 def claim_run_folder(recipe: Recipe, run: Path) -> None:
-    """Write `recipe.json`, or refuse a folder whose models were made by another recipe. New arms and seeds are welcome."""
+    """Write `recipe.json`, or refuse a folder whose models another recipe made. New arms and seeds are welcome."""
     check_run_folder(recipe, run)
     path, mine = run / "recipe.json", recipe.model_dump(mode="json")
     if not path.exists() or read_json(path) != mine:

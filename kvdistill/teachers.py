@@ -1,4 +1,4 @@
-"""What the stages agree on about teachers: which layers are needed, what captured targets are made of, how to open them.
+"""What the stages agree on about teachers: which layers are needed, what targets are made of, how to open them.
 
     recipe + arms ──▶ needed layers ──▶ identity of the targets ──▶ the same store folder for whoever asks
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from kvdistill.core.kv import KV
 from kvdistill.core.layout import data_folder, store_root, teacher_folder, tokenizer_folder, trained_mark
 from kvdistill.core.maps import SparseMap
 from kvdistill.core.progress import Progress, silent
-from kvdistill.core.recipe import ArmRecipe, ModelRecipe, Recipe, TeacherRecipe
+from kvdistill.core.recipe import ArmRecipe, ModelRecipe, Recipe, ScratchRecipe, TeacherRecipe
 from kvdistill.core.runtime import DTYPES, AlignmentError, ModelError, RecipeError, RunFolderError
 from kvdistill.core.store import find_store
 from kvdistill.core.targets import TargetReader, TeacherTargets
@@ -33,6 +34,7 @@ from kvdistill.data.encode import Example
 from kvdistill.data.tables import read_manifest, read_split
 from kvdistill.models import ModelShape, describe_config, load_model, model_config, rotate_keys, teacher_forward
 
+COMPARED_EXAMPLES = 200
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
@@ -137,10 +139,16 @@ def check_models(recipe: Recipe, run: Path, progress: Progress = silent) -> None
     (tokenizers that differ).
     """
     shape_of_student(recipe, run)
+    if recipe.student.path is not None:
+        check_same_tokenizer(run, recipe.student.path, "student")
+    elif recipe.student.scratch is not None:
+        check_saved_tokenizer(run, recipe.student.scratch, "student")
     for number, teacher in enumerate(recipe.teachers):
         shape_of_teacher(recipe, run, teacher.name)
         if teacher.path is not None:
             check_same_tokenizer(run, teacher.path, teacher_place(recipe, teacher.name))
+        elif teacher.scratch is not None:
+            check_saved_tokenizer(run, teacher.scratch, teacher_place(recipe, teacher.name))
         progress("check", number + 1, len(recipe.teachers))
     for arm_name in recipe.arms:
         arm = arm_recipe(recipe, arm_name)
@@ -240,7 +248,7 @@ def load_teacher(recipe: Recipe, run: Path, name: str, device: torch.device) -> 
 
 
 def check_same_tokenizer(run: Path, path: str, place: str) -> None:
-    """Raise unless the teacher cuts text exactly as the student does (compared as tokenizers, never by size)."""
+    """Raise unless a pretrained model cuts text exactly as the run does (compared as tokenizers, never by size)."""
     folder = Path(path).expanduser()
     if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
         # transformers would make an empty one up
@@ -252,21 +260,48 @@ def check_same_tokenizer(run: Path, path: str, place: str) -> None:
         raise ModelError(
             f"no tokenizer ({first})", place=place, fix="keep the tokenizer files beside the weights"
         ) from None
-    ours = load_tokenizer_of(run)
-    if tokenizer_rules(theirs) != tokenizer_rules(ours):
+    if difference := tokenizer_difference(load_tokenizer_of(run), theirs, read_split(run, "train")[:COMPARED_EXAMPLES]):
         raise AlignmentError(
-            "this teacher's tokenizer differs from the student's",
+            f"this model's tokenizer differs from data.tokenizer: {difference}",
             place=place,
-            fix="use models of one tokenizer family, and data.trim_vocabulary: false with pretrained teachers",
+            fix="use models of one tokenizer family, and data.trim_vocabulary: false with pretrained models",
         )
 
 
-def tokenizer_rules(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of everything that decides how text is cut and numbered."""
-    import json
+def check_saved_tokenizer(run: Path, scratch: ScratchRecipe, place: str) -> None:
+    """Raise where a model of this family, saved beside the run's tokenizer, would come back with another one.
 
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
-    return sha256_of({key: rules.get(key) for key in ("model", "normalizer", "pre_tokenizer", "added_tokens")})
+    transformers 5 replaces the tokenizer class of some families (qwen2) on loading, whatever was saved.
+    """
+    ours = load_tokenizer_of(run)
+    with tempfile.TemporaryDirectory(dir=run, prefix=".check-") as folder:
+        ours.save_pretrained(folder)
+        write_json(Path(folder) / "config.json", {"model_type": scratch.architecture})
+        theirs = AutoTokenizer.from_pretrained(folder)
+    if difference := tokenizer_difference(ours, theirs, read_split(run, "train")[:COMPARED_EXAMPLES]):
+        raise AlignmentError(
+            f"transformers would load this tokenizer differently beside a {scratch.architecture} model ({difference})",
+            place=f"{place}.scratch.architecture",
+            fix="choose another architecture for it, for example qwen3 or llama",
+        )
+
+
+def tokenizer_difference(ours: Any, theirs: Any, examples: Sequence[Example]) -> str | None:
+    """The first thing two tokenizers disagree on: a piece's number, or how one of these texts is cut. None: they agree.
+
+    Compared by what they do, not by how they are written down: transformers rebuilds some families' files on loading.
+    Pieces that only they have do not matter; none of our texts uses them.
+    """
+    their_pieces = theirs.get_vocab()
+    for piece, number in ours.get_vocab().items():
+        if their_pieces.get(piece) != number:
+            return f"piece {piece!r} is {number} here and {their_pieces.get(piece)} there"
+    for example in examples:
+        for text in (example.prompt, example.reasoning):
+            here, there = (t(text, add_special_tokens=False)["input_ids"] for t in (ours, theirs))
+            if here != there:
+                return f"{text[:40]!r} is cut into {len(here)} pieces here and {len(there)} there"
+    return None
 
 
 def run_teacher(

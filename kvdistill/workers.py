@@ -40,9 +40,17 @@ class Job:
 def num_workers(asked: int, num_jobs: int, device: str) -> int:
     """How many workers: as asked, else one per GPU, else one per usable core; never more than jobs."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    if device.startswith("cuda") or (device == "auto" and Path("/dev/nvidia0").exists()):
-        available = max(1, len(list(Path("/dev").glob("nvidia[0-9]*"))))
+    if device.startswith("cuda") or (device == "auto" and visible_gpus()):
+        available = len(visible_gpus())
     return max(1, min(asked or available, num_jobs))
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs this command may use, as CUDA_VISIBLE_DEVICES names them; without loading torch."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
+    return [path.name.removeprefix("nvidia") for path in sorted(Path("/dev").glob("nvidia[0-9]*"))]
 
 
 class Workers:
@@ -51,12 +59,18 @@ class Workers:
     def __init__(self, workers: int, threads: int) -> None:
         self._context = multiprocessing.get_context("spawn")
         self._queue = self._context.Queue()
+        self._numbers = self._context.Queue()  # each worker takes one: which GPU is its own
+        for number in range(workers):
+            self._numbers.put(number)
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # read by the children when they import torch
             if threads > 0:
                 os.environ.setdefault(name, str(threads))
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._pool = ProcessPoolExecutor(
-            workers, mp_context=self._context, initializer=_start_worker, initargs=(self._queue, threads, os.getpid())
+            workers,
+            mp_context=self._context,
+            initializer=_start_worker,
+            initargs=(self._queue, self._numbers, threads, os.getpid()),
         )
 
     def __enter__(self) -> Workers:
@@ -96,15 +110,19 @@ class Workers:
                     raise TrainingStopped(
                         "a worker process was ended from outside (out of memory?)",
                         place=futures[future].name,
-                        fix="lower hardware.workers or batch sizes, then give the same command again: it goes on where it stopped",
+                        fix="lower hardware.workers or batch sizes, then give the same command again: "
+                        "it goes on where it stopped",
                     ) from None
                 done[futures[future].name] = futures[future].cost
             progress(what, sum(done.values()), total)
 
 
-def _start_worker(queue: Any, threads: int, parent: int) -> None:
+def _start_worker(queue: Any, numbers: Any, threads: int, parent: int) -> None:
     global _QUEUE
     _QUEUE = queue
+    gpus = visible_gpus()
+    if len(gpus) > 1:  # before torch is imported: a worker sees one GPU, its own
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[numbers.get() % len(gpus)]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle: it ends us
     threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
     prepare_process(threads)

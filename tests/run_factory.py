@@ -161,5 +161,6 @@ def write_run(
     write_object(run / "provenance.json", {"recipe_sha256": short_hash("r"),
                  "versions": {"torch": "2.13", "python": "3.11"},
                  "machine": {"cpu": "2 cores", "gpu": None}, "command": "kvdistill study run recipe.yaml",
-                 "started": "2026-01-01T10:00:00Z", "finished": "2026-01-01T10:21:00Z", "seconds": 252.5, "cpu_seconds": 451.0})  # fmt: skip
+                 "started": "2026-01-01T10:00:00Z", "finished": "2026-01-01T10:21:00Z",
+                 "seconds": 252.5, "cpu_seconds": 451.0})  # fmt: skip
     return recipe

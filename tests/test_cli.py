@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -136,3 +137,34 @@ def test_a_bug_of_ours_is_not_dressed_up_as_the_users(studied, tmp_path, monkeyp
 
     with pytest.raises(ZeroDivisionError):
         invoke(monkeypatch, "run", write_recipe(tmp_path), waves=broken)
+
+
+@pytest.mark.parametrize(
+    ("named", "gpus", "workers"),
+    [("0,2,5", ["0", "2", "5"], 3), ("", [], None), ("-1", [], None), ("GPU-a,GPU-b", ["GPU-a", "GPU-b"], 2)],
+)
+def test_one_worker_per_visible_gpu(monkeypatch, named, gpus, workers):
+    from kvdistill.workers import num_workers, visible_gpus
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert visible_gpus() == gpus
+    cores = len(os.sched_getaffinity(0))
+    assert num_workers(0, 100, "auto") == (workers or cores)
+    assert num_workers(0, 1, "auto") == 1 and num_workers(2, 100, "auto") == 2 and num_workers(0, 100, "cpu") == cores
+
+
+def test_every_worker_sees_a_gpu_of_its_own(monkeypatch):
+    """Which one it took is told by the environment; no GPU is needed to ask."""
+    from kvdistill.workers import Workers
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,7")
+    with Workers(2, 1) as pool:
+        seen = {pool._pool.submit(_own_gpu).result(60) for _ in range(12)}
+    assert seen <= {"3", "7"} and seen
+
+
+def _own_gpu() -> str:
+    import time
+
+    time.sleep(0.05)
+    return os.environ["CUDA_VISIBLE_DEVICES"]

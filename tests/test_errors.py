@@ -29,6 +29,8 @@ from tiny_recipe import (
 
 from kvdistill.core.errors import KVDistillError, TrainingStopped
 from kvdistill.core.layout import folder_lock
+from kvdistill.core.recipe import ScratchRecipe
+from kvdistill.teachers import check_saved_tokenizer
 
 
 def tasks(**changes: Any) -> list[dict[str, Any]]:
@@ -129,6 +131,16 @@ def test_a_teacher_with_another_tokenizer_is_found_before_training(tmp_path, mon
     recipe = write_recipe(tmp_path, teachers=path_teacher(other))
     answer = invoke(monkeypatch, "run", recipe, waves=no_training)
     assert_one_message(answer, "tokenizer differs", "teachers.0 (one)")
+
+
+def test_a_tokenizer_that_would_not_survive_saving_is_found_before_training(tmp_path, monkeypatch, data_root):
+    """transformers loads a GPT-2 tokenizer beside a qwen2 model as another one; beside a llama model it does not."""
+    data = {"tokenizer": "root:gpt2", "root": str(data_root), "trim_vocabulary": True, "max_length": 64}
+    answer = invoke(monkeypatch, "run", write_recipe(tmp_path, data=data), waves=no_training)
+    assert_one_message(answer, "load this tokenizer differently", "student.scratch.architecture", "llama")
+    for architecture in ("llama", "qwen3", "gpt2"):
+        check_saved_tokenizer(tmp_path / "run", ScratchRecipe(architecture=architecture), "student")
+    assert not list((tmp_path / "run").glob(".check-*"))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""How annotations are checked in every test run: beartype, with an int where a float is asked for, as PEP 484 has it."""
+"""How annotations are checked in every test run: beartype, an int where a float is asked for, as PEP 484 has it."""
 
 from beartype import BeartypeConf, beartype
 

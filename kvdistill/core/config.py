@@ -62,7 +62,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         tree = OmegaConf.load(path)
         for override in overrides:
             _override(tree, override)
-        plain = OmegaConf.to_container(tree, resolve=True)
+        plain: Any = OmegaConf.to_container(tree, resolve=True)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError) as error:
         first = str(error).strip().replace("\n", " ")
         raise RecipeError(

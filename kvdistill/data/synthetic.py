@@ -42,7 +42,8 @@ class AbstractFamily(ABC):
     def draw(self, num_held_out: int, num_more: int, seed: int) -> list[Problem]:
         """Different problems, the same ones for the same seed: first the held-out ones, then those to learn from.
 
-        No two held-out problems are kin, and none of the others is kin to a held-out one. DataError where too few exist.
+        No two held-out problems are kin, and none of the others is kin to a held-out one.
+        DataError where too few exist.
         """
         held_out: dict[int, int] = {}
         more: list[int] = []

@@ -99,7 +99,7 @@ def train_student(recipe: Recipe, run: Path, arm_name: str, seed: int, progress:
 
 
 def train_teacher(recipe: Recipe, run: Path, name: str, progress: Progress = silent) -> None:
-    """Train a scratch teacher on its own tasks with plain cross-entropy; note how well it does on the validation set."""
+    """Train a scratch teacher on its own tasks with plain cross-entropy; note how well it does on validation."""
     folder = teacher_folder(run, name)
     if trained_mark(folder).exists():
         return
@@ -166,7 +166,8 @@ def build_distiller(
     student.to(device)
     if not arm.teachers or not (arm.needs_kv or arm.needs_logits):
         return Distiller(student, arm.model_copy(update={"teachers": []}))
-    aligners, prototypes, frames, layers = {}, [], {}, ()
+    aligners, prototypes, frames = {}, [], {}
+    layers: tuple[int, ...] = ()
     for name in arm.teachers if arm.needs_kv else ():
         aligner = make_aligner(recipe, run, arm, name, seed)
         tensors = fitted_tensors(recipe, run, arm, name, seed)

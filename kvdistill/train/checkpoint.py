@@ -39,7 +39,10 @@ def save_checkpoint(
     state: Mapping[str, Any],
     trainer_state: str,
 ) -> None:
-    """Write everything that the next step depends on to `folder`, atomically. trainer_state: the Trainer's own, as JSON."""
+    """Write everything that the next step depends on to `folder`, atomically.
+
+    trainer_state: the Trainer's own, as JSON.
+    """
     with replacing_folder(folder) as part:
         write_tensors(part / "trainable.safetensors", _trainable(model))
         tensors, groups = _flat_optimizer(optimizer)
@@ -48,7 +51,8 @@ def save_checkpoint(
             tensors["rng/cuda"] = torch.cuda.get_rng_state()
         write_tensors(part / "optimizer.safetensors", tensors)
         version, numbers, gauss = random.getstate()
-        numpy_name, keys, position, has_gauss, cached = np.random.get_state()
+        of_numpy = np.random.get_state(legacy=False)
+        numpy_state = of_numpy["state"]
         write_json(
             part / "state.json",
             {
@@ -56,7 +60,13 @@ def save_checkpoint(
                 "param_groups": groups,
                 "scheduler": scheduler.state_dict(),
                 "rng_python": [version, list(numbers), gauss],
-                "rng_numpy": [numpy_name, keys.tolist(), int(position), int(has_gauss), float(cached)],
+                "rng_numpy": [
+                    of_numpy["bit_generator"],
+                    numpy_state["key"].tolist(),
+                    int(numpy_state["pos"]),
+                    int(of_numpy["has_gauss"]),
+                    float(of_numpy["gauss"]),
+                ],
             },
         )
         write_text(part / "trainer_state.json", trainer_state)
@@ -65,7 +75,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: Any = None, scheduler: Any = None) -> dict[str, Any]:
-    """Put a checkpoint's weights back, and optimiser, schedule and generators where they are given. Returns the state."""
+    """Put a checkpoint's weights back, or optimiser and schedule where they are given. Returns the state."""
     state = read_json(folder / "state.json")
     if optimizer is None:
         wanted = _trainable(model)

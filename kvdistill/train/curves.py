@@ -48,7 +48,7 @@ class LearningCurve:
             return
         was_training = distiller.training
         distiller.eval()
-        val = self._losses(distiller, self._val, self._chosen)
+        val: dict[str, Any] = self._losses(distiller, self._val, self._chosen)
         examples = [self._val.examples[i] for i in self._chosen]
         by_task = accuracy_by_task(distiller.student, self._tokenizer, examples, self._max_new_tokens)
         val |= {"accuracy_by_task": by_task, "accuracy": sum(by_task.values()) / max(1, len(by_task))}

@@ -197,6 +197,7 @@ class Distiller(nn.Module):
         predicts_BT = prediction_mask(supervised_BT)
         for number, name in enumerate(self.teachers):
             target = targets[name]
+            assert target.topk_index_BSK is not None and target.topk_logprob_BSK is not None
             weight_BT = out.weights[number].mean(0)  # over layers
             divergence_N = logit_divergence(
                 logits_BTV,
@@ -211,7 +212,7 @@ class Distiller(nn.Module):
 
     @staticmethod
     def _add(out: DistillOutput, name: str, raw: Tensor, weight: float, routed: Tensor) -> None:
-        """raw: mean per token, for the log. routed: the same with the router's weights; this is what is learned from."""
+        """raw: mean per token, for the log. routed: the same with the router's weights, what is learned from."""
         entered = weight * routed
         out.terms[name] = (raw.detach(), weight, entered.detach())
         out.loss = out.loss + entered

@@ -148,7 +148,8 @@ class DistillTrainer(Trainer):
         if self.optimizer is None:
             distiller: Distiller = self.model  # type: ignore[assignment]
             decayed = set(self.get_decay_parameter_names(distiller))
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, distiller)
+            # their annotation names one kind of module, any will do
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, distiller)  # type: ignore[arg-type]
             groups: dict[tuple[bool, bool], list[Tensor]] = {}
             for name, parameter in distiller.named_parameters():
                 if parameter.requires_grad:
@@ -253,7 +254,7 @@ class DistillTrainer(Trainer):
 
     def resume_or_start(self) -> int:
         """Train to the end, from the newest good checkpoint if there is one. Returns the step it started from."""
-        found = newest_checkpoint(Path(self.args.output_dir))
+        found = newest_checkpoint(self._checkpoint_root())
         start = int(found.name.rsplit("-", 1)[1]) if found else 0
         if self.is_world_process_zero():
             keep_json_lines(self._log_file, lambda row: row["step"] <= start)
@@ -266,15 +267,24 @@ class DistillTrainer(Trainer):
         self.train(resume_from_checkpoint=str(found) if found else None)
         return start
 
+    def _checkpoint_root(self) -> Path:
+        assert self.args.output_dir is not None  # `training_arguments` gives one
+        return Path(self.args.output_dir)
+
+    def _plain_optimizer(self) -> torch.optim.Optimizer:
+        """The optimiser itself: accelerate wraps it."""
+        assert self.optimizer is not None
+        return self.optimizer.optimizer if hasattr(self.optimizer, "optimizer") else self.optimizer
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.is_world_process_zero():
-            root = Path(self.args.output_dir)
+            root = self._checkpoint_root()
             unwrapped = self.accelerator.unwrap_model(self.model)
             self._refuse_broken_weights(unwrapped)
             save_checkpoint(
                 root / f"checkpoint-{self.state.global_step}",
                 unwrapped,
-                self.optimizer.optimizer if hasattr(self.optimizer, "optimizer") else self.optimizer,
+                self._plain_optimizer(),
                 self.lr_scheduler,
                 {
                     "seen": self.seen.tolist(),
@@ -289,6 +299,7 @@ class DistillTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        assert self.model is not None
         state = load_checkpoint(Path(resume_from_checkpoint), self.model)
         self.seen = torch.tensor(state["seen"], dtype=torch.float64)
         self._sums = {name: list(values) for name, values in state["sums"].items()}
@@ -310,8 +321,8 @@ class DistillTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            optimizer = self.optimizer.optimizer if hasattr(self.optimizer, "optimizer") else self.optimizer
-            load_checkpoint(Path(checkpoint), self.model, optimizer, self.lr_scheduler)
+            assert self.model is not None
+            load_checkpoint(Path(checkpoint), self.model, self._plain_optimizer(), self.lr_scheduler)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
