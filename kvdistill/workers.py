@@ -129,10 +129,11 @@ def _start_worker(queue: Any, numbers: Any, threads: int, parent: int) -> None:
 
 
 def prepare_process(threads: int) -> None:
-    """Threads as asked, libraries quiet: what every process that works does first."""
-    from kvdistill.core.runtime import quiet_libraries, set_threads
+    """Threads as asked, memory kept, libraries quiet: what every process that works does first."""
+    from kvdistill.core.runtime import keep_freed_memory, quiet_libraries, set_threads
 
     set_threads(threads)
+    keep_freed_memory()
     quiet_libraries()
 
 
