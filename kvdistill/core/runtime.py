@@ -84,6 +84,8 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    # renamings that transformers 5 announces for 6, met inside peft and Trainer themselves
+    warnings.filterwarnings("ignore", message=".*will be removed in v6.*", category=FutureWarning)
 
 
 def keep_freed_memory() -> bool:
