@@ -23,7 +23,10 @@ NonNegative = Annotated[float, Field(ge=0)]
 class TaskRecipe(Section):
     """One source of problems, and how many of them each split gets."""
 
-    name: str = Field(description="chain, product (built in), gsm8k, or jsonl with `file`")
+    name: str = Field(
+        description="chain, product (built in); gsm8k, svamp, strategyqa, math23k, math, arc_challenge, hotpotqa; "
+        "or jsonl with `file`"
+    )
     file: str | None = Field(None, description="local JSONL file with question, reasoning, answer (or `fields`)")
     fields: dict[str, str] = Field(default_factory=dict, description="our name -> column, e.g. {question: problem}")
     train: int = Field(1000, ge=0, description="training problems")

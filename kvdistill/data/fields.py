@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from decimal import Decimal
 
 from kvdistill.core.errors import DataError
@@ -38,3 +39,19 @@ def text_field(row: RawRow, column: str, *, number_too: bool = False, fix: str =
             fix="write the character itself",
         ) from None
     return value.strip()
+
+
+def texts_field(row: RawRow, column: str, *, inside: str = "") -> list[str]:
+    """The non-empty texts of a list, each stripped; with `inside` the list stands at row[inside][column].
+
+    Raises DataError at the row's place for anything else.
+    """
+    found = row.columns.get(inside) if inside else row.columns
+    name = f"{inside}.{column}" if inside else column
+    if not isinstance(found, Mapping) or column not in found:
+        raise DataError(f"field {name!r} is missing", place=row.place, fix=f"add the list {name!r} to the row")
+    values = found[column]
+    if not isinstance(values, list) or not values:
+        raise DataError(f"field {name!r} is not a list with texts", place=row.place, fix=f"write {name!r} as a list")
+    each = (RawRow({name: value}, row.place, row.number) for value in values)
+    return [text_field(one, name) for one in each]

@@ -15,7 +15,10 @@ SPLITS = ("train", "val", "test", "teach")  # teach: what teachers trained on th
 
 ANSWER_MARK = "####"  # GSM8K's own; also used for tasks whose publisher has no mark
 # Two styles of one problem must not share a prompt: the model could not know which of them is asked for.
-_PLAIN_ENDINGS: dict[Style, str] = {"cot": "Answer:", "direct": "Final answer:"}
+_TEMPLATES: dict[str, tuple[str, dict[Style, str]]] = {
+    "en": ("Question: ", {"cot": "Answer:", "direct": "Final answer:"}),
+    "zh": ("问题：", {"cot": "解答：", "direct": "最终答案："}),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +66,16 @@ def styles_of(style: str) -> tuple[Style, ...]:
 
 
 def write_plain(problem: Problem, style: Style) -> Row:
-    """`Question: … Answer:`, the reasoning, ` #### answer`.
+    """`Question: … Answer:`, the reasoning, ` #### answer`; for language zh `问题：… 解答：`; others as English.
 
     Segments begin with a space rather than end with one: byte-level tokenizers keep a space with the word after it,
     so segment boundaries fall between tokens.
     """
+    opening, endings = _TEMPLATES.get(problem.language, _TEMPLATES["en"])
     return Row(
         problem=problem,
         style=style,
-        prompt=f"Question: {problem.question}\n{_PLAIN_ENDINGS[style]}",
+        prompt=f"{opening}{problem.question}\n{endings[style]}",
         reasoning=f" {problem.reasoning}" if style == "cot" else "",
         answer=f" {ANSWER_MARK} {problem.answer}",
     )

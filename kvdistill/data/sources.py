@@ -1,4 +1,4 @@
-"""Rows from a local JSONL file or from the Hugging Face hub, with the place of every row.
+"""Rows from a local file (JSONL, JSON), a saved data set folder or the Hugging Face hub, with the place of every row.
 
 Data files are other people's: each thing that can be wrong with one is a DataError with `file:line` and a fix.
 Knows what a row is (a JSON object), not what is in it.
@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from kvdistill.core.errors import DataError
-from kvdistill.core.files import sha256_file
+from kvdistill.core.files import sha256_file, sha256_of
 
 _BOMS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _PROBE_TIMEOUT_S = 5.0
@@ -44,7 +44,18 @@ class Source:
 
 
 def file_source(task: str, path: Path, shown_as: str) -> Source:
+    """A file with its checksum; of a saved data set's folder, the checksum over those of its files."""
+    if path.is_dir():
+        parts = {part.name: sha256_file(part) for part in sorted(path.iterdir()) if part.is_file()}
+        return Source(task, "folder", shown_as, sha256_of(parts))
     return Source(task, "file", shown_as, sha256_file(path))
+
+
+def read_rows(path: Path, *, place: str) -> list[RawRow]:
+    """All rows of a folder saved by `datasets`, a `.json` file (array, or objects one after another), or JSONL."""
+    if path.is_dir():
+        return read_saved_folder(path, place=place)
+    return read_json_objects(path, place=place) if path.suffix == ".json" else read_jsonl(path, place=place)
 
 
 def read_jsonl(path: Path, *, place: str) -> list[RawRow]:
@@ -61,6 +72,84 @@ def read_jsonl(path: Path, *, place: str) -> list[RawRow]:
             rows.append(RawRow(_read_object(line, where), where, number))
     if not rows:
         raise DataError("the file has no rows", place=str(path), fix="give a file with one JSON object a line")
+    return rows
+
+
+def read_json_objects(path: Path, *, place: str) -> list[RawRow]:
+    """All rows of one JSON array of objects, or of objects one after another (however many lines each takes).
+
+    A row's place is the line on which its object begins. DataError as `read_jsonl`, and for a torn array.
+    """
+    text = _decode(_read_bytes(path, place), path)
+    decoder = json.JSONDecoder(parse_float=Decimal, parse_constant=_refuse_constant)
+    is_array = text.lstrip().startswith("[")
+    rows: list[RawRow] = []
+    at, line, counted = _skip_space(text, text.find("[") + 1 if is_array else 0), 1, 0
+    while at < len(text) and not (is_array and text[at] == "]"):
+        line, counted = line + text.count("\n", counted, at), at
+        where = f"{path}:{line}"
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            fix = "mend the JSON there (the file may be cut off)"
+            raise DataError(f"broken JSON ({error.msg})", place=f"{path}:{error.lineno}", fix=fix) from None
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"broken JSON ({error})", place=where, fix="write one JSON object a row") from None
+        if not isinstance(value, dict):
+            kind = type(value).__name__
+            raise DataError(f"the row is a JSON {kind}, not an object", place=where, fix="write one JSON object a row")
+        rows.append(RawRow(value, where, len(rows) + 1))
+        at = _skip_space(text, at)
+        if is_array:
+            at = _skip_comma(text, at, path)
+    if is_array and text[at + 1 :].strip():
+        where = f"{path}:{text.count(chr(10), 0, at) + 1}"
+        raise DataError("text after the end of the array", place=where, fix="one array a file")
+    if not rows:
+        raise DataError("the file has no rows", place=str(path), fix="give a file with JSON objects")
+    return rows
+
+
+def _skip_space(text: str, at: int) -> int:
+    while at < len(text) and text[at] in " \t\r\n":
+        at += 1
+    return at
+
+
+def _skip_comma(text: str, at: int, path: Path) -> int:
+    """Past the comma between two elements; stays at the closing bracket. DataError for anything else."""
+    if at < len(text) and text[at] == "]":
+        return at
+    after = _skip_space(text, at + 1)
+    if at >= len(text) or text[at] != "," or after >= len(text) or text[after] == "]":
+        where = f"{path}:{text.count(chr(10), 0, at) + 1}"
+        raise DataError("broken JSON array (cut off, or a comma too few or too many)", place=where, fix="mend it there")
+    return after
+
+
+def _decode(data: bytes, path: Path) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError("not UTF-8", place=f"{path}:{line}", fix="convert the file to UTF-8") from None
+
+
+def read_saved_folder(path: Path, *, place: str) -> list[RawRow]:
+    """All rows of one split that `datasets` saved (`save_to_disk`): arrow files and `state.json`."""
+    import datasets
+
+    fix = "give the folder of one split, as `Dataset.save_to_disk` writes it"
+    if not (path / "state.json").is_file():
+        raise DataError(f"{path} is not a saved data set (it holds no state.json)", place=place, fix=fix)
+    try:
+        table = datasets.Dataset.load_from_disk(str(path))
+        rows = [RawRow(row, f"{path}:{number}", number) for number, row in enumerate(_plain(table), start=1)]
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:  # pyarrow's own errors are ValueErrors
+        reason = str(error).split("\n", 1)[0]
+        raise DataError(f"cannot read the saved data set: {reason}", place=str(path), fix=fix) from error
+    if not rows:
+        raise DataError("the saved data set has no rows", place=str(path), fix=fix)
     return rows
 
 

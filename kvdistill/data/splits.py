@@ -1,8 +1,8 @@
 """Rows into train / val / test: by problem, seeded, disjoint.
 
-A task with a publisher's test file takes test from it and train and val from the train file; any other task is
-split by the seed. A problem goes to one split whatever the styles it is written in, and a question that is
-repeated inside a source is kept once. Reads through the tasks; writes nothing.
+A task with a publisher's test (or validation) file takes test (or val) from it and the rest from the train file;
+any other task is split by the seed. A problem goes to one split whatever the styles it is written in, and a question
+that is repeated inside a source is kept once. Reads through the tasks; writes nothing.
 """
 
 from __future__ import annotations
@@ -48,20 +48,21 @@ def load_splits(data: DataRecipe, progress: Progress = silent) -> Splits:
         progress("loading tasks", i, len(found))
         loaded = rules.load(task, data)
         pool, num_repeated = _drop_repeats(loaded.problems)
-        own_test, num_repeated_test = _drop_repeats(loaded.test or ())
+        published = {"val": loaded.val, "test": loaded.test}
+        own = {split: _drop_repeats(rows) for split, rows in published.items() if rows is not None}
         if not loaded.in_order:
             random.Random(derive_seed(data.seed, task.key, "pool")).shuffle(pool)
-            random.Random(derive_seed(data.seed, task.key, "test")).shuffle(own_test)
+            for split, (rows, _) in own.items():
+                random.Random(derive_seed(data.seed, task.key, split)).shuffle(rows)
         asked: dict[str, int] = {split: getattr(task, split) for split in SPLITS}
-        dealt = _deal(pool, asked if loaded.test is None else asked | {"test": 0})
-        if loaded.test is not None:
-            dealt["test"] = own_test[: task.test]
+        dealt = _deal(pool, asked | {split: 0 for split in own})
+        dealt |= {split: rows[: asked[split]] for split, (rows, _) in own.items()}
         refuse_empty({split: len(dealt[split]) for split in SPLITS}, asked, task.key)
         for split in SPLITS:
             splits.problems[split].extend(dealt[split])
         splits.sources.extend(loaded.sources)
         splits.rules[task.key], splits.asked[task.key] = rules, asked
-        splits.duplicates[task.key] = num_repeated + num_repeated_test
+        splits.duplicates[task.key] = num_repeated + sum(number for _, number in own.values())
         progress("loading tasks", i + 1, len(found))
     return splits
 

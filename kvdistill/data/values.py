@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from fractions import Fraction
 
 # Full-width ASCII, the ideographic space, half-width Chinese punctuation, curly quotes and the minus sign.
 _WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {
@@ -20,8 +21,16 @@ _WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {
     0x2212: 0x2D,
 }
 _NUMBER = re.compile(r"([-+]?)\$?([-+]?)([0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.([0-9]*))?\s?%?\.?")
-# Possessive, so that a longer expression (`72/5`, `3kg`) is never read as the number it begins with.
-_LEADING = re.compile(r"[-+]?\$?[-+]?(?:[0-9][0-9,]*+(?:\.[0-9]++)?+|\.[0-9]++)(?![\w/^*])")
+# Possessive, so that a longer expression (`72/5`, `3kg`, `48+24`) is never read as the number it begins with.
+# Decimal, percentage, fraction, mixed number: `14.4`, `240%`, `7/10`, `((7)/(10))`, `5((7)/(10))`, `5 7/10`.
+_RATIO = re.compile(
+    r"(?P<sign>[-+]?)(?:(?:(?P<whole>[0-9]++)(?:\s*(?=\()|\s+))?"
+    r"(?P<open>\(?\(?)(?P<top>[0-9]++)\)?/\(?(?P<bottom>[0-9]++)\)?(?P<close>\)?)"
+    r"|(?P<decimal>(?:[0-9]{1,3}(?:,[0-9]{3})++|[0-9]++)(?:\.[0-9]++)?|\.[0-9]++)\s?(?P<percent>%?))"
+)
+# What must not follow, or the number is the beginning of something else: 3kg, 44*20, 3千 (but 3千米 is 3 km).
+_RATIO_END = re.compile(r"(?![A-Za-z0-9_(%]|\.[0-9]|,[0-9]|\s*[/^*+=:×÷-]|[十百万亿]|千(?![克米瓦]))")
+_LEADING = re.compile(r"[-+]?\$?[-+]?(?:[0-9][0-9,]*+(?:\.[0-9]++)?+|\.[0-9]++)(?![\w/^*]|\s?[-+=]\s?[0-9])")
 
 
 def fold_width(text: str) -> str:
@@ -76,3 +85,41 @@ def leading_number(text: str) -> str | None:
     """The number that `text` begins with, in canonical form; None where it begins with something else."""
     match = _LEADING.match(fold_width(text).lstrip())
     return normalise_number(match[0].rstrip(",")) if match else None
+
+
+def normalise_ratio(text: str) -> str | None:
+    """`14.40` -> `14.4`, `240%` stays, `((14)/(20))` -> `7/10`, `5((7)/(10))` -> `57/10`; None for anything else."""
+    text = fold_width(text).strip().removesuffix(".")
+    match = _RATIO.fullmatch(text)
+    return _ratio_text(match) if match else None
+
+
+def leading_ratio(text: str) -> str | None:
+    """The number, percentage, fraction or mixed number that `text` begins with, in normal form, or None."""
+    text = fold_width(text).lstrip()
+    match = _RATIO.match(text)
+    return _ratio_text(match) if match and _RATIO_END.match(text, match.end()) else None
+
+
+def same_ratio(first: str, second: str) -> bool:
+    """Equal as exact rationals: 25% is 0.25 is 1/4, and 0.33 is not 1/3. What is not a number equals nothing."""
+    value = _ratio_value(first)
+    return value is not None and value == _ratio_value(second)
+
+
+def _ratio_value(text: str) -> Fraction | None:
+    normal = normalise_ratio(text)
+    if normal is None:
+        return None
+    return Fraction(normal[:-1]) / 100 if normal.endswith("%") else Fraction(normal)
+
+
+def _ratio_text(match: re.Match[str]) -> str | None:
+    sign = "-" if match["sign"] == "-" else ""
+    if match["decimal"] is not None:
+        number = normalise_number(sign + match["decimal"])
+        return None if number is None else number + match["percent"]
+    if match[0].count("(") != match[0].count(")") or int(match["bottom"]) == 0:
+        return None
+    value = int(match["whole"] or 0) + Fraction(int(match["top"]), int(match["bottom"]))
+    return sign + str(value) if value else "0"

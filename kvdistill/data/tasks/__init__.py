@@ -5,12 +5,19 @@ from __future__ import annotations
 import difflib
 
 from kvdistill.core.errors import DataError
-from kvdistill.data.tasks.base import Loaded, Task
+from kvdistill.data.tasks.arc_challenge import ARC_CHALLENGE
+from kvdistill.data.tasks.base import Layout, Loaded, Published, Task
 from kvdistill.data.tasks.generated import CHAIN, PRODUCT
 from kvdistill.data.tasks.gsm8k import GSM8K
+from kvdistill.data.tasks.hotpotqa import HOTPOTQA
 from kvdistill.data.tasks.jsonl import JSONL
+from kvdistill.data.tasks.math import MATH
+from kvdistill.data.tasks.math23k import MATH23K
+from kvdistill.data.tasks.strategyqa import STRATEGYQA
+from kvdistill.data.tasks.svamp import SVAMP
 
-TASKS: dict[str, Task] = {task.name: task for task in (CHAIN, PRODUCT, GSM8K, JSONL)}
+_ALL = (CHAIN, PRODUCT, GSM8K, JSONL, SVAMP, STRATEGYQA, MATH23K, MATH, ARC_CHALLENGE, HOTPOTQA)
+TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 
 
 def find_task(name: str, *, place: str) -> Task:
@@ -22,4 +29,4 @@ def find_task(name: str, *, place: str) -> Task:
     return TASKS[name]
 
 
-__all__ = ["CHAIN", "GSM8K", "JSONL", "PRODUCT", "TASKS", "Loaded", "Task", "find_task"]
+__all__ = ["CHAIN", "GSM8K", "JSONL", "PRODUCT", "TASKS", "Layout", "Loaded", "Published", "Task", "find_task"]

@@ -12,7 +12,7 @@ from kvdistill.core.errors import DataError
 from kvdistill.data.fields import text_field
 from kvdistill.data.problems import ANSWER_MARK, Problem, write_plain
 from kvdistill.data.sources import RawRow
-from kvdistill.data.tasks.base import Published, Task
+from kvdistill.data.tasks.base import Layout, Published, Task
 from kvdistill.data.values import leading_number, normalise_number, same_number, text_after
 
 STRIP_CALCULATOR = True
@@ -46,7 +46,7 @@ _SOURCE = Published(
     hub="openai/gsm8k",
     hub_config="main",
     hub_splits={"train": "train", "test": "test"},
-    files={"train": "gsm8k/train.jsonl", "test": "gsm8k/test.jsonl"},
+    layouts=(Layout(train="gsm8k/train.jsonl", test="gsm8k/test.jsonl"),),
     read=read_row,
 )
 GSM8K = Task("gsm8k", _SOURCE.load, write_plain, extract, same_number)

@@ -1,0 +1,59 @@
+"""SVAMP (Patel et al. 2021): arithmetic word problems of one or two steps; the reasoning is the equation.
+
+A row has a story (`Body`), a question and an equation over floats, `( 76.0 - 25.0 )`; written here without the outer
+brackets and the `.0`. One published row's equation does not give its answer (chal-680); rows are taken as published.
+"""
+
+from __future__ import annotations
+
+import re
+
+from kvdistill.core.errors import DataError
+from kvdistill.data.fields import text_field
+from kvdistill.data.problems import Problem, write_plain
+from kvdistill.data.sources import RawRow
+from kvdistill.data.tasks.base import Layout, Published, Task
+from kvdistill.data.tasks.gsm8k import extract
+from kvdistill.data.values import normalise_number, same_number
+
+_WHOLE = re.compile(r"(?<=[0-9])\.0+(?![0-9])")
+
+
+def read_row(row: RawRow, id: str) -> Problem:
+    """Columns `Body`, `Question`, `Equation` and `Answer` (a number, or text of one)."""
+    body, question = text_field(row, "Body"), text_field(row, "Question")
+    answer = text_field(row, "Answer", number_too=True)
+    number = normalise_number(answer)
+    if number is None:
+        raise DataError(f"the answer {answer!r} is not one number", place=row.place, fix="write it as 51 or 51.0")
+    story = body if body.endswith((".", "?", "!", ",")) else f"{body}."
+    return Problem("svamp", id, f"{story} {question}", _tidy(text_field(row, "Equation")), number)
+
+
+def _tidy(equation: str) -> str:
+    """`( ( 13.0 + 15.0 ) / 28.0 )` -> `(13 + 15) / 28`."""
+    equation = _WHOLE.sub("", " ".join(equation.split())).replace("( ", "(").replace(" )", ")")
+    return equation[1:-1] if _is_wrapped(equation) else equation
+
+
+def _is_wrapped(equation: str) -> bool:
+    """Whether the first bracket is closed by the last character."""
+    if not (equation.startswith("(") and equation.endswith(")")):
+        return False
+    depth = 0
+    for i, sign in enumerate(equation):
+        depth += (sign == "(") - (sign == ")")
+        if depth == 0:
+            return i == len(equation) - 1
+    return False
+
+
+_SOURCE = Published(
+    name="svamp",
+    hub="ChilleD/SVAMP",
+    hub_config=None,
+    hub_splits={"train": "train", "test": "test"},
+    layouts=(Layout(pool="svamp/SVAMP.json"), Layout(pool="svamp/qwen_eval_test.jsonl")),
+    read=read_row,
+)
+SVAMP = Task("svamp", _SOURCE.load, write_plain, extract, same_number)
