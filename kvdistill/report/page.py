@@ -84,6 +84,9 @@ def _join(items: Sequence[object]) -> str:
 
 
 def _best_arm(summary: Row) -> str:
+    """The arm with the highest accuracy; none where accuracy says nothing."""
+    if summary["accuracy_near_zero"]:
+        return ""
     known = {name: arm["mean"] for name, arm in summary["arms"].items() if not math.isnan(arm["mean"])}
     return max(known, key=lambda name: known[name]) if known else ""
 
