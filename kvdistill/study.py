@@ -55,7 +55,7 @@ def run_study(recipe: Recipe, progress: Progress, *, stages: tuple[str, ...] = (
 
             report(recipe, run, progress=progress)
         if not stages:
-            write_json(run / "study.json", {"recipe": study_hash(recipe), "finished": True})
+            write_json(run / "study.json", {"recipe": recipe_hash(recipe), "finished": True})
         return result_of(run)
 
 
@@ -110,16 +110,6 @@ def _student_cost(recipe: Recipe, arm: str) -> float:
 
 
 # -- whose folder is this? ----------------------------------------------------------------------------
-
-
-def study_hash(recipe: Recipe) -> str:
-    return recipe_hash(recipe)
-
-
-def arm_hash(recipe: Recipe, arm: str) -> str:
-    """Hash of everything that one arm's model depends on."""
-    tree = recipe.model_dump(mode="json", include=set(_BASE))
-    return sha256_of({**tree, "arm": arm_recipe(recipe, arm).model_dump(mode="json")})
 
 
 def claim_run_folder(recipe: Recipe, run: Path) -> None:
@@ -211,7 +201,7 @@ def is_finished(recipe: Recipe, run: Path) -> bool:
     mark = run / "study.json"
     if not mark.exists() or not (run / "report.html").exists() or not (run / "summary.json").exists():
         return False
-    if read_json(mark).get("recipe") != study_hash(recipe) or not (data_folder(run) / "manifest.json").exists():
+    if read_json(mark).get("recipe") != recipe_hash(recipe) or not (data_folder(run) / "manifest.json").exists():
         return False
     return all(evaluated_mark(arm_folder(run, arm, seed)).exists() for arm in recipe.arms for seed in recipe.seeds)
 

@@ -2,7 +2,7 @@
 
 runs/NAME/
   recipe.json  provenance.json  study.json
-  tokenizer/   data/{train,val,test}.parquet  data/manifest.json  data/validation_report.json
+  tokenizer/   data/{train,val,test,teach}.parquet  data/manifest.json  data/validation_report.json
   teachers/NAME/{model/, log.jsonl, report.json}
   store/KIND-NAME-HASH/          captured targets
   fit/KIND-NAME-HASH/            channel statistics, closed-form projectors, prototypes
@@ -47,7 +47,7 @@ def arm_folder(run: Path, arm: str, seed: int) -> Path:
 
 
 def trained_mark(folder: Path) -> Path:
-    """Written last by training; holds the hash of the recipe parts that made the model."""
+    """Written last by training: the model beside it is whole."""
     return folder / "trained.json"
 
 
