@@ -81,7 +81,7 @@ def test_hub_out_of_reach_names_the_local_alternative(monkeypatch: pytest.Monkey
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
-    monkeypatch.setattr(sources, "hub_reachable", lambda: False)
+    monkeypatch.setattr(sources.hub, "hub_reachable", lambda: False)
     with pytest.raises(DataError, match="cannot be reached") as caught:
         load_splits(_data({"name": "gsm8k"}))
     assert "data.root=DIR" in caught.value.fix and "DIR/gsm8k/train.jsonl" in caught.value.fix
@@ -89,7 +89,7 @@ def test_hub_out_of_reach_names_the_local_alternative(monkeypatch: pytest.Monkey
     def fail(*args: Any, **options: Any) -> None:
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(sources, "hub_reachable", lambda: True)
+    monkeypatch.setattr(sources.hub, "hub_reachable", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(DataError, match="no route") as caught:
         load_splits(_data({"name": "gsm8k"}))
@@ -99,7 +99,7 @@ def test_hub_out_of_reach_names_the_local_alternative(monkeypatch: pytest.Monkey
 def test_hub_rows_and_local_rows_are_the_same_problems(data_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    monkeypatch.setattr(sources, "hub_reachable", lambda: True)
+    monkeypatch.setattr(sources.hub, "hub_reachable", lambda: True)
     calls = []
 
     def load(path: str, config: str, split: str) -> list[dict[str, str]]:

@@ -25,14 +25,19 @@ class TaskRecipe(Section):
 
     name: str = Field(
         description="chain, product (built in); gsm8k, svamp, strategyqa, math23k, math, arc_challenge, hotpotqa; "
-        "or jsonl with `file`"
+        "or jsonl, csv, parquet with `file`"
     )
-    file: str | None = Field(None, description="local JSONL file with question, reasoning, answer (or `fields`)")
+    file: str | None = Field(None, description="your own file with question, reasoning, answer (or `fields`)")
     fields: dict[str, str] = Field(default_factory=dict, description="our name -> column, e.g. {question: problem}")
-    train: int = Field(1000, ge=0, description="training problems")
+    revision: str | None = Field(None, description="commit, tag or branch on the hub; unset: the newest")
+    train: int = Field(1000, ge=0, description="training problems; these four count where `data.total` is unset")
     val: int = Field(100, ge=0, description="validation problems")
     test: int = Field(100, ge=0, description="test problems, seen by evaluation only")
     teach: int = Field(0, ge=0, description="training problems that scratch teachers study beside `train`")
+    share: NonNegative | None = Field(
+        None, description="part of `data.total`; unset: math23k 0.2, the others what is left, in equal parts"
+    )
+    cap: Positive | None = Field(None, description="at most so many problems of `data.total`")
 
     @property
     def key(self) -> str:
@@ -45,14 +50,32 @@ class DataRecipe(Section):
 
     tasks: list[TaskRecipe] = Field(min_length=1)
     root: str | None = Field(None, description="folder with local copies of the public data sets; unset: the hub")
+    total: Positive | None = Field(None, description="problems over all tasks, mixed by `share`; unset: each its counts")
+    ratios: tuple[NonNegative, NonNegative, NonNegative] = Field(
+        (0.7, 0.15, 0.15), description="train, val, test parts of a task's share of `total`"
+    )
+    disjoint_teachers: bool = Field(
+        False, description="scratch teachers study `teach` only (with `total`: half of train), students `train` only"
+    )
     style: Literal["cot", "direct", "both"] = Field("cot", description="written reasoning before the answer, or not")
+    template: Literal["plain", "chat"] = Field("plain", description="our own, or the tokenizer's chat template")
+    system_prompt: str | None = Field(None, description="chat: system message; unset: the template's own default")
     tokenizer: str = Field("characters", description="characters (built in), a folder, `root:NAME`, or a hub id")
     trim_vocabulary: bool = Field(False, description="keep only the pieces these texts need (tiny models)")
     max_length: Positive = Field(512, description="tokens; longer examples are left out and counted")
     seed: int = Field(0, description="which problems go where; the same for every arm and seed")
-    allow_leaks: bool = Field(
-        False, description="go on although a test problem is in a training set (never for results)"
+    leaks: Literal["refuse", "drop", "allow"] = Field(
+        "refuse",
+        description="a problem (or near duplicate) of test, val or an evaluation in training: stop; take it out of "
+        "training; or go on (never for results)",
     )
+
+    @field_validator("ratios")
+    @classmethod
+    def _ratios(cls, ratios: tuple[float, float, float]) -> tuple[float, float, float]:
+        if abs(sum(ratios) - 1) > 1e-6:
+            raise ValueError(f"ratios {ratios} add up to {sum(ratios):g}, not 1")
+        return ratios
 
 
 class ScratchRecipe(Section):
@@ -238,7 +261,16 @@ class TrainRecipe(OptimiserRecipe):
 
 
 class EvaluateRecipe(Section):
-    """Greedy generation on held-out problems, one record per question."""
+    """Held-out problems of the training tasks, and public evaluations; one record per question."""
+
+    tasks: list[str] = Field(
+        default_factory=list, description="public evaluations beside the test split: gsm8k, math500, bbh, gpqa, …"
+    )
+    num_fewshot: int | None = Field(None, ge=0, description="examples in the prompt; unset: each evaluation's usual")
+    choice: Literal["likelihood", "generation"] = Field(
+        "likelihood", description="multiple choice: the likeliest choice, or the letter that is written"
+    )
+    chat: bool = Field(False, description="evaluations through the model's chat template")
 
     max_new_tokens: Positive = 64
     batch_size: Positive = 64

@@ -1,44 +1,74 @@
-"""Taking one field out of a row, or saying which row lacks it."""
+"""Taking one field out of a row, or saying which row lacks it. Nothing of a row is printed but a short piece."""
 
 from __future__ import annotations
 
-import difflib
+import math
 from collections.abc import Mapping
 from decimal import Decimal
 
 from kvdistill.core.errors import DataError
+from kvdistill.data.quoting import missing, quoted
 from kvdistill.data.sources import RawRow
+
+_WRITTEN_OUT = 40  # digits up to which a number is written without an exponent
 
 
 def text_field(row: RawRow, column: str, *, number_too: bool = False, fix: str = "") -> str:
-    """The stripped, non-empty text of `column`; with `number_too` a JSON number is taken as it is written.
+    """The stripped, non-empty text of `column`; with `number_too` a number is taken as it is written.
 
-    Raises DataError at the row's place where it is missing, of another type, empty, or not valid Unicode.
+    Raises DataError at the row's place where it is missing, of another type, empty, not a number (NaN), or holds
+    characters that no text has.
     """
     if column not in row.columns:
-        near = difflib.get_close_matches(column, [str(name) for name in row.columns], n=1)
-        meant = f"; did you mean {near[0]!r}?" if near else f"; the row has {', '.join(map(repr, row.columns))}"
-        raise DataError(f"field {column!r} is missing{meant}", place=row.place, fix=fix or f"add {column!r} to the row")
+        raise DataError(
+            f"field {quoted(column)} {missing(column, row.columns)}",
+            place=row.place,
+            fix=fix or f"add {quoted(column)} to the row",
+        )
     value = row.columns[column]
     if number_too and isinstance(value, int | float | Decimal) and not isinstance(value, bool):
-        value = str(value)
+        return _number_text(value, column, row.place)
     if not isinstance(value, str):
-        kind = type(value).__name__
+        kind = "null (NoneType)" if value is None else type(value).__name__
         wanted = "text or a number" if number_too else "text"
         raise DataError(
-            f"field {column!r} is {kind}, not {wanted}", place=row.place, fix=f"write {column!r} as a string"
+            f"field {quoted(column)} is {kind}, not {wanted}",
+            place=row.place,
+            fix=f"write {quoted(column)} as a string, or take the row out",
         )
-    if not value.strip():
-        raise DataError(f"field {column!r} is empty", place=row.place, fix="fill it in, or take the row out")
+    text = value.strip()
+    if not text:
+        raise DataError(f"field {quoted(column)} is empty", place=row.place, fix="fill it in, or take the row out")
+    _check_characters(text, column, row.place)
+    return text
+
+
+def _check_characters(text: str, column: str, place: str) -> None:
+    if "\x00" in text:
+        raise DataError(f"field {quoted(column)} holds a NUL character", place=place, fix="take the character out")
     try:
-        value.encode("utf-8")
+        text.encode("utf-8")
     except UnicodeEncodeError:
         raise DataError(
-            f"field {column!r} has half of a surrogate pair",
-            place=row.place,
+            f"field {quoted(column)} has half of a surrogate pair",
+            place=place,
             fix="write the character itself",
         ) from None
-    return value.strip()
+
+
+def _number_text(value: int | float | Decimal, column: str, place: str) -> str:
+    """`4`, `1.50` as written, `72` for the float 72.0, and no exponent where a person would write none."""
+    if not (value.is_finite() if isinstance(value, Decimal) else isinstance(value, int) or math.isfinite(value)):
+        raise DataError(
+            f"field {quoted(column)} is {value}, which is no number",
+            place=place,
+            fix="fill it in, or take the row out",
+        )
+    if isinstance(value, int):
+        return str(value)
+    exact = value if isinstance(value, Decimal) else Decimal(repr(value))
+    text = format(exact, "f") if abs(exact.adjusted()) < _WRITTEN_OUT else str(exact)
+    return text.removesuffix(".0") if isinstance(value, float) else text
 
 
 def texts_field(row: RawRow, column: str, *, inside: str = "") -> list[str]:
@@ -48,10 +78,20 @@ def texts_field(row: RawRow, column: str, *, inside: str = "") -> list[str]:
     """
     found = row.columns.get(inside) if inside else row.columns
     name = f"{inside}.{column}" if inside else column
+    if isinstance(found, str):
+        raise DataError(
+            f"field {quoted(name)} is missing: {quoted(inside)} is text",
+            place=row.place,
+            fix="use a copy that keeps lists (JSONL or Parquet, not CSV)",
+        )
     if not isinstance(found, Mapping) or column not in found:
-        raise DataError(f"field {name!r} is missing", place=row.place, fix=f"add the list {name!r} to the row")
+        raise DataError(
+            f"field {quoted(name)} is missing", place=row.place, fix=f"add the list {quoted(name)} to the row"
+        )
     values = found[column]
     if not isinstance(values, list) or not values:
-        raise DataError(f"field {name!r} is not a list with texts", place=row.place, fix=f"write {name!r} as a list")
+        raise DataError(
+            f"field {quoted(name)} is not a list with texts", place=row.place, fix=f"write {quoted(name)} as a list"
+        )
     each = (RawRow({name: value}, row.place, row.number) for value in values)
     return [text_field(one, name) for one in each]

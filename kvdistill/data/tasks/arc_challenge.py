@@ -11,13 +11,20 @@ import re
 from kvdistill.core.errors import DataError
 from kvdistill.data.fields import text_field, texts_field
 from kvdistill.data.problems import ANSWER_MARK, Problem, write_plain
+from kvdistill.data.quoting import quoted, shown
 from kvdistill.data.sources import RawRow
 from kvdistill.data.tasks.base import Layout, Published, Task
-from kvdistill.data.values import fold_width, text_after
+from kvdistill.data.values import fold_width, text_after, unwrap
 
 _LETTERS = "ABCDE"
-# A letter or number alone, in brackets, or with a full stop, bracket or colon behind it: not the article "A" or "4.5".
-_LABEL = re.compile(r"(?:\(([A-Ea-e1-5])\)|([A-Ea-e1-5])(?:[.):](?![0-9A-Za-z])|$))")
+# A letter or number alone, in brackets, or before a punctuation mark or a reason: not the article "A", not "4.5".
+_LABEL = re.compile(
+    r"(?:(?:[Oo]ption|[Cc]hoice|[Ll]etter)\s+)?[\"'(\[*_]*(?P<label>[A-Ea-e1-5])"
+    r"(?:$|[\"')\]*_<]|\s*[.:,;!](?![0-9A-Za-z])|\s+(?:[-–—]\s|(?:because|since|as|is\s+(?:correct|right|the))\b))"
+)
+_SECOND = re.compile(
+    r"[\"')\]*_.]*\s*(?:[,;/&]|and\b|or\b)\s*[(\[*]*(?:[A-E]|[1-5](?=\W|$))(?![A-Za-z0-9'])(?!\s+[a-z])"
+)
 
 
 def read_row(row: RawRow, id: str) -> Problem:
@@ -26,12 +33,14 @@ def read_row(row: RawRow, id: str) -> Problem:
     key = text_field(row, "answerKey")
     if len(texts) != len(labels) or not 2 <= len(texts) <= len(_LETTERS) or len(set(labels)) != len(labels):
         raise DataError(
-            f"{len(texts)} choices with the labels {', '.join(labels)}",
+            f"{len(texts)} choices with the labels {shown(', '.join(labels))}",
             place=row.place,
             fix="give each of two to five choices its own label",
         )
     if key not in labels:
-        raise DataError(f"the key {key!r} is not among {', '.join(labels)}", place=row.place, fix="mend `answerKey`")
+        raise DataError(
+            f"the key {quoted(key)} is not among {shown(', '.join(labels))}", place=row.place, fix="mend `answerKey`"
+        )
     right = labels.index(key)
     choices = [f"{letter}. {' '.join(text.split())}" for letter, text in zip(_LETTERS, texts, strict=False)]
     question = "\n".join([text_field(row, "question"), *choices])
@@ -43,10 +52,11 @@ def extract(completion: str) -> str | None:
     answer = text_after(ANSWER_MARK, completion)
     if answer is None:
         return None
-    match = _LABEL.match(fold_width(answer))
-    if match is None:
+    text = fold_width(unwrap(answer))
+    match = _LABEL.match(text)
+    if match is None or _SECOND.match(text, match.end("label")):
         return answer
-    label = (match[1] or match[2]).upper()
+    label = match["label"].upper()
     return _LETTERS[int(label) - 1] if label.isdigit() else label
 
 

@@ -41,7 +41,8 @@ def extract_symbols(completion: str) -> str | None:
 
 
 def _generated(family: synthetic.AbstractFamily) -> Task:
-    return Task(family.name, partial(load_generated, family=family), write_symbols, extract_symbols, same_number)
+    load = partial(load_generated, family=family)
+    return Task(family.name, load, write_symbols, extract_symbols, same_number, published=False, generated=True)
 
 
 CHAIN = _generated(synthetic.CHAIN)

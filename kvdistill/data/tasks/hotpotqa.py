@@ -17,7 +17,7 @@ from kvdistill.data.fields import text_field
 from kvdistill.data.problems import ANSWER_MARK, Problem, write_plain
 from kvdistill.data.sources import RawRow
 from kvdistill.data.tasks.base import Layout, Published, Task
-from kvdistill.data.values import fold_width, normalise_number, normalise_text, text_after
+from kvdistill.data.values import fold_width, normalise_number, normalise_text, text_after, unwrap
 
 _PUNCTUATION = re.compile(rf"(?!(?<=[0-9])\.[0-9])[{re.escape(string.punctuation)}]")
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
@@ -71,6 +71,7 @@ def extract(completion: str) -> str | None:
 
 
 def same(first: str, second: str) -> bool:
+    first, second = unwrap(first), unwrap(second)
     numbers = normalise_number(first), normalise_number(second)
     if None not in numbers:
         return numbers[0] == numbers[1]
@@ -79,7 +80,8 @@ def same(first: str, second: str) -> bool:
 
 
 def _fold(text: str) -> str:
-    return " ".join(_ARTICLES.sub(" ", _PUNCTUATION.sub("", fold_width(text).casefold())).split())
+    text = fold_width(text).casefold().translate({0x2013: "-", 0x2014: "-"})  # 2013–14 is 2013-14
+    return " ".join(_ARTICLES.sub(" ", _PUNCTUATION.sub("", text)).split())
 
 
 _FOLDER = "hotpotqa"

@@ -1,7 +1,7 @@
 """MATH (Hendrycks et al. 2021): competition problems; the reasoning is the solution, the answer its last \\boxed{}.
 
-Training on the test rows would spoil MATH500, which is taken from them, so a local copy without a train file serves
-test only.
+A local copy without a train file is a pool: 30 % of its test rows stay test, and the rest may be trained on only where
+MATH500, which is taken from the test rows, is at hand to be taken out (Lightman et al. 2023 split it the same way).
 """
 
 from __future__ import annotations
@@ -42,7 +42,12 @@ _SOURCE = Published(
     layouts=(
         Layout(train="math/train.jsonl", test="math/test.jsonl"),
         Layout(train="math/train.jsonl", test="math/test_first1000.jsonl"),
+        Layout(train="math/*/train.parquet", test="math/*/test.parquet"),  # the hub's copies with a folder a subject
+        Layout(train="math/train/*/*.json", test="math/test/*/*.json"),  # the publisher's archive, a file a problem
+        # 12,000 of the 12,500 rows, test rows among them, are fair to train on where MATH500 is held apart (PRM800K)
+        Layout(pool="math/test.jsonl"),
+        Layout(pool="math/test_first1000.jsonl"),
     ),
     read=read_row,
 )
-MATH = Task("math", _SOURCE.load, write_plain, extract, same_latex)
+MATH = Task("math", _SOURCE.load, write_plain, extract, same_latex, spoils=("math500",))

@@ -6,26 +6,61 @@ Answers are exact rationals: `14.4`, `240%`, `((7)/(10))`, `5((7)/(10))` (which 
 
 from __future__ import annotations
 
+from fractions import Fraction
+from string import ascii_lowercase
+
 from kvdistill.core.errors import DataError
 from kvdistill.data.fields import text_field
 from kvdistill.data.problems import ANSWER_MARK, Problem, write_plain
+from kvdistill.data.quoting import quoted
 from kvdistill.data.sources import RawRow
 from kvdistill.data.tasks.base import Layout, Published, Task
 from kvdistill.data.values import leading_ratio, normalise_ratio, same_ratio, text_after
 
+_FLOAT_DIGITS = 12
+
 
 def read_row(row: RawRow, id: str) -> Problem:
-    """Columns `original_text`, `equation` and `ans`."""
-    answer = text_field(row, "ans", number_too=True)
+    """Columns `original_text`, `equation` and `ans`.
+
+    Processed copies may have `target_template` with `num_list` for the equation, and `answer`, a float, for the answer.
+    """
+    processed = "ans" not in row.columns and "answer" in row.columns
+    answer = text_field(row, "answer" if processed else "ans", number_too=True)
     value = normalise_ratio(answer)
     if value is None:
         raise DataError(
-            f"the answer {answer!r} is not a number, percentage or fraction",
+            f"the answer {quoted(answer)} is not a number, percentage or fraction",
             place=row.place,
             fix="write it as 14.4, 240%, ((7)/(10)) or 5((7)/(10))",
         )
-    equation = "".join(text_field(row, "equation").split())
-    return Problem("math23k", id, text_field(row, "original_text"), equation, value, "zh")
+    value = _exact(value) if processed else value
+    return Problem("math23k", id, text_field(row, "original_text"), _equation(row), value, "zh")
+
+
+def _exact(value: str) -> str:
+    """The fraction that a long decimal is the float of: 0.3333333333333333 is 1/3."""
+    if len(value.partition(".")[2]) < _FLOAT_DIGITS or value.endswith("%"):
+        return value
+    exact = Fraction(value)
+    near = exact.limit_denominator(10_000)
+    return str(near) if abs(near - exact) <= abs(exact) / 10**_FLOAT_DIGITS else value
+
+
+def _equation(row: RawRow) -> str:
+    if "equation" in row.columns or "target_template" not in row.columns:
+        return "".join(text_field(row, "equation").split())
+    template, numbers = row.columns["target_template"], row.columns.get("num_list")
+    pieces = template.split() if isinstance(template, str) else template
+    if not isinstance(pieces, list) or not isinstance(numbers, list) or not all(isinstance(p, str) for p in pieces):
+        raise DataError(
+            "no equation: `target_template` and `num_list` are no lists", place=row.place, fix="add `equation`"
+        )
+    known = {
+        f"temp_{letter}": text_field(RawRow({"num_list": number}, row.place, row.number), "num_list", number_too=True)
+        for letter, number in zip(ascii_lowercase, numbers, strict=False)
+    }
+    return "".join(known.get(piece, piece) for piece in pieces)
 
 
 def extract(completion: str) -> str | None:
@@ -33,7 +68,7 @@ def extract(completion: str) -> str | None:
     answer = text_after(ANSWER_MARK, completion)
     if answer is None:
         return None
-    return leading_ratio(answer.removeprefix("x=").removeprefix("x =")) or answer
+    return leading_ratio(answer) or answer
 
 
 _FOLDER = "math23k"

@@ -7,21 +7,39 @@ import re
 from kvdistill.core.errors import DataError
 from kvdistill.data.fields import text_field, texts_field
 from kvdistill.data.problems import ANSWER_MARK, Problem, write_plain
+from kvdistill.data.quoting import quoted
 from kvdistill.data.sources import RawRow
 from kvdistill.data.tasks.base import Layout, Published, Task
-from kvdistill.data.values import fold_width, normalise_text, text_after
+from kvdistill.data.values import fold_width, normalise_text, text_after, unwrap
 
-_WORDS = {"yes": "yes", "true": "yes", "no": "no", "false": "no", "是": "yes", "否": "no"}
-# The word alone or with more behind a punctuation mark: "no one knows" and "yes and no" are not answers.
-_WORD = re.compile(rf"[\"'(\[*]*({'|'.join(_WORDS)})(?=$|[\"')\]*.,;:!。,])")
+_TRUTH = {"true": True, "false": False}  # as tables without types write it
+_YES, _NO = ("yes", "true", "是的", "是", "对"), ("no", "false", "不是", "否", "不", "错")
+_WORDS = dict.fromkeys(_YES, "yes") | dict.fromkeys(_NO, "no")
+# The word alone, before a punctuation mark or before what gives a reason; "no one knows" and "not" are not answers.
+_WORD = re.compile(
+    rf"[\"'(\[*_]*({'|'.join(_WORDS)})(?=$|\s*[\"')\]*_.,;:!。、<—–]|\s+(?:[-—–(]|(?:because|since|as|it|they|he|she|this|that|these"
+    r"|those|there)\b))"
+)
+# "yes and no", "yes, no": both, which is neither
+_BOTH = re.compile(rf"[\W_]*(?:and|or|but)?[\W_]*(?P<word>{'|'.join(_WORDS)})(?![a-z])")
 
 
 def read_row(row: RawRow, id: str) -> Problem:
-    """Columns `question`, `answer` (true or false) and `facts` (a list, or one text)."""
+    """Columns `question`, `answer` (true or false) and `facts` (a list, or one text as on the hub)."""
     answer = row.columns.get("answer")
+    answer = _TRUTH.get(answer.strip().casefold(), answer) if isinstance(answer, str) else answer
     if not isinstance(answer, bool):
-        raise DataError(f"field 'answer' is {answer!r}, not true or false", place=row.place, fix="write true or false")
-    facts = [text_field(row, "facts")] if isinstance(row.columns.get("facts"), str) else texts_field(row, "facts")
+        raise DataError(
+            f"field 'answer' is {quoted(answer)}, not true or false", place=row.place, fix="write true or false"
+        )
+    is_text = isinstance(row.columns.get("facts"), str)
+    facts = [text_field(row, "facts")] if is_text else texts_field(row, "facts")
+    if is_text and facts[0].startswith("[") and facts[0].endswith("]"):
+        raise DataError(
+            "field 'facts' is a list that was written as text",
+            place=row.place,
+            fix="use a copy that keeps lists (JSONL or Parquet), or write the facts as one text",
+        )
     reasoning = " ".join(fact if fact.endswith((".", "!", "?")) else f"{fact}." for fact in facts)
     if ANSWER_MARK in reasoning:
         raise DataError(f"`{ANSWER_MARK}` marks the answer and stands in a fact", place=row.place, fix="take it out")
@@ -33,8 +51,12 @@ def extract(completion: str) -> str | None:
     answer = text_after(ANSWER_MARK, completion)
     if answer is None:
         return None
-    match = _WORD.match(fold_width(answer).casefold())
-    return _WORDS[match[1]] if match else answer
+    text = fold_width(unwrap(answer)).casefold()
+    match = _WORD.match(text)
+    if match is None:
+        return answer
+    second = _BOTH.match(text, match.end())
+    return _WORDS[match[1]] if second is None or _WORDS[second["word"]] == _WORDS[match[1]] else answer
 
 
 def same(first: str, second: str) -> bool:

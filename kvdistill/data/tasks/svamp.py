@@ -11,6 +11,7 @@ import re
 from kvdistill.core.errors import DataError
 from kvdistill.data.fields import text_field
 from kvdistill.data.problems import Problem, write_plain
+from kvdistill.data.quoting import quoted
 from kvdistill.data.sources import RawRow
 from kvdistill.data.tasks.base import Layout, Published, Task
 from kvdistill.data.tasks.gsm8k import extract
@@ -25,7 +26,7 @@ def read_row(row: RawRow, id: str) -> Problem:
     answer = text_field(row, "Answer", number_too=True)
     number = normalise_number(answer)
     if number is None:
-        raise DataError(f"the answer {answer!r} is not one number", place=row.place, fix="write it as 51 or 51.0")
+        raise DataError(f"the answer {quoted(answer)} is not one number", place=row.place, fix="write it as 51 or 51.0")
     story = body if body.endswith((".", "?", "!", ",")) else f"{body}."
     return Problem("svamp", id, f"{story} {question}", _tidy(text_field(row, "Equation")), number)
 

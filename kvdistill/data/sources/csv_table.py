@@ -1,0 +1,159 @@
+"""CSV and TSV with a header, read row by row.
+
+Texts may hold line breaks and delimiters inside quotes; quoting is checked strictly, so that a quote that is never
+closed is an error and not one giant text. A UTF-8 byte order mark is passed over, because Excel writes one into every
+`CSV UTF-8` it saves (JSON forbids it, and there it is refused). All values are text.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO
+
+from kvdistill.core.errors import DataError
+from kvdistill.data.quoting import at_line, missing, quoted, shown
+from kvdistill.data.sources.files import MAX_ROW_BYTES, DataFile, check_file, decode_line
+from kvdistill.data.sources.jsonl import too_long
+from kvdistill.data.sources.rows import Column, RawRow
+
+_DELIMITERS = (",", ";", "\t")
+_TAB_SUFFIXES = (".tsv", ".tab")
+_QUOTING_FIX = (
+    "put texts that hold the delimiter, a quote or a line break in double quotes, and write quotes inside twice"
+)
+
+
+@dataclass(frozen=True)
+class _Header:
+    names: list[str]
+    delimiter: str
+    line: int
+
+
+def read_csv(path: Path, *, place: str, columns: Sequence[Column] = ()) -> Iterator[RawRow]:
+    """The rows of a CSV or TSV file as texts, read as they are asked for. A row's place is its first line.
+
+    The delimiter is a tab for `.tsv`, else that of comma, semicolon and tab with which the header has the most of
+    `columns` (then, the most columns). DataError at once for a file that is none (`check_file`), and for a header
+    without a required column or with one twice; at the row for anything else.
+    """
+    file = check_file(path, place, utf8_bom=True)
+    header = _read_header(file, [column.name for column in columns])
+    _check_header(header, columns, path)
+    return _rows(file, header)
+
+
+def _read_header(file: DataFile, wanted: Sequence[str]) -> _Header:
+    delimiters = ("\t",) if file.path.suffix.lower() in _TAB_SUFFIXES else _DELIMITERS
+    with file.open() as opened:
+        lines = _Lines(opened, file.path)
+        first = next((line for line in lines if line.strip()), "")
+        begins = lines.number
+        if not first:
+            raise DataError("the file has no rows", place=at_line(file.path), fix="give a file with a header and rows")
+        if first.startswith('{"') or first.strip() in ("[", "{"):
+            raise DataError(
+                "the file is JSON, not a table", place=at_line(file.path, begins), fix="use `name: jsonl` for it"
+            )
+        # a name in the header may hold line breaks, so a few more lines are at hand
+        text = [first, *islice(lines, 20)]
+    found = [_Header(_cells(text, delimiter, file.path, begins), delimiter, begins) for delimiter in delimiters]
+    return max(found, key=lambda header: (len({*wanted} & {*header.names}), len(header.names)))
+
+
+def _cells(lines: Sequence[str], delimiter: str, path: Path, number: int) -> list[str]:
+    csv.field_size_limit(MAX_ROW_BYTES)  # the module's own limit, for all of the process, is 128 KiB
+    try:
+        return [name.strip() for name in next(csv.reader(lines, delimiter=delimiter, strict=True))]
+    except csv.Error as error:
+        raise DataError(f"broken header ({shown(error)})", place=at_line(path, number), fix=_QUOTING_FIX) from None
+
+
+def _check_header(header: _Header, columns: Sequence[Column], path: Path) -> None:
+    place = at_line(path, header.line)
+    for column in columns:
+        if column.required and column.name not in header.names:
+            raise DataError(
+                f"column {quoted(column.name)} {missing(column.name, header.names)}",
+                place=place,
+                fix=column.fix or "the first line must name the columns; `fields` maps our names to them",
+            )
+    twice = next((name for name, count in Counter(header.names).items() if name and count > 1), None)
+    if twice is not None:
+        raise DataError(f"the header names {quoted(twice)} twice", place=place, fix="rename one of the columns")
+
+
+def _rows(file: DataFile, header: _Header) -> Iterator[RawRow]:
+    number = 0
+    with file.open() as opened:
+        lines = _Lines(opened, file.path)
+        for _ in range(header.line - 1):
+            next(lines)
+        reader = csv.reader(lines, delimiter=header.delimiter, strict=True)
+        next(reader)
+        while True:
+            first = lines.number + 1
+            try:
+                cells = next(reader)
+            except StopIteration:
+                break
+            except csv.Error as error:
+                raise _broken(error, at_line(file.path, first)) from None
+            if not any(cells) or (len(cells) == 1 and not cells[0].strip()):
+                continue  # a blank line, or a row of empty cells as spreadsheets leave them at the end
+            number += 1
+            yield RawRow(_named(cells, header, at_line(file.path, first)), at_line(file.path, first), number)
+    if not number:
+        raise DataError("the file has no rows but the header", place=at_line(file.path), fix="give a file with rows")
+
+
+def _named(cells: list[str], header: _Header, where: str) -> dict[str, str]:
+    if len(cells) != len(header.names):
+        raise DataError(
+            f"the row has {len(cells)} cells, the header {len(header.names)} (delimiter {quoted(header.delimiter)})",
+            place=where,
+            fix=f"{_QUOTING_FIX}; write empty cells too",
+        )
+    return {
+        name: cell.replace("\r\n", "\n") if "\r" in cell else cell
+        for name, cell in zip(header.names, cells, strict=True)
+        if name
+    }
+
+
+def _broken(error: csv.Error, where: str) -> DataError:
+    reason = str(error)
+    if "field limit" in reason:
+        return too_long("text", where)
+    if "unexpected end" in reason:
+        return DataError("a quote is opened here and never closed", place=where, fix=_QUOTING_FIX)
+    if "new-line character" in reason:
+        return DataError(
+            "a carriage return alone ends a line", place=where, fix="save the file with Unix or Windows line ends"
+        )
+    return DataError(f"broken CSV ({shown(reason)})", place=where, fix=_QUOTING_FIX)
+
+
+class _Lines(Iterator[str]):
+    """The lines of an open file with their ends, as text. number: of the line given last."""
+
+    def __init__(self, opened: BinaryIO, path: Path) -> None:
+        self._opened, self._path = opened, path
+        self.number = 0
+
+    def __next__(self) -> str:
+        line = self._opened.readline(MAX_ROW_BYTES + 1)
+        if not line:
+            raise StopIteration
+        self.number += 1
+        if self.number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if len(line) > MAX_ROW_BYTES:
+            raise too_long("line", at_line(self._path, self.number))
+        return decode_line(line, self._path, self.number)

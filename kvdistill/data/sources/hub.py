@@ -1,0 +1,163 @@
+"""Data sets on the Hugging Face hub, through `datasets` and its cache; read lazily from the Arrow files there.
+
+Whatever goes wrong is one DataError that names the local alternative; a gated data set's also says how to log in.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvdistill.core.errors import DataError, KVDistillError
+from kvdistill.core.files import disk_full_error
+from kvdistill.data.quoting import quoted, shown
+from kvdistill.data.sources.rows import RawRow
+from kvdistill.data.sources.saved import iterate
+
+_PROBE_TIMEOUT_S = 8.0
+_COMMIT = re.compile(r"[@/]([0-9a-f]{40})(?:/|$)")
+_NETWORK_ERRORS = ("ConnectError", "ConnectTimeout", "ReadTimeout", "ProxyError", "OfflineModeIsEnabled")
+
+
+@dataclass(frozen=True)
+class HubRows:
+    """Rows to go through once, and the commit that they are from ('' where it is not known)."""
+
+    rows: Iterator[RawRow]
+    commit: str
+
+    def __iter__(self) -> Iterator[RawRow]:
+        return self.rows
+
+
+def read_hub(
+    path: str,
+    config: str | None,
+    split: str,
+    *,
+    local_layout: str,
+    revision: str | None = None,
+    place: str = "data.root",
+) -> HubRows:
+    """The rows of a split of a hub data set, or of `datasets`' cache of it.
+
+    revision: commit, tag or branch; None: the newest. place: the recipe key that asked. DataError naming the local
+    alternative where the hub cannot be reached, has no such data set or revision, or does not let one have it.
+    """
+    import datasets
+
+    fix = f"set data.root=DIR with a local copy ({local_layout})"
+    reachable = hub_reachable()
+    if not reachable and not _cached(path):
+        raise DataError(
+            f"the Hugging Face hub cannot be reached to load {path}", place=place, fix=f"{fix}, or check the network"
+        )
+    options = {} if revision is None else {"revision": revision}
+    try:
+        with nullcontext() if reachable else _offline():
+            table = datasets.load_dataset(path, config, split=split, **options)
+    except Exception as error:  # the client has no common base for what it raises
+        raise _hub_error(error, path, revision, fix, place) from error
+    commit = commit_of(table)
+    if revision and re.fullmatch("[0-9a-f]{40}", revision) and commit and commit != revision:
+        raise DataError(
+            f"commit {revision} of {path} was asked for and {commit} is what the cache holds",
+            place=place,
+            fix=f"load it once with a network, or {fix}",
+        )
+    return HubRows(iterate(table, f"{path}:{split}"), commit)
+
+
+def commit_of(table: Any) -> str:
+    """The hub's commit that a `datasets` table was built from: its cache folder's name; '' where it is not known."""
+    files = [file["filename"] for file in getattr(table, "cache_files", None) or ()]
+    addresses = getattr(getattr(table, "info", None), "download_checksums", None) or {}
+    return next((match[1] for name in (*files, *addresses) if (match := _COMMIT.search(str(name)))), "")
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Without this the client asks a hub that does not answer again and again before it looks into its cache."""
+    import datasets
+
+    before, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+def _cached(path: str) -> bool:
+    """Whether `datasets` has something of this data set in its cache."""
+    import datasets
+    from datasets.naming import camelcase_to_snakecase
+
+    owner, _, name = path.rpartition("/")
+    folder = f"{owner}___{camelcase_to_snakecase(name)}" if owner else camelcase_to_snakecase(name)
+    return (Path(datasets.config.HF_DATASETS_CACHE) / folder).exists()
+
+
+def _hub_error(error: Exception, path: str, revision: str | None, fix: str, place: str) -> KVDistillError:
+    if full := disk_full_error(error, path):
+        return full
+    chain = [error]
+    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None and isinstance(before, Exception):
+        chain.append(before)
+    kinds = {kind.__name__ for one in chain for kind in type(one).__mro__}
+    words = str(error)
+    if "GatedRepoError" in kinds or "gated dataset" in words:
+        return DataError(
+            f"{path} is gated on the hub: its owner must let you have it",
+            place=place,
+            fix=f"ask for access on its page there and log in (`hf auth login`, or HF_TOKEN), or {fix}",
+        )
+    if "RevisionNotFoundError" in kinds or words.startswith("Revision "):
+        return DataError(
+            f"{path} has no revision {quoted(revision)} on the hub",
+            place=f"{place}.revision" if place.startswith("data.tasks") else place,
+            fix=f"give a commit, tag or branch that it has, or leave `revision` out; or {fix}",
+        )
+    if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
+        return DataError(
+            f"{path} is not on the hub, or is private",
+            place=place,
+            fix=f"{fix}; if it is private, log in (`hf auth login`, or HF_TOKEN)",
+        )
+    status = next((code for one in chain if (code := _status(one)) and code >= 500), None)
+    if status or kinds & {"ConnectionError", *_NETWORK_ERRORS}:
+        reason = f"it answers {status}" if status else shown(words)
+        return DataError(
+            f"the Hugging Face hub cannot be reached to load {path} ({reason})",
+            place=place,
+            fix=f"{fix}, or check the network",
+        )
+    return DataError(
+        f"cannot load {path} from the hub: {shown(words) or type(error).__name__}",
+        place=place,
+        fix=f"{fix}, or check the network",
+    )
+
+
+def _status(error: BaseException) -> int | None:
+    code = getattr(getattr(error, "response", None), "status_code", None)
+    return code if isinstance(code, int) else None
+
+
+def hub_reachable() -> bool:
+    """Whether the hub (or its mirror HF_ENDPOINT) answers within seconds, through a proxy where one is set.
+
+    The hub's own client retries for minutes before it gives up, so it is asked only after this.
+    """
+    import huggingface_hub.constants as hub
+    from huggingface_hub import get_session
+
+    if hub.HF_HUB_OFFLINE:
+        return False
+    try:
+        return bool(get_session().head(hub.ENDPOINT, timeout=_PROBE_TIMEOUT_S).status_code < 500)
+    except Exception:  # the client's own kinds of network errors, which change with its version: all of them mean no
+        return False
