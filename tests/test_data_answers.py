@@ -36,7 +36,16 @@ from kvdistill.data.values import normalise_number, same_number, same_value
         ("1,08", None),
         ("1 080", None),
         ("72 apples", None),
-        ("1e3", None),
+        ("1e3", "1000"),
+        ("1.5E-2", "0.015"),
+        ("2.5 × 10^3", "2500"),
+        ("1\u202f080", "1080"),
+        ("–5", "-5"),
+        ("€5", "5"),
+        ("USD 5", "5"),
+        ("1e999", None),
+        ("1e", None),
+        ("-$-5", None),
         ("--5", None),
         ("3/4", None),
         ("٧", None),
@@ -67,6 +76,19 @@ def test_long_numbers_are_not_rounded(value: int) -> None:
         ("gsm8k", " #### $1,080.00 in all", "1080"),
         ("gsm8k", " #### 72, because", "72"),
         ("gsm8k", " #### -3.", "-3"),
+        ("gsm8k", "####72", "72"),
+        ("gsm8k", "#####72", "72"),
+        ("gsm8k", "####\n72\n73", "72"),
+        ("gsm8k", "#### 72 #### 73", "72"),
+        ("gsm8k", "#### **72** apples", "72"),
+        ("gsm8k", "#### 24 * 3 = 72", "72"),
+        ("gsm8k", "#### 72 or 73", "72 or 73"),
+        ("gsm8k", "#### The answer is \\boxed{72}.", "72"),
+        ("math23k", "#### 三又二分之一米", "7/2"),
+        ("math", "#### $\\boxed{\\frac{1}{2}}$", "\\frac{1}{2}"),
+        ("strategyqa", "#### Yes, because", "yes"),
+        ("arc_challenge", "#### (b) the moon", "B"),
+        ("hotpotqa", "#### Paris</s>", "Paris"),
         ("gsm8k", " ####", None),
         ("chain", "24,21=12", "12"),
         ("chain", "24,21,12", None),
@@ -79,7 +101,7 @@ def test_extract(task: str, completion: str, answer: str | None) -> None:
     assert extract_answer(task, completion) == answer
 
 
-@pytest.mark.parametrize("said", ["72/5", "72kg", "725", "1,000x", "72^2", "seventy-two", "7 2"])
+@pytest.mark.parametrize("said", ["72/5", "72k", "725", "1,000x", "72^2", "seventy-two", "7 2", "72 1/2"])
 def test_an_expression_is_not_the_number_it_begins_with(said: str) -> None:
     assert not is_correct("gsm8k", f"#### {said}", "72") and not is_correct("gsm8k", f"#### {said}", "1")
 

@@ -1,8 +1,10 @@
-"""SVAMP, StrategyQA, Math23K, MATH, ARC-Challenge and HotpotQA: every published row, answer rules, broken copies."""
+"""SVAMP, StrategyQA, Math23K, MATH, ARC-Challenge and HotpotQA: every published row, layouts, broken copies."""
 
 from __future__ import annotations
 
+import ast
 import json
+import operator
 import shutil
 from collections.abc import Callable
 from fractions import Fraction
@@ -15,15 +17,14 @@ from kvdistill.core.config import make_recipe
 from kvdistill.core.errors import DataError
 from kvdistill.core.recipe import DataRecipe
 from kvdistill.data import sources
-from kvdistill.data.answers import extract_answer, is_correct
-from kvdistill.data.latex import fold_latex, last_boxed, same_latex
+from kvdistill.data.answers import check_answers
+from kvdistill.data.latex import fold_latex
 from kvdistill.data.leaks import find_leaks
 from kvdistill.data.problems import Problem
 from kvdistill.data.sources import RawRow, read_rows
 from kvdistill.data.splits import load_splits
 from kvdistill.data.tables import read_manifest, read_split
 from kvdistill.data.tasks import TASKS, arc_challenge, hotpotqa, math, math23k, strategyqa, svamp
-from kvdistill.data.values import leading_ratio, normalise_ratio, same_ratio
 from kvdistill.prepare import prepare
 
 NEW = ("svamp", "strategyqa", "math23k", "math", "arc_challenge", "hotpotqa")
@@ -69,14 +70,18 @@ def _wrong(problem: Problem) -> str:
 def test_every_published_row_parses_its_gold_is_right_and_another_answer_is_not(data_root: Path, file: str) -> None:
     problems = _problems(data_root, file)
     assert len(problems) == FILES[file][1]
-    for problem in problems:
-        rules = TASKS[problem.task]
-        assert bool(problem.reasoning) == ("simplified" not in file)
-        for row in (rules.write(problem, "cot"), rules.write(problem, "direct")):
-            assert is_correct(problem.task, row.completion, problem.answer), problem
-        assert not is_correct(problem.task, f" #### {_wrong(problem)}", problem.answer), problem
-        assert not is_correct(problem.task, " ####", problem.answer)
-        assert not is_correct(problem.task, f"The answer is {problem.answer}.", problem.answer)
+    task, rules = problems[0].task, TASKS[problems[0].task]
+    assert all(bool(problem.reasoning) == ("simplified" not in file) for problem in problems)
+
+    def score(complete: Callable[[Problem], str]) -> int:
+        checked = check_answers(task, [(complete(problem), problem.answer) for problem in problems])
+        return sum(each.is_correct for each in checked)
+
+    assert score(lambda p: rules.write(p, "cot").completion) == len(problems)
+    assert score(lambda p: rules.write(p, "direct").completion) == len(problems)
+    assert score(lambda p: f" #### {_wrong(p)}") == 0
+    assert score(lambda p: " ####") == 0
+    assert score(lambda p: f"The answer is {p.answer}.") == 0  # not marked
 
 
 def test_both_svamp_publishers_have_the_same_problems(data_root: Path) -> None:
@@ -85,11 +90,21 @@ def test_both_svamp_publishers_have_the_same_problems(data_root: Path) -> None:
 
 
 def test_svamp_equations_give_their_answers_but_one(data_root: Path) -> None:
-    def value(equation: str) -> Fraction:
-        return eval(equation, {"__builtins__": {}})  # digits, brackets and + - * / of a test file
-
-    wrong = [p for p in _problems(data_root, "svamp/SVAMP.json") if abs(value(p.reasoning) - float(p.answer)) > 1e-6]
+    wrong = [p for p in _problems(data_root, "svamp/SVAMP.json") if _arithmetic(p.reasoning) != Fraction(p.answer)]
     assert [(p.reasoning, p.answer) for p in wrong] == [("(4 - 2) + 3", "1")]  # chal-680, as published
+
+
+def _arithmetic(equation: str) -> Fraction:
+    """The exact value of numbers, brackets and + - * /."""
+    signs = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+
+    def value(node: ast.expr) -> Fraction:
+        if isinstance(node, ast.BinOp):
+            return signs[type(node.op)](value(node.left), value(node.right))
+        assert isinstance(node, ast.Constant) and isinstance(node.value, int | float)
+        return Fraction(str(node.value))
+
+    return value(ast.parse(equation, mode="eval").body)
 
 
 def test_math23k_answers_are_those_published(data_root: Path) -> None:
@@ -159,123 +174,6 @@ def test_texts_are_as_written_here() -> None:
     )
     for row in (TASKS[p.task].write(p, "cot") for p in (one, two, three, four, five)):
         assert [row.text[a:b] for a, b in row.spans.values()] == [row.prompt, row.reasoning, row.answer]
-
-
-# (task, gold of a published row, answers that are equal, answers that are not): checked by hand, one by one
-PAIRS: list[tuple[str, str, list[str], list[str]]] = [
-    (
-        "svamp",
-        "51",
-        ["51", "51.0", "$51", "51.", "51 dollars", "５１"],
-        ["51.5", "-51", "510", "51/2", "76 - 25", "5 1"],
-    ),
-    ("svamp", "145", ["145.00", "+145", "145 bananas"], ["144.9", "145-2", "1.45", "145kg", "one"]),
-    ("svamp", "22090603", ["22,090,603", "22090603.0"], ["22,090,60", "22.090603", "22090604"]),
-    ("strategyqa", "no", ["no", "No.", "NO", "no, it is not", "False", "(no)", "否"], ["yes", "not", "no one knows"]),
-    ("strategyqa", "yes", ["Yes", "yes!", "true", "是", "yes: both are"], ["no", "yes and no", "maybe", "yesterday"]),
-    ("math23k", "880", ["880", "880米", "880.0", "８８０", "x=880", "1760/2"], ["88", "44*20", "880%", "880千", "881"]),
-    (
-        "math23k",
-        "14.4",
-        ["14.40", "72/5", "14((2)/(5))", "1440%", "14.4元"],
-        ["14", "14.41", "144", "14.4.1", "14(2/5"],
-    ),
-    ("math23k", "7/10", ["((7)/(10))", "(7/10)", "0.7", "70%", "14/20", "7/10小时"], ["7", "10/7", "0.71", "7/100"]),
-    ("math23k", "57/10", ["5((7)/(10))", "5(7/10)", "5 7/10", "5.7", "570%"], ["5", "7/10", "57", "557/10", "5/7"]),
-    ("math23k", "240%", ["240%", "2.4", "((12)/(5))", "240 %"], ["240", "24%", "2.40%"]),
-    ("math23k", "9", ["9", "9.", "+9", "27/3", "9本"], ["-9", "9十", "9万", "3*3", "9+1", "九"]),
-    ("math23k", "1/3", ["((1)/(3))", "2/6"], ["0.33", "0.3333333", "33%", "1/3/1", "((1)/(0))"]),
-    (
-        "math",
-        "2",
-        ["2", "$2$", "\\boxed{2}", "2.0", "2.", "\\frac{4}{2}", "\\sqrt{4}"],
-        ["3", "-2", "x", "2x", "\\frac{1}{2}"],
-    ),
-    ("math", "\\frac{11}{2}", ["11/2", "5.5", "\\dfrac{11}2", "\\tfrac{11}{2}"], ["\\frac{2}{11}", "5", "11", "5.05"]),
-    (
-        "math",
-        "\\left( 3, \\frac{\\pi}{2} \\right)",
-        ["(3,\\pi/2)", "(3, \\frac\\pi2)"],
-        ["(3,\\pi)", "(\\pi/2,3)", "3"],
-    ),
-    ("math", "p - q", ["p-q", "-q+p"], ["q-p", "p+q", "p", "-"]),
-    ("math", "\\text{Evelyn}", ["Evelyn", "\\text{Evelyn}", "\\textbf{Evelyn}"], ["Evan", "\\text{Carla}", "E"]),
-    ("math", "90^\\circ", ["90", "90^{\\circ}", "90\\degree"], ["9", "90^2", "45"]),
-    ("math", "10,\\!080", ["10080", "10,080", "\\$10,080"], ["1008", "(10,80)", "10,80", "100800"]),
-    ("math", "\\$16,\\!386.16", ["16386.16", "$16,386.16$"], ["16386", "16386.2", "1638616"]),
-    ("math", "85\\text{ feet}", ["85 feet", "85", "85\\mathrm{feet}"], ["58", "feet", "85.5"]),
-    (
-        "math",
-        "(-\\infty,0]\\cup[4,\\infty)",
-        ["(-\\infty, 0] \\cup [4, \\infty)"],
-        ["(-\\infty,0)\\cup[4,\\infty)", "[0,4]"],
-    ),
-    ("math", "b=4", ["b = 4", "4"], ["b=5", "5"]),
-    ("math", "x^3+27", ["27+x^3", "(x+3)(x^2-3x+9)"], ["x^3-27", "x^3", "27"]),
-    ("math", "52_8", ["52_{8}", "52_8"], ["52_9", "53_8", "52", "52_{16}"]),
-    (
-        "math",
-        "2\\sqrt{5}",
-        ["\\sqrt{20}", "2 \\sqrt 5", "\\sqrt{4}\\sqrt{5}"],
-        ["\\sqrt{5}", "\\sqrt{10}", "4.47", "2"],
-    ),
-    ("math", "100\\%", ["100", "100%"], ["10", "1", "101\\%"]),
-    (
-        "arc_challenge",
-        "C",
-        ["C", "c", "(C)", "C.", "C) days", "3", "C. Planetary days"],
-        ["B", "Cat", "A", "the days", "C and D"],
-    ),
-    ("arc_challenge", "A", ["A", "(a)", "1", "A: dry palms"], ["A planet", "2", "1.5", "E", "dry palms"]),
-    ("arc_challenge", "E", ["E", "5", "e."], ["D", "6", "F", "Earth"]),
-    ("hotpotqa", "Chief of Protocol", ["chief of protocol", "The Chief of Protocol."], ["Chief", "Chief of the Navy"]),
-    ("hotpotqa", "3,677 seated", ["3677 seated", "3,677 Seated."], ["3,677", "3,678 seated", "seated"]),
-    ("hotpotqa", "yes", ["Yes", "yes."], ["no", "yes, both"]),
-    ("hotpotqa", "#364", ["364", "number 364".removeprefix("number ")], ["3640", "3.64", "365"]),
-    ("hotpotqa", "821", ["821", "821.0", "$821"], ["-821", "8.21", "822"]),
-]
-
-
-@pytest.mark.parametrize(("task", "gold", "equal", "unequal"), PAIRS, ids=[f"{t}-{g}" for t, g, _, _ in PAIRS])
-def test_hand_checked_answers(task: str, gold: str, equal: list[str], unequal: list[str]) -> None:
-    right = {text: is_correct(task, f"Because. #### {text}\nQuestion: next", gold) for text in (*equal, *unequal)}
-    assert [text for text in equal if not right[text]] == []
-    assert [text for text in unequal if right[text]] == []
-
-
-def test_there_are_enough_pairs_and_their_golds_are_published(data_root: Path) -> None:
-    assert sum(len(equal) + len(unequal) for _, _, equal, unequal in PAIRS) >= 200
-    published: dict[str, set[str]] = {}
-    for file in FILES:
-        for problem in _problems(data_root, file):
-            published.setdefault(problem.task, set()).add(problem.answer)
-    assert [(task, gold) for task, gold, _, _ in PAIRS if gold not in published[task]] == []
-
-
-def test_the_first_mark_counts_and_math_may_box_instead() -> None:
-    for task in NEW:
-        assert extract_answer(task, "so 12, or #### A\n#### B") == "A"
-        assert extract_answer(task, "") is None and extract_answer(task, "12") is None
-    assert extract_answer("math", "so \\boxed{\\frac{1}{2}}, I mean \\boxed{3}") == "3"
-    assert extract_answer("math", "\\boxed{1} #### 2") == "2"
-    assert extract_answer("svamp", "\\boxed{3}") is None
-
-
-def test_ratios() -> None:
-    given = {"((14)/(20))": "7/10", "5((7)/(10))": "57/10", "-1/2": "-1/2", "1,080.50": "1080.5", ".5%": "0.5%"}
-    assert {text: normalise_ratio(text) for text in given} == given
-    for text in ("", "%", "1/0", "((1)/(2)", "1/2%", "5(7)", "1/-2", "1 2", "x", "1e5", "inf", "nan", "1_000"):
-        assert normalise_ratio(text) is None and not same_ratio(text, text)
-    assert leading_ratio("3千米") == "3" and leading_ratio("3千") is None and leading_ratio("3/4 of it") == "3/4"
-    assert leading_ratio("1,080元") == "1080" and leading_ratio("1,08") is None
-    assert normalise_ratio("9" * 200) == "9" * 200
-
-
-def test_boxes_and_runaway_expressions() -> None:
-    assert last_boxed("\\boxed{a{b}\\}c} and \\fbox{d}") == "d" and last_boxed("\\boxed{a{b}\\}c}") == "a{b}\\}c"
-    assert last_boxed("\\boxed 5") == "5" and last_boxed("\\boxed{never closed") is None and last_boxed("none") is None
-    for text in ("9^{9^{9^9}}", "9^99999999", "99999!", "(" * 4000, "\\frac{" * 50, "{" * 299, "\\", "$", "^", "\x00"):
-        assert not same_latex(text, "\\frac{1}{2}")
 
 
 GOOD: dict[str, dict[str, Any]] = {
@@ -350,7 +248,7 @@ BAD_FILES = {
     "deep": (b'[{"a": ' + b"[" * 100_000, ":1", "broken JSON"),
     "empty": (b" \n", "", "no rows"),
     "empty array": (b"[]", "", "no rows"),
-    "archive": (b"PK\x03\x04\xff\xfe", ":1", "not UTF-8"),
+    "archive": (b"PK\x03\x04\xff\xfe", "", "is a zip archive"),
 }
 
 
@@ -360,7 +258,7 @@ def test_a_bad_json_file_is_one_error_with_place_and_fix(tmp_path: Path, case: s
     path = tmp_path / "rows.json"
     path.write_bytes(data)
     with pytest.raises(DataError) as caught:
-        read_rows(path, place="data.root")
+        list(read_rows(path, place="data.root"))
     assert caught.value.place == f"{path}{where}" and what in caught.value.what and caught.value.fix
 
 
@@ -372,7 +270,7 @@ def test_json_rows_know_their_lines(tmp_path: Path) -> None:
         ('[{"a": "]"},{"a": 2}]', [1, 1]),
     ):
         path.write_text(text, encoding="utf-8")
-        rows = read_rows(path, place="")
+        rows = list(read_rows(path, place=""))
         assert [row.place for row in rows] == [f"{path}:{line}" for line in lines]
         assert [row.number for row in rows] == list(range(1, len(lines) + 1))
 
@@ -394,9 +292,11 @@ def test_a_missing_file_is_named_with_every_layout(tmp_path: Path, data_root: Pa
         with pytest.raises(DataError, match="file not found") as caught:
             load_splits(_data({"name": task}, root=str(tmp_path)))
         assert caught.value.place == "data.root" and f"DIR/{task}/" in caught.value.fix
-    with pytest.raises(DataError, match=r"math/train\.jsonl") as caught:  # only test rows of MATH are here
-        load_splits(_data({"name": "math"}, root=str(data_root)))
-    assert "DIR/math/train.jsonl" in caught.value.fix and "train: 0" in caught.value.fix
+    (tmp_path / "gsm8k").mkdir()
+    shutil.copyfile(data_root / "gsm8k/test.jsonl", tmp_path / "gsm8k/test.jsonl")
+    with pytest.raises(DataError, match=r"gsm8k/train\.jsonl") as caught:
+        load_splits(_data({"name": "gsm8k"}, root=str(tmp_path)))
+    assert "DIR/gsm8k/train.jsonl" in caught.value.fix and "train: 0" in caught.value.fix
 
 
 def test_the_publishers_splits_are_kept(data_root: Path) -> None:
@@ -411,14 +311,15 @@ def test_the_publishers_splits_are_kept(data_root: Path) -> None:
         "math23k": {"train": 2315, "val": 1, "test": 2317},
         "arc_challenge": {"train": 1055, "val": 299, "test": 1172},
     }
-    assert all(not find_leaks(splits.problems) for splits in found.values())
+    leaks = [leak for splits in found.values() for leak in find_leaks(splits.problems).leaks]
+    assert not [leak for leak in leaks if leak.kind == "exact"]
     assert [source.kind for source in found["arc_challenge"].sources] == ["file", "folder", "file"]
 
 
 def test_a_complete_layout_goes_before_another_and_files_of_two_publishers_are_not_mixed(tmp_path: Path) -> None:
     folder = tmp_path / "math23k"
     folder.mkdir()
-    for name in ("math23k_test", "mwptoolkit_testset", "mwptoolkit_trainset"):
+    for name in ("math23k_test", "mwptoolkit_testset", "mwptoolkit_validset", "mwptoolkit_trainset"):
         (folder / f"{name}.json").write_text(json.dumps([GOOD["math23k"] | {"original_text": name}]), encoding="utf-8")
 
     def places(**counts: int) -> list[str]:
@@ -433,7 +334,7 @@ def test_a_complete_layout_goes_before_another_and_files_of_two_publishers_are_n
 
 def test_hotpotqa_without_facts_serves_style_direct_only(data_root: Path, tmp_path: Path) -> None:
     task = {"name": "hotpotqa", "train": 10_000, "val": 5, "test": 5}
-    assert len(load_splits(_data(task, root=str(data_root), style="direct")).problems["train"]) > 7000
+    assert len(load_splits(_data(task, root=str(data_root), style="direct")).problems["train"]) > 5000  # 70 %
     assert len(load_splits(_data(task, root=str(data_root), style="both")).problems["train"]) < 103
     (tmp_path / "hotpotqa").mkdir()
     shutil.copyfile(data_root / "hotpotqa/dev_v1_simplified.json", tmp_path / "hotpotqa/dev_v1_simplified.json")
@@ -455,7 +356,7 @@ def test_hub_rows_are_read_with_the_publishers_splits(task: str, monkeypatch: py
         name = "Question" if task == "svamp" else name
         return [GOOD[task] | {name: f"{split} {number}?"} for number in range(9)]
 
-    monkeypatch.setattr(sources, "hub_reachable", lambda: True)
+    monkeypatch.setattr(sources.hub, "hub_reachable", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", load)
     splits = load_splits(_data({"name": task, "train": 4, "val": 2, "test": 3}))
     assert {split: len(splits.problems[split]) for split in ("train", "val", "test")} == {

@@ -6,7 +6,24 @@ The rules belong to the tasks; a task key that is not built in is a local file a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvdistill.data.checker import Verdict
+from kvdistill.data.latex import compare_latex_pairs, same_latex
 from kvdistill.data.tasks import JSONL, TASKS
+
+
+@dataclass(frozen=True)
+class Checked:
+    """answer: as the task reads it, None where the completion marks none. verdict: `equal` is right."""
+
+    answer: str | None
+    verdict: Verdict
+
+    @property
+    def is_correct(self) -> bool:
+        return self.verdict == "equal"
 
 
 def extract_answer(task: str, completion: str) -> str | None:
@@ -16,6 +33,20 @@ def extract_answer(task: str, completion: str) -> str | None:
 
 def is_correct(task: str, completion: str, gold: str) -> bool:
     """Whether the marked answer of `completion` equals `gold` under the task's own rule (numbers: exact decimals)."""
+    return check_answers(task, [(completion, gold)])[0].is_correct
+
+
+def check_answers(task: str, pairs: Sequence[tuple[str, str]]) -> list[Checked]:
+    """Many (completion, gold) of one task; LaTeX answers in one go, with those on which there is no verdict."""
     rules = TASKS.get(task, JSONL)
-    answer = rules.extract(completion)
-    return answer is not None and rules.same(answer, gold)
+    answers = [rules.extract(completion) for completion, _ in pairs]
+    marked = [(answer, gold) for answer, (_, gold) in zip(answers, pairs, strict=True) if answer is not None]
+    if rules.same is same_latex:
+        verdicts = iter(compare_latex_pairs(marked))
+    else:
+        verdicts = iter([_verdict(rules.same(answer, gold)) for answer, gold in marked])
+    return [Checked(answer, "different" if answer is None else next(verdicts)) for answer in answers]
+
+
+def _verdict(same: bool) -> Verdict:
+    return "equal" if same else "different"
