@@ -1,0 +1,190 @@
+"""BIG-Bench Hard (Suzgun et al. 2022): 27 tasks, three worked examples each; the answer is what `the answer is` marks.
+
+Kinds of answers: one of lettered options, one of two words, a number, closing brackets, a list of words. The targets of
+three published rows are the text of a name that the options cut at its commas; they are compared as text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kvdistill.core.errors import DataError
+from kvdistill.data.evaluations.base import Evaluation
+from kvdistill.data.evaluations.letters import ALPHABET, read_label
+from kvdistill.data.evaluations.rows import Member, PublishedRows, gold_column, text_column
+from kvdistill.data.latex import last_boxed
+from kvdistill.data.quoting import quoted
+from kvdistill.data.sources import RawRow
+from kvdistill.data.values import fold_width, leading_number, normalise_text, same_number
+
+_MARK = re.compile(r"\bthe answer is\b[ \t]*(?::\s*)?(?=(?P<answer>[^\n]{0,1000}))", re.IGNORECASE)
+_NEXT_QUESTION = re.compile(r"\n[ \t]*Q:")
+_BOLD = re.compile(r"\*\*(.+?)\*\*")
+_AROUND = ' \t*`$"“”'
+
+
+@dataclass(frozen=True)
+class AnswerKind:
+    """How answers of one kind are written. read: the answer that a text begins with, in normal form, or None."""
+
+    name: str
+    read: Callable[[str], str | None]
+
+    def same(self, answer: str, gold: str) -> bool:
+        found, wanted = self.read(answer), self.read(gold)
+        if found is None or wanted is None:  # a gold answer that is no such thing is compared as text
+            return found is wanted and normalise_text(answer) == normalise_text(gold)
+        return same_number(found, wanted) if self.name == "number" else found == wanted
+
+
+def _read_option(text: str) -> str | None:
+    letter = read_label(text, ALPHABET[:18])
+    return f"({letter})" if letter else None
+
+
+def _one_of(*words: str) -> Callable[[str], str | None]:
+    """The word that a text begins with, alone or before a punctuation mark; case does not count."""
+    pattern = re.compile(rf"[\"'(*\s]*({'|'.join(words)})(?=\s*$|\s*[\"')*.,;:!])", re.IGNORECASE)
+
+    def read(text: str) -> str | None:
+        match = pattern.match(fold_width(text))
+        return match[1].casefold() if match else None
+
+    return read
+
+
+def _read_brackets(text: str) -> str | None:
+    """The brackets of a text that consists of them (quotes, commas and spaces between do not count), without spaces."""
+    bare = re.sub(r"[\s\"'`,]", "", fold_width(text).strip(_AROUND).removesuffix("."))
+    return bare if bare and not bare.strip("()[]{}<>") else None
+
+
+def _read_words(text: str) -> str | None:
+    """Words in their order, one space between; commas, case, quotes and brackets around all do not count."""
+    text = fold_width(text).strip(_AROUND).removesuffix(".").strip("[]")
+    words = [_unquote(word) for word in re.split(r"[\s,;]+", text.casefold())]
+    return " ".join(word for word in words if word) or None
+
+
+def _unquote(word: str) -> str:
+    word = word.strip('"`*')
+    return word[1:-1] if len(word) > 2 and word[0] == word[-1] == "'" else word
+
+
+OPTION = AnswerKind("option", _read_option)
+NUMBER = AnswerKind("number", leading_number)
+BRACKETS = AnswerKind("brackets", _read_brackets)
+WORDS = AnswerKind("words", _read_words)
+YES_NO = AnswerKind("yes or no", _one_of("yes", "no"))
+TRUE_FALSE = AnswerKind("true or false", _one_of("true", "false"))
+VALIDITY = AnswerKind("valid or invalid", _one_of("valid", "invalid"))
+
+# The tasks, by the names of their files, which are also the hub's configurations.
+KINDS: Mapping[str, AnswerKind] = {
+    "boolean_expressions": TRUE_FALSE,
+    "causal_judgement": YES_NO,
+    "date_understanding": OPTION,
+    "disambiguation_qa": OPTION,
+    "dyck_languages": BRACKETS,
+    "formal_fallacies": VALIDITY,
+    "geometric_shapes": OPTION,
+    "hyperbaton": OPTION,
+    "logical_deduction_five_objects": OPTION,
+    "logical_deduction_seven_objects": OPTION,
+    "logical_deduction_three_objects": OPTION,
+    "movie_recommendation": OPTION,
+    "multistep_arithmetic_two": NUMBER,
+    "navigate": YES_NO,
+    "object_counting": NUMBER,
+    "penguins_in_a_table": OPTION,
+    "reasoning_about_colored_objects": OPTION,
+    "ruin_names": OPTION,
+    "salient_translation_error_detection": OPTION,
+    "snarks": OPTION,
+    "sports_understanding": YES_NO,
+    "temporal_sequences": OPTION,
+    "tracking_shuffled_objects_five_objects": OPTION,
+    "tracking_shuffled_objects_seven_objects": OPTION,
+    "tracking_shuffled_objects_three_objects": OPTION,
+    "web_of_lies": YES_NO,
+    "word_sorting": WORDS,
+}
+
+
+def read_row(member: Member, row: RawRow) -> dict[str, Any]:
+    """Columns `input` and `target`. DataError for a target of another kind than the task's, or not offered."""
+    asked, target = text_column(row, "input"), gold_column(row, "target")
+    kind = kind_of(member)
+    gold = kind.read(target)
+    if kind is OPTION and gold is not None and gold not in asked:
+        raise DataError(f"the gold answer {quoted(target)} is not among the options", place=row.place, fix="mend it")
+    if kind is not OPTION and gold is None:
+        raise DataError(
+            f"the gold answer {quoted(target)} is not of the kind: {kind.name}", place=row.place, fix="mend it"
+        )
+    return {"input": asked, "target": target}
+
+
+def unpack(row: RawRow) -> Iterable[RawRow]:
+    """The examples of a task's file, which is one object; a file of rows as it is."""
+    examples = row.columns.get("examples")
+    if examples is None:
+        return (row,)
+    if not isinstance(examples, list) or not all(isinstance(example, Mapping) for example in examples) or not examples:
+        raise DataError(
+            f"`examples` is {quoted(examples)}, not a list of objects",
+            place=row.place,
+            fix="give a task's file as BIG-Bench Hard has it",
+        )
+    return [RawRow(example, f"{row.place} (example {n})", n) for n, example in enumerate(examples, start=1)]
+
+
+def kind_of(member: Member) -> AnswerKind:
+    return KINDS[member.local]
+
+
+def extract(member: Member, completion: str) -> str | None:
+    """What stands behind the first `the answer is` that an answer of the task's kind follows, in normal form.
+
+    Where none follows any, the rest of the first one's line as it is.
+    """
+    text = _NEXT_QUESTION.split(fold_width(completion), maxsplit=1)[0]
+    first: str | None = None
+    for match in _MARK.finditer(text):
+        line = _BOLD.sub(r"\1", match["answer"])
+        answer = (last_boxed(line) or line).lstrip(_AROUND).rstrip(f"{_AROUND}.")
+        if (found := kind_of(member).read(answer)) is not None:
+            return found
+        first = first or answer.strip(":,") or None
+    return first
+
+
+def _members() -> tuple[Member, ...]:
+    return tuple(Member(f"bbh_{name}", f"bbh/cot_fewshot/{name}.yaml", name, name) for name in KINDS)
+
+
+BBH = Evaluation(
+    name="bbh",
+    title="BIG-Bench Hard",
+    language="en",
+    rows=PublishedRows(
+        hub="SaylorTwift/bbh",
+        members=_members(),
+        hub_splits={"test": "test"},
+        paths={"test": ("bbh/bbh/{}.json", "bbh/{}.json", "bbh/{}/test.parquet", "BIG-Bench-Hard/bbh/{}.json")},
+        read=read_row,
+        unpack=unpack,
+    ),
+    num_fewshot=3,
+    native="generation",
+    fewshot_from="definition",
+    splits={"test": "test"},
+    question=lambda row: str(row["input"]),
+    gold=lambda member, row: str(row["target"]),
+    extract=extract,
+    same=lambda member, answer, gold: kind_of(member).same(answer, gold),
+    published_gold=lambda member, row: f"So the answer is {row['target']}.",
+)

@@ -1,0 +1,73 @@
+"""GPQA (Rein et al. 2023), main and diamond: graduate-level questions, four choices, zero-shot as leaderboards run it.
+
+The publisher gives the right and three wrong answers in columns of their own and asks that rows not be shown in public;
+the hub's copy is gated. The order of the choices is `fixed_order`'s: lm-eval's zero-shot definition would shuffle them
+with Python's global `random`, so that the order depended on whatever ran before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvdistill.data.evaluations.base import Evaluation, fixed_order
+from kvdistill.data.evaluations.letters import Lettered, list_choices, read_letter, write_lettered
+from kvdistill.data.evaluations.rows import Member, PublishedRows, gold_column, text_column
+from kvdistill.data.sources import RawRow
+
+_WRONG = ("Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
+_RIGHT = "Correct Answer"
+_CHOICES = ("choice1", "choice2", "choice3", "choice4")
+
+
+def read_row(member: Member, row: RawRow) -> dict[str, Any]:
+    """Columns `Question`, `Correct Answer`, `Incorrect Answer 1` to `3` -> `choice1` to `4`, and `answer` as `(C)`."""
+    right = gold_column(row, _RIGHT)
+    texts = [_tidy(text_column(row, column)) for column in _WRONG] + [_tidy(right)]
+    question = text_column(row, "Question")
+    order = fixed_order(question, texts)
+    chosen = {name: texts[i] for name, i in zip(_CHOICES, order, strict=True)}
+    return {"Question": question, **chosen, "answer": f"({'ABCD'[order.index(len(_WRONG))]})"}
+
+
+def _tidy(text: str) -> str:
+    """A choice as lm-eval's definition shows it: stripped, ` [title]` as a full stop, two spaces as one."""
+    return text.strip().replace(" [title]", ". ").replace("  ", " ")
+
+
+def _choices(row: dict[str, Any]) -> list[str]:
+    return [row[name] for name in _CHOICES]
+
+
+def _lettered(member: Member, row: dict[str, Any]) -> Lettered:
+    return write_lettered(row["Question"], _choices(row), "ABCD".index(row["answer"][1]), "en")
+
+
+def _gpqa(name: str, config: str, title: str) -> Evaluation:
+    return Evaluation(
+        name=name,
+        title=title,
+        language="en",
+        rows=PublishedRows(
+            hub="Idavidrein/gpqa",
+            members=(Member(config, f"gpqa/zeroshot/{config}_zeroshot.yaml", config, config),),
+            hub_splits={"test": "train"},  # the only one it has
+            paths={"test": ("gpqa/{}.csv", "gpqa/dataset/{}.csv", "gpqa/{}/train.parquet")},
+            read=read_row,
+        ),
+        num_fewshot=0,
+        native="likelihood",
+        fewshot_from="none",
+        splits={"train": "test"},
+        question=lambda row: f"{row['Question']}\n{list_choices(_choices(row))}",
+        stem=lambda row: str(row["Question"]),
+        gold=lambda member, row: str(row["answer"][1]),
+        extract=lambda member, completion: read_letter(completion),
+        same=lambda member, answer, gold: answer == gold,
+        published_gold=lambda member, row: f" {row['answer']}",
+        lettered=_lettered,
+        replaced=("process_docs",),
+    )
+
+
+GPQA = _gpqa("gpqa", "gpqa_main", "GPQA (main)")
+GPQA_DIAMOND = _gpqa("gpqa_diamond", "gpqa_diamond", "GPQA (diamond)")

@@ -1,0 +1,150 @@
+"""TruthfulQA (Lin et al. 2022), multiple choice: one true answer among false ones (mc1), several among several (mc2).
+
+The publisher's files map each choice to 1 or 0, the hub's hold two lists; the hub has the first release (817
+questions), the publisher's repository the present one (790). lm-eval takes the first choice of mc1 for the true one,
+so it is put there. A choice without text is no answer (its likelihood would be that of nothing) and is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from kvdistill.core.errors import DataError
+from kvdistill.data.evaluations.base import Evaluation, fixed_order
+from kvdistill.data.evaluations.letters import ALPHABET, Lettered, read_letter, write_lettered
+from kvdistill.data.evaluations.rows import Member, PublishedRows, gold_column, text_column
+from kvdistill.data.quoting import quoted
+from kvdistill.data.sources import RawRow
+from kvdistill.data.values import normalise_text
+
+MC1, MC2 = "truthfulqa_mc1", "truthfulqa_mc2"
+
+
+def read_row(member: Member, row: RawRow) -> dict[str, Any]:
+    """Columns `question`, `mc1_targets` and `mc2_targets`, in either shape; or the columns of the publisher's table."""
+    if "Best Answer" in row.columns:
+        return _read_table_row(row)
+    question = text_column(row, "question")
+    mc1, mc2 = _targets(row, "mc1_targets"), _targets(row, "mc2_targets")
+    return _checked(row, question, mc1, mc2)
+
+
+def _read_table_row(row: RawRow) -> dict[str, Any]:
+    """Columns `Question`, `Best Answer`, `Correct Answers` and `Incorrect Answers` (separated by semicolons)."""
+    question, best = text_column(row, "Question"), gold_column(row, "Best Answer")
+    right = gold_column(row, "Correct Answers").split(";")
+    wrong = text_column(row, "Incorrect Answers").split(";")
+    false = [(choice, 0) for choice in wrong]
+    return _checked(row, question, [(best, 1), *false], [*((choice, 1) for choice in right), *false])
+
+
+def _checked(
+    row: RawRow, question: str, mc1: Iterable[tuple[str, int]], mc2: Iterable[tuple[str, int]]
+) -> dict[str, Any]:
+    """Choices with text, each once, the true one of mc1 first; DataError for anything but one true and others false."""
+    one, several = _with_text(mc1), _with_text(mc2)
+    if sum(one.values()) != 1 or len(one) < 2:
+        raise DataError(
+            f"{sum(one.values()) or _NO_GOLD} true of {len(one)} choices in mc1",
+            place=row.place,
+            fix="give one choice the label 1 and the others 0",
+        )
+    if not any(several.values()):
+        raise DataError(f"{_NO_GOLD} in mc2", place=row.place, fix="give the true choices the label 1")
+    ordered = dict(sorted(one.items(), key=lambda pair: -pair[1]))
+    return {"question": question, "mc1_targets": _columns(ordered), "mc2_targets": _columns(several)}
+
+
+_NO_GOLD = "no gold answers:"
+
+
+def _with_text(targets: Iterable[tuple[str, int]]) -> dict[str, int]:
+    return {choice.strip(): label for choice, label in targets if choice.strip()}
+
+
+def _columns(targets: Mapping[str, int]) -> dict[str, list[Any]]:
+    return {"choices": list(targets), "labels": list(targets.values())}
+
+
+def _targets(row: RawRow, column: str) -> list[tuple[str, int]]:
+    value = row.columns.get(column)
+    pairs: Any = None
+    if isinstance(value, Mapping) and {"choices", "labels"} <= set(value):
+        choices, labels = value["choices"], value["labels"]
+        if isinstance(choices, list) and isinstance(labels, list) and len(choices) == len(labels):
+            pairs = list(zip(choices, labels, strict=True))
+    elif isinstance(value, Mapping):
+        pairs = list(value.items())
+    if not pairs or not all(isinstance(choice, str) and label in (0, 1) for choice, label in pairs):
+        raise DataError(
+            f"column {quoted(column)} is {quoted(value)}, not choices with the labels 0 and 1"
+            if column in row.columns
+            else f"{_NO_GOLD} column {quoted(column)} is missing",
+            place=row.place,
+            fix="write {choice: 0 or 1, …} or {choices: […], labels: […]}",
+        )
+    return [(choice, int(label)) for choice, label in pairs]
+
+
+def _true(member: Member, row: dict[str, Any]) -> list[str]:
+    targets = row["mc2_targets" if member.name == MC2 else "mc1_targets"]
+    return [choice for choice, label in zip(targets["choices"], targets["labels"], strict=True) if label]
+
+
+def _lettered(member: Member, row: dict[str, Any]) -> Lettered | None:
+    choices = row["mc1_targets"]["choices"]
+    if member.name == MC2 or len(choices) > len(ALPHABET):
+        return None
+    return write_lettered(row["question"], choices, 0, "en", shown=fixed_order(row["question"], choices))
+
+
+def _gold(member: Member, row: dict[str, Any]) -> str:
+    lettered = _lettered(member, row)
+    return lettered.gold if lettered else "\n".join(_true(member, row))
+
+
+def _extract(member: Member, completion: str) -> str | None:
+    return completion.strip() or None if member.name == MC2 else read_letter(completion, ALPHABET)
+
+
+def _same(member: Member, answer: str, gold: str) -> bool:
+    """The letter; of mc2 one of the true choices, a line each."""
+    return normalise_text(answer) in [normalise_text(line) for line in gold.split("\n")]
+
+
+def _published_gold(member: Member, row: dict[str, Any]) -> str:
+    return f" {_true(member, row)[0]}" if member.name == MC2 else f" {_gold(member, row)}"
+
+
+TRUTHFULQA = Evaluation(
+    name="truthfulqa",
+    title="TruthfulQA",
+    language="en",
+    rows=PublishedRows(
+        hub="truthfulqa/truthful_qa",
+        members=tuple(Member(name, f"truthfulqa/{name}.yaml", "multiple_choice") for name in (MC1, MC2)),
+        hub_splits={"test": "validation"},
+        paths={
+            "test": (
+                "truthfulqa/mc_task.json",
+                "truthfulqa/data/mc_task.json",
+                "truthfulqa/multiple_choice/validation.parquet",
+                "truthfulqa/validation.jsonl",
+                "truthfulqa/TruthfulQA.csv",
+            )
+        },
+        read=read_row,
+    ),
+    num_fewshot=0,
+    native="likelihood",
+    fewshot_from="none",
+    splits={"validation": "test"},
+    question=lambda row: str(row["question"]),
+    gold=_gold,
+    extract=_extract,
+    same=_same,
+    published_gold=_published_gold,
+    lettered=_lettered,
+    repeated=(MC2,),
+)
