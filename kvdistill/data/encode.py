@@ -4,21 +4,35 @@ Prompt and completion are tokenized apart and joined: the prompt's ids are then 
 from, by construction, whatever the tokenizer would merge across the boundary. Inside the completion the
 tokenizer's character offsets tell reasoning from answer; a token across that boundary belongs to the segment in
 which it starts. Beginning-of-text (where the tokenizer has one) counts as prompt, end-of-text as answer.
-Words in the data that look like special tokens are tokenized as plain text. Knows no file; padding is the collator's.
+
+A row that went through a chat template is cut at the template's own special tokens, and what stands between them is
+tokenized by itself, as the tokenizer does it with the whole text. So words in the data that look like special tokens
+are plain text in both templates: no text of a problem can end a turn. The template says where a text begins and ends;
+nothing is put around it. Knows no file; padding is the collator's.
 """
 
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import chain, product
+from weakref import WeakKeyDictionary
 
+from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
 from kvdistill.core.errors import DataError
 from kvdistill.core.targets import ANSWER, PROMPT, REASONING
 from kvdistill.data.leaks import question_hash
-from kvdistill.data.problems import Row
+from kvdistill.data.problems import Frame, Piece, Problem, Row, text_of
+from kvdistill.data.tokenizers import encode_plain
+
+_CHUNK = 250  # rows; what the tokenizer knows of a token takes a hundred bytes, its id eight
+_ANCHOR = "\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +54,7 @@ class Example:
     prompt_hash: str
     reasoning: str = ""
     language: str = "en"
+    question: str = ""
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -58,8 +73,8 @@ def encode_row(tokenizer: PreTrainedTokenizerFast, row: Row) -> Example:
 def encode_rows(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row]) -> list[Example]:
     """All rows, batched through the tokenizer, in order.
 
-    Raises DataError for a tokenizer without an end-of-text token or without character offsets, and for a gold answer
-    that the tokenizer cannot spell.
+    Raises DataError for a tokenizer without an end-of-text token or without character offsets, for one whose
+    end-of-text does not end the turns of a chat template, and for a gold answer that the tokenizer cannot spell.
     """
     if not rows:
         return []
@@ -69,60 +84,241 @@ def encode_rows(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row]) -> list
             place="data.tokenizer",
             fix="load it with kvdistill.data.tokenizers.load_tokenizer",
         )
-    prompts = _tokenize(tokenizer, [row.prompt for row in rows])["input_ids"]
-    completions = _tokenize(tokenizer, [row.completion for row in rows], return_offsets_mapping=True)
-    encoded = zip(rows, prompts, completions["input_ids"], completions["offset_mapping"], strict=True)
-    return [_join(tokenizer, row, prompt, ids, offsets) for row, prompt, ids, offsets in encoded]
+    plans = {key: _plan(tokenizer, frame) for key, frame in {id(row.frame): row.frame for row in rows}.items()}
+    unk = tokenizer.unk_token_id if tokenizer.unk_token_id != tokenizer.eos_token_id else None
+
+    def tokenize(start: int) -> list[Encoding]:
+        chunk = rows[start : start + _CHUNK]
+        return encode_plain(tokenizer, list(chain.from_iterable(plans[id(row.frame)].texts(row) for row in chunk)))
+
+    examples: list[Example] = []
+    # the tokenizer lets go of the interpreter while it works, so one chunk is read while the one before is put together
+    with ThreadPoolExecutor(max_workers=1) as ahead:
+        coming = ahead.submit(tokenize, 0)
+        for start in range(0, len(rows), _CHUNK):
+            encoded = coming.result()
+            if start + _CHUNK < len(rows):
+                coming = ahead.submit(tokenize, start + _CHUNK)
+            pairs = zip(rows[start : start + _CHUNK], encoded[::2], encoded[1::2], strict=True)
+            examples += [_join(plans[id(row.frame)], row, asked, answered, unk) for row, asked, answered in pairs]
+    return examples
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str], **options: bool) -> dict[str, list]:
-    # split_special_tokens: data must not be able to write an end-of-text into a training text
-    return tokenizer(
-        texts,
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        padding=False,
-        truncation=False,
-        verbose=False,
-        **options,
-    )
+def texts_of(row: Row) -> list[str]:
+    """What of a row is tokenized as plain text, stretch by stretch: the pieces that a trimmed tokenizer must keep."""
+    if row.frame is None:
+        return [row.prompt, row.completion]
+    cut = _cut(row.frame)
+    return [*cut.constants, *cut.fill(row)]
 
 
-def _join(
-    tokenizer: PreTrainedTokenizerFast,
-    row: Row,
-    prompt: list[int],
-    completion: list[int],
-    offsets: list[tuple[int, int]],
-) -> Example:
-    bos, eos, unk = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id
-    first = [] if bos is None else [bos]
-    boundary = len(row.reasoning)
-    segments = [REASONING if start < boundary else ANSWER for start, _ in offsets]
-    if unk is not None and unk in completion and unk != eos:
-        _refuse_unknown(row, unk, completion, segments)
+# -- rows -> examples ----------------------------------------------------------------------------------
+
+
+def _join(plan: _Plan, row: Row, asked: Encoding, completion: Encoding, unk: int | None) -> Example:
+    prompt_ids = [*plan.head, *_after_anchor(row, asked.ids, plan.user_anchor), *plan.middle]
+    ids, anchor = completion.ids, plan.completion_anchor
+    skipped = len(anchor)
+    num_reasoning = 0
+    if row.reasoning:
+        num_reasoning = _tokens_before(completion, len(row.reasoning) + (len(_ANCHOR) if anchor else 0)) - skipped
+    num_answer = len(ids) - skipped - num_reasoning
     problem = row.problem
+    if unk is not None and unk in ids[skipped + num_reasoning :]:
+        raise DataError(
+            f"the tokenizer cannot spell the answer {problem.answer!r} of {problem.task} / {problem.id}",
+            place="data.tokenizer",
+            fix="use a byte-level tokenizer (Qwen, Llama-3, GPT-2) or `characters`",
+        )
     return Example(
         task=problem.task,
         id=problem.id,
         style=row.style,
         prompt=row.prompt,
         answer=problem.answer,
-        input_ids=[*first, *prompt, *completion, eos],
-        segments=[PROMPT] * (len(first) + len(prompt)) + segments + [ANSWER],
+        input_ids=[*prompt_ids, *_after_anchor(row, ids, anchor), *plan.tail],
+        segments=[PROMPT] * len(prompt_ids) + [REASONING] * num_reasoning + [ANSWER] * (num_answer + len(plan.tail)),
         doc_hash=question_hash(problem.question),
         prompt_hash=hashlib.sha256(row.prompt.encode()).hexdigest()[:32],
         reasoning=problem.reasoning,
         language=problem.language,
+        question=problem.question,
     )
 
 
-def _refuse_unknown(row: Row, unk: int, completion: list[int], segments: list[int]) -> None:
-    if any(id == unk and segment == ANSWER for id, segment in zip(completion, segments, strict=True)):
+def _after_anchor(row: Row, ids: list[int], anchor: list[int]) -> list[int]:
+    if not anchor:
+        return ids
+    if ids[: len(anchor)] != anchor:
         raise DataError(
-            f"the tokenizer cannot spell the answer {row.problem.answer!r} of {row.problem.task} / {row.problem.id}",
+            f"{row.problem.task} / {row.problem.id} begins with a line end that the tokenizer joins to the one before",
             place="data.tokenizer",
-            fix="use a byte-level tokenizer (Qwen, Llama-3, GPT-2) or `characters`",
+            fix="take the line end out, or set data.template=plain",
         )
+    return ids[len(anchor) :]
+
+
+def _tokens_before(encoding: Encoding, end: int) -> int:
+    """How many tokens start before character `end`."""
+    token = encoding.char_to_token(end)
+    here, before = (encoding.token_to_chars(token), encoding.token_to_chars(token - 1)) if token else (None, None)
+    if token and here and before and here[0] == end > before[0]:
+        return token
+    return bisect_left(encoding.offsets, end, key=lambda offset: offset[0])  # makes a list of all tokens: slower
+
+
+# -- what is the same for all rows of a template -------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """A frame cut at its special tokens. before, after: the plain text on either side of the user's text; ending:
+    what follows the completion. head, middle, tail: pieces before, between and after those two stretches. num_: of
+    characters of the frame before and after the user's text."""
+
+    head: tuple[Piece, ...]
+    before: str
+    after: str
+    middle: tuple[Piece, ...]
+    ending: str
+    tail: tuple[Piece, ...]
+    num_opening: int
+    num_middle: int
+
+    @property
+    def constants(self) -> list[str]:
+        return [piece.text for piece in (*self.head, *self.middle, *self.tail) if not piece.token]
+
+    def fill(self, row: Row) -> tuple[str, str]:
+        """The two stretches that differ from row to row."""
+        assert row.frame is not None
+        user = row.prompt[self.num_opening : len(row.prompt) - self.num_middle]
+        return f"{self.before}{user}{self.after}", row.completion + self.ending
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How rows of one frame become ids: head, the stretch with the user's text, middle, completion, tail.
+
+    A plain row is asked by its whole prompt, between beginning- and end-of-text. anchors: ids of a line end behind
+    which the stretch is tokenized, for tokenizers that put a space in front of whatever they are given; empty: none.
+    """
+
+    head: list[int]
+    middle: list[int]
+    tail: list[int]
+    cut: _Cut | None = None
+    user_anchor: list[int] = field(default_factory=list)
+    completion_anchor: list[int] = field(default_factory=list)
+
+    def texts(self, row: Row) -> tuple[str, str]:
+        if self.cut is None:
+            return row.prompt, row.completion
+        asked, completion = self.cut.fill(row)
+        return (_ANCHOR + asked if self.user_anchor else asked), (
+            _ANCHOR + completion if self.completion_anchor else completion
+        )
+
+
+@lru_cache(maxsize=16)
+def _cut(frame: Frame) -> _Cut:
+    head, before = _split_last(frame.opening)
+    after, middle = _split_first(frame.middle)
+    ending, tail = _split_first(frame.closing)
+    lengths = len(text_of(frame.opening)), len(text_of(frame.middle))
+    return _Cut(head, before, after, middle, ending, tail, *lengths)
+
+
+def _split_first(pieces: tuple[Piece, ...]) -> tuple[str, tuple[Piece, ...]]:
+    plain = bool(pieces) and not pieces[0].token
+    return (pieces[0].text, pieces[1:]) if plain else ("", pieces)
+
+
+def _split_last(pieces: tuple[Piece, ...]) -> tuple[tuple[Piece, ...], str]:
+    plain = bool(pieces) and not pieces[-1].token
+    return (pieces[:-1], pieces[-1].text) if plain else (pieces, "")
+
+
+_PLANS: WeakKeyDictionary[PreTrainedTokenizerFast, dict[tuple[Frame | None, int | None, int], _Plan]] = (
+    WeakKeyDictionary()
+)
+
+
+def _plan(tokenizer: PreTrainedTokenizerFast, frame: Frame | None) -> _Plan:
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    plans = _PLANS.setdefault(tokenizer, {})
+    key = (frame, bos, eos)
+    if key not in plans:
+        plain = _Plan([] if bos is None else [bos], [], [eos])
+        plans[key] = plain if frame is None else _plan_frame(tokenizer, frame)
+    return plans[key]
+
+
+def _plan_frame(tokenizer: PreTrainedTokenizerFast, frame: Frame) -> _Plan:
+    """The plan whose ids are those of the whole text, tokenized at once with its special tokens."""
+    end = frame.closing[-1].token
+    if tokenizer.eos_token != end:
+        raise DataError(
+            f"{end!r} ends a turn in the chat template, but the tokenizer's end-of-text is {tokenizer.eos_token!r}",
+            place="data.tokenizer",
+            fix="use kvdistill.data.chat.chat_tokenizer(tokenizer), whose end-of-text is the template's",
+        )
+    for after_token, after_text in product((False, True), repeat=2):
+        plan = _plan_with(tokenizer, frame, after_token=after_token, after_text=after_text)
+        if _gives_the_same(tokenizer, plan, frame):
+            return plan
+    raise DataError(
+        "the tokenizer reads the chat template's text otherwise when it is cut at its special tokens",
+        place="data.template",
+        fix="set data.template=plain, or use a byte-level tokenizer (Qwen, Llama-3)",
+    )
+
+
+def _plan_with(tokenizer: PreTrainedTokenizerFast, frame: Frame, *, after_token: bool, after_text: bool) -> _Plan:
+    """after_token, after_text: whether a stretch behind a special token, or behind other text, needs an anchor."""
+    cut, vocabulary = _cut(frame), tokenizer.added_tokens_encoder
+    anchor = encode_plain(tokenizer, [_ANCHOR])[0].ids
+
+    def ids_of(pieces: tuple[Piece, ...], *, first: bool = False) -> list[int]:
+        ids: list[int] = []
+        for number, piece in enumerate(pieces):
+            if piece.token:
+                ids.append(vocabulary[piece.token])
+            elif after_token and not (first and number == 0):
+                [found] = encode_plain(tokenizer, [_ANCHOR + piece.text])
+                ids += found.ids[len(anchor) :] if found.ids[: len(anchor)] == anchor else found.ids
+            else:
+                ids += encode_plain(tokenizer, [piece.text])[0].ids
+        return ids
+
+    last = cut.middle[-1] if cut.middle else None
+    behind_token = last is not None and bool(last.token)
+    return _Plan(
+        head=ids_of(cut.head, first=True),
+        middle=ids_of(cut.middle),
+        tail=ids_of(cut.tail),
+        cut=cut,
+        user_anchor=anchor if after_token and cut.head else [],
+        completion_anchor=anchor if (after_token if behind_token else after_text) else [],
+    )
+
+
+def _gives_the_same(tokenizer: PreTrainedTokenizerFast, plan: _Plan, frame: Frame) -> bool:
+    """Held against the tokenizer's own reading, on a text of ours: the prompt, and the whole where no token of it goes
+    across the prompt's end (there the prompt's own ids count, as generation starts from them)."""
+
+    def at_once(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=False, verbose=False)["input_ids"]
+
+    prompt = f"{text_of(frame.opening)}What is 1+1?{text_of(frame.middle)}"
+    reasoning = frame.lead + "It is 2."
+    row = Row(Problem("", "", "What is 1+1?", "", "2"), "cot", prompt, reasoning, " #### 2", frame=frame)
+    asked, completion = encode_plain(tokenizer, list(plan.texts(row)))
+    for encoding, anchor in ((asked, plan.user_anchor), (completion, plan.completion_anchor)):
+        if encoding.ids[: len(anchor)] != anchor:
+            return False
+    example = _join(plan, row, asked, completion, None)
+    if example.prompt_ids != at_once(prompt):
+        return False
+    whole = at_once(row.text)
+    return whole[: len(example.prompt_ids)] != example.prompt_ids or whole == example.input_ids

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from kvdistill.core.errors import DataError
@@ -24,6 +24,7 @@ from kvdistill.core.files import sha256_of
 from kvdistill.data.sources import hub_reachable
 
 CHARACTERS = "characters"
+_CHUNK = 1000  # texts; what is known of each of their pieces takes much more memory than the texts
 SYMBOLS = "0123456789+-*=;:?., "
 _ROLES = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
 
@@ -54,7 +55,10 @@ def load_tokenizer(
     nowhere, a hub out of reach, and a tokenizer that is not a fast one.
     """
     if name == CHARACTERS:
-        return character_tokenizer({symbol for text in texts for symbol in text})
+        symbols: set[str] = set()
+        for text in texts:
+            symbols.update(text)
+        return character_tokenizer(symbols)
     folder = _folder_of(name, root, place)
     if folder is not None and not (folder / "tokenizer.json").is_file():
         raise DataError(
@@ -92,17 +96,45 @@ def settle_roles(tokenizer: PreTrainedTokenizerFast, *, place: str = "data.token
     return _plain(tokenizer.backend_tokenizer, roles, tokenizer.chat_template, tokenizer.model_max_length)
 
 
+def with_end_token(
+    tokenizer: PreTrainedTokenizerFast, end: str, *, special: Iterable[str] = ()
+) -> PreTrainedTokenizerFast:
+    """The same pieces and ids, with `end` (a token of its vocabulary) as end-of-text. `special`, `end`: such tokens,
+    which a text that is tokenized as plain text cannot hold."""
+    backend, definition, marked = tokenizer.backend_tokenizer, _definition(tokenizer), {end, *special}
+    if any(not token["special"] and token["content"] in marked for token in definition["added_tokens"]):
+        for token in definition["added_tokens"]:
+            token["special"] |= token["content"] in marked
+        backend = Tokenizer.from_str(json.dumps(definition))
+    roles = {role: getattr(tokenizer, role) for role in _ROLES} | {"eos_token": end}
+    return _plain(backend, roles, tokenizer.chat_template, tokenizer.model_max_length)
+
+
 def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str:
     """SHA-256 over pieces, merges, rules and roles: equal exactly when two tokenizers do the same."""
     roles = {role: getattr(tokenizer, role) for role in _ROLES}
     return sha256_of([_definition(tokenizer), roles])
 
 
+def encode_plain(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[Encoding]:
+    """Ids and offsets of each text, whole, as plain text: what looks like a special token is spelt out."""
+    backend = tokenizer.backend_tokenizer
+    if backend.padding is not None:
+        backend.no_padding()
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if not backend.encode_special_tokens:
+        backend.encode_special_tokens = True  # transformers' own calls set these three as they need them
+    return backend.encode_batch(list(texts), add_special_tokens=False)
+
+
 def trim_tokenizer(
-    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]
+    tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]
 ) -> tuple[PreTrainedTokenizerFast, dict[int, int]]:
     """A byte-level BPE tokenizer with only the pieces that `texts` use, and old id -> new id of the pieces kept.
 
+    texts: gone through once, and a second time to compare, a chunk at a time; of an iterator, which cannot be gone
+    through again, the texts that brought in a new piece are compared.
     Kept are those pieces, the pieces and merges that build them, all 256 bytes (so any other text still round-trips),
     and every added token. New ids are dense and in the old order. A kept merge sequence reproduces the old pieces
     because BPE applies the lowest-ranked merge at hand, and those applied are all kept in their order.
@@ -111,24 +143,45 @@ def trim_tokenizer(
     definition = _definition(tokenizer)
     model = definition["model"]
     _require_byte_level(definition)
-    before = _encode_plain(tokenizer, texts)
+    numbers, witnesses = _used_ids(tokenizer, texts)
     pieces = {number: piece for piece, number in model["vocab"].items()}
-    used = {pieces[number] for ids in before for number in ids if number in pieces}
+    used = {pieces[number] for number in numbers if number in pieces}
     merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
     kept, kept_merges = _close_over_merges(used | set(pre_tokenizers.ByteLevel.alphabet()), merges)
     added = {token["id"]: token["content"] for token in definition["added_tokens"]}
     old_ids = sorted({model["vocab"][piece] for piece in kept} | set(added))
     id_map = {old: new for new, old in enumerate(old_ids)}
     trimmed = settle_roles(_rebuild(tokenizer, definition, id_map, [m for m in merges if m in kept_merges]))
-    after = _encode_plain(trimmed, texts)
-    for text, old, new in zip(texts, before, after, strict=True):
-        if [id_map[number] for number in old] != new:
-            raise DataError(
-                f"trimming would change how {text[:60]!r} is tokenized",
-                place="data.trim_vocabulary",
-                fix="set data.trim_vocabulary=false for this tokenizer, and report it",
-            )
+    for chunk in _chunks(witnesses):
+        for text, old, new in zip(chunk, encode_plain(tokenizer, chunk), encode_plain(trimmed, chunk), strict=True):
+            if [id_map.get(number) for number in old.ids] != new.ids:
+                raise DataError(
+                    f"trimming would change how {text[:60]!r} is tokenized",
+                    place="data.trim_vocabulary",
+                    fix="set data.trim_vocabulary=false for this tokenizer, and report it",
+                )
     return trimmed, id_map
+
+
+def _used_ids(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> tuple[set[int], Iterable[str]]:
+    """The ids that the texts are made of, and the texts to compare afterwards."""
+    stream = iter(texts)
+    used: set[int] = set()
+    witnesses: list[str] = []
+    for chunk in _chunks(stream):
+        for text, encoding in zip(chunk, encode_plain(tokenizer, chunk), strict=True):
+            before = len(used)
+            used.update(encoding.ids)
+            if len(used) > before:
+                witnesses.append(text)
+    return used, witnesses if stream is texts else texts
+
+
+def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Different texts of a chunk, once each: what a chat template writes around every text need not be read again."""
+    stream = iter(texts)
+    while chunk := list(dict.fromkeys(islice(stream, _CHUNK))):
+        yield chunk
 
 
 def _folder_of(name: str, root: str | None, place: str) -> Path | None:
@@ -187,12 +240,6 @@ def _plain(
 def _definition(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
     return definition | {"truncation": None, "padding": None}
-
-
-def _encode_plain(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
-    if not texts:
-        return []
-    return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
 
 def _require_byte_level(definition: Mapping[str, Any]) -> None:

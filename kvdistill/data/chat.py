@@ -1,0 +1,298 @@
+"""Rows through a tokenizer's chat template: what is asked is the user's message, reasoning and answer the assistant's.
+
+The text is what `tokenizer.apply_chat_template(messages, tokenize=False)` gives, byte for byte, and the prompt is what
+it gives without the answer and with `add_generation_prompt=True`, plus what the template puts between that and the
+answer (Qwen3's empty thinking block). A template is rendered once with texts of our own; after that a row costs one
+concatenation. The real rendering is looked at wherever a row might be treated otherwise: for a text longer than any
+seen before, with white space at an end, or with a word the template itself mentions, and for every 64th row.
+A template that changes the texts is refused: their segments could not be told apart.
+
+Two things are settled here and nowhere else. The end of a turn is the template's own (`chat_tokenizer` makes it the
+tokenizer's end-of-text, so that generation stops there); a template without one is followed by the tokenizer's. And a
+template that writes today's date gets TODAY, or the same recipe would give other data tomorrow.
+Knows no file and no task.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import jinja2
+from transformers import PreTrainedTokenizerFast
+
+from kvdistill.core.errors import DataError
+from kvdistill.data.problems import Frame, Piece, Row, text_of
+from kvdistill.data.tokenizers import with_end_token
+
+TODAY = "26 Jul 2024"  # what Llama-3's own templates write where no clock is at hand
+_DATE = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday", "%a": "Fri",
+         "%H": "12", "%M": "00", "%S": "00"}  # fmt: skip
+_CLOCK = "".join(f".replace('{code}', '{value}')" for code, value in _DATE.items())
+_STOPPED_CLOCK = f"{{%- macro strftime_now(format) -%}}{{{{ format{_CLOCK} }}}}{{%- endmacro -%}}"
+
+# Two texts with what a template might change: every ASCII character, markup, line ends, double spaces, other scripts.
+_ASKED = (
+    'What IS <b>1st</b> & "2nd",  isn\'t it?\n\nPack my box with five dozen liquor jugs é中: SPHINX OF BLACK QUARTZ, '
+    "JUDGE MY VOW.\t0123456789 !#$%()*+-./;=@[\\]^_`{|}~ Well?"
+)
+_ANSWERED = "It's <i>3rd</i> & 'NOT' \"4th\":\n\n  so\t| it  IS.\n#### 42"
+_LOOK_EVERY = 64
+_MARKUP = re.compile(r"[^\w\s]\S*\w\S*[^\w\s]").fullmatch  # <|im_start|>, [INST]; not an added word or line end
+_PLAIN = "set data.template=plain, or use a tokenizer with another chat template"
+_BROKEN = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
+Messages = list[dict[str, str]]
+
+
+def write_chat(row: Row, tokenizer: PreTrainedTokenizerFast, *, system_prompt: str | None = None) -> Row:
+    """The row through the chat template of `tokenizer`; its completion is read by the same task as before.
+
+    system_prompt: None leaves the template's own default. Raises DataError at `data.template` for a tokenizer without
+    a template and for one that fails or changes the texts, at `data.system_prompt` for a system message that the
+    template does not take.
+    """
+    assert row.frame is None, "the row went through a chat template before"
+    return _writer(tokenizer, system_prompt).write(row, tokenizer)
+
+
+def chat_messages(row: Row, *, system_prompt: str | None = None) -> Messages:
+    """The conversation of a row, plain or rendered: system (where one is set), user, assistant."""
+    system = row.frame.system if row.frame is not None else system_prompt
+    return _conversation(row.user or row.prompt, row.completion.lstrip(), system)
+
+
+def chat_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The tokenizer whose end-of-text is what ends a turn in its chat template; the same one where it is already.
+
+    Added tokens that the template writes between the messages count as special in it, so that no data can write them.
+    Same pieces, same ids, same rendering.
+    """
+    look = _Look(tokenizer, None)
+    end, names = look.end, {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
+    around = look.opening + look.generation + look.tail
+    loose = {token for token, special in names.items() if not special and token in around and _MARKUP(token)}
+    if end == tokenizer.eos_token and not loose:
+        return tokenizer
+    settled = with_end_token(tokenizer, end, special=loose)
+    if _Look(settled, None).rendered != look.rendered:  # the template writes `eos_token` where it ends no turn
+        source = tokenizer.get_chat_template()
+        settled.chat_template = f"{{%- set eos_token = {tokenizer.eos_token!r} -%}}" + source
+    assert _Look(settled, None).rendered == look.rendered
+    return settled
+
+
+class _Look:
+    """A conversation of our own through the template, taken apart."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, system: str | None) -> None:
+        self.template = _template_of(tokenizer)
+        messages = _conversation(_ASKED, _ANSWERED, system)
+        try:
+            self.rendered = _render(tokenizer, self.template, messages)
+            prompt = _render(tokenizer, self.template, messages[:-1], asks=True)
+        except _BROKEN as error:
+            raise _not_rendered(tokenizer, self.template, system, error) from error
+        if self.rendered.count(_ASKED) != 1 or self.rendered.count(_ANSWERED) != 1 or prompt.count(_ASKED) != 1:
+            raise _altered("the chat template changes the texts it is given")
+        if not self.rendered.startswith(prompt):
+            raise _altered(
+                f"the chat template's prompt ends in {prompt[-40:]!r}, which is not how it begins a written answer"
+            )
+        self.opening, self.generation = prompt.split(_ASKED)
+        before, self.tail = self.rendered.split(_ANSWERED)
+        self.inserted = before.removeprefix(prompt)
+        if system is not None and system.strip() not in self.opening + self.generation:
+            raise _no_system("the chat template leaves the system message out")
+        self.end, self.closing, self.trailing = _end_of_turn(tokenizer, self.tail)
+
+
+class _Writer:
+    """One template with one system message. Holds no tokenizer, so that the table of writers keeps none alive."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, system: str | None) -> None:
+        _refuse_special(tokenizer, system)
+        look = _Look(tokenizer, system)
+        # Spaces right before the answer go with it, as in the plain template: byte-level tokenizers keep a space with
+        # the word after it.
+        inserted = look.inserted.rstrip(" ")
+        self._opening, self._middle = look.opening, look.generation + inserted
+        self._generation, self._tail, self._template = look.generation, look.tail, look.template
+        self.frame = Frame(
+            opening=_pieces(tokenizer, self._opening),
+            middle=_pieces(tokenizer, self._middle),
+            closing=_pieces(tokenizer, look.closing, end=look.end),
+            lead=look.inserted.removeprefix(inserted),
+            trailing=look.trailing,
+            system=system,
+        )
+        self._words = _words_of(self._template.removeprefix(_STOPPED_CLOCK))
+        self._written, self._longest = 0, len(_ANSWERED)
+
+    def write(self, row: Row, tokenizer: PreTrainedTokenizerFast) -> Row:
+        user = row.user or row.prompt
+        reasoning = row.reasoning.lstrip()
+        answer = row.answer if reasoning else row.answer.lstrip()
+        if self._must_look(user, reasoning + answer):
+            user, content = self._real_texts(row, user, reasoning + answer, tokenizer)
+            answer = content.removeprefix(reasoning)
+        if reasoning:
+            reasoning = self.frame.lead + reasoning
+        else:
+            answer = self.frame.lead + answer
+        prompt = f"{self._opening}{user}{self._middle}"
+        return Row(row.problem, row.style, prompt, reasoning, answer, user, self.frame)
+
+    def _must_look(self, user: str, content: str) -> bool:
+        self._written += 1
+        longest = max(len(user), len(content))
+        if longest > self._longest:
+            self._longest = longest
+            return True
+        if self._written % _LOOK_EVERY == 1 or user != user.strip() or content != content.rstrip():
+            return True
+        return any(map(f"{user}\n{content}".__contains__, self._words))
+
+    def _real_texts(self, row: Row, user: str, content: str, tokenizer: PreTrainedTokenizerFast) -> tuple[str, str]:
+        """User's text and answer as the real rendering has them: it may have taken white space off their ends."""
+        messages = _conversation(user, content, self.frame.system)
+        try:
+            whole = _render(tokenizer, self._template, messages)
+            prompt = _render(tokenizer, self._template, messages[:-1], asks=True)
+        except _BROKEN as error:
+            raise _altered(f"the chat template fails ({_reason(error)})", row) from error
+        if whole.startswith(self._opening) and whole.endswith(self._tail):
+            body = whole[len(self._opening) : len(whole) - len(self._tail)]
+            for length in range(len(content), len(content.rstrip()) - 1, -1):
+                asked = body.removesuffix(self._middle + self.frame.lead + content[:length])
+                same = asked != body and asked.strip() == user.strip()
+                if same and prompt == self._opening + asked + self._generation:
+                    return asked, content[:length]
+        raise _altered("the chat template changes the texts of this problem", row)
+
+
+# No tokenizer is kept alive by its writers; a template that is exchanged on a tokenizer gets a writer of its own.
+_WRITERS: WeakKeyDictionary[Any, dict[tuple[Any, ...], _Writer]] = WeakKeyDictionary()
+
+
+def _writer(tokenizer: PreTrainedTokenizerFast, system: str | None) -> _Writer:
+    writers = _WRITERS.setdefault(tokenizer, {})
+    template = tokenizer.chat_template
+    key = (template if isinstance(template, str) else repr(template), system, tokenizer.eos_token)
+    if key not in writers:
+        writers[key] = _Writer(tokenizer, system)
+    return writers[key]
+
+
+def _conversation(user: str, content: str, system: str | None) -> Messages:
+    messages = [{"role": "user", "content": user}, {"role": "assistant", "content": content}]
+    return messages if system is None else [{"role": "system", "content": system}, *messages]
+
+
+def _template_of(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The template's source, with its clock stopped where it has one."""
+    if tokenizer.chat_template is None:
+        raise DataError(
+            "the tokenizer has no chat template",
+            place="data.template",
+            fix="set data.template=plain, or use the tokenizer of a chat model (Qwen2.5, Llama-3 Instruct)",
+        )
+    try:
+        source = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise _altered(f"the tokenizer's chat templates cannot be used ({_reason(error)})") from error
+    return _STOPPED_CLOCK + source if "strftime_now" in source else source
+
+
+def _render(tokenizer: PreTrainedTokenizerFast, template: str, messages: Messages, *, asks: bool = False) -> str:
+    """asks: with what makes the model begin its answer."""
+    return str(
+        tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=asks)
+    )
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerFast, tail: str) -> tuple[str, str, str]:
+    """The token that ends an answer, the text up to and with it, and the rest of what the template writes after it.
+
+    The tokenizer's end-of-text where the template writes it there; else the first special token, else an added token
+    right there. Where there is none the tokenizer's end-of-text follows, and white space before it is left out.
+    """
+    end = tokenizer.eos_token
+    if end is None or end not in tail:
+        added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
+        first = [token for token, special in added.items()
+                 if (token in tail if special else tail.lstrip().startswith(token) and _MARKUP(token))]  # fmt: skip
+        if not first:
+            if end is None:
+                raise _altered("neither the chat template nor the tokenizer has a token that ends an answer")
+            return end, tail.rstrip() + end, ""
+        end = min(first, key=lambda token: (not added[token], tail.index(token), -len(token)))
+    stop = tail.index(end) + len(end)
+    return end, tail[:stop], tail[stop:]
+
+
+def _pieces(tokenizer: PreTrainedTokenizerFast, text: str, *, end: str = "") -> tuple[Piece, ...]:
+    """`text` cut at its special tokens, as the tokenizer finds them (some take the white space beside them along)."""
+    special = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if end:
+        special |= {number: end for number, token in tokenizer.added_tokens_decoder.items() if str(token) == end}
+    encoded = tokenizer(
+        text, add_special_tokens=False, split_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
+    pieces: list[Piece] = []
+    done = 0
+    for number, (start, stop) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        token = special.get(number)
+        if token is None or token not in text[start:stop]:  # an unknown character has the id of a special token too
+            continue
+        if start > done:
+            pieces.append(Piece(text[done:start]))
+        pieces.append(Piece(text[start:stop], token))
+        done = stop
+    if done < len(text):
+        pieces.append(Piece(text[done:]))
+    assert text_of(tuple(pieces)) == text
+    return tuple(pieces)
+
+
+def _words_of(template: str) -> tuple[str, ...]:
+    """The strings that a template's code mentions: a text that holds one of them may be treated in its own way."""
+    tokens = jinja2.Environment().lexer.tokenize(template)
+    words = {str(token.value).strip() for token in tokens if token.type == "string"}
+    return tuple(sorted(word for word in words if len(word) > 1 and word not in _ASKED + _ANSWERED))
+
+
+def _refuse_special(tokenizer: PreTrainedTokenizerFast, system: str | None) -> None:
+    for token in tokenizer.added_tokens_decoder.values():
+        if system is not None and token.special and str(token) in system:
+            raise DataError(
+                f"the special token {str(token)!r} stands in the system message",
+                place="data.system_prompt",
+                fix="take it out: the chat template writes the special tokens",
+            )
+
+
+def _not_rendered(tokenizer: PreTrainedTokenizerFast, template: str, system: str | None, error: Exception) -> DataError:
+    reason = _reason(error)
+    if system is not None:
+        try:
+            _render(tokenizer, template, _conversation(_ASKED, _ANSWERED, None))
+        except _BROKEN:
+            pass  # it fails without the system message too, so that is not the reason
+        else:
+            return _no_system(f"the chat template takes no system message ({reason})")
+    return _altered(f"the chat template fails ({reason})")
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n", 1)[0][:120]
+
+
+def _no_system(what: str) -> DataError:
+    return DataError(what, place="data.system_prompt", fix="unset data.system_prompt, or use another chat template")
+
+
+def _altered(what: str, row: Row | None = None) -> DataError:
+    if row is None:
+        return DataError(what, place="data.template", fix=_PLAIN)
+    return DataError(f"{what}: {row.problem.task} / {row.problem.id}", place="data.template", fix=_PLAIN)
