@@ -5,7 +5,12 @@ from __future__ import annotations
 import importlib
 import sys
 
-BENCHMARKS = {"step_cost": "benchmarks.step_cost", "parts": "benchmarks.parts"}
+BENCHMARKS = {
+    "step_cost": "benchmarks.step_cost",
+    "parts": "benchmarks.parts",
+    "formatting": "benchmarks.formatting",
+    "leaks": "benchmarks.leaks",
+}
 
 
 def main(names: list[str]) -> int:

@@ -6,6 +6,7 @@ next shard; a finished one is recognised by its identity. Knows nothing of stude
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -76,7 +77,9 @@ def batches_rope(model: torch.nn.Module) -> object | None:
     return find_rotary(model)
 
 
-def examples_per_shard(examples: list[Example], model: torch.nn.Module, num_layers: int, top_k: int, dtype: str) -> int:
+def examples_per_shard(
+    examples: Sequence[Example], model: torch.nn.Module, num_layers: int, top_k: int, dtype: str
+) -> int:
     """How many examples make a shard of about SHARD_BYTES; the same for the same texts, so that a resume fits."""
     from kvdistill.models import describe_model
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -68,6 +69,48 @@ def prepare(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json =
 
 
 @app.command()
+def validate(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    fix: Annotated[bool, typer.Option("--fix", help="take leaking problems out of training, and prepare")] = False,
+    as_json: Json = False,
+) -> None:
+    """Was the test set seen? Exact and near duplicates across splits and against the public evaluations.
+
+    Reads the sources anew, shows every pair (data/validation_report.json in the run folder has the texts), and ends
+    with exit code 2 where a leak is left. `data.leaks=drop` in the recipe, or --fix here, takes them out of training.
+    """
+
+    def work(made: Any, progress: Any) -> dict[str, Any]:
+        from kvdistill.study import validate_data
+
+        return validate_data(made, progress, fix=fix)
+
+    result = _stage(recipe, overrides, as_json, work)
+    if result["leaks"]["num_leaks"]:
+        raise typer.Exit(2)
+
+
+@app.command()
+def export(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    form: Annotated[
+        str, typer.Option("--format", help="prompt-completion, messages (chat), or text: one JSON object a line")
+    ] = "prompt-completion",
+    as_json: Json = False,
+) -> None:
+    """The prepared splits as JSONL for other trainers, in the run folder under data/export/."""
+
+    def work(made: Any, progress: Any) -> dict[str, Any]:
+        from kvdistill.study import export_data
+
+        return export_data(made, progress, form)
+
+    _stage(recipe, overrides, as_json, work)
+
+
+@app.command()
 def teach(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
     """Step 2: Train the recipe's scratch teachers (teachers with a path need nothing here)."""
     _study(recipe, overrides, as_json, "teachers")
@@ -105,20 +148,66 @@ def train(
 
 @app.command()
 def evaluate(
-    recipe: RecipeArgument,
+    target: Annotated[str, typer.Argument(metavar="RECIPE|MODEL", help="a recipe; or a model's folder or hub id")],
     overrides: Overrides = None,
-    arm: Annotated[str | None, typer.Option(help="only this arm")] = None,
-    seed: Annotated[int | None, typer.Option(help="only this seed")] = None,
+    tasks: Annotated[str | None, typer.Option(help="model: evaluations, e.g. gsm8k,math500,bbh,own")] = None,
+    limit: Annotated[int | None, typer.Option(help="model: first questions of each task")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="model: examples in the prompt; unset: the usual")] = None,
+    choice: Annotated[str | None, typer.Option(help="model: multiple choice by likelihood or by generation")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="model: ask through its chat template")] = False,
+    out: Annotated[str | None, typer.Option(help="model: folder for records.jsonl and results.json")] = None,
+    arm: Annotated[str | None, typer.Option(help="recipe: only this arm")] = None,
+    seed: Annotated[int | None, typer.Option(help="recipe: only this seed")] = None,
     as_json: Json = False,
 ) -> None:
-    """Step 6: Greedy answers of trained students on the test problems, one record per question."""
+    """Step 6: Greedy answers of trained students on the test problems; or public evaluations on any model.
 
-    def work(made: Any, progress: Any) -> dict[str, Any]:
+    With a recipe: its students, one record per question. With a model (a folder or hub id of any Hugging Face causal
+    model) and --tasks: few-shot prompts as lm-eval writes them, a table, and records beside a run's model or in
+    runs/evaluations/NAME. KEY=VALUE is then data.root, data.system_prompt, evaluate.*, hardware.*, dtype, attention,
+    trust_remote_code. The same command goes on where it stopped.
+    """
+    flags = {
+        "tasks": tasks.split(",") if tasks is not None else None,
+        "limit": limit,
+        "num_fewshot": num_fewshot,
+        "choice": choice,
+        "chat": chat or None,
+    }
+    is_recipe = target.endswith((".yaml", ".yml")) or Path(target).is_file()
+
+    def students(made: Any, progress: Any) -> dict[str, Any]:
         from kvdistill.study import evaluate_runs
 
         return evaluate_runs(made, progress, arm=arm, seed=seed)
 
-    _stage(recipe, overrides, as_json, work)
+    def model() -> dict[str, Any]:
+        from kvdistill.core.progress import TerminalProgress, silent
+        from kvdistill.evaluate import evaluate_model
+
+        bars = None if as_json else TerminalProgress()
+        try:
+            return evaluate_model(target, overrides or (), flags=flags, out=out, progress=bars or silent)
+        finally:
+            if bars is not None:
+                bars.close()
+
+    def mixed_up() -> dict[str, Any]:
+        from kvdistill.core.errors import RecipeError
+
+        if is_recipe:
+            fix = "leave them out; a recipe has evaluate.tasks, evaluate.limit, evaluate.num_fewshot, …"
+            raise RecipeError("--tasks, --limit, … and --out go with a model", place=target, fix=fix)
+        raise RecipeError("--arm and --seed go with a recipe", place=target, fix="leave them out, or give a recipe")
+
+    if is_recipe and (out is not None or any(value is not None for value in flags.values())):
+        _guarded(mixed_up, as_json)
+    elif is_recipe:
+        _stage(target, overrides, as_json, students)
+    elif arm is not None or seed is not None:
+        _guarded(mixed_up, as_json)
+    else:
+        _guarded(model, as_json)
 
 
 @app.command()
@@ -159,7 +248,9 @@ def _study(recipe: str, overrides: list[str] | None, as_json: bool, *stages: str
     _stage(recipe, overrides, as_json, work)
 
 
-def _stage(recipe: str, overrides: list[str] | None, as_json: bool, work: Callable[[Any, Any], dict[str, Any]]) -> None:
+def _stage(
+    recipe: str, overrides: list[str] | None, as_json: bool, work: Callable[[Any, Any], dict[str, Any]]
+) -> dict[str, Any]:
     def load_and_work() -> dict[str, Any]:
         from kvdistill.core.config import load_recipe
         from kvdistill.core.progress import TerminalProgress, silent
@@ -173,10 +264,10 @@ def _stage(recipe: str, overrides: list[str] | None, as_json: bool, work: Callab
         finally:
             bars.close()
 
-    _guarded(load_and_work, as_json)
+    return _guarded(load_and_work, as_json)
 
 
-def _guarded(work: Callable[[], dict[str, Any]], as_json: bool) -> None:
+def _guarded(work: Callable[[], dict[str, Any]], as_json: bool) -> dict[str, Any]:
     """Run, print the result, and turn a user's mistake into one message and exit code 2."""
     from kvdistill.core.errors import KVDistillError
     from kvdistill.core.files import disk_full_error
@@ -203,6 +294,7 @@ def _guarded(work: Callable[[], dict[str, Any]], as_json: bool) -> None:
         from kvdistill.core.summary_text import as_text
 
         print(as_text(result))
+    return result
 
 
 def main() -> None:

@@ -56,7 +56,39 @@ def run_study(recipe: Recipe, progress: Progress, *, stages: tuple[str, ...] = (
             report(recipe, run, progress=progress)
         if not stages:
             write_json(run / "study.json", {"recipe": recipe_hash(recipe), "finished": True})
-        return result_of(run)
+        return result_of(run) | (data_table(run) if stages == ("prepare",) else {})
+
+
+def validate_data(recipe: Recipe, progress: Progress, *, fix: bool = False) -> dict[str, Any]:
+    """`kvdistill validate`: the leak report of the recipe's data, and the table of what is prepared."""
+    from kvdistill.prepare import REPORT, validate
+
+    run = run_folder(recipe)
+    check_run_folder(recipe, run)
+    with folder_lock(run, wait=False):
+        claim_run_folder(recipe, run)
+        found = validate(recipe, run, progress, fix=fix)
+    return {"run": str(run), **data_table(run), "leaks": found, "report": str(data_folder(run) / REPORT)}
+
+
+def export_data(recipe: Recipe, progress: Progress, form: str) -> dict[str, Any]:
+    """`kvdistill export`: the prepared splits as JSONL for other trainers."""
+    from kvdistill.prepare.export import export
+
+    run = run_folder(recipe)
+    if not (data_folder(run) / "manifest.json").exists():
+        run_study(recipe, progress, stages=("prepare",))
+    with folder_lock(run, wait=False):
+        return {"run": str(run), "files": export(recipe, run, form, progress)}
+
+
+def data_table(run: Path) -> dict[str, Any]:
+    """Rows by task, style and split, and the fingerprint, of data that is prepared; else nothing."""
+    path = data_folder(run) / "manifest.json"
+    if not path.exists():
+        return {}
+    manifest = read_json(path)
+    return {"data": {"table": manifest["table"], "tasks": manifest["tasks"], "fingerprint": manifest["fingerprint"]}}
 
 
 def _wanted(waves: list[tuple[str, list[Job]]], stages: tuple[str, ...]) -> list[tuple[str, list[Job]]]:
@@ -181,7 +213,8 @@ def _difference_from(theirs: Any, recipe: Recipe, run: Path) -> str | None:
 
 def _base_of(tree: Mapping[str, Any]) -> dict[str, Any]:
     base = {key: tree.get(key) for key in _BASE}
-    base["data"] = {k: v for k, v in (base["data"] or {}).items() if k != "root"}  # where a copy lies changes nothing
+    # where a copy lies changes nothing, and the manifest knows whether leaks are in the data
+    base["data"] = {k: v for k, v in (base["data"] or {}).items() if k not in ("root", "leaks")}
     return base
 
 

@@ -163,7 +163,7 @@ def check_models(recipe: Recipe, run: Path, progress: Progress = silent) -> None
 # -- captured targets ---------------------------------------------------------------------------------
 
 
-def split_examples(recipe: Recipe, run: Path, split: str) -> list[Example]:
+def split_examples(recipe: Recipe, run: Path, split: str) -> Sequence[Example]:
     """The examples whose targets are captured: all of train, those of val that curves and match figures use."""
     examples = read_split(run, split)
     if split == "train":

@@ -22,7 +22,7 @@ from typing import Any
 
 from kvdistill.core.errors import KVDistillError, TrainingStopped
 from kvdistill.core.files import disk_full_error
-from kvdistill.core.progress import Progress
+from kvdistill.core.progress import Progress, silent
 
 _QUEUE: Any = None
 
@@ -168,13 +168,9 @@ def _do(verb: str, name: str, arguments: tuple[Any, ...]) -> None:
 def stage_function(verb: str) -> Callable[..., Any]:
     """The stage behind a verb, imported when it is first needed."""
     if verb == "prepare":
-        from kvdistill.prepare import prepare
-
-        return prepare
+        return _prepare
     if verb == "check":
-        from kvdistill.teachers import check_models
-
-        return check_models
+        return _check
     if verb == "train_teacher":
         from kvdistill.train import train_teacher
 
@@ -198,6 +194,33 @@ def stage_function(verb: str) -> Callable[..., Any]:
     if verb == "student":
         return _train_and_evaluate
     raise ValueError(verb)
+
+
+def _prepare(recipe: Any, run: Path, progress: Progress) -> None:
+    """The phases of `prepare` as one bar."""
+    from kvdistill.prepare import prepare
+
+    parts = {"loading tasks": 0.2, "reading evaluations": 0.3, "checking for leaks": 0.2, "encoding train": 0.2}
+    rest = (1 - sum(parts.values())) / 3  # encoding of the other splits
+    begins: dict[str, float] = {}
+
+    def report(what: str, done: float, total: float) -> None:
+        part = parts.get(what, rest)
+        begin = begins.setdefault(what, sum(parts.get(earlier, rest) for earlier in begins))
+        progress("prepare", min(1.0, begin + part * done / total) if total else begin, 1.0)
+
+    prepare(recipe, run, progress=report)
+
+
+def _check(recipe: Any, run: Path, progress: Progress = silent) -> None:
+    """Models, and the data of public evaluations: before anything is trained."""
+    from kvdistill.teachers import check_models
+
+    check_models(recipe, run, progress)
+    if recipe.evaluate.tasks:
+        from kvdistill.evaluate.public import check_public
+
+        check_public(recipe, run)
 
 
 def _train_and_evaluate(recipe: Any, run: Path, arm: str, seed: int, progress: Progress) -> None:

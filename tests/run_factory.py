@@ -154,7 +154,7 @@ def write_run(
     splits = {"train": 1500, "val": 100, "test": questions}
     counts = {t: {s: {"asked": n, "problems": n, "rows": n, "too_long": 0} for s, n in splits.items()} for t in TASKS}
     write_object(run / "data" / "manifest.json", {
-        "format": 1, "section": {"allow_leaks": False}, "fingerprint": {"all": short_hash("rows")}, "tasks": counts,
+        "format": 2, "section": {}, "num_leaks": 0, "fingerprint": {"all": short_hash("rows")}, "tasks": counts,
         "tokenizer": {"name": "characters", "size": 43}, "sources": [{"task": t, "file": None} for t in TASKS],
     })  # fmt: skip
     write_object(run / "data" / "validation_report.json", {"problems": splits, "num_leaks": 0, "leaks": []})

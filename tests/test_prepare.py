@@ -14,7 +14,7 @@ from kvdistill.core.recipe import Recipe
 from kvdistill.data.leaks import question_hash
 from kvdistill.data.tables import read_manifest, read_split
 from kvdistill.data.tokenizers import fingerprint_tokenizer
-from kvdistill.prepare import prepare
+from kvdistill.prepare import prepare, validate
 
 SMALL = [{"name": "chain", "train": 23, "val": 5, "test": 7}, {"name": "product", "train": 19, "val": 3, "test": 4}]
 
@@ -32,12 +32,25 @@ def _file(path: Path, count: int, word: str = "What") -> dict[str, Any]:
     return {"name": "jsonl", "file": str(path), "train": 6, "val": 2, "test": 2}
 
 
+def _report(run: Path) -> dict[str, Any]:
+    return json.loads((run / "data/validation_report.json").read_text())
+
+
+def _places(run: Path) -> dict[str, set[str]]:
+    return {split: {row.doc_hash for row in read_split(run, split)} for split in ("train", "val", "test")}
+
+
 def test_what_it_leaves(tmp_path: Path) -> None:
     prepare(_recipe(style="both"), tmp_path)
     manifest = read_manifest(tmp_path)
     splits = {split: read_split(tmp_path, split) for split in ("train", "val", "test")}
     assert {split: len(rows) for split, rows in splits.items()} == {"train": 84, "val": 16, "test": 22}
-    assert manifest["tasks"]["chain"]["train"] == {"asked": 23, "problems": 23, "rows": 46, "too_long": 0}
+    assert manifest["tasks"]["chain"]["train"] == {
+        "asked": 23, "problems": 23, "rows": 46, "too_long": 0, "dropped": 0
+    }  # fmt: skip
+    assert manifest["table"]["product"] == {"cot": {"train": 19, "val": 3, "test": 4}} | {
+        "direct": {"train": 19, "val": 3, "test": 4}
+    }
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     assert fingerprint_tokenizer(tokenizer) == manifest["tokenizer"]["fingerprint"]
     assert len(tokenizer) == manifest["tokenizer"]["size"]
@@ -122,17 +135,69 @@ def test_a_source_that_changed_is_noticed(tmp_path: Path) -> None:
 
 def test_a_leak_across_tasks_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     tasks = [_file(tmp_path / "one.jsonl", 10), _file(tmp_path / "two.jsonl", 10, word="WHAT ")]
-    with pytest.raises(DataError, match="same question is in two splits") as caught:
+    with pytest.raises(DataError, match="the same question is learned from and held out") as caught:
         prepare(_recipe(tasks=tasks), tmp_path / "run")
     assert "one" in caught.value.what and "two" in caught.value.what
     assert not (tmp_path / "run").exists()
-    prepare(_recipe(tasks=tasks, allow_leaks=True), tmp_path / "run")
-    report = json.loads((tmp_path / "run/data/validation_report.json").read_text())
-    places = {
-        split: {row.doc_hash for row in read_split(tmp_path / "run", split)} for split in ("train", "val", "test")
-    }
-    pairs = [(a, b) for a in places for b in places if a < b]
+    prepare(_recipe(tasks=tasks, leaks="allow"), tmp_path / "run")
+    report, places = _report(tmp_path / "run"), _places(tmp_path / "run")
+    pairs = [("train", "val"), ("train", "test"), ("val", "test")]
     assert report["num_leaks"] == len(report["leaks"]) == sum(len(places[a] & places[b]) for a, b in pairs) > 0
+    with pytest.raises(RunFolderError, match="prepared with"):  # nobody else goes on with it unawares
+        prepare(_recipe(tasks=tasks), tmp_path / "run")
+
+
+def test_leaks_are_dropped_from_what_is_learned_from_and_counted(tmp_path: Path) -> None:
+    tasks = [_file(tmp_path / "one.jsonl", 10), _file(tmp_path / "two.jsonl", 10, word="WHAT ")]
+    prepare(_recipe(tasks=tasks, leaks="allow"), tmp_path / "leaky")
+    prepare(_recipe(tasks=tasks, leaks="drop"), tmp_path / "clean")
+    leaky, clean = _places(tmp_path / "leaky"), _places(tmp_path / "clean")
+    held_out = leaky["val"] | leaky["test"]
+    assert clean["test"] == leaky["test"] and clean["val"] == leaky["val"] - leaky["test"]
+    assert clean["train"] == leaky["train"] - held_out != leaky["train"]
+    counts, report = read_manifest(tmp_path / "clean")["tasks"], _report(tmp_path / "clean")
+    dropped = {split: sum(task[split]["dropped"] for task in counts.values()) for split in ("train", "val", "test")}
+    assert dropped["test"] == 0 and report["num_leaks"] == 0 and report["num_pairs_found"] > 0
+    assert {split: sum(tasks.values()) for split, tasks in report["dropped"].items()} == {
+        split: number for split, number in dropped.items() if number
+    }
+
+
+def test_validate_finds_what_is_there_and_fix_takes_it_out(tmp_path: Path) -> None:
+    tasks = [_file(tmp_path / "one.jsonl", 10), _file(tmp_path / "two.jsonl", 10, word="WHAT ")]
+    recipe, run = _recipe(tasks=tasks, leaks="allow"), tmp_path / "run"
+    prepare(recipe, run)
+    found = validate(recipe, run)
+    assert found["num_leaks"] == read_manifest(run)["num_leaks"] == len(found["leaks"]) and found == _report(run)
+    asked = _recipe(tasks=tasks)
+    fixed = validate(asked, run, fix=True)
+    assert fixed["num_leaks"] == 0 and sum(sum(tasks.values()) for tasks in fixed["dropped"].values()) > 0
+    prepare(asked, run)  # clean now: returns at once
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.parquet")}
+    assert validate(asked, run, fix=True) == fixed
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*.parquet")} == before
+
+
+def test_fix_refuses_where_a_model_has_learned_from_it(tmp_path: Path) -> None:
+    tasks = [_file(tmp_path / "one.jsonl", 10), _file(tmp_path / "two.jsonl", 10, word="WHAT ")]
+    prepare(_recipe(tasks=tasks, leaks="allow"), tmp_path / "run")
+    (tmp_path / "run/arms/ce").mkdir(parents=True)
+    with pytest.raises(RunFolderError, match="already trained"):
+        validate(_recipe(tasks=tasks), tmp_path / "run", fix=True)
+    assert read_manifest(tmp_path / "run")["num_leaks"] > 0
+
+
+def test_validate_notices_tables_that_are_not_what_the_sources_say(tmp_path: Path) -> None:
+    prepare(_recipe(), tmp_path)
+    manifest, path = read_manifest(tmp_path), tmp_path / "data/manifest.json"
+    swapped = {"train.parquet": "test.parquet", "test.parquet": "train.parquet"}
+    (tmp_path / "data/train.parquet").rename(tmp_path / "data/x")
+    (tmp_path / "data/test.parquet").rename(tmp_path / "data/train.parquet")
+    (tmp_path / "data/x").rename(tmp_path / "data/test.parquet")
+    files = {name: manifest["files"][swapped.get(name, name)] for name in manifest["files"]}
+    path.write_text(json.dumps(manifest | {"files": files}))
+    with pytest.raises(RunFolderError, match="do not put it there"):
+        validate(_recipe(), tmp_path)
 
 
 def test_long_problems_are_left_out_in_both_styles_and_counted(tmp_path: Path) -> None:

@@ -405,10 +405,10 @@ def test_make_visible() -> None:
 def test_leaks_allowed_is_shouted(copy: tuple[Recipe, Path]) -> None:
     recipe, run = copy
     assert "Leaks were allowed" not in page_without_pictures(recipe, run)
-    write_object(run / "data" / "manifest.json", {"section": {"allow_leaks": True}})
+    write_object(run / "data" / "manifest.json", {"section": {}, "num_leaks": 3})
     page = page_without_pictures(recipe, run)
     assert "Leaks were allowed" in page and page.index("Leaks were allowed") < page.index('id="verdict"')
-    allowed = recipe.model_copy(update={"data": recipe.data.model_copy(update={"section": {"allow_leaks": True}})})
+    allowed = recipe.model_copy(update={"data": recipe.data.model_copy(update={"leaks": "allow"})})
     assert summary_of(allowed, run)["leaks_allowed"]
 
 

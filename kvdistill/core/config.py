@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -21,11 +21,13 @@ from kvdistill.core.recipe import (
     AlignRecipe,
     ArmRecipe,
     CompressRecipe,
+    DataRecipe,
     FuseRecipe,
     LossRecipe,
     Recipe,
 )
 
+Options = TypeVar("Options", bound=BaseModel)
 ARM_SECTIONS: dict[str, type[BaseModel]] = {
     "align": AlignRecipe,
     "compress": CompressRecipe,
@@ -90,6 +92,48 @@ def _override(tree: Any, override: str) -> None:
         ) from None
 
 
+def make_options(model: type[Options], overrides: Sequence[str] = (), tree: Mapping[str, Any] | None = None) -> Options:
+    """A section by itself (the options of a command that takes no recipe): `key=value` laid over `tree`, checked.
+
+    Raises RecipeError naming the key and the nearest there is.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    made = OmegaConf.create(dict(tree or {}))
+    for override in overrides:
+        _override(made, override)
+    try:
+        return model.model_validate(OmegaConf.to_container(made, resolve=True))
+    except OmegaConfBaseException as error:
+        raise RecipeError(
+            str(error).strip().splitlines()[0], place="command line", fix="write overrides as key=value"
+        ) from None
+    except ValidationError as error:
+        raise _as_recipe_error(error, model, "command line") from None
+
+
+def _check_data(data: DataRecipe, place: str) -> None:
+    """Keys of the data section that say nothing without another one: whoever writes them expects something of them."""
+    mixed = [task.key for task in data.tasks if task.share is not None or task.cap is not None]
+    if mixed and data.total is None:
+        raise RecipeError(
+            f"`share` and `cap` of {', '.join(mixed)} divide data.total, which is not set",
+            place=f"{place}: data.tasks",
+            fix="set data.total, or give train, val and test counts instead",
+        )
+    if data.system_prompt is not None and data.template != "chat":
+        raise RecipeError(
+            "a system prompt goes with the chat template only", place=f"{place}: data", fix="set data.template=chat"
+        )
+    if data.disjoint_teachers and data.total is None and not any(task.teach for task in data.tasks):
+        raise RecipeError(
+            "disjoint_teachers: no task has problems for teachers only",
+            place=f"{place}: data.tasks",
+            fix="give tasks a `teach` count, or set data.total (half of train then goes to the teachers)",
+        )
+
+
 def make_recipe(tree: Mapping[str, Any], place: str = "recipe") -> Recipe:
     """Typed recipe from a plain mapping, with every cross-check that needs no model and no data."""
     if isinstance(tree.get("align"), dict):
@@ -111,6 +155,7 @@ def make_recipe(tree: Mapping[str, Any], place: str = "recipe") -> Recipe:
             )
     if len(set(recipe.seeds)) < len(recipe.seeds):
         raise RecipeError(f"a seed is given twice: {recipe.seeds}", place=f"{place}: seeds", fix="give each once")
+    _check_data(recipe.data, place)
     tasks = [task.key for task in recipe.data.tasks]
     for number, teacher in enumerate(recipe.teachers):
         for task in teacher.train_on:
@@ -258,7 +303,8 @@ def _nearest(word: str, words: Sequence[str], model: type[BaseModel] | None = No
     if word in FORMER_KEYS:
         return f"it is called {FORMER_KEYS[word]!r} here"
     if model is not None:
-        by_end = {key.rsplit(".", 1)[-1]: key for key in _all_keys(Recipe)}
+        keys_of = Recipe if model is ArmRecipe else model
+        by_end = {key.rsplit(".", 1)[-1]: key for key in _all_keys(keys_of)}
         close = difflib.get_close_matches(word, list(by_end), n=1, cutoff=0.6)
         if close:
             return f"did you mean {by_end[close[0]]!r}?"

@@ -50,7 +50,8 @@ class TerminalProgress:
             if self._open and what != self._what:
                 sys.stderr.write("\n")
             bar = ("█" * round(share * 24)).ljust(24, "·")
-            sys.stderr.write(f"\r\x1b[K{what:<28} {bar} {share:4.0%}  {_clock(gone_s)}  {eta}")
+            count = f"  {done:.0f}/{total}" if isinstance(total, int) else ""  # things; else a share of work
+            sys.stderr.write(f"\r\x1b[K{what:<28} {bar} {share:4.0%}{count}  {_clock(gone_s)}  {eta}")
             sys.stderr.write("\n" if finished else "")
             self._open = not finished
         elif gone_s > 2 or what != self._what:

@@ -50,7 +50,9 @@ class DataRecipe(Section):
 
     tasks: list[TaskRecipe] = Field(min_length=1)
     root: str | None = Field(None, description="folder with local copies of the public data sets; unset: the hub")
-    total: Positive | None = Field(None, description="problems over all tasks, mixed by `share`; unset: each its counts")
+    total: Positive | None = Field(
+        None, description="problems over all tasks, mixed by `share`; unset: each its counts"
+    )
     ratios: tuple[NonNegative, NonNegative, NonNegative] = Field(
         (0.7, 0.15, 0.15), description="train, val, test parts of a task's share of `total`"
     )

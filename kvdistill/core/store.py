@@ -115,11 +115,12 @@ def find_store(root: Path, kind: str, name: str, identity: Mapping[str, Any], *,
                 fix=f"delete it and run `{make}`",
             )
         return folder
-    for other in sorted(root.glob(f"{kind}-{name}-*/{MANIFEST}")):
-        found = read_json(other)["identity"]
+    others = {path.parent: read_json(path)["identity"] for path in sorted(root.glob(f"{kind}-{name}-*/{MANIFEST}"))}
+    if others:  # name the one that is nearest: arms with other options have stores of their own beside it
+        nearest = min(others, key=lambda other: len(_differing(others[other], identity)))
         raise StoreError(
-            f"the store that is there was made with other {_differences(found, identity)}",
-            place=str(other.parent),
+            f"the store that is there was made with other {_differences(others[nearest], identity)}",
+            place=str(nearest),
             fix=f"run `{make}` (the old folder is not touched)",
         )
     raise StoreError(f"there is no store of {kind} for {name!r} yet", place=str(root), fix=f"run `{make}` first")
@@ -140,8 +141,12 @@ def verify_shards(folder: Path, manifest: Mapping[str, Any]) -> None:
         raise StoreError(what, place=str(path), fix=f"delete {folder} and run the stage that wrote it again")
 
 
+def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    return sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
+
+
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    names = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
+    names = _differing(found, wanted)
     return ", ".join(f"{key} ({_short(found.get(key))}, now {_short(wanted.get(key))})" for key in names) or "options"
 
 

@@ -10,10 +10,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -29,6 +32,7 @@ SCHEMA = pa.schema(
         ("task", pa.string()),
         ("id", pa.string()),
         ("style", pa.string()),
+        ("question", pa.string()),
         ("prompt", pa.string()),
         ("reasoning", pa.string()),
         ("answer", pa.string()),
@@ -45,13 +49,42 @@ def split_path(run: Path, split: str) -> Path:
     return data_folder(Path(run)) / f"{split}.parquet"
 
 
-def write_split(run: Path, split: str, examples: Sequence[Example]) -> str:
-    """Write a split's parquet file; its SHA-256."""
-    columns = {name: [getattr(example, name) for example in examples] for name in SCHEMA.names}
-    path = split_path(run, split)
-    with replacing(path) as part:
-        pq.write_table(pa.table(columns, schema=SCHEMA), part, compression="zstd")
-    return sha256_file(path)
+class SplitWriter:
+    """Examples of one split, chunk by chunk, into a file without a name; `keep` puts it into the run folder.
+
+    So nothing stands in the run folder before everything has been checked, and memory holds one chunk.
+    Also counts: rows, longest row in tokens, and the fingerprint of what was written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """folder: an existing folder on the disk to use."""
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by keep, or with the process)
+        self._table = pq.ParquetWriter(self._file, SCHEMA, compression="zstd")
+        self._digest = hashlib.sha256()
+        self.num_rows = 0
+        self.max_tokens = 0
+
+    def write(self, examples: Sequence[Example]) -> None:
+        if not examples:
+            return
+        columns = {name: [getattr(example, name) for example in examples] for name in SCHEMA.names}
+        self._table.write_table(pa.table(columns, schema=SCHEMA))
+        self.num_rows += len(examples)
+        self.max_tokens = max(self.max_tokens, *(len(example.input_ids) for example in examples))
+        for example in examples:
+            self._digest.update(_content(example))
+
+    def fingerprint(self) -> str:
+        return self._digest.hexdigest()
+
+    def keep(self, path: Path) -> str:
+        """Finish the file and give it its name; its SHA-256."""
+        self._table.close()
+        self._file.seek(0)
+        with replacing(path) as part, open(part, "wb") as out:
+            shutil.copyfileobj(self._file, out, 1 << 20)
+        self._file.close()
+        return sha256_file(path)
 
 
 def read_manifest(run: Path) -> dict[str, Any]:
@@ -62,8 +95,8 @@ def read_manifest(run: Path) -> dict[str, Any]:
     return read_json(path)
 
 
-def read_split(run: Path, split: str) -> list[Example]:
-    """All examples of `train`, `val` or `test`, in the order they were written.
+def read_split(run: Path, split: str) -> Sequence[Example]:
+    """The examples of `train`, `val`, `test` or `teach`, in the order they were written; made when they are asked for.
 
     Raises RunFolderError where the stage has not finished, StoreError naming a file that is missing or altered.
     """
@@ -72,8 +105,48 @@ def read_split(run: Path, split: str) -> list[Example]:
     manifest = read_manifest(run)
     path = split_path(run, split)
     check_file(path, manifest["files"][path.name])
-    rows = pq.read_table(path, schema=SCHEMA).to_pylist()
-    return [Example(**row) for row in rows]
+    return _Examples(pq.read_table(path, schema=SCHEMA))
+
+
+class _Examples(Sequence[Example]):
+    """Rows of a table as examples: token ids stay packed, 5 bytes a token and not 70, until asked for."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._texts = {name: table.column(name).combine_chunks() for name in SCHEMA.names if name not in _LISTS}
+        self._lists = {name: _packed(table.column(name)) for name in _LISTS}
+        self._num_rows = table.num_rows
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        row = index % len(self)
+        columns: dict[str, Any] = {name: column[row].as_py() for name, column in self._texts.items()}
+        for name, (starts, values) in self._lists.items():
+            columns[name] = values[starts[row] : starts[row + 1]].tolist()
+        return Example(**columns)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and list(self) == list(other)
+
+
+_LISTS = ("input_ids", "segments")
+
+
+def _packed(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """A column of lists as one array of starts (rows + 1) and one of values."""
+    lengths = np.concatenate([[0], column.combine_chunks().value_lengths().to_numpy(zero_copy_only=False)])
+    return np.cumsum(lengths).astype(np.int64), pa.chunked_array(
+        [chunk.flatten() for chunk in column.chunks], type=column.type.value_type
+    ).to_numpy()
 
 
 def check_file(path: Path, sha256: str) -> None:
@@ -89,7 +162,15 @@ def fingerprint_examples(examples: Sequence[Example]) -> str:
     """SHA-256 over content and order of the rows (texts, style, gold answer, token ids), ids left out."""
     digest = hashlib.sha256()
     for example in examples:
-        row = dataclasses.asdict(example) | {"id": ""}
-        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode())
-        digest.update(b"\n")
+        digest.update(_content(example))
     return digest.hexdigest()
+
+
+def _content(example: Example) -> bytes:
+    """The row as bytes, the same on every machine: texts as JSON, token ids and segments as little-endian integers."""
+    texts = json.dumps([getattr(example, name) for name in _TEXTS], ensure_ascii=False).encode()
+    numbers = (np.asarray(getattr(example, name), dtype="<i4").tobytes() for name in _LISTS)
+    return b"\n".join((texts, *numbers, b""))
+
+
+_TEXTS = sorted(field.name for field in dataclasses.fields(Example) if field.name not in ("id", *_LISTS))

@@ -1,4 +1,7 @@
-"""The stage `prepare`: sources in; tokenizer, encoded splits, leak report and manifest out.
+"""The stage `prepare`: sources in; tokenizer, encoded splits, leak report and manifest out. And `validate`, its check.
+
+    check.py     what is learned from against what is held out
+    encoding.py  problems to encoded examples, in chunks
 
 Everything that can be wrong with the data is found before the first file is written. The manifest comes last, so a
 run folder with one is finished; the same data section then returns at once, another one is refused.
@@ -7,6 +10,7 @@ Knows no model and no arm: one split serves all arms and seeds.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,17 +23,16 @@ from kvdistill.core.files import read_json, replacing_folder, sha256_file, sha25
 from kvdistill.core.layout import data_folder, tokenizer_folder
 from kvdistill.core.progress import Progress, silent
 from kvdistill.core.recipe import DataRecipe, Recipe
-from kvdistill.data.encode import Example, encode_rows
-from kvdistill.data.leaks import Leak, find_leaks, refuse_leaks
-from kvdistill.data.problems import SPLITS, Row, styles_of
+from kvdistill.data.leaks import question_hash
+from kvdistill.data.problems import SPLITS
 from kvdistill.data.splits import Splits, load_splits, refuse_empty
-from kvdistill.data.tables import MANIFEST, check_file, fingerprint_examples, split_path, write_split
-from kvdistill.data.tokenizers import CHARACTERS, fingerprint_tokenizer, load_tokenizer, trim_tokenizer
+from kvdistill.data.tables import MANIFEST, check_file, read_split, split_path
+from kvdistill.data.tokenizers import fingerprint_tokenizer
+from kvdistill.prepare.check import checked_splits, drop_leaks, find_split_leaks, report_as_dict, require_checked
+from kvdistill.prepare.encoding import Encoded, encode_splits, make_tokenizer
 
-_FORMAT = 1
-_ENCODE_CHUNK = 2000
-Encoded = dict[str, list[Example]]
-Counts = dict[str, dict[str, dict[str, int]]]
+_FORMAT = 2
+REPORT = "validation_report.json"
 
 
 def prepare(recipe: Recipe, run: Path, progress: Progress | None = None) -> None:
@@ -41,37 +44,89 @@ def prepare(recipe: Recipe, run: Path, progress: Progress | None = None) -> None
     data, run, progress = recipe.data, Path(run), progress or silent
     if _is_finished(data, run):
         return
-    splits = load_splits(data, progress)
-    leaks = find_leaks(splits.problems)
-    if not data.allow_leaks:
-        refuse_leaks(leaks)
-    rows = _write_rows(splits, data.style)
-    tokenizer, id_map = _make_tokenizer(data, rows)
-    encoded = {split: _encode(tokenizer, rows[split], split, progress) for split in SPLITS}
-    encoded, too_long = _leave_out_long(encoded, data.max_length)
-    counts = _count(splits, encoded, too_long)
+    splits, report, dropped = checked_splits(recipe, progress, beside=run)
+    tokenizer, id_map = make_tokenizer(data, splits)
+    existing = next(path for path in (run, *run.absolute().parents) if path.is_dir())
+    encoded = encode_splits(splits, data, tokenizer, beside=existing, progress=progress)
+    counts = _count(splits, encoded, dropped)
     for task, per_split in counts.items():
         _refuse_all_too_long(task, per_split, data.max_length)
     _save_tokenizer(run, tokenizer, id_map)
-    files = {split_path(run, split).name: write_split(run, split, encoded[split]) for split in SPLITS}
-    write_json(data_folder(run) / "validation_report.json", _validation_report(splits, leaks))
+    fingerprints = {split: encoded.tables[split].fingerprint() for split in SPLITS}
+    found = report_as_dict(report, dropped, data.leaks)
     manifest = {
         "format": _FORMAT,
         "section": _section(data),
-        "fingerprint": _fingerprints(encoded),
+        "fingerprint": {"all": sha256_of(fingerprints), **fingerprints},
         "tokenizer": _describe_tokenizer(data, tokenizer, id_map, encoded),
         "tasks": counts,
+        "table": {task: {style: dict(n) for style, n in styles.items()} for task, styles in encoded.rows.items()},
         "duplicates_dropped": splits.duplicates,
-        "max_tokens": max((len(example.input_ids) for split in SPLITS for example in encoded[split]), default=0),
+        "num_leaks": found["num_leaks"],
+        "max_tokens": max(table.max_tokens for table in encoded.tables.values()),
         "sources": [asdict(source) for source in splits.sources],
-        "files": files,
+        "files": {split_path(run, split).name: encoded.tables[split].keep(split_path(run, split)) for split in SPLITS},
     }
+    write_json(data_folder(run) / REPORT, found)
     write_json(data_folder(run) / MANIFEST, manifest)
 
 
+def validate(recipe: Recipe, run: Path, progress: Progress | None = None, *, fix: bool = False) -> dict[str, Any]:
+    """Hold what is learned from against what is held out, anew from the sources; the report, which is also written.
+
+    Where the run is prepared, its tables are held against the sources too. fix: leaks are taken out of training
+    (as `data.leaks: drop` does) and the data is prepared without them. `num_leaks` of the report are those that stay.
+    """
+    run, progress = Path(run), progress or silent
+    if fix:
+        return _fix(recipe, run, progress)
+    data = recipe.data
+    finished = _is_finished(data, run)
+    splits = load_splits(data, progress, beside=run)
+    leaks = find_split_leaks(recipe, splits, progress)
+    if data.leaks != "allow":
+        require_checked(splits, leaks)
+    dropped = drop_leaks(splits, leaks) if data.leaks == "drop" else {}
+    found = report_as_dict(leaks, dropped, data.leaks)
+    if finished:
+        _hold_tables(splits, data, run)
+    write_json(data_folder(run) / REPORT, found)
+    return found
+
+
+def _fix(recipe: Recipe, run: Path, progress: Progress) -> dict[str, Any]:
+    manifest = data_folder(run) / MANIFEST
+    if manifest.is_file() and read_json(manifest).get("num_leaks"):
+        used = [name for name in ("teachers", "store", "fit", "arms") if (run / name).exists()]
+        if used:
+            raise RunFolderError(
+                f"models were already trained on this data ({', '.join(used)} are there)",
+                place=str(run),
+                fix="give another run_dir: what was learned from leaked problems cannot be taken back",
+            )
+        manifest.unlink()
+    prepare(recipe.model_copy(update={"data": recipe.data.model_copy(update={"leaks": "drop"})}), run, progress)
+    return read_json(data_folder(run) / REPORT)
+
+
+def _hold_tables(splits: Splits, data: DataRecipe, run: Path) -> None:
+    """RunFolderError where the prepared tables hold a problem that the sources do not put into that split."""
+    for split in SPLITS:
+        there = {question_hash(problem.question) for problem in splits.problems[split]}
+        for example in read_split(run, split):
+            if example.doc_hash not in there:
+                raise RunFolderError(
+                    f"{example.task} / {example.id} stands in the prepared {split} table, and the sources do not put "
+                    "it there",
+                    place=str(split_path(run, split)),
+                    fix="delete the run's data/ folder and run `kvdistill prepare` again",
+                )
+
+
 def _section(data: DataRecipe) -> dict[str, Any]:
-    """The data section as the manifest keeps it. Without `root`: where a copy lies does not change what it says."""
-    return data.model_dump(mode="json", exclude={"root"})
+    """The data section as the manifest keeps it, without what does not change what it says: where a copy lies, and what
+    to do about leaks (the manifest has how many there are)."""
+    return data.model_dump(mode="json", exclude={"root", "leaks"})
 
 
 def _is_finished(data: DataRecipe, run: Path) -> bool:
@@ -87,6 +142,12 @@ def _is_finished(data: DataRecipe, run: Path) -> bool:
             f"this run folder was prepared for another data section ({named} differ)",
             place=str(path),
             fix="give the recipe another run_dir or name, or set the data section back",
+        )
+    if manifest["num_leaks"] and data.leaks != "allow":
+        raise RunFolderError(
+            f"this run folder was prepared with {manifest['num_leaks']} leaks (data.leaks=allow)",
+            place=str(path),
+            fix="`kvdistill validate RECIPE --fix` takes them out, or give the recipe another run_dir",
         )
     for name, sha256 in manifest["files"].items():
         check_file(path.with_name(name), sha256)
@@ -116,74 +177,21 @@ def _check_sources(data: DataRecipe, sources: Sequence[dict[str, str]], manifest
             )
 
 
-def _write_rows(splits: Splits, style: str) -> dict[str, list[Row]]:
-    """Every problem in every style asked for; the styles of a problem stand together, in one split.
-
-    Also the check that each task reads its own gold answers back: otherwise no student could ever be right.
-    """
-    rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
-    for split in SPLITS:
-        for problem in splits.problems[split]:
-            rules = splits.rules[problem.task]
-            for row in (rules.write(problem, name) for name in styles_of(style)):
-                answer = rules.extract(row.completion)
-                if answer is None or not rules.same(answer, problem.answer):
-                    raise DataError(
-                        f"the gold answer {problem.answer!r} reads back as {answer!r}",
-                        place=f"{problem.task} / {problem.id}",
-                        fix="take the task's answer mark out of the reasoning, or take the row out",
-                    )
-                rows[split].append(row)
-    return rows
-
-
-def _make_tokenizer(
-    data: DataRecipe, rows: dict[str, list[Row]]
-) -> tuple[PreTrainedTokenizerFast, dict[int, int] | None]:
-    """The tokenizer of the data section; trimmed over the texts of all splits, as they will be tokenized.
-
-    Test texts count too: what a pretrained teacher reads must be the pieces it was trained on.
-    """
-    texts = [text for split in SPLITS for row in rows[split] for text in (row.prompt, row.completion)]
-    tokenizer = load_tokenizer(data.tokenizer, data.root, texts=texts if data.tokenizer == CHARACTERS else ())
-    return trim_tokenizer(tokenizer, texts) if data.trim_vocabulary else (tokenizer, None)
-
-
-def _encode(tokenizer: PreTrainedTokenizerFast, rows: list[Row], split: str, progress: Progress) -> list[Example]:
-    examples: list[Example] = []
-    for start in range(0, len(rows), _ENCODE_CHUNK):
-        examples.extend(encode_rows(tokenizer, rows[start : start + _ENCODE_CHUNK]))
-        progress(f"encoding {split}", len(examples), len(rows))
-    return examples
-
-
-def _leave_out_long(encoded: Encoded, max_length: int) -> tuple[Encoded, dict[str, dict[str, int]]]:
-    """Without the problems of which any style is longer than `max_length` tokens, and how many of each task."""
-    kept: Encoded = {}
-    counts: dict[str, dict[str, int]] = {}
-    for split, examples in encoded.items():
-        long = {(e.task, e.doc_hash) for e in examples if len(e.input_ids) > max_length}
-        kept[split] = [e for e in examples if (e.task, e.doc_hash) not in long]
-        for task, _ in long:
-            counts.setdefault(task, {}).setdefault(split, 0)
-            counts[task][split] += 1
-    return kept, counts
-
-
 def _count(
-    splits: Splits, encoded: Encoded, too_long: dict[str, dict[str, int]]
+    splits: Splits, encoded: Encoded, dropped: dict[str, dict[str, int]]
 ) -> dict[str, dict[str, dict[str, int]]]:
-    """task -> split -> asked, problems, rows, too_long."""
-    counts: Counts = {}
+    """task -> split -> asked, problems, rows, too_long, dropped (as leaks)."""
+    counts: dict[str, dict[str, dict[str, int]]] = {}
     for task, asked in splits.asked.items():
         counts[task] = {}
         for split in SPLITS:
-            own = [example for example in encoded[split] if example.task == task]
+            rows = sum(styles[split] for styles in encoded.rows.get(task, {}).values())
             counts[task][split] = {
                 "asked": asked[split],
-                "problems": len({example.doc_hash for example in own}),
-                "rows": len(own),
-                "too_long": too_long.get(task, {}).get(split, 0),
+                "problems": encoded.problems.get(task, Counter())[split],
+                "rows": rows,
+                "too_long": encoded.too_long.get(task, Counter())[split],
+                "dropped": dropped.get(split, {}).get(task, 0),
             }
     return counts
 
@@ -206,31 +214,13 @@ def _save_tokenizer(run: Path, tokenizer: PreTrainedTokenizerFast, id_map: dict[
             write_json(folder / "id_map.json", id_map)
 
 
-def _validation_report(splits: Splits, leaks: Sequence[Leak]) -> dict[str, Any]:
-    return {
-        "method": "exact: SHA-256 of the question with case, whitespace and width of punctuation folded",
-        "problems": {split: len(splits.problems[split]) for split in SPLITS},
-        "num_leaks": len(leaks),
-        "leaks": [leak.as_dict() for leak in leaks],
-    }
-
-
-def _fingerprints(encoded: Encoded) -> dict[str, str]:
-    each = {split: fingerprint_examples(encoded[split]) for split in SPLITS}
-    return {"all": sha256_of(each), **each}
-
-
 def _describe_tokenizer(
     data: DataRecipe, tokenizer: PreTrainedTokenizerFast, id_map: dict[int, int] | None, encoded: Encoded
 ) -> dict[str, Any]:
-    unk = None if tokenizer.unk_token == tokenizer.eos_token else tokenizer.unk_token_id  # GPT-2: one token for all
     return {
         "name": data.tokenizer,
         "fingerprint": fingerprint_tokenizer(tokenizer),
         "size": len(tokenizer),
         "trimmed": id_map is not None,
-        "unknown_tokens": {
-            split: sum(example.input_ids.count(unk) for example in encoded[split]) if unk is not None else 0
-            for split in SPLITS
-        },
+        "unknown_tokens": {split: encoded.unknown[split] for split in SPLITS},
     }

@@ -157,7 +157,7 @@ def _read_run(folder: Path, arm: str, seed: int) -> SeedRun:
         keys=tuple((r["task"], r["id"], str(r.get("style") or "")) for r in rows),
         doc_hashes=tuple(r.get("doc_hash") for r in rows),
         prompt_hashes=tuple(r.get("prompt_hash") for r in rows),
-        correct_Q=np.array([r["correct"] for r in rows], dtype=np.float64),
+        correct_Q=np.array([r.get("score", r["correct"]) for r in rows], dtype=np.float64),  # a score may be a share
         nll_Q=_floats(rows, "nll"),
         tokens_out_Q=_floats(rows, "tokens_out"),
         ledger=_read_object(folder / "ledger.json"),

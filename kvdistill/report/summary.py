@@ -177,7 +177,7 @@ def summarise(recipe: Recipe, tables: RunTables, family: dict[str, list[Comparis
         "seconds": _total([tables.provenance], "seconds"), "cpu_seconds": _total([tables.provenance], "cpu_seconds"),
         "student_seconds": _total(ledgers, "seconds"),
         "teacher_seconds": _total(list(tables.teachers.values()), "seconds"),
-        "leaks_allowed": recipe.data.allow_leaks or bool((tables.manifest.get("section") or {}).get("allow_leaks")),
+        "leaks_allowed": recipe.data.leaks == "allow" or bool(tables.manifest.get("num_leaks")),
         "leaks_found": tables.validation.get("num_leaks"),
         "notes": tables.notes,
     }  # fmt: skip

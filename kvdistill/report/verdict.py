@@ -75,7 +75,7 @@ def list_warnings(summary: Row) -> list[str]:
     if summary["leaks_allowed"]:
         number_found = summary["leaks_found"]
         what = "were not counted" if number_found is None else f"{number_found} found"
-        found.append(f"Leaks were allowed (data.allow_leaks; {what}): test problems may be in the training set. "
+        found.append(f"Leaks were allowed (data.leaks=allow; {what}): test problems may be in the training set. "
                      "Nothing on this page is a result.")  # fmt: skip
     if len(summary["seeds"]) < 3:
         found.append(f"Only {len(summary['seeds'])} seed(s): a comparison needs at least 3, 5 are better.")

@@ -108,7 +108,7 @@ def train_teacher(recipe: Recipe, run: Path, name: str, progress: Progress = sil
     watch = Stopwatch()
     with folder_lock(folder, wait=True):
         seed_everything(derive_seed(teacher.seed, "teacher", name))
-        examples = _lessons(run, teacher.train_on)
+        examples = _lessons(run, teacher.train_on, apart=recipe.data.disjoint_teachers)
         if not examples:
             raise DataError(
                 f"no training examples of {', '.join(teacher.train_on)}",
@@ -148,9 +148,13 @@ def _checkpoint_activations(student: Any) -> None:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def _lessons(run: Path, tasks: Sequence[str]) -> list[Example]:
-    """What a teacher studies: the students' training problems of its tasks, and the `teach` problems beside them."""
-    return [example for split in ("train", "teach") for example in read_split(run, split) if example.task in tasks]
+def _lessons(run: Path, tasks: Sequence[str], *, apart: bool) -> list[Example]:
+    """What a teacher studies: the students' training problems of its tasks, and the `teach` problems beside them.
+
+    apart: only the latter, so that no student sees a text that its teacher was trained on.
+    """
+    splits = ("teach",) if apart else ("train", "teach")
+    return [example for split in splits for example in read_split(run, split) if example.task in tasks]
 
 
 def build_distiller(

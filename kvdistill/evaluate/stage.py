@@ -49,6 +49,10 @@ def evaluate(recipe: Recipe, run: Path, arm: str, seed: int, progress: Progress 
         ) from None
     examples = test_examples(recipe, run)
     records = answer(model, tokenizer, examples, recipe, lambda done, total: progress("evaluate", done, total))
+    if recipe.evaluate.tasks:
+        from kvdistill.evaluate.public import public_records  # lm-eval takes seconds to import
+
+        records += public_records(recipe, run, folder, model, tokenizer, progress)
     lines = [json.dumps({"arm": arm, "seed": seed, **record}, ensure_ascii=False) for record in records]
     write_text(folder / "records.jsonl", "\n".join(lines) + "\n")
     write_json(evaluated_mark(folder), {"arm": arm, "seed": seed, "questions": len(records)})

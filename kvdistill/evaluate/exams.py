@@ -1,0 +1,115 @@
+"""An exam: the questions of one member of an evaluation, asked in one way, and how answers to them are judged.
+
+`AbstractExam` is what the suite runs; lm-eval's definitions are in `harness.py`, prompts of our own in `plain.py`.
+Knows no model, no file and no order of asking.
+"""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Mode = Literal["likelihood", "generation"]
+Render = Callable[..., str]  # messages -> prompt, as lm-eval's `LM.apply_chat_template`
+OWN_STYLE: Literal["cot", "direct"] = "cot"
+
+
+@dataclass(frozen=True)
+class SuiteOptions:
+    """What is asked, and how. None: what each evaluation says of itself.
+
+    root: folder with local copies; None: the hub. num_fewshot: examples in the prompt. limit: first n questions of
+    each member. max_new_tokens: of a generated answer. style: of the training tasks' own templates. run: the run folder
+    whose prepared test split is the evaluation `own`. batch_size: questions per call of the model. gold_nll: also how
+    likely the model finds the published answer where answers are generated.
+    """
+
+    root: Path | None = None
+    num_fewshot: int | None = None
+    choice: Mode = "likelihood"
+    chat: bool = False
+    system_prompt: str | None = None
+    limit: int | None = None
+    max_new_tokens: int | None = None
+    batch_size: int = 64
+    style: Literal["cot", "direct"] = OWN_STYLE
+    run: Path | None = None
+    gold_nll: bool = False
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question as it is asked.
+
+    requests: lm-eval `Instance`s, one, or one for each choice. gold: one more, whose log-likelihood is that of the
+    published answer; None where choices are scored anyway.
+    """
+
+    number: int
+    id: str
+    style: str
+    doc_hash: str
+    prompt: str
+    requests: Sequence[Any]
+    gold: Any = None
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.id, self.style
+
+    @property
+    def prompt_hash(self) -> str:
+        return hashlib.sha256(self.prompt.encode()).hexdigest()[:32]
+
+    @property
+    def length(self) -> int:
+        """Characters that the model reads: what questions are sorted by, so that a batch has little padding."""
+        return sum(len(request.args[0]) for request in self.requests)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What was answered, and what it is worth. score: in [0, 1]; 1 or 0 but for probability masses.
+
+    right: which request's log-likelihood is the gold choice's. metrics: lm-eval's own, `metric,filter` -> value.
+    """
+
+    prediction: str | None
+    completion: str | None
+    gold: str
+    correct: bool
+    score: float
+    right: int | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class AbstractExam(abc.ABC):
+    """evaluation, name: whose member this is, and which. mode: how it is asked. note: what a reader must know."""
+
+    evaluation: str
+    name: str
+    mode: Mode
+    note: str = ""
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Questions that are there."""
+
+    @abc.abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """Everything that a record depends on, JSON-able: the definition and its version, the data, the options."""
+
+    @abc.abstractmethod
+    def questions(self, limit: int | None, render: Render | None) -> Iterator[Question]:
+        """The first `limit` questions in the publisher's order; the same prompts in every call.
+
+        render: writes messages as a prompt; None: plain text.
+        """
+
+    @abc.abstractmethod
+    def judge(self, question: Question, responses: Sequence[Any]) -> Judgement:
+        """responses: one for each request of the question, as lm-eval's `LM` gives them."""
