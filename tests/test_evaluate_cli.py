@@ -1,4 +1,4 @@
-"""`kvdistill evaluate MODEL --tasks …` as a user types it: the table, the folder, mistakes, kills; and inside a study."""
+"""`kvdistill evaluate MODEL --tasks …` as a user types it: table, folder, mistakes, kills; and inside a study."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_recipe import ARMS, SEED, assert_one_message, copy_base, environment, invoke, rows_of, tiny_recipe
+from tiny_recipe import SEED, assert_one_message, environment, invoke, no_training, rows_of
 from tiny_recipe import write_recipe as write_tiny
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -22,8 +22,22 @@ from kvdistill.core.evaluation_text import evaluation_table
 from kvdistill.data.tokenizers import character_tokenizer
 from kvdistill.evaluate.command import ModelOptions
 from kvdistill.evaluate.public import report_rows
-from kvdistill.report import report
 
+KILLED = """
+import os, signal
+from kvdistill.cli import main
+from kvdistill.evaluate.records import AnswerBook
+real, left = AnswerBook.append, [3]
+def append(book, rows):
+    real(book, rows)
+    left[0] -= 1
+    if not left[0]:
+        with open(book.folder / "records.jsonl", "a") as file:
+            file.write('{"evaluation": "ce')
+        os.kill(os.getpid(), signal.SIGKILL)
+AnswerBook.append = append
+main()
+"""
 TEXT = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ#\n()'\",.?答案："
 
 
@@ -115,8 +129,8 @@ def test_multiple_choice_by_generation_and_chat(model, data_root, tmp_path, monk
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
     tokenizer.save_pretrained(talking)
     more = ("--choice", "generation", "--chat", "--num-fewshot", 1, "data.system_prompt=Brief.")
-    answer = invoke(
-        monkeypatch, "evaluate", talking, "--tasks", "ceval,math500", *words(data_root, tmp_path / "o", *more))  # fmt: skip
+    asked = words(data_root, tmp_path / "o", *more)
+    answer = invoke(monkeypatch, "evaluate", talking, "--tasks", "ceval,math500", *asked)
     assert answer.code == 0, answer
     rows = records_of(tmp_path / "o")
     assert {(row["mode"], row["style"]) for row in rows} == {("generation", "chat-1")}
@@ -130,14 +144,7 @@ def test_a_killed_command_goes_on(model, data_root, tmp_path, monkeypatch):
              "evaluate.batch_size=5"]  # fmt: skip
     whole, out = tmp_path / "whole", tmp_path / "killed"
     assert invoke(monkeypatch, "evaluate", model, *asked, "--out", whole).code == 0
-    script = (
-        "import os, signal, sys\nfrom kvdistill.evaluate.records import AnswerBook\nreal, left = AnswerBook.append, [3]\n"
-        "def append(book, rows):\n    real(book, rows)\n    left[0] -= 1\n    if not left[0]:\n"
-        "        with open(book.folder / 'records.jsonl', 'a') as file:\n            file.write('{\"evaluation\": \"ce')\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "AnswerBook.append = append\nfrom kvdistill.cli import main\nmain()\n"
-    )
-    command = [sys.executable, "-c", script, "evaluate", str(model), *asked, "--out", str(out)]
+    command = [sys.executable, "-c", KILLED, "evaluate", str(model), *asked, "--out", str(out)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (out / "results.json").exists() and 0 < len((out / "records.jsonl").read_text().splitlines()) < 36
@@ -147,11 +154,9 @@ def test_a_killed_command_goes_on(model, data_root, tmp_path, monkeypatch):
 
 def test_the_model_of_a_run_knows_its_own_test_split(data_root, tmp_path, monkeypatch):
     """`own` and the names of the run's tasks; answers are those of the stage, and lie beside the model."""
-    run = copy_base(tmp_path)
-    recipe = write_tiny(tmp_path, arms=ARMS)
-    for verb in ("train", "evaluate"):
-        assert invoke(monkeypatch, verb, recipe, "--arm", "single", "--seed", SEED).code == 0
-    folder = run / "arms" / "single" / f"seed-{SEED}"
+    recipe = write_tiny(tmp_path, teachers=[], arms={"ce": {"teachers": []}})
+    assert invoke(monkeypatch, "run", recipe).code == 0
+    folder = tmp_path / "run" / "arms" / "ce" / f"seed-{SEED}"
     answer = invoke(monkeypatch, "evaluate", folder / "model", "--tasks", "own,chain,own:product", "--json")
     assert answer.code == 0, answer
     found = json.loads(answer.out)["evaluations"]["evaluations"]
@@ -215,7 +220,7 @@ def test_a_recipe_and_a_model_have_flags_of_their_own(tmp_path, monkeypatch):
     assert_one_message(answer, "recipe not found", "'tiny.yaml'")
 
 
-@pytest.mark.parametrize("wrong", ["missing", "empty", "pickled", "no tokenizer", "small vocabulary", "other weights"])
+@pytest.mark.parametrize("wrong", ["missing", "empty", "pickled", "no tokenizer", "small vocabulary"])
 def test_models_that_cannot_be_evaluated(model, data_root, tmp_path, monkeypatch, no_model, wrong):
     folder, parts = tmp_path / "model", ["model.path", "hub id"]
     if wrong == "empty":
@@ -235,13 +240,16 @@ def test_models_that_cannot_be_evaluated(model, data_root, tmp_path, monkeypatch
         (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 9}))
         parts = ["9 token embeddings"]
     asked = ["--tasks", "ceval", *words(data_root, tmp_path / "out")]
-    if wrong == "other weights":
-        with monkeypatch.context() as patch:
-            patch.undo()
-            assert invoke(patch, "evaluate", model, *asked).code == 0
-        monkeypatch.setattr("kvdistill.evaluate.command.load_model", None)
-        parts = ["answers to something else", "model.model.sha256", "--out"]
     assert_one_message(invoke(monkeypatch, "evaluate", folder, *asked), *parts)
+
+
+def test_answers_of_other_weights_are_not_mixed(model, data_root, tmp_path, monkeypatch):
+    asked = ["--tasks", "ceval", *words(data_root, tmp_path / "out")]
+    assert invoke(monkeypatch, "evaluate", model, *asked).code == 0
+    monkeypatch.setattr("kvdistill.evaluate.command.load_model", None)
+    other = save_model(tmp_path / "other", seed=1)
+    answer = invoke(monkeypatch, "evaluate", other, *asked)
+    assert_one_message(answer, "answers to something else", "model.model.sha256", "--out")
 
 
 def test_options_know_the_nearest_key():
@@ -255,9 +263,8 @@ def test_names_from_data_cannot_break_the_terminal():
     figures = {"questions": 1, "score": 1.0, "stderr": None, "mode": "generation", "style": "cot", "metric": None}
     figures |= dict.fromkeys(("tokens_in", "tokens_out", "forward_passes", "seconds", "truncated", "unspelled"))
     found = figures | {"metrics": {}, "members": {}, "notes": [], "complete": True}
-    table = evaluation_table(
-        {"evaluations": {"\x1b[31mown\n" * 9: found}, "macro_average": 1.0, "in_macro_average": [1]}
-    )
+    name = "\x1b[31mown\n" * 9
+    table = evaluation_table({"evaluations": {name: found}, "macro_average": 1.0, "in_macro_average": [name]})
     assert all(line.isprintable() and len(line) <= 100 for line in table) and "\\x1b" in table[1]
 
 
@@ -265,15 +272,12 @@ def test_names_from_data_cannot_break_the_terminal():
 
 
 def test_a_study_evaluates_its_students_publicly(data_root, tmp_path, monkeypatch):
-    """Records of the recipe's evaluations stand beside those of the own test split, and the page counts them as tasks."""
+    """Records of the recipe's evaluations stand beside those of the own test split; the page counts them as tasks."""
     public = {"tasks": ["truthfulqa", "ceval", "math500"], "limit": 2, "max_new_tokens": 4}
-    changes = {"arms": {"ce": {"teachers": []}, "single": {"teachers": ["one"]}}, "evaluate": public}
-    run, recipe = copy_base(tmp_path), write_tiny(tmp_path, data={"root": str(data_root)}, **changes)
-    tree = json.loads((run / "recipe.json").read_text())
-    (run / "recipe.json").write_text(json.dumps({**tree, "evaluate": {**tree["evaluate"], **public}}))
-    made = tiny_recipe(run, data={"root": str(data_root)}, **changes)
-    for verb in ("train", "evaluate"):
-        assert invoke(monkeypatch, verb, recipe).code == 0, verb
+    arms = {"ce": {"teachers": []}, "single": {"teachers": []}}
+    recipe = write_tiny(tmp_path, teachers=[], arms=arms, evaluate=public, data={"root": str(data_root)})
+    assert invoke(monkeypatch, "run", recipe).code == 0
+    run = tmp_path / "run"
     by_arm = {arm: rows_of(run / "arms" / arm / f"seed-{SEED}" / "records.jsonl") for arm in ("ce", "single")}
     for arm, rows in by_arm.items():
         tasks = [row["task"] for row in rows]
@@ -282,10 +286,8 @@ def test_a_study_evaluates_its_students_publicly(data_root, tmp_path, monkeypatc
         assert all(row["arm"] == arm and row["seed"] == SEED and row["nll"] > 0 for row in rows)
         mass = [row["score"] for row in rows if row["task"] == "truthfulqa"]
         assert all(0 < share < 1 for share in mass)
-    assert [[r["prompt_hash"] for r in rows] for rows in by_arm.values()][0] == [
-        r["prompt_hash"] for r in by_arm["single"]
-    ]
-    report(made, run)
+    first, second = ([row["prompt_hash"] for row in rows] for rows in by_arm.values())
+    assert first == second
     summary = json.loads((run / "summary.json").read_text())
     assert "ceval" in (run / "report.html").read_text()
     own = {row["task"]: [] for row in by_arm["ce"]}
@@ -297,8 +299,6 @@ def test_a_study_evaluates_its_students_publicly(data_root, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("name", ["gsm8", "gpqa"])
 def test_a_study_finds_mistakes_in_its_evaluations_before_training(data_root, tmp_path, monkeypatch, name):
-    from tiny_recipe import no_training
-
     recipe = write_tiny(tmp_path, data={"root": str(data_root)}, evaluate={"tasks": [name]})
     answer = invoke(monkeypatch, "run", recipe, waves=no_training)
     assert_one_message(answer, "'gsm8k'" if name == "gsm8" else "gpqa")

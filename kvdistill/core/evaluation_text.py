@@ -39,9 +39,9 @@ def evaluation_table(results: Mapping[str, Any]) -> list[str]:
 
 
 _LEGEND = (
-    "score: percent by our answer rules ± standard error over questions; lm-eval: its own metric, percent",
+    "score: percent by our answer rules ± standard error; lm-eval: its own metric, percent",
     "in, out: tokens; passes: forward passes; s: seconds; each per question",
-    "cut: questions whose prompt did not fit; lost: characters of the prompts that the tokenizer cannot write",
+    "cut: questions whose prompt did not fit; lost: characters that the tokenizer cannot write",
 )
 
 

@@ -16,7 +16,7 @@ from pydantic import Field
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from kvdistill.core.config import make_options
-from kvdistill.core.errors import DataError, RecipeError
+from kvdistill.core.errors import DataError, ModelError, RecipeError
 from kvdistill.core.progress import Progress, silent
 from kvdistill.core.recipe import EvaluateRecipe, HardwareRecipe, ModelRecipe, Section
 from kvdistill.core.runtime import keep_freed_memory, pick_device, quiet_libraries, set_threads
@@ -28,6 +28,7 @@ from kvdistill.evaluate.suite import check_folder, evaluate_suite, plan_suite
 from kvdistill.models.load import check_model_exists, load_model, model_config
 
 _PLACE = "model"
+_TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tokenization_*.py")
 
 
 class ModelData(Section):
@@ -159,7 +160,11 @@ def _dtype(asked: str, config: Any) -> str:
 
 def load_own_tokenizer(model: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """The tokenizer that comes with the model, as `AutoTokenizer` gives it. DataError where there is none."""
-    local = Path(model).is_dir() or not hub_reachable()
+    fix = "copy the tokenizer's files (tokenizer.json, tokenizer_config.json) into the model's folder"
+    folder = Path(model)
+    if folder.is_dir() and not any(file for kind in _TOKENIZER_FILES for file in folder.glob(kind)):
+        raise DataError("the model has no tokenizer", place=model, fix=fix)  # transformers makes an empty one up
+    local = folder.is_dir() or not hub_reachable()
     try:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code, local_files_only=local)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
@@ -167,7 +172,7 @@ def load_own_tokenizer(model: str, trust_remote_code: bool) -> PreTrainedTokeniz
         raise DataError(
             f"the model's tokenizer cannot be loaded ({reason})",
             place=model,
-            fix="copy the tokenizer's files (tokenizer.json, tokenizer_config.json) into the model's folder",
+            fix=fix,
         ) from error
 
 
@@ -182,8 +187,17 @@ def _load(subject: _Subject, options: ModelOptions) -> Any:
     from kvdistill.evaluate.lm import MeteredLM
 
     model: Any = load_model(subject.recipe, vocab_size=len(subject.tokenizer), seed=0, place=_PLACE)
+    try:
+        model.to(pick_device(options.hardware.device))
+    except (RuntimeError, AssertionError) as error:  # no such device, or too little memory on it
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"the model does not go to device {options.hardware.device} ({reason})",
+            place="hardware.device",
+            fix="give another device (cpu, cuda:0), or a smaller dtype",
+        ) from error
     return MeteredLM(
-        model.to(pick_device(options.hardware.device)),
+        model,
         subject.tokenizer,
         batch_size=options.evaluate.batch_size,
         bos_in_front=subject.asker["begins_with_bos"],
