@@ -42,7 +42,8 @@ class TerminalProgress:
         self._last_s = now
         share = done / total if total else 0.0
         gone_s = now - start_s
-        rate = (done - start_done) / gone_s if gone_s > 0.5 else 0.0
+        seen = done - start_done  # the first hundredth says nothing yet about the rest
+        rate = seen / gone_s if gone_s > 0.5 and seen >= 0.01 * total else 0.0
         eta = f"{_clock((total - done) / rate)} to go" if rate > 0 and not finished else ""
         if finished:
             eta = "done"
