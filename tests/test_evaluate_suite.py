@@ -35,7 +35,7 @@ from kvdistill.evaluate.suite import Exams, check_folder, evaluate_suite, plan_s
 
 CHOICES = ("cmmlu", "ceval", "arc_challenge", "truthfulqa")
 LETTERED = ("cmmlu", "ceval", "arc_challenge")
-OWN = ("svamp", "strategyqa", "math23k")
+OWN = ("strategyqa", "math23k")
 NAMES = ("gsm8k", "math500", "bbh", *CHOICES, *OWN)
 LIMIT = 4
 
@@ -238,7 +238,7 @@ def simple_evaluate_samples(
 
 
 def test_a_stopped_run_goes_on_to_the_same_records(plans, data_root, tmp_path):
-    exams = {name: plans["likelihood"][name] for name in ("gsm8k", "cmmlu", "truthfulqa", "svamp")}
+    exams = {name: plans["likelihood"][name] for name in ("math500", "cmmlu", "truthfulqa", "math23k")}
     asked = options(data_root, batch_size=3)
     right = some_questions(exams, LIMIT, 0.5)
     whole = evaluate_suite(ScriptedLM(data_root, right), exams, asked, tmp_path / "whole")
@@ -272,7 +272,7 @@ def test_the_order_of_evaluations_changes_nothing(plans, data_root, tmp_path):
 
 
 def test_more_questions_and_more_evaluations_join_the_same_folder(plans, data_root, tmp_path):
-    first, second = ({name: plans["likelihood"][name]} for name in ("gsm8k", "svamp"))
+    first, second = ({name: plans["likelihood"][name]} for name in ("gsm8k", "math23k"))
     right = some_questions(first | second, 12, 0.5)
     out, model = tmp_path / "out", ScriptedLM(data_root, right)
     evaluate_suite(model, first, options(data_root, limit=6), out)
@@ -282,28 +282,28 @@ def test_more_questions_and_more_evaluations_join_the_same_folder(plans, data_ro
     assert without_seconds(out) == without_seconds(tmp_path / "at once")
     smaller = evaluate_suite(model, first, options(data_root, limit=5), out)  # a part of what is there
     assert model.asked["generate_until"] == 24
-    assert smaller["evaluations"]["gsm8k"]["questions"] == 5 and smaller["evaluations"]["svamp"]["questions"] == 12
+    assert smaller["evaluations"]["gsm8k"]["questions"] == 5 and smaller["evaluations"]["math23k"]["questions"] == 12
     known = sum((("gsm8k", n) in right) for n in range(5))
     assert smaller["evaluations"]["gsm8k"]["score"] == known / 5
 
 
 def test_an_evaluation_that_is_not_finished_is_not_in_the_average(plans, data_root, tmp_path):
     out = tmp_path / "out"
-    first, second = ({name: plans["likelihood"][name]} for name in ("gsm8k", "svamp"))
+    first, second = ({name: plans["likelihood"][name]} for name in ("gsm8k", "math23k"))
     with pytest.raises(KeyboardInterrupt):
         evaluate_suite(ScriptedLM(data_root, dies_after=1), first, options(data_root, batch_size=2), out)
     results = evaluate_suite(ScriptedLM(data_root), second, options(data_root), out)
     assert not results["evaluations"]["gsm8k"]["complete"] and results["evaluations"]["gsm8k"]["questions"] == 2
-    assert results["in_macro_average"] == ["svamp"] and results["macro_average"] == 1.0
+    assert results["in_macro_average"] == ["math23k"] and results["macro_average"] == 1.0
 
 
 @pytest.mark.parametrize(
     ("changes", "asker", "key"),
     [
-        ({"num_fewshot": 3}, {}, "gsm8k.members.gsm8k.num_fewshot (5 there, 3 now)"),
-        ({"choice": "generation"}, {}, 'gsm8k.choice ("likelihood" there, "generation" now)'),
-        ({"chat": True}, {}, "gsm8k.chat (false there, true now)"),
-        ({"max_new_tokens": 9}, {}, "gsm8k.members.gsm8k.max_new_tokens (null there, 9 now)"),
+        ({"num_fewshot": 3}, {}, "math500.members.math500.num_fewshot (4 there, 3 now)"),
+        ({"choice": "generation"}, {}, 'math500.choice ("likelihood" there, "generation" now)'),
+        ({"chat": True}, {}, "math500.chat (false there, true now)"),
+        ({"max_new_tokens": 9}, {}, "math500.members.math500.max_new_tokens (null there, 9 now)"),
         ({}, {"model": {"sha256": "b"}}, 'model.model.sha256 ("a" there, "b" now)'),
         ({}, {"dtype": "bfloat16"}, 'model.dtype ("float32" there, "bfloat16" now)'),
     ],
@@ -311,11 +311,11 @@ def test_an_evaluation_that_is_not_finished_is_not_in_the_average(plans, data_ro
 def test_a_folder_with_other_answers_is_refused_by_name(data_root, tmp_path, changes, asker, key):
     me = {"model": {"sha256": "a"}, "dtype": "float32"}
     out, asked = tmp_path / "out", options(data_root, limit=2)
-    evaluate_suite(ScriptedLM(data_root), plan_suite(["gsm8k"], asked), asked, out, asker=me)
+    evaluate_suite(ScriptedLM(data_root), plan_suite(["math500"], asked), asked, out, asker=me)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     now = dataclasses.replace(asked, **changes)
     with pytest.raises(RunFolderError) as caught:
-        check_folder(plan_suite(["gsm8k"], now), now, out, me | asker)
+        check_folder(plan_suite(["math500"], now), now, out, me | asker)
     assert key in caught.value.what and "--out" in caught.value.fix
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 

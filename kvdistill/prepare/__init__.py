@@ -28,7 +28,14 @@ from kvdistill.data.problems import SPLITS
 from kvdistill.data.splits import Splits, load_splits, refuse_empty
 from kvdistill.data.tables import MANIFEST, check_file, read_split, split_path
 from kvdistill.data.tokenizers import fingerprint_tokenizer
-from kvdistill.prepare.check import checked_splits, drop_leaks, find_split_leaks, report_as_dict, require_checked
+from kvdistill.prepare.check import (
+    checked_splits,
+    count_leaks,
+    drop_leaks,
+    find_split_leaks,
+    report_as_dict,
+    require_checked,
+)
 from kvdistill.prepare.encoding import Encoded, encode_splits, make_tokenizer
 
 _FORMAT = 2
@@ -53,7 +60,7 @@ def prepare(recipe: Recipe, run: Path, progress: Progress | None = None) -> None
         _refuse_all_too_long(task, per_split, data.max_length)
     _save_tokenizer(run, tokenizer, id_map)
     fingerprints = {split: encoded.tables[split].fingerprint() for split in SPLITS}
-    found = report_as_dict(report, dropped, data.leaks)
+    found = report_as_dict(report, dropped, data.leaks, num_left=len(report.leaks) if data.leaks == "allow" else 0)
     manifest = {
         "format": _FORMAT,
         "section": _section(data),
@@ -74,8 +81,9 @@ def prepare(recipe: Recipe, run: Path, progress: Progress | None = None) -> None
 def validate(recipe: Recipe, run: Path, progress: Progress | None = None, *, fix: bool = False) -> dict[str, Any]:
     """Hold what is learned from against what is held out, anew from the sources; the report, which is also written.
 
-    Where the run is prepared, its tables are held against the sources too. fix: leaks are taken out of training
-    (as `data.leaks: drop` does) and the data is prepared without them. `num_leaks` of the report are those that stay.
+    Where the run is prepared, its tables are held against the sources too, and what counts is whether a leak is in
+    them. fix: leaks are taken out of training (as `data.leaks: drop` does) and the data is prepared without them.
+    `num_leaks` of the report are those that stay.
     """
     run, progress = Path(run), progress or silent
     if fix:
@@ -86,10 +94,14 @@ def validate(recipe: Recipe, run: Path, progress: Progress | None = None, *, fix
     leaks = find_split_leaks(recipe, splits, progress)
     if data.leaks != "allow":
         require_checked(splits, leaks)
-    dropped = drop_leaks(splits, leaks) if data.leaks == "drop" else {}
-    found = report_as_dict(leaks, dropped, data.leaks)
     if finished:
-        _hold_tables(splits, data, run)
+        tables = _hold_tables(splits, run)
+        staying = [leak for leak in leaks.leaks if question_hash(leak.question) in tables[leak.first.split]]
+        dropped = count_leaks(splits, leaks, without=tables)
+    else:
+        dropped = drop_leaks(splits, leaks) if data.leaks == "drop" else {}
+        staying = [] if data.leaks == "drop" else leaks.leaks
+    found = report_as_dict(leaks, dropped, data.leaks, num_left=len(staying))
     write_json(data_folder(run) / REPORT, found)
     return found
 
@@ -109,11 +121,16 @@ def _fix(recipe: Recipe, run: Path, progress: Progress) -> dict[str, Any]:
     return read_json(data_folder(run) / REPORT)
 
 
-def _hold_tables(splits: Splits, data: DataRecipe, run: Path) -> None:
-    """RunFolderError where the prepared tables hold a problem that the sources do not put into that split."""
+def _hold_tables(splits: Splits, run: Path) -> dict[str, set[str]]:
+    """Split -> hashes of the questions in its prepared table.
+
+    RunFolderError where a table holds a problem that the sources do not put into that split.
+    """
+    tables: dict[str, set[str]] = {split: set() for split in SPLITS}
     for split in SPLITS:
         there = {question_hash(problem.question) for problem in splits.problems[split]}
         for example in read_split(run, split):
+            tables[split].add(example.doc_hash)
             if example.doc_hash not in there:
                 raise RunFolderError(
                     f"{example.task} / {example.id} stands in the prepared {split} table, and the sources do not put "
@@ -121,6 +138,7 @@ def _hold_tables(splits: Splits, data: DataRecipe, run: Path) -> None:
                     place=str(split_path(run, split)),
                     fix="delete the run's data/ folder and run `kvdistill prepare` again",
                 )
+    return tables
 
 
 def _section(data: DataRecipe) -> dict[str, Any]:

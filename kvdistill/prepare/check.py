@@ -5,7 +5,7 @@ Knows where the public evaluations come from (`data/evaluations`); knows no toke
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from kvdistill.data.evaluations import (
     missing_evaluations,
     questions_of,
 )
-from kvdistill.data.leaks import LEARNED, LeakReport, find_leaks, refuse_leaks
+from kvdistill.data.leaks import LEARNED, LeakReport, find_leaks, question_hash, refuse_leaks
 from kvdistill.data.splits import Splits, load_splits
 
 _MOST_SHOWN = 1000  # pairs in the report; all are counted
@@ -94,28 +94,36 @@ def require_checked(splits: Splits, report: LeakReport) -> None:
 
 def drop_leaks(splits: Splits, report: LeakReport) -> dict[str, dict[str, int]]:
     """Take the leaking problems out of what is learned from (in place); split -> task -> how many."""
-    dropped: dict[str, dict[str, int]] = {}
+    dropped = count_leaks(splits, report)
     for split, positions in report.leaking.items():
         chosen = splits.problems[split]
-        numbers = {chosen.numbers[position] for position in positions}
-        for number in sorted(numbers):
-            counts = dropped.setdefault(split, {})
-            task = chosen.spool[number].task
-            counts[task] = counts.get(task, 0) + 1
-        splits.problems[split] = chosen.without(numbers)
+        splits.problems[split] = chosen.without({chosen.numbers[position] for position in positions})
     return dropped
 
 
-def report_as_dict(report: LeakReport, dropped: dict[str, Any], policy: str) -> dict[str, Any]:
-    """What `validation_report.json` holds. `num_leaks` are those that are still in the data."""
-    remaining = 0 if policy == "drop" else len(report.leaks)
+def count_leaks(
+    splits: Splits, report: LeakReport, *, without: Mapping[str, Collection[str]] | None = None
+) -> dict[str, dict[str, int]]:
+    """Split -> task -> leaking problems; without: hashes of questions, by split, that are not counted."""
+    counts: dict[str, dict[str, int]] = {}
+    for split, positions in report.leaking.items():
+        for position in sorted(positions):
+            problem = splits.problems[split][position]
+            if without is None or question_hash(problem.question) not in without[split]:
+                tasks = counts.setdefault(split, {})
+                tasks[problem.task] = tasks.get(problem.task, 0) + 1
+    return counts
+
+
+def report_as_dict(report: LeakReport, dropped: dict[str, Any], policy: str, *, num_left: int) -> dict[str, Any]:
+    """What `validation_report.json` holds. num_left: pairs that are still in the data."""
     return {
         "method": METHOD,
         "policy": policy,
         "problems": report.problems,
         "held_against": {"splits": ["val", "test"], "evaluations": report.checked},
         "evaluations_not_at_hand": report.missing,
-        "num_leaks": remaining,
+        "num_leaks": num_left,
         "num_pairs_found": len(report.leaks),
         "pairs_by_kind": report.counts(),
         "dropped": dropped,

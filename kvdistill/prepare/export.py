@@ -17,8 +17,8 @@ from kvdistill.data.chat import write_chat
 from kvdistill.data.export import FORMATS, export_row
 from kvdistill.data.problems import SPLITS, Problem
 from kvdistill.data.tables import read_split
-from kvdistill.data.tokenizers import load_tokenizer
 from kvdistill.data.tasks import JSONL, TASKS
+from kvdistill.data.tokenizers import load_tokenizer
 
 
 def export(recipe: Recipe, run: Path, form: str, progress: Progress) -> list[str]:
