@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kvdistill.core.errors import DataError
 from kvdistill.core.files import sha256_of
-from kvdistill.data.sources import hub_reachable
+from kvdistill.core.hub import hub_reachable
 
 CHARACTERS = "characters"
 _CHUNK = 1000  # texts; what is known of each of their pieces takes much more memory than the texts

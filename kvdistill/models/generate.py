@@ -6,7 +6,8 @@ and does not change any answer beyond floating-point rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,6 +32,21 @@ def right_padded(rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:
     return torch.tensor([[*row, *([pad_id] * (T - len(row)))] for row in rows])
 
 
+@contextmanager
+def _only(config: GenerationConfig, model: Any) -> Iterator[None]:
+    """`config` and nothing else: transformers merges in what the publisher suggests, such as a repetition penalty."""
+    inner = getattr(getattr(model, "base_model", None), "model", None)  # peft hands its own on to the model inside
+    touched: list[Any] = [one for one in (model, inner) if hasattr(one, "generation_config")]
+    suggested = [one.generation_config for one in touched]
+    for one in touched:
+        one.generation_config = config
+    try:
+        yield
+    finally:
+        for one, its_own in zip(touched, suggested, strict=True):
+            one.generation_config = its_own
+
+
 @torch.no_grad()
 def generate_greedy(
     model: Any,  # a causal model, plain or wrapped (peft)
@@ -53,7 +69,8 @@ def generate_greedy(
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         ids_BT, mask_BT = left_padded([prompts[i] for i in chosen], pad_id, model.device)
-        out_BT = model.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=config)
+        with _only(config, model):
+            out_BT = model.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=config)
         for i, row in zip(chosen, out_BT[:, ids_BT.shape[1] :].tolist(), strict=True):
             answers[i] = row[: row.index(eos_id)] if eos_id in row else row
         if progress is not None:

@@ -28,6 +28,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from kvdistill.core.hub import hub_reachable
 from kvdistill.core.recipe import LoraRecipe, ModelRecipe, ScratchRecipe
 from kvdistill.core.runtime import DTYPES, ModelError, derive_seed
 
@@ -68,7 +69,11 @@ def check_model_exists(recipe: ModelRecipe, place: str) -> PreTrainedConfig:
         )
     source = str(folder) if folder.is_dir() else recipe.path
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=recipe.trust_remote_code)
+        return AutoConfig.from_pretrained(
+            source,
+            trust_remote_code=recipe.trust_remote_code,
+            local_files_only=folder.is_dir() or not hub_reachable(),
+        )
     except (OSError, ValueError, KeyError) as error:
         raise _cannot_load(recipe, place, error) from error
 
@@ -247,6 +252,7 @@ def _pretrained_model(recipe: ModelRecipe, config: PreTrainedConfig, dtype: torc
         trust_remote_code=recipe.trust_remote_code,
         use_safetensors=True,
         output_loading_info=True,
+        local_files_only=folder.is_dir() or not hub_reachable(),
     )
     model, report = loaded
     missing = sorted(report.get("missing_keys", ()))

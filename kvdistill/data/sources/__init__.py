@@ -23,7 +23,7 @@ from kvdistill.data.quoting import at_line
 from kvdistill.data.sources.csv_table import read_csv
 from kvdistill.data.sources.files import unreadable
 from kvdistill.data.sources.find import Found, find
-from kvdistill.data.sources.hub import hub_reachable, read_hub
+from kvdistill.data.sources.hub import read_hub
 from kvdistill.data.sources.jsonl import read_json_objects, read_jsonl
 from kvdistill.data.sources.parquet import read_parquet
 from kvdistill.data.sources.rows import Column, RawRow, Source
@@ -90,7 +90,6 @@ __all__ = [
     "file_source",
     "find",
     "found_source",
-    "hub_reachable",
     "read_csv",
     "read_found",
     "read_hub",

@@ -14,11 +14,11 @@ from typing import Any
 
 from kvdistill.core.errors import DataError, KVDistillError
 from kvdistill.core.files import disk_full_error
+from kvdistill.core.hub import hub_reachable
 from kvdistill.data.quoting import quoted, shown
 from kvdistill.data.sources.rows import RawRow
 from kvdistill.data.sources.saved import iterate
 
-_PROBE_TIMEOUT_S = 8.0
 _COMMIT = re.compile(r"[@/]([0-9a-f]{40})(?:/|$)")
 _NETWORK_ERRORS = ("ConnectError", "ConnectTimeout", "ReadTimeout", "ProxyError", "OfflineModeIsEnabled")
 
@@ -145,19 +145,3 @@ def _hub_error(error: Exception, path: str, revision: str | None, fix: str, plac
 def _status(error: BaseException) -> int | None:
     code = getattr(getattr(error, "response", None), "status_code", None)
     return code if isinstance(code, int) else None
-
-
-def hub_reachable() -> bool:
-    """Whether the hub (or its mirror HF_ENDPOINT) answers within seconds, through a proxy where one is set.
-
-    The hub's own client retries for minutes before it gives up, so it is asked only after this.
-    """
-    import huggingface_hub.constants as hub
-    from huggingface_hub import get_session
-
-    if hub.HF_HUB_OFFLINE:
-        return False
-    try:
-        return bool(get_session().head(hub.ENDPOINT, timeout=_PROBE_TIMEOUT_S).status_code < 500)
-    except Exception:  # the client's own kinds of network errors, which change with its version: all of them mean no
-        return False
