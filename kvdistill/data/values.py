@@ -53,6 +53,8 @@ _PERCENTAGE = re.compile(rf"(?P<number>{_DECIMAL})\s?(?P<percent>%?)")
 
 def fold_width(text: str) -> str:
     """NFC, with full-width letters, digits and punctuation as their narrow forms."""
+    if text.isascii():  # most texts: nothing to do, and this is called for every problem
+        return text
     return unicodedata.normalize("NFC", text).translate(_WIDTH)
 
 
