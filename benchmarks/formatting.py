@@ -1,7 +1,7 @@
 """Problems written and tokenised per second, plain and through a chat template, and the memory that takes.
 
 GSM8K's training rows over and over, with the tokenizer of Qwen2.5, 2,000 problems a call. In the same rounds: the bare
-tokenizer on texts that are finished already, which is the limit (no time for writing, segments, hashes), and
+tokenizer on texts that are finished already (no time for writing, segments, hashes; ids stay packed), and
 `datasets.map` with `apply_chat_template`, the usual way to prepare a chat data set (ids only, no segments). Two
 threads. Memory is that of a process of its own that goes through 10,000 or 100,000 rows and keeps none, the highest
 of those seen after each chunk; `python -m benchmarks.formatting TEMPLATE ROWS` is that process.

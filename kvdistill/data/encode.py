@@ -8,7 +8,9 @@ which it starts. Beginning-of-text (where the tokenizer has one) counts as promp
 A row that went through a chat template is cut at the template's own special tokens, and what stands between them is
 tokenized by itself, as the tokenizer does it with the whole text. So words in the data that look like special tokens
 are plain text in both templates: no text of a problem can end a turn. The template says where a text begins and ends;
-nothing is put around it. Knows no file; padding is the collator's.
+nothing is put around it.
+
+Most texts are read from memory by `words.py`, the others by the tokenizer. Knows no file; padding is the collator's.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_left
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain, product
@@ -30,6 +31,7 @@ from kvdistill.core.targets import ANSWER, PROMPT, REASONING
 from kvdistill.data.leaks import question_hash
 from kvdistill.data.problems import Frame, Piece, Problem, Row, text_of
 from kvdistill.data.tokenizers import encode_plain
+from kvdistill.data.words import WordReader, find_reader
 
 _CHUNK = 500  # rows; what the tokenizer knows of a token takes a hundred bytes, its id eight
 _ANCHOR = "\n"
@@ -86,21 +88,14 @@ def encode_rows(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row]) -> list
         )
     plans = {key: _plan(tokenizer, frame) for key, frame in {id(row.frame): row.frame for row in rows}.items()}
     unk = tokenizer.unk_token_id if tokenizer.unk_token_id != tokenizer.eos_token_id else None
-
-    def tokenize(start: int) -> list[Encoding]:
-        chunk = rows[start : start + _CHUNK]
-        return encode_plain(tokenizer, list(chain.from_iterable(plans[id(row.frame)].texts(row) for row in chunk)))
-
+    reader = find_reader(tokenizer)
     examples: list[Example] = []
-    # the tokenizer lets go of the interpreter while it works, so one chunk is read while the one before is put together
-    with ThreadPoolExecutor(max_workers=1) as ahead:
-        coming = ahead.submit(tokenize, 0)
-        for start in range(0, len(rows), _CHUNK):
-            encoded = coming.result()
-            if start + _CHUNK < len(rows):
-                coming = ahead.submit(tokenize, start + _CHUNK)
-            pairs = zip(rows[start : start + _CHUNK], encoded[::2], encoded[1::2], strict=True)
-            examples += [_join(plans[id(row.frame)], row, asked, answered, unk) for row, asked, answered in pairs]
+    for start in range(0, len(rows), _CHUNK):
+        chunk = [(plans[id(row.frame)], row) for row in rows[start : start + _CHUNK]]
+        texts = list(chain.from_iterable(plan.texts(row) for plan, row in chunk))
+        found = _read(tokenizer, reader, texts)
+        pairs = zip(chunk, found[::2], found[1::2], strict=True)
+        examples += [_join(plan, row, asked, answered, unk) for (plan, row), asked, answered in pairs]
     return examples
 
 
@@ -114,30 +109,49 @@ def texts_of(row: Row) -> list[str]:
 
 # -- rows -> examples ----------------------------------------------------------------------------------
 
+_Text = tuple[str, int]  # a text, and a character of it
+_Found = tuple[list[int], int]  # its ids, and how many of them begin before that character
 
-def _join(plan: _Plan, row: Row, asked: Encoding, completion: Encoding, unk: int | None) -> Example:
-    prompt_ids = [*plan.head, *_after_anchor(row, asked.ids, plan.user_anchor), *plan.middle]
-    ids, anchor = completion.ids, plan.completion_anchor
-    skipped = len(anchor)
-    num_reasoning = 0
-    if row.reasoning:
-        num_reasoning = _tokens_before(completion, len(row.reasoning) + (len(_ANCHOR) if anchor else 0)) - skipped
-    num_answer = len(ids) - skipped - num_reasoning
+
+def _read(tokenizer: PreTrainedTokenizerFast, reader: WordReader | None, texts: Sequence[_Text]) -> list[_Found]:
+    """Every text as plain text: from memory where that can be, and the others through the tokenizer at once."""
+    found = [reader.read(text, end) if reader else None for text, end in texts]
+    others = [number for number, known in enumerate(found) if known is None]
+    for number, encoding in zip(others, encode_plain(tokenizer, [texts[n][0] for n in others]), strict=True):
+        end = texts[number][1]
+        found[number] = encoding.ids, _tokens_before(encoding, end) if end else 0
+    return [known for known in found if known is not None]
+
+
+def _tokens_before(encoding: Encoding, end: int) -> int:
+    """How many tokens start before character `end`."""
+    token = encoding.char_to_token(end)
+    here, before = (encoding.token_to_chars(token), encoding.token_to_chars(token - 1)) if token else (None, None)
+    if token and here and before and here[0] == end > before[0]:
+        return token
+    return bisect_left(encoding.offsets, end, key=lambda offset: offset[0])  # makes a list of all tokens: slower
+
+
+def _join(plan: _Plan, row: Row, asked: _Found, completion: _Found, unk: int | None) -> Example:
+    prompt_ids = [*plan.head, *_after_anchor(row, asked[0], plan.user_anchor), *plan.middle]
+    ids = _after_anchor(row, completion[0], plan.completion_anchor)
+    num_reasoning = completion[1] - len(plan.completion_anchor) if row.reasoning else 0
     problem = row.problem
-    if unk is not None and unk in ids[skipped + num_reasoning :]:
+    if unk is not None and unk in ids[num_reasoning:]:
         raise DataError(
             f"the tokenizer cannot spell the answer {problem.answer!r} of {problem.task} / {problem.id}",
             place="data.tokenizer",
             fix="use a byte-level tokenizer (Qwen, Llama-3, GPT-2) or `characters`",
         )
+    num_answer = len(ids) - num_reasoning + len(plan.tail)
     return Example(
         task=problem.task,
         id=problem.id,
         style=row.style,
         prompt=row.prompt,
         answer=problem.answer,
-        input_ids=[*prompt_ids, *_after_anchor(row, ids, anchor), *plan.tail],
-        segments=[PROMPT] * len(prompt_ids) + [REASONING] * num_reasoning + [ANSWER] * (num_answer + len(plan.tail)),
+        input_ids=[*prompt_ids, *ids, *plan.tail],
+        segments=[PROMPT] * len(prompt_ids) + [REASONING] * num_reasoning + [ANSWER] * num_answer,
         doc_hash=question_hash(problem.question),
         prompt_hash=hashlib.sha256(row.prompt.encode()).hexdigest()[:32],
         reasoning=problem.reasoning,
@@ -156,15 +170,6 @@ def _after_anchor(row: Row, ids: list[int], anchor: list[int]) -> list[int]:
             fix="take the line end out, or set data.template=plain",
         )
     return ids[len(anchor) :]
-
-
-def _tokens_before(encoding: Encoding, end: int) -> int:
-    """How many tokens start before character `end`."""
-    token = encoding.char_to_token(end)
-    here, before = (encoding.token_to_chars(token), encoding.token_to_chars(token - 1)) if token else (None, None)
-    if token and here and before and here[0] == end > before[0]:
-        return token
-    return bisect_left(encoding.offsets, end, key=lambda offset: offset[0])  # makes a list of all tokens: slower
 
 
 # -- what is the same for all rows of a template -------------------------------------------------------
@@ -211,13 +216,15 @@ class _Plan:
     user_anchor: list[int] = field(default_factory=list)
     completion_anchor: list[int] = field(default_factory=list)
 
-    def texts(self, row: Row) -> tuple[str, str]:
-        if self.cut is None:
-            return row.prompt, row.completion
-        asked, completion = self.cut.fill(row)
-        return (_ANCHOR + asked if self.user_anchor else asked), (
-            _ANCHOR + completion if self.completion_anchor else completion
-        )
+    def texts(self, row: Row) -> tuple[_Text, _Text]:
+        """What is asked, and the completion with the character at which its answer begins."""
+        asked, completion = (row.prompt, row.completion) if self.cut is None else self.cut.fill(row)
+        end = len(row.reasoning)
+        if self.user_anchor:
+            asked = _ANCHOR + asked
+        if self.completion_anchor:
+            completion, end = _ANCHOR + completion, end and end + len(_ANCHOR)
+        return (asked, 0), (completion, end)
 
 
 @lru_cache(maxsize=16)
@@ -313,9 +320,9 @@ def _gives_the_same(tokenizer: PreTrainedTokenizerFast, plan: _Plan, frame: Fram
     prompt = f"{text_of(frame.opening)}What is 1+1?{text_of(frame.middle)}"
     reasoning = frame.lead + "It is 2."
     row = Row(Problem("", "", "What is 1+1?", "", "2"), "cot", prompt, reasoning, " #### 2", frame=frame)
-    asked, completion = encode_plain(tokenizer, list(plan.texts(row)))
-    for encoding, anchor in ((asked, plan.user_anchor), (completion, plan.completion_anchor)):
-        if encoding.ids[: len(anchor)] != anchor:
+    asked, completion = _read(tokenizer, None, plan.texts(row))
+    for (ids, _), anchor in ((asked, plan.user_anchor), (completion, plan.completion_anchor)):
+        if ids[: len(anchor)] != anchor:
             return False
     example = _join(plan, row, asked, completion, None)
     if example.prompt_ids != at_once(prompt):

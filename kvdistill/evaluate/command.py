@@ -17,10 +17,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from kvdistill.core.config import make_options
 from kvdistill.core.errors import DataError, ModelError, RecipeError
+from kvdistill.core.hub import hub_reachable
 from kvdistill.core.progress import Progress, silent
 from kvdistill.core.recipe import EvaluateRecipe, HardwareRecipe, ModelRecipe, Section
 from kvdistill.core.runtime import keep_freed_memory, pick_device, quiet_libraries, set_threads
-from kvdistill.core.hub import hub_reachable
 from kvdistill.evaluate.exams import SuiteOptions
 from kvdistill.evaluate.identity import identify
 from kvdistill.evaluate.own import run_of
