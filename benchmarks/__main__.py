@@ -10,6 +10,7 @@ BENCHMARKS = {
     "parts": "benchmarks.parts",
     "formatting": "benchmarks.formatting",
     "leaks": "benchmarks.leaks",
+    "alignment": "benchmarks.alignment",
 }
 
 

@@ -25,7 +25,9 @@ _PUBLIC = {
     "KVDimensionProjector": "kvdistill.align",
     "SegmentIdentifier": "kvdistill.align",
     "TimeWarper": "kvdistill.align",
+    "CKALayerMapper": "kvdistill.align.layers",
     "MercatorKVLoss": "kvdistill.losses",
+    "StructuralKVLoss": "kvdistill.losses",
     "LearningCurveTracker": "kvdistill.report",
     "load_multi_task_dataset": "kvdistill.data",
 }
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from kvdistill.align import MapProjectionAligner as MapProjectionAligner
     from kvdistill.align import SegmentIdentifier as SegmentIdentifier
     from kvdistill.align import TimeWarper as TimeWarper
+    from kvdistill.align.layers import CKALayerMapper as CKALayerMapper
     from kvdistill.core.config import load_recipe as load_recipe
     from kvdistill.core.errors import KVDistillError as KVDistillError
     from kvdistill.core.kv import KV as KV
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
     from kvdistill.core.recipe import Recipe as Recipe
     from kvdistill.data import load_multi_task_dataset as load_multi_task_dataset
     from kvdistill.losses import MercatorKVLoss as MercatorKVLoss
+    from kvdistill.losses import StructuralKVLoss as StructuralKVLoss
     from kvdistill.models import capture_kv as capture_kv
     from kvdistill.models import rotate_keys as rotate_keys
     from kvdistill.models import unrotate_keys as unrotate_keys

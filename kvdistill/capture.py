@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from kvdistill.core.layout import folder_lock, store_root
 from kvdistill.core.progress import Progress, silent
@@ -21,12 +22,15 @@ from kvdistill.data.encode import Example
 from kvdistill.models.generate import right_padded
 from kvdistill.teachers import (
     captured_top_k,
+    captures_queries,
+    captures_scores,
     load_teacher,
-    load_tokenizer_of,
+    load_teacher_tokenizer,
     needed_layers,
+    read_examples,
     run_teacher,
-    split_examples,
     target_identity,
+    teacher_recipe,
 )
 
 SHARD_BYTES = 256 << 20
@@ -49,10 +53,12 @@ def capture(recipe: Recipe, run: Path, name: str, progress: Progress = silent) -
 
 
 def _capture_split(recipe, run, name, split, writer, model, progress) -> None:  # type: ignore[no-untyped-def]
-    examples = split_examples(recipe, run, split)
+    teacher = teacher_recipe(recipe, name)
+    examples = read_examples(recipe, run, split, teacher)
     layers, top_k = needed_layers(recipe, run, name), captured_top_k(recipe, name)
-    pad_id = load_tokenizer_of(run).pad_token_id
-    per_shard = examples_per_shard(examples, model, len(layers), top_k, recipe.capture.dtype)
+    queries, scores = captures_queries(recipe, name), captures_scores(recipe, name)
+    pad_id = load_teacher_tokenizer(run, teacher).pad_token_id
+    per_shard = examples_per_shard(examples, model, len(layers), top_k, recipe.capture.dtype, queries, scores)
     for start in range(writer.num_shards * per_shard, len(examples), per_shard):
         part = examples[start : start + per_shard]
         batches: list[TeacherTargets] = []
@@ -61,13 +67,29 @@ def _capture_split(recipe, run, name, split, writer, model, progress) -> None:  
             ids_BS = right_padded([row.input_ids for row in rows], pad_id).to(model.device)
             segments_BS = right_padded([row.segments for row in rows], 0).to(model.device)
             targets = run_teacher(
-                model, ids_BS, segments_BS, layers=layers, dtype=recipe.capture.dtype, want_nll=True, top_k=top_k
+                model,
+                ids_BS,
+                segments_BS,
+                layers=layers,
+                dtype=recipe.capture.dtype,
+                want_nll=True,
+                top_k=top_k,
+                queries=queries,
+                scores=scores,
             )
             batches.append(targets.to("cpu"))
             progress(f"capture {name} {split}", start + first + len(rows), len(examples))
         writer.add(pack_targets(batches, DTYPES[recipe.capture.dtype]))
+    extra = {"scaling": _scaling(model, examples[:1], layers, queries)} if queries else {}
     rope = "none" if not layers or batches_rope(model) is None else "unrotated"
-    writer.finish({"layers": layers, "rope": rope, "examples": len(examples), "split": split})
+    writer.finish({"layers": layers, "rope": rope, "examples": len(examples), "split": split, **extra})
+
+
+def _scaling(model: PreTrainedModel, first: Sequence[Example], layers: list[int], queries: bool) -> list[float] | None:
+    """What each layer multiplies q.k with, read off a run on one text: a capture that is resumed needs no other."""
+    ids, segments = (torch.tensor([x]).to(model.device) for x in (first[0].input_ids, first[0].segments))
+    kv = run_teacher(model, ids, segments, layers=layers, dtype="float32", want_nll=False, queries=queries).kv
+    return None if kv is None or kv.scaling is None else list(kv.scaling)
 
 
 def batches_rope(model: torch.nn.Module) -> object | None:
@@ -78,13 +100,22 @@ def batches_rope(model: torch.nn.Module) -> object | None:
 
 
 def examples_per_shard(
-    examples: Sequence[Example], model: torch.nn.Module, num_layers: int, top_k: int, dtype: str
+    examples: Sequence[Example],
+    model: torch.nn.Module,
+    num_layers: int,
+    top_k: int,
+    dtype: str,
+    queries: bool = False,
+    scores: bool = False,
 ) -> int:
     """How many examples make a shard of about SHARD_BYTES; the same for the same texts, so that a resume fits."""
     from kvdistill.models import describe_model
 
     shape = describe_model(model)
     size = torch.empty(0, dtype=DTYPES[dtype]).element_size()
-    per_token = num_layers * 2 * shape.num_kv_heads * shape.head_size * size + top_k * 8 + 1
+    per_layer = 2 * shape.num_kv_heads * shape.head_size * size
+    per_layer += shape.num_heads * shape.head_size * size if queries else 0
+    per_layer += 3 * shape.num_kv_heads * 4 if scores else 0
+    per_token = num_layers * per_layer + top_k * 8 + 1
     longest = max((len(example.input_ids) for example in examples), default=1)
     return max(1, SHARD_BYTES // max(1, per_token * longest))

@@ -116,6 +116,24 @@ def teach(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = F
     _study(recipe, overrides, as_json, "teachers")
 
 
+@app.command("map-layers")
+def map_layers(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Which teacher layers are like which student layers? Measured by CKA on the training texts; JSON and heatmap.
+
+    Prepares and teaches first where that is not done. Prints for each teacher the map that `layers: cka` would use:
+    behind each student layer the `align.cka_top_k` teacher layers that are most alike, with their shares. 1 is alike
+    but for rotation and scale, 0 has nothing in common. `align.cka_on` is what is compared: keys, values or hidden
+    states. A student with random weights says little about what its layers will come to mean; then prefer ratio.
+    """
+
+    def work(made: Any, progress: Any) -> dict[str, Any]:
+        from kvdistill.study import map_layers as run_map_layers
+
+        return run_map_layers(made, progress)
+
+    _stage(recipe, overrides, as_json, work)
+
+
 @app.command()
 def capture(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
     """Step 3: Run each teacher once over the texts and keep its keys and values in the store."""
@@ -126,6 +144,30 @@ def capture(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json =
 def fit(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
     """Step 4: Channel statistics, closed-form projectors and prototypes from the captured targets."""
     _study(recipe, overrides, as_json, "fit")
+
+
+@app.command("profile-alignment")
+def profile_alignment(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    arm: Annotated[str | None, typer.Option(help="only this arm")] = None,
+    as_json: Json = False,
+) -> None:
+    """Before training: what each arm brings together, what a step costs, how well it matches, and where a NaN begins.
+
+    Prepares, teaches, captures and fits first where that is not done, and trains nothing. For every arm with a KV term:
+    sizes and maps; parameters; milliseconds and memory of a step beside a step without teachers; match figures of the
+    untrained student, beside what a closed-form map reaches and the same for mismatched texts (a high cosine is
+    reached there too); and stage by stage the largest value, dead channels, and the first that is not finite.
+    The tables again, with figures for each layer, in the run folder under profile/ARM.json.
+    """
+
+    def work(made: Any, progress: Any) -> dict[str, Any]:
+        from kvdistill.study import profile_alignment as profile
+
+        return profile(made, progress, arm=arm)
+
+    _stage(recipe, overrides, as_json, work)
 
 
 @app.command()

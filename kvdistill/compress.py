@@ -1,60 +1,241 @@
-"""Which teacher tokens take part: full, right (keep the last n), crop (keep the first n: KaVa's baseline).
+"""Which teacher tokens take part. Only reasoning tokens are ever dropped; prompt and answer stay.
 
-Only reasoning tokens are ever dropped; prompt and answer stay. Compression removes *source* tokens of an
-alignment, it makes no new slots: `time_map(...).masked_source(kept_BS)` empties the rows that read a dropped token
-and renormalises the rest. (`MapProjectionAligner.targets` does that for whatever its teacher's `mask_BT` leaves
-out, so masking the teacher's KV with `kept_BS` is enough.) Where the target is a fixed number of slots
-instead (latent tokens), `selection_map` packs the kept tokens into them. Knows segment codes only.
+modes (n = keep; of fewer reasoning tokens than n, all stay):
+  full, none    every reasoning token, or no reasoning token at all
+  right, crop   the last n; the first n (KaVa's baseline)
+  uniform       n spread evenly, the first and the last among them
+  random        n drawn without replacement, by a seed of the example's own: neither padding nor the order in the
+                batch changes the draw
+  r-kv          the n with the best score, see below
+
+R-KV (Cai et al. 2025, as KaVa uses it), per layer and KV head, over the n reasoning tokens of an example alone:
+  importance I = softmax over them of the answer's attention logits (max over the queries of a KV head), averaged over
+                 the answer's tokens; 1/n each where there is no answer
+  redundancy R = softmax over them of minus the mean cosine of a key to the other keys. (Its name in the paper; a
+                 high R is a key unlike the others.) sum_j cos(k_i, k_j) = u_i · sum_j u_j with unit keys u: no n x n
+                 matrix is made. A single token has R = 1.
+  score        = share · I + (1 - share) · R
+Every softmax runs over packed reasoning tokens, so padding and prompt get no mass and change no choice.
+
+Compression removes *source* tokens of an alignment, it makes no new slots: `time_map(...).masked_source(kept_BS)`
+empties the rows that read a dropped token and renormalises the rest. (`MapProjectionAligner.targets` does that for
+whatever its teacher's `mask_BT` leaves out, so masking the teacher's KV with `kept_BS` is enough.) Where the target
+is a fixed number of slots instead (latent tokens), `selection_map` packs the kept tokens into them, spare slots
+masked. Knows segment codes, keys and queries; no model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kvdistill.core.maps import SparseMap
+from kvdistill.core.maps import SparseMap, evenly_spread, members_first
 from kvdistill.core.runtime import AlignmentError, RecipeError
-from kvdistill.core.targets import PADDING, REASONING
+from kvdistill.core.targets import ANSWER, PADDING, REASONING
+
+MODES = ("full", "right", "crop", "r-kv", "random", "uniform", "none")
 
 
-def kept_tokens(mode: str, segments_BS: Int[Tensor, "B S"], keep: int | None = None) -> Bool[Tensor, "B S"]:
-    """True at the teacher tokens that take part; never at padding.
+def kept_tokens(
+    mode: str,
+    segments_BS: Int[Tensor, "B S"],
+    keep: int | None = None,
+    *,
+    scores: Float[Tensor, "*M B 2 G S"] | None = None,
+    keys_B: Int[Tensor, " B"] | Sequence[int] | None = None,
+    importance_share: float = 0.1,
+) -> Bool[Tensor, "*M B S"]:
+    """True at the teacher tokens that take part, never at padding: [B, S], or as many layers as `scores` has.
 
-    mode: full | right | crop. keep: how many reasoning tokens right and crop leave (all, where there are fewer).
-    Raises RecipeError for another mode or a missing `keep`.
+    mode: see the module's docstring. keep: how many reasoning tokens stay (all, where there are fewer).
+    scores: of `rkv_scores` or `rkv_layer_scores`, for r-kv. keys_B: a seed per example, for random.
+    Raises RecipeError for an unknown mode or a missing `keep`, AlignmentError for missing scores or keys.
     """
-    if mode not in _MODES:
+    if mode not in MODES:
         raise RecipeError(
-            f"unknown compression {mode!r}", place="compress.kv_compression", fix=f"one of {', '.join(_MODES)}"
+            f"unknown compression {mode!r}", place="compress.kv_compression", fix=f"one of {', '.join(MODES)}"
         )
-    if mode != "full" and (keep is None or keep < 1):
+    if mode not in ("full", "none") and (keep is None or keep < 1):
         raise RecipeError(
             f"{mode} with keep = {keep}", place="compress.keep", fix="say how many reasoning tokens to keep"
         )
-    reasoning_BS = segments_BS == REASONING
-    return (segments_BS != PADDING) & (~reasoning_BS | _MODES[mode](reasoning_BS, keep or 0))
+    reasoning_BS, num = segments_BS == REASONING, keep or 0
+    if mode == "r-kv":
+        if scores is None:
+            raise AlignmentError(
+                "r-kv without scores: it ranks tokens by the teacher's keys and the answer's queries",
+                fix="capture the teacher with its queries and give `rkv_layer_scores`",
+            )
+        stays = kept_by_layer(scores, num, importance_share)
+    elif mode == "random":
+        stays = _drawn(reasoning_BS, num, keys_B)
+    else:
+        stays = _MODES[mode](reasoning_BS, num)
+    return (segments_BS != PADDING) & (~reasoning_BS | stays)
 
 
-def selection_map(kept_BS: Bool[Tensor, "B S"], num_slots: int) -> SparseMap:
-    """The map [B, num_slots, 1]: slot i takes the i-th kept token, in time order; spare slots are empty (masked).
+# -- R-KV ----------------------------------------------------------------------------------------------------
 
-    Raises AlignmentError where a sample keeps more tokens than there are slots.
+
+def rkv_scores(
+    query_BQSE: Float[Tensor, "B Q S E"],
+    key_BGSE: Float[Tensor, "B G S E"],
+    segments_BS: Int[Tensor, "B S"],
+    *,
+    scaling: float | None = None,
+) -> Float[Tensor, "B 2 G S"]:
+    """I and R of one layer, in fp32: each sums to 1 over an example's reasoning tokens and is 0 elsewhere.
+
+    Queries and keys in the frame in which the model attends (rotated, where it has rotary positions); Q is a multiple
+    of G. scaling: of the logits, by default 1/sqrt(E). Only queries of answer tokens are read.
+    Raises AlignmentError where the heads do not go together. R of a reasoning token is never 0.
     """
-    most = int(kept_BS.sum(1).max()) if kept_BS.numel() else 0
+    return rkv_layer_scores([query_BQSE], [key_BGSE], segments_BS, scaling=scaling)[0]
+
+
+@torch.no_grad()
+def rkv_layer_scores(
+    queries: Sequence[Tensor], keys: Sequence[Tensor], segments_BS: Int[Tensor, "B S"], *, scaling: float | None = None
+) -> Float[Tensor, "M B 2 G S"]:
+    """`rkv_scores` of M layers with equal heads, [B, Q, S, E] and [B, G, S, E] each: what is common is made once."""
+    _check_heads(queries, keys)
+    reasoning_BS, answer_BS = segments_BS == REASONING, segments_BS == ANSWER
+    num_B, answers_B = reasoning_BS.sum(1), answer_BS.sum(1)
+    to_reasoning = selection_map(reasoning_BS, max(1, int(num_B.max())))
+    to_answer = selection_map(answer_BS, max(1, int(answers_B.max())))
+    live_BN = to_reasoning.mask()
+    share_BA = to_answer.mask() / answers_B.clamp_min(1)[:, None]
+    layers = []
+    for query_BQSE, key_BGSE in zip(queries, keys, strict=True):
+        # packed: padding, and what stands in it, is gone before anything is summed
+        key_BGNE = to_reasoning.apply(key_BGSE.detach(), 2).float()
+        query_BQAE = to_answer.apply(query_BQSE.detach(), 2).float()
+        size = key_BGNE.shape[-1] ** -0.5 if scaling is None else scaling
+        logits_BGAN, mean_BGN = _logits_and_cosines(query_BQAE * size, key_BGNE, num_B)
+        importance = _importance(logits_BGAN, live_BN, share_BA)
+        layers.append(torch.stack([importance, _masked_softmax(-mean_BGN, live_BN[:, None])], dim=1))
+    packed_MB2GN = torch.stack(layers)
+    scores = packed_MB2GN.new_zeros(*packed_MB2GN.shape[:-1], segments_BS.shape[1])
+    place = to_reasoning.index[:, None, None, :, 0].expand_as(packed_MB2GN)
+    return scores.scatter_add_(-1, place, packed_MB2GN)  # adding: spare slots hold 0 and point anywhere
+
+
+def _logits_and_cosines(
+    query_BQAE: Tensor, key_BGNE: Tensor, num_B: Tensor
+) -> tuple[Float[Tensor, "B G A N"], Float[Tensor, "B G N"]]:
+    """The largest logit of each KV head's queries, and each key's mean cosine to the other keys of its head.
+
+    One matrix product: the sum of the unit keys is one query more.
+    """
+    (B, Q, A, E), G = query_BQAE.shape, key_BGNE.shape[1]
+    length_BGN = torch.linalg.vector_norm(key_BGNE, dim=-1)
+    shrink_BGN = torch.where(length_BGN > 0, 1 / length_BGN, 0.0)
+    sum_BG1E = (key_BGNE * shrink_BGN[..., None]).sum(2, keepdim=True)  # twice as fast as a product with one row
+    asked = torch.cat([query_BQAE.reshape(B, G, Q // G * A, E), sum_BG1E], dim=2) @ key_BGNE.mT
+    own_BGN = (length_BGN > 0).float()  # cosine of a key to itself; 0 for a key of zeros
+    mean_BGN = (asked[:, :, -1] * shrink_BGN - own_BGN) / (num_B - 1).clamp_min(1)[:, None, None]
+    return asked[:, :, :-1].unflatten(2, (Q // G, A)).amax(2), mean_BGN
+
+
+def _importance(logits_BGAN: Tensor, live_BN: Tensor, share_BA: Tensor) -> Float[Tensor, "B G N"]:
+    share_BGAN = _masked_softmax(logits_BGAN, live_BN[:, None, None])
+    answered_BGN = (share_BA[:, None, None] @ share_BGAN).squeeze(2)
+    even_BN = live_BN / live_BN.sum(1, keepdim=True).clamp_min(1)
+    return torch.where((share_BA.sum(1) > 0)[:, None, None], answered_BGN, even_BN[:, None])
+
+
+def _masked_softmax(logits: Tensor, live: Tensor) -> Tensor:
+    """Over the last axis, where `live`; rows without any are 0. Overwrites the logits."""
+    if bool(live.all()):
+        return logits.softmax(-1)
+    return logits.masked_fill_(~live, -torch.inf).softmax(-1).masked_fill_(~live, 0.0)
+
+
+def rkv_select(
+    scores: Float[Tensor, "*M B 2 G S"], keep: int, importance_share: float = 0.1
+) -> Bool[Tensor, "*M B G S"]:
+    """True at the `keep` best reasoning tokens of each layer, example and head; at all of them where there are fewer.
+
+    importance_share: lambda, the weight of I. Equal scores: the earlier token.
+    """
+    return _best(_joined(scores, importance_share), scores[..., 1, :, :] > 0, keep)
+
+
+def kept_by_layer(
+    scores: Float[Tensor, "*M B 2 G S"], keep: int, importance_share: float = 0.1
+) -> Bool[Tensor, "*M B S"]:
+    """`rkv_select` with one choice for all heads of a layer, by the mean of their scores: for tokens without slots."""
+    return _best(_joined(scores, importance_share).mean(-2), scores[..., 1, 0, :] > 0, keep)
+
+
+def _joined(scores: Tensor, importance_share: float) -> Float[Tensor, "*M B G S"]:
+    if not 0 <= importance_share <= 1:
+        raise RecipeError(
+            f"importance_share = {importance_share}", place="compress.importance_share", fix="a number from 0 to 1"
+        )
+    return torch.lerp(scores[..., 1, :, :], scores[..., 0, :, :], importance_share)
+
+
+# Sums in fp32 end in noise, and equal keys must tie: scores nearer to the last one kept than this share of the mean
+# score 1/n count as equal to it.
+_TIE = 2.0**-18
+
+
+def _best(score: Tensor, member: Tensor, keep: int) -> Tensor:
+    score = (score * member.sum(-1, keepdim=True)).masked_fill(~member, -torch.inf)
+    if keep >= score.shape[-1]:
+        return member
+    last = score.topk(keep, dim=-1).values[..., -1:]
+    above, equal = score > last + _TIE, (score - last).abs() <= _TIE
+    room = keep - above.sum(-1, keepdim=True)
+    return member & (last.isneginf() | above | (equal & (equal.cumsum(-1) <= room)))
+
+
+def _check_heads(queries: Sequence[Tensor], keys: Sequence[Tensor]) -> None:
+    if len(queries) != len(keys) or not keys:
+        raise AlignmentError(f"r-kv: {len(queries)} layers of queries and {len(keys)} of keys", fix="capture both")
+    for layer, (q, k) in enumerate(zip(queries, keys, strict=True)):
+        if (
+            q.shape[1] % k.shape[1]
+            or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:])
+            or k.shape != keys[0].shape
+        ):
+            raise AlignmentError(
+                f"r-kv, layer {layer}: queries {tuple(q.shape)} and keys {tuple(k.shape)}",
+                fix="[batch, heads, tokens, size] each, query heads a multiple of key heads, layers alike",
+            )
+
+
+# -- slots ---------------------------------------------------------------------------------------------------
+
+
+def selection_map(kept: Bool[Tensor, "*lead S"], num_slots: int) -> SparseMap:
+    """The map [..., num_slots, 1]: slot i takes the i-th kept token, in time order; spare slots are empty (masked).
+
+    Leading axes are the mask's: [B], [B, G], [M, B, G]. With as many slots as there are tokens, or more, every kept
+    token has one. Raises AlignmentError where one keeps more tokens than there are slots.
+    """
+    most = int(kept.sum(-1).max()) if kept.numel() else 0
     if most > num_slots:
         raise AlignmentError(f"{most} kept tokens for {num_slots} slots", fix="keep fewer tokens, or make more slots")
-    order_BS = torch.argsort(kept_BS.to(torch.uint8), dim=1, descending=True, stable=True)
-    slot = torch.arange(num_slots, device=kept_BS.device).expand(kept_BS.shape[0], num_slots)
-    live = slot < kept_BS.sum(1, keepdim=True)
-    index = order_BS.gather(1, slot.clamp(max=kept_BS.shape[1] - 1))
-    return SparseMap.take(index, kept_BS.shape[1], live)
+    slot = torch.arange(num_slots, device=kept.device).expand(*kept.shape[:-1], num_slots)
+    live = slot < kept.sum(-1, keepdim=True)
+    index = members_first(kept).gather(-1, slot.clamp(max=kept.shape[-1] - 1))
+    return SparseMap.take(index, kept.shape[-1], live)
+
+
+# -- the modes that need nothing but the text ----------------------------------------------------------------
 
 
 def _all(reasoning_BS: Tensor, keep: int) -> Tensor:
     return reasoning_BS
+
+
+def _none(reasoning_BS: Tensor, keep: int) -> Tensor:
+    return torch.zeros_like(reasoning_BS)
 
 
 def _last(reasoning_BS: Tensor, keep: int) -> Tensor:
@@ -66,4 +247,33 @@ def _first(reasoning_BS: Tensor, keep: int) -> Tensor:
     return reasoning_BS & (reasoning_BS.long().cumsum(1) <= keep)
 
 
-_MODES: dict[str, Callable[[Tensor, int], Tensor]] = {"full": _all, "right": _last, "crop": _first}
+def _even(reasoning_BS: Tensor, keep: int) -> Tensor:
+    count_B = reasoning_BS.sum(1)
+    rank_BK = evenly_spread(count_B, count_B.clamp(max=keep), keep)
+    live_BK = torch.arange(keep, device=count_B.device) < count_B[:, None]
+    place_BK = members_first(reasoning_BS).gather(1, torch.where(live_BK, rank_BK, 0))
+    return torch.zeros_like(reasoning_BS, dtype=torch.int64).scatter_add_(1, place_BK, live_BK.long()) > 0
+
+
+def _drawn(reasoning_BS: Tensor, keep: int, keys_B: Tensor | Sequence[int] | None) -> Tensor:
+    seeds = keys_B.tolist() if isinstance(keys_B, Tensor) else keys_B
+    if seeds is None or len(seeds) != len(reasoning_BS):
+        raise AlignmentError(
+            f"random compression of {len(reasoning_BS)} examples with {0 if seeds is None else len(seeds)} seeds",
+            fix="give keys_B: one seed per example, the same wherever it is in a batch",
+        )
+    drawn_BS = torch.zeros_like(reasoning_BS, device="cpu")
+    for b, (row, seed) in enumerate(zip(reasoning_BS.cpu(), seeds, strict=True)):
+        places = row.nonzero().squeeze(1)
+        order = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))
+        drawn_BS[b, places[order[:keep]]] = True
+    return drawn_BS.to(reasoning_BS.device)
+
+
+_MODES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "full": _all,
+    "right": _last,
+    "crop": _first,
+    "uniform": _even,
+    "none": _none,
+}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from kvdistill.align import parse_layer_range
 from kvdistill.core.config import arm_recipe, make_recipe, run_folder
@@ -22,10 +22,11 @@ from kvdistill.core.layout import folder_lock
 from kvdistill.core.progress import Progress
 from kvdistill.core.recipe import ModelRecipe, Recipe
 from kvdistill.core.runtime import DTYPES, derive_seed, quiet_libraries
-from kvdistill.models import ModelShape, check_model_exists, describe_config, forward_flops
+from kvdistill.data.tokenizers import load_tokenizer
+from kvdistill.models import ModelShape, auto_class, check_model_exists, describe_config, forward_flops
 from kvdistill.models.published import published_config
 from kvdistill.prepare import prepare
-from kvdistill.teachers import load_tokenizer_of
+from kvdistill.teachers import load_teacher_tokenizer, load_tokenizer_of
 from kvdistill.workers import stage_function
 
 DEPTH = 2
@@ -94,6 +95,8 @@ def _prepared(recipe: Recipe, folder: Path, notes: list[str], progress: Progress
         (arm.get("loss") or {}).pop("distill_layers", None)
     for teacher in tree["teachers"]:
         teacher["optimiser"] |= {"steps": 2, "batch_size": 2}
+        teacher["traces"] = None  # of real questions; a rehearsal asks others
+        _read_tokenizer(teacher, recipe, notes)
     try:
         small = make_recipe(tree)
         prepare(small, folder / "run", progress)
@@ -109,10 +112,22 @@ def _prepared(recipe: Recipe, folder: Path, notes: list[str], progress: Progress
         "trim_vocabulary": False,
     }
     for teacher in tree["teachers"]:
+        teacher["tokenizer"] = "characters" if teacher["path"] else None
         teacher["train_on"] = ["chain"] if teacher["train_on"] else []
     small = make_recipe(tree)
     prepare(small, folder / "run", progress)
     return small
+
+
+def _read_tokenizer(teacher: dict[str, Any], recipe: Recipe, notes: list[str]) -> None:
+    """A pretrained teacher's tokenizer where it is at hand, else the student's in its place."""
+    if teacher["path"] is None or teacher["tokenizer"] is not None:
+        return
+    try:
+        load_tokenizer(teacher["path"], recipe.data.root)
+    except DataError:
+        teacher["tokenizer"] = recipe.data.tokenizer
+        notes.append(f"teacher {teacher['name']}: its tokenizer is not at hand; rehearsed with the student's")
 
 
 def _with_small_models(small: Recipe, folder: Path, configs: dict[str, PreTrainedConfig]) -> Recipe:
@@ -121,7 +136,10 @@ def _with_small_models(small: Recipe, folder: Path, configs: dict[str, PreTraine
     for name, section in [("student", tree["student"])] + [(f"teacher {t['name']}", t) for t in tree["teachers"]]:
         if section["path"] is not None:
             target = folder / "models" / name.replace(" ", "-")
-            _save_random(configs[name], target, load_tokenizer_of(folder / "run"), section["dtype"])
+            of = next((t for t in small.teachers if f"teacher {t.name}" == name), None)
+            run = folder / "run"
+            tokenizer = load_tokenizer_of(run) if of is None else load_teacher_tokenizer(run, of)
+            _save_random(configs[name], target, tokenizer, section["dtype"])
             section["path"] = str(target)
     return make_recipe(tree)
 
@@ -135,7 +153,7 @@ def _save_random(config: PreTrainedConfig, target: Path, tokenizer: Any, dtype: 
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(small, key, getattr(tokenizer, key))
     torch.manual_seed(derive_seed(0, "dry-run", target.name))
-    model = AutoModelForCausalLM.from_config(small, dtype=DTYPES[dtype])
+    model = auto_class(small).from_config(small, dtype=DTYPES[dtype])
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
 
@@ -148,6 +166,10 @@ def _rehearse(small: Recipe, run: Path, progress: Progress) -> list[str]:
         if teacher.scratch is not None:
             stage_function("train_teacher")(small, run, teacher.name, progress=progress)
             done.append(f"teach {teacher.name}")
+    arms = [arm_recipe(small, arm) for arm in small.arms]
+    if any(arm.needs_kv and arm.align.layers == "cka" and arm.align.layer_map is None for arm in arms):
+        stage_function("map_layers")(small, run, progress=progress)
+        done.append("map layers")
     for teacher in small.teachers:
         stage_function("capture")(small, run, teacher.name, progress=progress)
         done.append(f"capture {teacher.name}")

@@ -1,6 +1,7 @@
 """The whole study, locally: every stage in the order of the data, skipping what is finished.
 
-    prepare ─▶ teachers (those trained on the spot) ─▶ capture ─▶ fit ─▶ train + evaluate, arms × seeds ─▶ report
+    prepare ─▶ teachers (those trained on the spot) ─▶ layers (where an arm maps them by similarity) ─▶ capture ─▶ fit
+      ─▶ train + evaluate, arms × seeds ─▶ report
 
 Stages meet on disk only; this file decides what runs when, and never touches a tensor (it does not import torch).
 """
@@ -22,6 +23,7 @@ from kvdistill.core.layout import (
     data_folder,
     evaluated_mark,
     folder_lock,
+    layers_folder,
     teacher_folder,
     trained_mark,
 )
@@ -47,7 +49,7 @@ def run_study(recipe: Recipe, progress: Progress, *, stages: tuple[str, ...] = (
         if not stages and is_finished(recipe, run):
             return {**result_of(run), "already_finished": True}
         try:
-            run_waves(recipe, _wanted(plan(recipe, run), stages), progress)
+            run_waves(recipe, _wanted(plan(recipe, run, stages), stages), progress)
         finally:  # a call that was interrupted counts too
             add_provenance(run, begun_wall, begun_cpu)
         if not stages or "report" in stages:
@@ -56,6 +58,8 @@ def run_study(recipe: Recipe, progress: Progress, *, stages: tuple[str, ...] = (
             report(recipe, run, progress=progress)
         if not stages:
             write_json(run / "study.json", {"recipe": recipe_hash(recipe), "finished": True})
+        if "layers" in stages:
+            return {"run": str(run), "layers": layer_maps(recipe, run)}
         return result_of(run) | (data_table(run) if stages == ("prepare",) else {})
 
 
@@ -82,18 +86,86 @@ def export_data(recipe: Recipe, progress: Progress, form: str) -> dict[str, Any]
         return {"run": str(run), "files": export(recipe, run, form, progress)}
 
 
+def layer_maps(recipe: Recipe, run: Path) -> dict[str, Any]:
+    """What `map-layers` left, by teacher: its file and figures, how many vectors were compared, and the map."""
+    found: dict[str, Any] = {}
+    for teacher in recipe.teachers:
+        stem = layers_folder(run) / teacher.name
+        file, *figures = (stem.with_name(stem.name + ending) for ending in (".json", ".png", ".svg"))
+        measured = read_json(file)
+        found[teacher.name] = {
+            "file": str(file),
+            "figures": [str(figure) for figure in figures],
+            "compared": recipe.align.cka_on,
+            "num_vectors": measured["num_vectors"],
+            "layer_map": measured["layer_map"][recipe.align.cka_on],
+            "similarity": measured["similarity"][recipe.align.cka_on],
+        }
+    return found
+
+
+def map_layers(recipe: Recipe, progress: Progress) -> dict[str, Any]:
+    """`kvdistill map-layers`: every teacher's layers beside the student's."""
+    if not recipe.teachers:
+        raise RecipeError("there is no teacher whose layers could be mapped", place="teachers", fix="name at least one")
+    return run_study(recipe, progress, stages=("prepare", "teachers", "layers"))
+
+
+def profile_alignment(recipe: Recipe, progress: Progress, *, arm: str | None) -> dict[str, Any]:
+    """`kvdistill profile-alignment`: everything up to the fits, then the profile of all arms with KV (or of one).
+
+    Arms without KV are skipped, and said. Only the first seed is looked at.
+    """
+    run = run_folder(recipe)
+    if arm is not None:
+        arm_recipe(recipe, arm)  # names the nearest arm where there is no such
+    chosen = {name: arm_recipe(recipe, name) for name in recipe.arms if arm in (None, name)}
+    profiled = [name for name, made in chosen.items() if made.needs_kv]
+    skipped = {
+        name: "it has no teachers" if not made.teachers else "loss.kv_weight is 0: nothing is aligned"
+        for name, made in chosen.items()
+        if not made.needs_kv
+    }
+    result: dict[str, Any] = {"run": str(run), "profiles": {}, "skipped": skipped}
+    if not profiled:
+        return result
+    check_run_folder(recipe, run)
+    with folder_lock(run, wait=False):
+        claim_run_folder(recipe, run)
+        waves = plan(recipe, run, wanted=[(name, recipe.seeds[0]) for name in profiled])
+        run_waves(recipe, [(name, jobs) for name, jobs in waves if jobs and name not in ("fit", "students")], progress)
+        prepare_process(recipe.hardware.threads)  # as a worker would be, for the same times
+        from kvdistill.profile import profile_alignment as profile
+        from kvdistill.profile import refuse_broken_targets
+
+        try:
+            run_waves(recipe, [(name, jobs) for name, jobs in waves if jobs and name == "fit"], progress)
+        except RuntimeError:  # a fit of NaN fails in linear algebra: say where the NaN comes from
+            refuse_broken_targets(recipe, run, profiled)
+            raise
+        result["profiles"] = profile(recipe, run, profiled, progress)
+    return result | {"files": [str(run / "profile" / f"{name}.json") for name in profiled]}
+
+
 def data_table(run: Path) -> dict[str, Any]:
     """Rows by task, style and split, and the fingerprint, of data that is prepared; else nothing."""
     path = data_folder(run) / "manifest.json"
     if not path.exists():
         return {}
     manifest = read_json(path)
-    return {"data": {"table": manifest["table"], "tasks": manifest["tasks"], "fingerprint": manifest["fingerprint"]}}
+    data = {"table": manifest["table"], "tasks": manifest["tasks"], "fingerprint": manifest["fingerprint"]}
+    own = {file.parent.name: read_json(file) for file in sorted(path.parent.glob("teachers/*/manifest.json"))}
+    data["teachers"] = {
+        name: {"tokenizer": found["tokenizer"], "own_chains": not found["one_text"], "lost": found["lost"]}
+        for name, found in own.items()
+        if found["own_text"]
+    }
+    return {"data": data}
 
 
 def _wanted(waves: list[tuple[str, list[Job]]], stages: tuple[str, ...]) -> list[tuple[str, list[Job]]]:
     """Waves with something to do, all or the named ones; whatever needs a model is preceded by the check."""
-    named = {*stages, "check"} if {*stages} & {"teachers", "capture", "fit"} else {*stages}
+    named = {*stages, "check"} if {*stages} & {"teachers", "layers", "capture", "fit"} else {*stages}
     return [(name, jobs) for name, jobs in waves if jobs and (not stages or name in named)]
 
 
@@ -108,8 +180,13 @@ def run_waves(recipe: Recipe, waves: list[tuple[str, list[Job]]], progress: Prog
             pool.run(jobs, progress, f"{recipe.name}: {name}")
 
 
-def plan(recipe: Recipe, run: Path) -> list[tuple[str, list[Job]]]:
-    """The waves of jobs that are not done yet, in order."""
+def plan(
+    recipe: Recipe, run: Path, stages: tuple[str, ...] = (), wanted: list[tuple[str, int]] | None = None
+) -> list[tuple[str, list[Job]]]:
+    """The waves of jobs that are not done yet, in order. Layers are mapped where an arm needs it, or when asked for.
+
+    wanted: (arm, seed) runs to make targets and fits for; unset: those that are not finished.
+    """
     waves: list[tuple[str, list[Job]]] = []
     waves.append(("prepare", [Job("prepare", "prepare", (recipe, run), 1.0)]))
     waves.append(("check", [Job("check", "check", (recipe, run), 1.0)]))
@@ -120,7 +197,11 @@ def plan(recipe: Recipe, run: Path) -> list[tuple[str, list[Job]]]:
     ]
     waves.append(("teachers", teachers))
     runs = [(arm, seed) for seed in recipe.seeds for arm in recipe.arms]
-    todo = [pair for pair in runs if not evaluated_mark(arm_folder(run, *pair)).exists()]
+    todo = [pair for pair in runs if not evaluated_mark(arm_folder(run, *pair)).exists()] if wanted is None else wanted
+    arms = [arm_recipe(recipe, arm) for arm in recipe.arms]
+    maps_layers = any(a.needs_kv and a.align.layers == "cka" and a.align.layer_map is None for a in arms)
+    mapped = [Job("map layers", "map_layers", (recipe, run), 1.0)] if maps_layers or "layers" in stages else []
+    waves.append(("layers", mapped))
     used = {name for arm, _ in todo for name in arm_recipe(recipe, arm).teachers}
     captured = [
         Job(f"capture {t.name}", "capture", (recipe, run, t.name), 1.0) for t in recipe.teachers if t.name in used

@@ -175,6 +175,10 @@ def stage_function(verb: str) -> Callable[..., Any]:
         from kvdistill.train import train_teacher
 
         return train_teacher
+    if verb == "map_layers":
+        from kvdistill.map_layers import map_layers
+
+        return map_layers
     if verb == "capture":
         from kvdistill.capture import capture
 

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kvdistill.align import AlignedKV, KVStatistics, MapProjectionAligner, TimeWarper, time_map
+from kvdistill.align.attention import attention_rows, head_shares
 from kvdistill.align.channels import ChannelStatistics
 from kvdistill.align.layers import layer_map
 from kvdistill.compress import kept_tokens
@@ -245,6 +246,176 @@ def test_ridge_recovers_a_linear_teacher(share_layers, projection):
         r2 = 1 - (s - t).square().sum() / (t - t.mean(1, keepdim=True)).square().sum()
         assert r2 >= 0.999
     assert aligner.is_trained and all(p.requires_grad for p in aligner.parameters())
+
+
+PROJECTIONS = [
+    {"projection": "flat", "rank": 4},
+    {"projection": "structured", "per_head": True},
+    {"projection": "elastic"},
+    {"projection": "elastic", "elastic_hidden": 40, "residual": True},
+    {"projection": "structured", "residual": True},
+]
+
+
+@pytest.mark.parametrize("match_in", ["teacher", "student"])
+@pytest.mark.parametrize("init", ["uniform", "ridge"])
+@pytest.mark.parametrize("options", PROJECTIONS, ids=lambda o: "-".join(map(str, o.values())))
+def test_every_projection_of_the_recipe_is_made_fitted_and_saved(options, init, match_in, tmp_path):
+    options = options | {"match_in": match_in, "init": init, "train_projector": True}
+    aligner = make_aligner(**options)
+    kv, student, mapping = teacher_kv(), student_kv(), time_map("segment", SOURCE, TARGET)
+    if init == "ridge":
+        with pytest.raises(AlignmentError, match="fit_projector"):
+            aligner.targets(kv, mapping)
+            aligner.sources(student)
+        aligner.fit_projector([(kv, student, mapping)])
+    (target, mask), source = aligner.targets(kv, mapping), aligner.sources(student)
+    assert target.k.shape == source.k.shape
+    ((source.k - target.k)[:, mask].square().mean() + (source.v - target.v)[:, mask].square().mean()).backward()
+    gated = [name for name, p in aligner.named_parameters() if p.grad is None]
+    assert not gated, f"no gradient for {gated}"
+    save_file(aligner.state_dict(), tmp_path / "a.safetensors")
+    other = MapProjectionAligner(aligner.recipe, TEACHER, STUDENT, LAYERS, seed=77)
+    other.load_state_dict(load_file(tmp_path / "a.safetensors"))
+    assert torch.equal(other.targets(kv, mapping)[0].v, target.v) and torch.equal(other.sources(student).k, source.k)
+    assert aligner.num_parameters == sum(p.numel() for p in aligner.parameters())
+
+
+def r2(source: AlignedKV, target: AlignedKV, mask: torch.Tensor) -> list[float]:
+    return [
+        float(
+            1
+            - (s[:, mask] - t[:, mask]).square().sum() / (t[:, mask] - t[:, mask].mean(1, keepdim=True)).square().sum()
+        )
+        for s, t in zip(source, target, strict=True)
+    ]
+
+
+def spectral_teacher(student: KV, weight: torch.Tensor, shape: tuple[int, int]) -> KV:
+    """A teacher of the student's depth and text: one linear map of all its channels, cut into heads."""
+
+    def project(tensors):
+        return tuple((x.transpose(1, 2).flatten(2) @ weight).unflatten(2, shape).transpose(1, 2) for x in tensors)
+
+    return replace(student, keys=project(student.keys), values=project(student.values))
+
+
+def fit_on_linear(weight, shape, **options):
+    """An aligner with ridge init fitted to that teacher, and its R² (K, V) on a batch it has not seen."""
+    recipe = AlignRecipe(**{"init": "ridge", "ridge_l2": 1e-6, "standardise": False, **options})
+    aligner = MapProjectionAligner(recipe, (L, *shape), STUDENT, LAYERS)
+    batches = [make_kv(range(L), H, D, TARGET, seed=s) for s in range(12)]
+    aligner.fit_projector((spectral_teacher(kv, weight, shape), kv, None) for kv in batches[:-1])
+    target, mask = aligner.targets(spectral_teacher(batches[-1], weight, shape))
+    with torch.no_grad():
+        return aligner, r2(aligner.sources(batches[-1]), target, mask)
+
+
+def test_ridge_takes_over_what_each_form_can_be():
+    low_rank = torch.randn(H * D, 3) @ torch.randn(3, G * E)
+    assert min(fit_on_linear(low_rank, (G, E), rank=3)[1]) >= 0.999
+    assert max(fit_on_linear(low_rank, (G, E), rank=1)[1]) < 0.95
+    full = torch.randn(H * D, G * E)
+    assert min(fit_on_linear(full, (G, E), projection="elastic", residual=True)[1]) >= 0.999
+    assert min(fit_on_linear(full, (G, E), projection="structured", residual=True)[1]) >= 0.999
+    elastic = fit_on_linear(full, (G, E), projection="elastic", elastic_hidden=2 * G * E)[1]
+    assert min(elastic) > 0.8 and max(elastic) < 0.999  # a linear map, but of normalised tokens
+    assert max(fit_on_linear(full, (G, E), per_head=True)[1]) < 0.9  # it reads one head, the teacher read them all
+
+
+@pytest.mark.parametrize("projection", ["flat", "structured"])
+@pytest.mark.parametrize("share_layers", [False, True])
+def test_per_head_ridge_recovers_a_teacher_whose_heads_read_one_head_each(projection, share_layers):
+    blocks = torch.zeros(H, D, 6, E)  # 3 -> 6 heads: each is read by two
+    for out in range(6):
+        blocks[out // 2, :, out] = torch.randn(D, E)
+    aligner, (of_k, of_v) = fit_on_linear(
+        blocks.reshape(H * D, 6 * E), (6, E), per_head=True, projection=projection, share_layers=share_layers
+    )
+    assert min(of_k, of_v) >= 0.999
+    weight = aligner.proj_v.to_flat()[0].view(-1, H, D, 6, E)
+    elsewhere = [weight[:, h, :, out].abs().max() for out in range(6) for h in range(H) if h != out // 2]
+    assert max(elsewhere) <= (0 if projection == "flat" else 1e-6)
+
+
+def with_queries(kv: KV, seed: int) -> KV:
+    random = torch.Generator().manual_seed(seed)
+    shape = (B, 2 * G, kv.mask_BT.shape[1], E)
+    return replace(kv, queries=tuple(torch.randn(shape, generator=random) for _ in kv.keys))
+
+
+@torch.no_grad()
+def read_error(aligner: MapProjectionAligner, batches, match_in: str) -> float:
+    """Error of softmax(qk)v over real queries with the teacher's own attention, layer by layer, for values."""
+    total = 0.0
+    for teacher, student, _ in batches:
+        (target, mask), source = aligner.targets(teacher), aligner.sources(student)
+        error = (target.v - source.v) * mask[..., None]
+        heads = G if match_in == "teacher" else H
+        for row, layer in enumerate(LAYERS):
+            a = attention_rows(teacher.queries[layer], teacher.keys[layer], mask)
+            shares = head_shares(2 * G, G, heads)
+            read = torch.einsum("bqts,bsje->bqtje", a, error[row].unflatten(2, (heads, -1))).square().sum((0, 2, 4))
+            total += float((read * shares).sum())
+    return total
+
+
+@pytest.mark.parametrize("share_layers", [False, True])
+@pytest.mark.parametrize("match_in", ["teacher", "student"])
+def test_ridge_on_attention_reads_better_than_ridge_on_values(match_in, share_layers):
+    random = torch.Generator().manual_seed(3)
+    weight = torch.randn(H * D, G * E, generator=random)
+    batches = []
+    for seed in range(4):
+        student = make_kv(range(L), H, D, TARGET, seed=seed, rope="none")
+        kv = spectral_teacher(student, weight, (G, E))
+        bent = tuple(v + 0.2 * v.square() + torch.randn(v.shape, generator=random) for v in kv.values)
+        batches.append((with_queries(replace(kv, values=bent), seed), student, None))
+    errors = {}
+    for ridge_on in ("kv", "attention"):
+        recipe = AlignRecipe(
+            init="ridge",
+            ridge_on=ridge_on,
+            ridge_l2=1e-6,
+            standardise=False,
+            match_in=match_in,
+            share_layers=share_layers,
+        )
+        aligner = MapProjectionAligner(recipe, (L, G, E), STUDENT, LAYERS)
+        aligner.fit_projector(batches)
+        errors[ridge_on] = read_error(aligner, batches, match_in)
+    assert errors["attention"] < 0.99 * errors["kv"]
+
+
+def test_ridge_on_attention_needs_queries_in_their_frame_and_follows_time_and_layer_maps():
+    aligner = make_aligner(init="ridge", ridge_on="attention", layers="interpolate", per_head=True)
+    mapping, student = time_map("segment", SOURCE, TARGET), student_kv()
+    with pytest.raises(AlignmentError, match="needs queries"):
+        aligner.fit_projector([(teacher_kv(), student, mapping)])
+    kv = with_queries(teacher_kv(), 1)
+    with pytest.raises(AlignmentError, match="they are unrotated"):
+        aligner.fit_projector([(kv, student, mapping)])
+    seen = []
+
+    def rotate(kv: KV) -> KV:
+        seen.append(kv)
+        return replace(kv, rope="rotated")
+
+    aligner.fit_projector([(kv, student, mapping)], rotate)
+    assert seen == [kv] and torch.isfinite(aligner.sources(student).k).all()
+    fitted = aligner.proj_v.to_flat()[0].clone()
+    dirty = replace(
+        student, values=tuple(v.masked_fill(TARGET[:, None, :, None] == 0, torch.nan) for v in student.values)
+    )
+    aligner.fit_projector([(kv, dirty, mapping)], rotate)
+    torch.testing.assert_close(aligner.proj_v.to_flat()[0], fitted)
+
+
+def test_options_without_a_meaning_are_refused():
+    with pytest.raises(RecipeError, match=r"align\.per_head: per_head with projection flat"):
+        make_aligner(per_head=True)
+    with pytest.raises(RecipeError, match=r"align\.rank"):
+        make_aligner(projection="elastic", rank=3)
 
 
 def test_ridge_in_student_space_maps_back_and_stays_frozen():

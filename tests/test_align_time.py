@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvdistill.align.time import SegmentIdentifier, TimeWarper, same_places, time_map
+from kvdistill.align.time import (
+    MAX_HALF_WIDTH,
+    SegmentIdentifier,
+    TimeWarper,
+    same_places,
+    segment_report,
+    time_map,
+)
+from kvdistill.compress import kept_tokens
 from kvdistill.core.runtime import AlignmentError, RecipeError
 
 MODES = ["index", "pad", "proportional", "segment"]
@@ -131,6 +142,202 @@ def test_the_shortcut_is_taken_only_where_the_map_is_the_identity(pair, mode):
     if same_places(mode, *pair):
         identity = torch.diag_embed((pair[1] != 0).float())
         torch.testing.assert_close(time_map(mode, *pair).to_dense(), identity, atol=0, rtol=0)
+
+
+# -- ratio and smoothness ------------------------------------------------------------------------------------
+
+shares = st.dictionaries(st.sampled_from(["prompt", "reasoning", "answer"]), st.sampled_from([0.1, 0.25, 0.5, 0.7, 1]))
+widths = st.dictionaries(
+    st.sampled_from(["prompt", "reasoning", "answer"]), st.sampled_from([0, 0.5, 1, 1.5, 2.5, 4, 40])
+)
+CODES = {"prompt": 1, "reasoning": 2, "answer": 3}
+
+
+def thinned(members: list[int], ratio: float) -> list[int]:
+    n = len(members)
+    taken = max(1, math.ceil(Fraction(str(ratio)) * n)) if n else 0
+    if taken <= 1:
+        return members[:taken]
+    half = Fraction(1, 2)
+    ranks = []
+    for j in range(taken):
+        place = Fraction(j * (n - 1), taken - 1)
+        down = place - math.floor(place) <= half if 2 * j <= taken - 1 else place - math.floor(place) < half
+        ranks.append(math.floor(place) + (0 if down else 1))
+    return [members[r] for r in ranks]
+
+
+def windows(sources: list[int], targets: list[int], wide: list[float], row: torch.Tensor) -> None:
+    """One triangle per target token, tap by tap."""
+    last = len(sources) - 1
+    for i, t in enumerate(targets):
+        if not sources:
+            continue
+        u = 0.0 if len(targets) == 1 else i * last / (len(targets) - 1)
+        apart = last / max(1, len(targets) - 1)
+        half = max(1.0, min(wide[t] * apart, MAX_HALF_WIDTH, u, last - u))
+        taps = {j: 1 - abs(j - u) / half for j in range(last + 1) if abs(j - u) < half}
+        for j, weight in taps.items():
+            row[t, sources[j]] += weight / sum(taps.values())
+
+
+def slow_shaped(mode, source, target, ratio, smoothness):
+    dense = torch.zeros(source.shape[0], target.shape[1], source.shape[1])
+    wide_of = {code: smoothness.get(name, 0.0) for name, code in CODES.items()} | {0: 0.0}
+    for b in range(source.shape[0]):
+        theirs, mine = source[b].tolist(), target[b].tolist()
+        read = {
+            code: thinned([i for i, c in enumerate(theirs) if c == code], ratio.get(name, 1))
+            for name, code in CODES.items()
+        }
+        wide = [wide_of[code] for code in mine]
+        if mode == "proportional":
+            windows(
+                sorted(i for part in read.values() for i in part), [i for i, c in enumerate(mine) if c], wide, dense[b]
+            )
+        else:
+            for code in (1, 2, 3):
+                windows(read[code], [i for i, c in enumerate(mine) if c == code], wide, dense[b])
+    return dense
+
+
+@EXAMPLES
+@given(pair=pairs(), mode=st.sampled_from(["proportional", "segment"]), ratio=shares, smoothness=widths)
+def test_ratio_and_smoothness_are_the_loop(pair, mode, ratio, smoothness):
+    mapping = time_map(mode, *pair, ratio=ratio, smoothness=smoothness)
+    torch.testing.assert_close(mapping.to_dense(), slow_shaped(mode, *pair, ratio, smoothness), atol=1e-5, rtol=0)
+    torch.testing.assert_close(mapping.weight.sum(-1), mapping.mask().float())
+    assert torch.equal(mapping.mask(), time_map(mode, *pair).mask()), "the settings empty no row and fill none"
+    assert mapping.index.shape[-1] <= 2 * MAX_HALF_WIDTH
+    read = (pair[0] != 0)[:, None].expand(-1, mapping.n_out, -1).gather(2, mapping.index)
+    assert read[mapping.mask()].all()
+    if same_places(mode, *pair, ratio=ratio, smoothness=smoothness):
+        assert TimeWarper(mode, ratio, smoothness).map(*pair) is None
+        identity = torch.diag_embed((pair[1] != 0).float())
+        torch.testing.assert_close(mapping.to_dense(), identity, atol=0, rtol=0)
+
+
+@EXAMPLES
+@given(
+    longer=st.integers(1, 90),
+    shorter=st.integers(1, 40),
+    ratio=st.sampled_from([0.05, 0.3, 0.5, 1]),
+    wide=st.sampled_from([0, 1, 2, 5]),
+    left=st.integers(0, 3),
+)
+def test_a_longer_chain_onto_a_shorter_one(longer, shorter, ratio, wide, left):
+    """Another reasoning text of the teacher's own: in order, both ends on both ends, nothing from outside."""
+    source = pad_texts([[1] * 3 + [2] * longer + [3] * 2], [left], extra=left + 1)
+    target = pad_texts([[1] * 4 + [2] * shorter + [3]], [0], extra=2)
+    mapping = time_map("segment", source, target, ratio={"reasoning": ratio}, smoothness={"reasoning": wide})
+    dense = mapping.to_dense()[0].double()
+    rows = dense[4 : 4 + shorter]
+    inside = rows[:, left + 3 : left + 3 + longer]
+    torch.testing.assert_close(inside.sum(1), torch.ones(shorter, dtype=torch.float64))
+    places = inside @ torch.arange(longer).double()
+    assert (places.diff() >= -1e-5).all()
+    assert inside[0, 0] == 1
+    if shorter > 1 and (longer == 1 or ratio * longer > 1):
+        assert inside[-1, -1] == 1
+        if ratio == 1:  # reversed time, reversed map
+            torch.testing.assert_close(inside.flip(0, 1), inside, atol=1e-6, rtol=0)
+
+
+@EXAMPLES
+@given(
+    texts=st.lists(st.tuples(text, text), min_size=1, max_size=3),
+    sides=st.lists(st.integers(0, 5), min_size=12, max_size=12),
+    mode=st.sampled_from(["proportional", "segment"]),
+    ratio=shares,
+    smoothness=widths,
+)
+def test_padding_and_order_change_no_shaped_map(texts, sides, mode, ratio, smoothness):
+    sources, targets, n = [list(a) for a, _ in texts], [list(b) for _, b in texts], len(texts)
+    settings = {"ratio": ratio, "smoothness": smoothness}
+    plain = (pad_texts(sources, [0] * n), pad_texts(targets, [0] * n))
+    padded = (pad_texts(sources[::-1], sides[:n], 8), pad_texts(targets[::-1], sides[n : 2 * n], 5))
+    here, there = (time_map(mode, *pair, **settings).to_dense() for pair in (plain, padded))
+    for b in range(n):
+        s, t = (x[b] != 0 for x in plain)
+        far_s, far_t = (x[n - 1 - b] != 0 for x in padded)
+        torch.testing.assert_close(here[b][t][:, s], there[n - 1 - b][far_t][:, far_s], atol=0, rtol=0)
+
+
+@EXAMPLES
+@given(pair=pairs(), mode=st.sampled_from(["right", "crop", "uniform", "none"]), keep=st.integers(1, 6), wide=widths)
+def test_compression_after_shaping_reads_kept_tokens_only(pair, mode, keep, wide):
+    kept = kept_tokens(mode, pair[0], keep)
+    mapping = time_map("segment", *pair, smoothness=wide).masked_source(kept)
+    dense = mapping.to_dense()
+    assert (dense * ~kept[:, None] == 0).all()
+    torch.testing.assert_close(dense.sum(-1), mapping.mask().float())
+
+
+def test_smoothness_by_hand():
+    source, target = torch.tensor([[2] * 9]), torch.tensor([[2] * 5])
+    dense = time_map("segment", source, target, smoothness={"reasoning": 1}).to_dense()[0]
+    expected = torch.zeros(5, 9)
+    expected[0, 0] = expected[4, 8] = 1
+    for row in (1, 2, 3):
+        expected[row, 2 * row - 1 : 2 * row + 2] = torch.tensor([0.25, 0.5, 0.25])
+    torch.testing.assert_close(dense, expected)
+    half = time_map("segment", source, target, ratio={"reasoning": 0.5}).to_dense()[0]
+    assert half.argmax(1).tolist() == [0, 2, 4, 6, 8]
+    # more student tokens than teacher tokens: a window of up to one step stays linear interpolation
+    up = {"reasoning": 1.0}
+    assert torch.equal(
+        time_map("segment", target, source, smoothness=up).to_dense(), time_map("segment", target, source).to_dense()
+    )
+    assert same_places("segment", source, source, smoothness=up)
+    assert not same_places("segment", source, source, smoothness={"reasoning": 1.5})
+    assert same_places("segment", source, source, smoothness={"answer": 1.5})
+    assert not same_places("segment", source, source, ratio={"reasoning": 0.9 - 0.1})
+    assert same_places("segment", source, source, ratio={"prompt": 0.5})
+    thirty = time_map("segment", torch.full((1, 30), 2), torch.full((1, 3), 2), ratio={"reasoning": 0.1}).to_dense()[0]
+    assert thirty.argmax(1).tolist() == [0, 14, 29]
+    assert thirty.max(1).values.tolist() == [1, 1, 1]
+
+
+def test_segment_report_counts_what_one_side_lacks():
+    source = torch.tensor([[1, 2, 3], [1, 3, 0], [1, 3, 0], [1, 2, 0]])
+    target = torch.tensor([[0, 1, 2], [1, 2, 3], [0, 1, 3], [1, 2, 3]])
+    assert segment_report(source, target) == {
+        "prompt_missing_in_teacher": 0,
+        "prompt_missing_in_student": 0,
+        "reasoning_missing_in_teacher": 1,
+        "reasoning_missing_in_student": 0,
+        "answer_missing_in_teacher": 1,
+        "answer_missing_in_student": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("mode", "settings", "words"),
+    [
+        ("segment", {"ratio": {"thought": 0.5}}, r"align\.segment_ratio: unknown segment 'thought'"),
+        ("segment", {"ratio": {"answer": 0.0}}, r"align\.segment_ratio: answer: 0.0"),
+        ("proportional", {"ratio": {"answer": 1.5}}, "above 0 and at most 1"),
+        ("segment", {"smoothness": {"answer": -1}}, r"align\.smoothness: answer: -1"),
+        ("segment", {"smoothness": {"answer": float("nan")}}, r"align\.smoothness: answer: nan"),
+        ("segment", {"smoothness": {"answer": float("inf")}}, "finite"),
+        ("pad", {"smoothness": {"answer": 1}}, r"align\.smoothness: time mode pad takes whole tokens"),
+        ("index", {"ratio": {"answer": 0.5}}, r"align\.segment_ratio: time mode index takes whole tokens"),
+    ],
+)
+def test_wrong_settings_say_so(mode, settings, words):
+    pair = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 2, 3]])
+    for call in (lambda: time_map(mode, *pair, **settings), lambda: TimeWarper(mode, **settings)):
+        with pytest.raises(RecipeError, match=words):
+            call()
+    with pytest.raises(RecipeError, match=words):
+        same_places(mode, *pair, **settings)
+
+
+def test_settings_that_change_nothing_fit_every_mode():
+    pair = torch.tensor([[1, 2, 2, 3]]), torch.tensor([[1, 2, 3]])
+    for mode in MODES:
+        same = time_map(mode, *pair, ratio={"prompt": 1}, smoothness={"answer": 0})
+        assert torch.equal(same.to_dense(), time_map(mode, *pair).to_dense())
 
 
 def test_long_texts_of_equal_length_stay_the_identity():

@@ -119,8 +119,8 @@ def test_model_folders_without_their_files_are_found_before_training(tmp_path, m
     assert_one_message(invoke(monkeypatch, "run", recipe, waves=no_training), "no tokenizer", "teachers.0 (one)")
 
 
-def test_a_teacher_with_another_tokenizer_is_found_before_training(tmp_path, monkeypatch):
-    """Both have a vocabulary of their own letters: tokenizers are compared, not sizes."""
+def test_a_student_with_another_tokenizer_is_found_before_training(tmp_path, monkeypatch):
+    """Both have a vocabulary of their own letters: tokenizers are compared, not sizes. A teacher may have its own."""
     other = tmp_path / "model"
     shutil.copytree(base_run() / "teachers/one/model", other)
     rules = json.loads((other / "tokenizer.json").read_text())
@@ -128,9 +128,13 @@ def test_a_teacher_with_another_tokenizer_is_found_before_training(tmp_path, mon
     one, two = [word for word in vocab if len(word) == 1][:2]
     vocab[one], vocab[two] = vocab[two], vocab[one]
     (other / "tokenizer.json").write_text(json.dumps(rules))
-    recipe = write_recipe(tmp_path, teachers=path_teacher(other))
+    recipe = write_recipe(tmp_path, student={"path": str(other), "scratch": None})
     answer = invoke(monkeypatch, "run", recipe, waves=no_training)
-    assert_one_message(answer, "tokenizer differs", "teachers.0 (one)")
+    assert_one_message(answer, "tokenizer differs", "student")
+    recipe = write_recipe(tmp_path, teachers=path_teacher(other))
+    assert invoke(monkeypatch, "prepare", recipe).code == 0
+    manifest = json.loads((tmp_path / "run/data/teachers/one/manifest.json").read_text())
+    assert manifest["own_text"] and manifest["one_text"] and manifest["lost"]["characters"] == 0
 
 
 def test_a_tokenizer_that_would_not_survive_saving_is_found_before_training(tmp_path, monkeypatch, data_root):

@@ -25,11 +25,13 @@ RANKS = {
     "teachers": 2,
     "prepare": 3,
     "capture": 3,
+    "map_layers": 3,
     "fit": 3,
     "train": 3,
     "evaluate": 3,
     "report": 3,
     "dryrun": 4,
+    "profile": 4,
     "doctor": 4,
     "study": 4,
     "workers": 4,
@@ -39,10 +41,11 @@ RANKS = {
 }
 # a room may look into its neighbour where the neighbour is its own foundation, said in docs/design.md
 NEIGHBOURS = {
-    ("teachers", "batches"),
+    ("batches", "teachers"),
     ("batches", "models"),
     ("train", "fit"),
     ("study", "workers"),
+    ("study", "profile"),
     ("dryrun", "workers"),
 }
 

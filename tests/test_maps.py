@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvdistill.core import maps
 from kvdistill.core.kv import KV, require_frame
-from kvdistill.core.maps import SparseMap
+from kvdistill.core.maps import SparseMap, evenly_spread, members_first
 from kvdistill.core.runtime import AlignmentError
 
 EXAMPLES = settings(max_examples=60, deadline=None)
@@ -83,6 +84,108 @@ def test_apply_carries_the_gradient_of_x():
         mapping = random_map(3, lead, 4, 5, 2)
         x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
         assert torch.autograd.gradcheck(lambda y, m=mapping: m.apply(y, 2), (x,))
+
+
+LAYOUTS = {
+    "as it stands": lambda x: x,
+    "heads after tokens": lambda x: x.permute(0, 1, 3, 2, 4).contiguous().permute(0, 1, 3, 2, 4),
+    "one layer of a block": lambda x: torch.stack([x + 1, x, x - 1], dim=3)[:, :, :, 1],
+    "every second token": lambda x: x.repeat_interleave(2, dim=3)[:, :, :, ::2],
+    "not the first row": lambda x: torch.cat([x.mean(1, keepdim=True), x], dim=1)[:, 1:],
+    "rows that do not divide": lambda x: torch.nn.functional.pad(x, (0, 1))[..., :-1],
+    "one example for all": lambda x: x[:1].expand_as(x),
+    "reversed axes": lambda x: x.permute(4, 3, 2, 1, 0).contiguous().permute(4, 3, 2, 1, 0),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("lead", [(), (2,), (2, 1), (1, 3), (2, 3, 4)])
+def test_apply_reads_any_memory_where_it_lies(layout, dtype, lead):
+    x = LAYOUTS[layout](torch.randn(2, 3, 4, 5, 16, dtype=dtype))
+    mapping = random_map(7, lead, 6, 5, 3)
+    expected = dense_apply(mapping, x, 3)
+    for _ in range(2):  # the second time from what the map remembers
+        torch.testing.assert_close(mapping.apply(x, 3), expected, atol=1e-6, rtol=1e-6)
+    graphed = mapping.apply(x.clone().requires_grad_(), 3)
+    torch.testing.assert_close(graphed.detach(), expected, atol=1e-6, rtol=1e-6)
+    for out in (torch.full((2, 3, 4, 6, 16), torch.nan, dtype=dtype), torch.empty(2, 4, 6, 3, 16, dtype=dtype)):
+        out = out if out.shape[1] == 3 else out.permute(0, 3, 1, 2, 4)
+        assert mapping.apply(x, 3, out=out) is out
+        torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_one_map_on_tensors_of_many_layouts_in_turn():
+    mapping = random_map(5, (2,), 6, 5, 2)
+    for shape in ((2, 5, 16), (2, 5, 32), (2, 5, 4, 16), (2, 5, 16)):
+        for make in (torch.randn, lambda *s: torch.randn(*s, dtype=torch.float64)):
+            x = make(*shape)
+            torch.testing.assert_close(mapping.apply(x, 1), dense_apply(mapping, x, 1), atol=1e-5, rtol=1e-5)
+
+
+def test_out_is_written_in_chunks(monkeypatch):
+    monkeypatch.setattr(maps, "CHUNK_BYTES", 3 * 32 * 4)
+    mapping = random_map(2, (3,), 11, 5, 2)
+    mapping.weight[0, 3:6] = 0  # one chunk with nothing to read
+    x, out = torch.randn(3, 5, 32), torch.full((3, 11, 32), torch.nan)
+    mapping.apply(x, 1, out=out)
+    torch.testing.assert_close(out, dense_apply(mapping, x, 1), atol=1e-6, rtol=1e-6)
+
+
+@EXAMPLES
+@given(seed=st.integers(0, 10_000), width=st.sampled_from([1, 16]), lead=st.sampled_from([(), (2,)]))
+def test_nan_at_slots_of_weight_zero_reaches_nothing(seed, width, lead):
+    mapping = random_map(seed, lead, 6, 5, 2)
+    hidden = torch.rand(2, 5, generator=torch.Generator().manual_seed(seed)) > 0.5
+    mapping = mapping.masked_source(~hidden)
+    x = torch.randn(2, 5, width)
+    spoiled = x.masked_fill(hidden[..., None], torch.nan)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        got = mapping.apply(spoiled.to(dtype), 1)
+        torch.testing.assert_close(got, mapping.apply(x.to(dtype), 1), atol=0, rtol=0)
+        assert (got[~mapping.mask().expand(2, 6)] == 0).all()
+    graphed = spoiled.clone().requires_grad_()
+    out = mapping.apply(graphed, 1)
+    torch.testing.assert_close(out.detach(), mapping.apply(x, 1), atol=1e-6, rtol=1e-6)
+    (gradient,) = torch.autograd.grad(out.sum(), graphed)
+    assert torch.isfinite(gradient).all()
+    assert (gradient[hidden] == 0).all()
+
+
+def test_a_map_with_nothing_in_it_gives_zeros():
+    mapping = SparseMap(torch.zeros(2, 3, 1, dtype=torch.int64), torch.zeros(2, 3, 1), 4)
+    x, out = torch.full((2, 4, 16), torch.nan), torch.ones(2, 3, 16)
+    assert torch.equal(mapping.apply(x, 1), torch.zeros(2, 3, 16))
+    assert torch.equal(mapping.apply(x, 1, out=out), torch.zeros(2, 3, 16))
+    assert torch.equal(mapping.apply(x.requires_grad_(), 1), torch.zeros(2, 3, 16))
+
+
+def test_apply_carries_the_gradient_of_the_weights():
+    index = torch.tensor([[[0, 1], [2, 4], [3, 3]]])
+    x = torch.randn(1, 5, 16, dtype=torch.float64)
+    weight = torch.rand(1, 3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda w: SparseMap(index, w, 5).apply(x, 1), (weight,))
+
+
+@EXAMPLES
+@given(members=st.lists(st.booleans(), min_size=1, max_size=9), data=st.data())
+def test_evenly_spread_takes_both_ends_and_mirrors(members, data):
+    count = sum(members)
+    order = members_first(torch.tensor([members]))[0].tolist()
+    assert order == [i for i, m in enumerate(members) if m] + [i for i, m in enumerate(members) if not m]
+    if not count:
+        return
+    taken = data.draw(st.integers(1, count))
+    ranks = evenly_spread(torch.tensor([count]), torch.tensor([taken]), 9)[0, :taken].tolist()
+    assert sorted(set(ranks)) == ranks
+    assert ranks[0] == 0
+    if taken > 1:
+        assert ranks[-1] == count - 1
+        ideal = [i * (count - 1) / (taken - 1) for i in range(taken)]
+        assert max(abs(a - b) for a, b in zip(ranks, ideal, strict=True)) <= 0.5
+        mirrored = [count - 1 - r for r in reversed(ranks)]
+        middle = taken // 2 if taken % 2 and count % 2 == 0 else None
+        assert all(a == b for i, (a, b) in enumerate(zip(ranks, mirrored, strict=True)) if i != middle)
 
 
 def test_bfloat16_is_summed_in_float32():
@@ -164,6 +267,7 @@ def test_identity_is_known_and_near_misses_are_not():
         lambda: SparseMap(torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 1), 4),
         lambda: SparseMap.identity(3).apply(torch.zeros(2, 4), 1),
         lambda: random_map(0, (2, 3), 4, 5, 1).apply(torch.zeros(2, 5), 1),
+        lambda: random_map(0, (3,), 4, 5, 1).apply(torch.zeros(2, 5), 1),
         lambda: SparseMap.identity(3).compose(SparseMap.identity(4)),
     ],
 )

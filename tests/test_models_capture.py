@@ -12,6 +12,7 @@ from tiny_models import (
     HEADS,
     HIDDEN,
     LAYERS,
+    checkpoint_layers,
     inputs,
     padded_batch,
     slow_projections,
@@ -180,8 +181,8 @@ def test_gradient_checkpointing_changes_nothing(family, inside, attention):
         return loss.detach(), gradients(model)
 
     loss, plain = run()
-    model.activation_checkpointing_enable({"use_reentrant": False})
-    assert model.is_activation_checkpointing
+    checkpoint_layers(model)
+    assert any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     loss_checkpointed, checkpointed = run()
     close(loss_checkpointed, loss, 1e-6)
     compare(checkpointed, plain, 1e-6)
@@ -189,7 +190,7 @@ def test_gradient_checkpointing_changes_nothing(family, inside, attention):
 
 def test_reentrant_checkpointing_is_refused():
     model = tiny_model().train()
-    model.activation_checkpointing_enable({"use_reentrant": True})
+    checkpoint_layers(model, reentrant=True)
     ids, mask = padded_batch()
     with pytest.raises(ModelError, match=r"Qwen2ForCausalLM: layer 0 .*reentrant"):
         captured(model, ids, mask)

@@ -8,6 +8,7 @@ M teacher layers, L student layers, both counted from 0 (shallowest). Knows numb
   interpolate  place l/(L−1)·(M−1), linear between its two neighbours; first on first, last on last; a student of
                one layer reads the last.
   terminal     from the last layer down: L−1−j <- M−1−j; students deeper than their teacher repeat layer 0.
+  cka          the most similar teacher layers, weighted by similarity: `cka_layers.py`.
   explicit     as written: student layer -> teacher layers, equal weights, from a dict or a JSON file.
 """
 
@@ -18,9 +19,22 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
+from kvdistill.align.cka_layers import CKALayerMapper, cka_map, read_layer_similarity
 from kvdistill.core.maps import SparseMap
 from kvdistill.core.runtime import RecipeError
+
+__all__ = [
+    "CKALayerMapper",
+    "cka_map",
+    "layer_map",
+    "layer_sources",
+    "needed_teacher_layers",
+    "parse_layer_range",
+    "read_layer_similarity",
+]
 
 _PLACE = "align.layer_map"
 
@@ -30,17 +44,36 @@ def layer_map(
     num_teacher_layers: int,
     num_student_layers: int,
     explicit: Mapping[int, list[int]] | str | None = None,
+    *,
+    similarity_LM: Float[Tensor, "L M"] | None = None,
+    top_k: int = 2,
+    monotone: bool = False,
+    on: str = "keys",
+    teacher: str | None = None,
+    student: str | None = None,
 ) -> SparseMap:
     """The map [L, k] from teacher layers to student layers; every row sums to 1.
 
     explicit: for mode `explicit`, student layer -> teacher layers, or the path of a JSON file with that object
-    (keys are then strings). Raises RecipeError naming the file (or recipe key) and the layer.
+    (keys are then strings). For mode `cka`, the path of the file that `kvdistill map-layers` wrote, read for `on`
+    and for these identities of teacher and student (`read_layer_similarity`); or give `similarity_LM` itself.
+    Raises RecipeError naming the file (or recipe key) and the layer; and what `cka_map` raises.
     """
     if mode == "explicit":
         return _explicit_map(num_teacher_layers, num_student_layers, explicit)
+    if mode == "cka":
+        if similarity_LM is None:
+            if not isinstance(explicit, str):
+                raise RecipeError(
+                    "layers: cka without similarities", place=_PLACE, fix="run `kvdistill map-layers RECIPE` first"
+                )
+            sizes = num_teacher_layers, num_student_layers
+            similarity_LM = read_layer_similarity(explicit, *sizes, on=on, teacher=teacher, student=student)
+        assert similarity_LM.shape == (num_student_layers, num_teacher_layers)
+        return cka_map(similarity_LM, top_k, monotone)
     if mode not in _MODES:
         raise RecipeError(
-            f"unknown layer mode {mode!r}", place="align.layers", fix=f"one of {', '.join(_MODES)}, explicit"
+            f"unknown layer mode {mode!r}", place="align.layers", fix=f"one of {', '.join(_MODES)}, cka, explicit"
         )
     return _MODES[mode](num_teacher_layers, num_student_layers)
 

@@ -202,6 +202,12 @@ def arm_recipe(recipe: Recipe, arm: str, place: str = "recipe") -> ArmRecipe:
     except ValidationError as error:
         raise _as_recipe_error(error, ArmRecipe, where) from None
     _check_arm(made, [teacher.name for teacher in recipe.teachers], where)
+    if made.needs_scores and recipe.capture.source == "online":
+        raise RecipeError(
+            "r-kv and attention_weighted read what was noted when the teacher ran over the texts",
+            place=f"{where}: compress, loss",
+            fix="set capture.source: store",
+        )
     return made
 
 
@@ -230,14 +236,88 @@ def _check_arm(arm: ArmRecipe, teachers: list[str], where: str) -> None:
         raise RecipeError(
             "fuse.fuse_at: kv averages teachers in the student's space",
             place=f"{where}: align.match_in",
-            fix="set align.match_in: student (and align.init: ridge), or fuse.fuse_at: loss",
+            fix="set align.match_in: student (and align.init: ridge) or shared, or fuse.fuse_at: loss",
         )
+    for wrong, key, what, fix in _combinations(arm):
+        if wrong and arm.needs_kv:
+            raise RecipeError(what, place=f"{where}: {key}", fix=fix)
     if arm.align.layers == "explicit" and arm.align.layer_map is None:
         raise RecipeError(
             "layers: explicit needs align.layer_map",
             place=f"{where}: align.layers",
             fix="give a mapping or a JSON file",
         )
+
+
+def _combinations(arm: ArmRecipe) -> list[tuple[bool, str, str, str]]:
+    """What does not go together: (is so, key, what is wrong, how to mend it)."""
+    align, loss, fuse = arm.align, arm.loss, arm.fuse
+    joint, warps = arm.compares_attention, align.time in ("proportional", "segment")
+    return [
+        (
+            joint and align.match_in == "shared",
+            "loss.kind",
+            f"{loss.kind} compares attention heads, and a shared space has none",
+            "set align.match_in: teacher, or another loss.kind",
+        ),
+        (
+            joint and fuse.fuse_at == "kv",
+            "fuse.fuse_at",
+            f"{loss.kind} compares the student with one teacher at a time",
+            "set fuse.fuse_at: loss",
+        ),
+        (
+            joint and align.keys == "rotated",
+            "align.keys",
+            f"{loss.kind} rotates keys and queries itself",
+            "set align.keys: unrotated",
+        ),
+        (
+            arm.needs_scores and fuse.fuse_at == "kv",
+            "fuse.fuse_at",
+            "r-kv and attention_weighted differ from layer to layer, and one fused cache has one mask",
+            "set fuse.fuse_at: loss",
+        ),
+        (
+            arm.compress.kv_compression == "r-kv" and loss.kind in ("cka", "structural", "attention_output"),
+            "loss.kind",
+            f"r-kv keeps other tokens in each layer, and {loss.kind} compares tokens with one another",
+            "set compress.kv_compression to another mode, or loss.kind: mse",
+        ),
+        (
+            bool(align.segment_ratio or align.smoothness) and not warps,
+            "align.time",
+            f"align.segment_ratio and align.smoothness shape a resampling, and time: {align.time} does not resample",
+            "set align.time: segment (or proportional), or leave them out",
+        ),
+        (
+            align.rank is not None and align.projection != "flat",
+            "align.rank",
+            f"rank is of flat projectors, this one is {align.projection}",
+            "set align.projection: flat, or leave rank out",
+        ),
+        (
+            align.elastic_hidden is not None and align.projection != "elastic",
+            "align.elastic_hidden",
+            f"elastic_hidden is of elastic projectors, this one is {align.projection}",
+            "set align.projection: elastic, or leave it out",
+        ),
+        (
+            align.match_in == "shared" and align.train_projector is True,
+            "align.train_projector",
+            "adapters into a shared space are frozen: trained together with the student they collapse",
+            "leave train_projector out",
+        ),
+        (
+            align.match_in == "student"
+            and align.projection == "elastic"
+            and not align.train_projector
+            and not align.residual,
+            "align.projection",
+            "an elastic projector has no closed form, and in the student's space projectors are frozen",
+            "set align.projection: flat or structured, or align.residual: true with align.train_projector: true",
+        ),
+    ]
 
 
 def recipe_hash(recipe: Recipe) -> str:

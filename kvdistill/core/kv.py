@@ -2,7 +2,7 @@
 
 A cached key is rotated by its position. Resampling, averaging or projecting rotated keys mixes
 phases, so the frame travels with the tensor and every consumer asks for the frame it needs
-(`require_frame`). This file does not know how a rotation is made: `kvdistill.align.rope` does.
+(`require_frame`). This file does not know how a rotation is made: `kvdistill.models.rope` does.
 
 Axes: B batch, H (or G) key/value heads, T (or S) tokens, D (or E) head size; L (or M) layers are
 the positions of the tuples, so that the student's per-layer graph is never copied into one tensor.
@@ -31,6 +31,8 @@ class KV:
     rope: `unrotated` or `rotated` for models with rotary positions, `none` for models without.
     queries: one tensor [B, Hq, T, D] a layer, in the same frame as the keys, or empty.
     layers: the number each entry has in its model (0 is the shallowest).
+    scaling: what each layer multiplies q.k with before the softmax (1 in T5, 1/sqrt(head size) in most), or None
+    where nobody said. A YaRN model's own attention factor is in its rotated keys and queries, not here.
     """
 
     keys: tuple[Tensor, ...]
@@ -40,6 +42,7 @@ class KV:
     rope: RopeFrame
     queries: tuple[Tensor, ...] = ()
     layers: tuple[int, ...] = ()
+    scaling: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if len(self.keys) != len(self.values) or not self.keys:
@@ -49,6 +52,10 @@ class KV:
             )
         if not self.layers:
             object.__setattr__(self, "layers", tuple(range(len(self.keys))))
+        if self.scaling is not None and len(self.scaling) != len(self.keys):
+            raise AlignmentError(
+                f"KV: {len(self.scaling)} scalings for {len(self.keys)} layers", fix="give one scaling a layer, or none"
+            )
         B, T = self.mask_BT.shape
         for layer, (k, v) in enumerate(zip(self.keys, self.values, strict=True)):
             if k.ndim != 4 or k.shape[:3] != v.shape[:3] or (k.shape[0], k.shape[2]) != (B, T):
@@ -87,6 +94,7 @@ class KV:
             values=tuple(self.values[i] for i in chosen),
             queries=tuple(self.queries[i] for i in chosen) if self.queries else (),
             layers=tuple(self.layers[i] for i in chosen),
+            scaling=None if self.scaling is None else tuple(self.scaling[i] for i in chosen),
         )
 
     def detach(self) -> KV:
@@ -104,5 +112,5 @@ def require_frame(*caches: KV, frame: RopeFrame) -> None:
         if cache.rope not in (frame, "none"):
             raise AlignmentError(
                 f"keys are {cache.rope}, {frame} keys are needed here",
-                fix="rotated keys carry their position's phase: kvdistill.align.rope.unrotate_keys / rotate_keys first",
+                fix="rotated keys carry their position's phase: kvdistill.models.unrotate_keys / rotate_keys first",
             )

@@ -3,6 +3,8 @@
 runs/NAME/
   recipe.json  provenance.json  study.json
   tokenizer/   data/{train,val,test,teach}.parquet  data/manifest.json  data/validation_report.json
+  data/teachers/NAME/            what a teacher with its own tokenizer or chains reads, and a manifest
+  layers/NAME.{json,png,svg}     similarity of the student's layers to a teacher's
   teachers/NAME/{model/, log.jsonl, report.json}
   store/KIND-NAME-HASH/          captured targets
   fit/KIND-NAME-HASH/            channel statistics, closed-form projectors, prototypes
@@ -28,6 +30,14 @@ def tokenizer_folder(run: Path) -> Path:
 
 def data_folder(run: Path) -> Path:
     return run / "data"
+
+
+def teacher_texts_folder(run: Path, teacher: str) -> Path:
+    return data_folder(run) / "teachers" / teacher
+
+
+def layers_folder(run: Path) -> Path:
+    return run / "layers"
 
 
 def teacher_folder(run: Path, teacher: str) -> Path:

@@ -17,6 +17,8 @@ class Section(BaseModel):
 
 FOLDER_NAME = r"^\w[\w.+@-]*$"  # teachers and arms have folders of their names: no way out of the run folder
 Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Segment = Literal["prompt", "reasoning", "answer"]
 NonNegative = Annotated[float, Field(ge=0)]
 
 
@@ -62,7 +64,9 @@ class DataRecipe(Section):
     style: Literal["cot", "direct", "both"] = Field("cot", description="written reasoning before the answer, or not")
     template: Literal["plain", "chat"] = Field("plain", description="our own, or the tokenizer's chat template")
     system_prompt: str | None = Field(None, description="chat: system message; unset: the template's own default")
-    tokenizer: str = Field("characters", description="characters (built in), a folder, `root:NAME`, or a hub id")
+    tokenizer: str = Field(
+        "characters", description="characters (built in), a folder, `root:NAME`, a hub id, or `A or B`"
+    )
     trim_vocabulary: bool = Field(False, description="keep only the pieces these texts need (tiny models)")
     max_length: Positive = Field(512, description="tokens; longer examples are left out and counted")
     seed: int = Field(0, description="which problems go where; the same for every arm and seed")
@@ -83,7 +87,9 @@ class DataRecipe(Section):
 class ScratchRecipe(Section):
     """A model with random weights of a known family."""
 
-    architecture: Literal["qwen2", "qwen3", "llama", "mistral", "gemma", "gpt2"] = "qwen2"
+    architecture: Literal["qwen2", "qwen3", "llama", "mistral", "gemma", "gpt2", "gpt_neox", "phi", "bert", "t5"] = (
+        "qwen2"
+    )
     hidden_size: Positive = 64
     num_layers: Positive = 2
     num_heads: Positive = 4
@@ -140,6 +146,12 @@ class TeacherRecipe(ModelRecipe):
     """One teacher. A `scratch` teacher is trained on the spot, on `train_on`, with `optimiser`."""
 
     name: str = Field(pattern=FOLDER_NAME)
+    tokenizer: str | None = Field(
+        None, description="folder, `root:NAME` or hub id; unset: beside the weights of `path`, else data.tokenizer"
+    )
+    traces: str | None = Field(
+        None, description="JSONL with question, reasoning: this teacher's own chains; unset: the data's"
+    )
     train_on: list[str] = Field(default_factory=list, description="tasks a scratch teacher is trained on")
     optimiser: OptimiserRecipe = OptimiserRecipe()
     seed: int = 0
@@ -172,19 +184,44 @@ class CaptureRecipe(Section):
 class AlignRecipe(Section):
     """Teacher KV to student slots, layers, heads and sizes."""
 
-    match_in: Literal["teacher", "student"] = Field("teacher", description="which space the two meet in")
-    time: Literal["index", "pad", "proportional", "segment"] = Field("pad", description="how positions correspond")
-    layers: Literal["ratio", "interpolate", "terminal", "explicit"] = "ratio"
+    match_in: Literal["teacher", "student", "shared"] = Field(
+        "teacher", description="which space the two meet in; shared: a common one, one frozen adapter per model"
+    )
+    time: Literal["index", "pad", "proportional", "segment"] = Field(
+        "pad", description="how positions correspond; pad: one text, by its characters where tokenizers differ"
+    )
+    segment_ratio: dict[Segment, Share] = Field(
+        default_factory=dict,
+        description="segment: share of the teacher's tokens of it that are read, e.g. {reasoning: 0.5}",
+    )
+    smoothness: dict[Segment, NonNegative] = Field(
+        default_factory=dict, description="segment: width of the window around each place; 0: linear interpolation"
+    )
+    layers: Literal["ratio", "interpolate", "terminal", "cka", "explicit"] = "ratio"
     layer_map: dict[int, list[int]] | str | None = Field(
-        None, description="for `explicit`: student layer -> teacher layers, or a JSON file with it"
+        None,
+        description="explicit: student layer -> teacher layers, or JSON with it; cka: the file of map-layers",
     )
-    projection: Literal["flat", "structured"] = Field(
-        "flat", description="one linear over all heads, or head mixer + size"
+    cka_on: Literal["keys", "values", "hidden"] = Field("keys", description="what layers are compared by")
+    cka_top_k: Positive = Field(2, description="teacher layers behind each student layer, weighted by similarity")
+    cka_texts: Positive = Field(100, description="training texts that similarities are measured on")
+    cka_monotone: bool = Field(False, description="deeper student layers never read shallower teacher layers")
+    projection: Literal["flat", "structured", "elastic"] = Field(
+        "flat", description="one linear over all heads; head mixer + size; or norm and a small MLP over all heads"
     )
+    per_head: bool = Field(False, description="structured: a size map for each head; ridge: a fit for each head alone")
+    rank: Positive | None = Field(None, description="flat: two thin matrices of this rank; unset: one full matrix")
+    elastic_hidden: Positive | None = Field(None, description="elastic: width of its MLP; unset: the wider side")
+    residual: bool = Field(False, description="a gated correction on top of a fixed first guess (gate starts at 0)")
     share_layers: bool = Field(False, description="one projector for all layers")
     init: Literal["xavier", "orthogonal", "identity", "uniform", "ridge"] = "xavier"
     train_projector: bool | None = Field(None, description="unset: trained in teacher space, frozen in student space")
     ridge_l2: float = Field(1e-2, gt=0, description="ridge penalty relative to the mean channel variance")
+    ridge_on: Literal["kv", "attention"] = Field(
+        "kv", description="error in keys and values, or in what attention reads of them (softmax(qk)v)"
+    )
+    shared_fit: Literal["gcca", "procrustes", "trained"] = Field("gcca", description="how shared adapters are made")
+    shared_size: Positive | None = Field(None, description="channels of the shared space; unset: those of the narrowest model")
     standardise: bool = Field(True, description="teacher channels to mean 0, std 1 over the training tokens")
     keys: Literal["unrotated", "rotated"] = Field("unrotated", description="frame in which keys are compared")
     calibration_examples: Positive = 512
@@ -193,12 +230,15 @@ class AlignRecipe(Section):
 class CompressRecipe(Section):
     """Which teacher tokens take part."""
 
-    kv_compression: Literal["full", "right", "crop"] = "full"
-    keep: Positive | None = Field(None, description="reasoning tokens kept by right (last) and crop (first)")
+    kv_compression: Literal["full", "right", "crop", "r-kv", "random", "uniform", "none"] = "full"
+    keep: Positive | None = Field(None, description="reasoning tokens kept: the last, the first, the best, …")
+    importance_share: float = Field(
+        0.1, ge=0, le=1, description="r-kv: weight of importance; the rest is redundancy (KaVa's lambda)"
+    )
 
     @model_validator(mode="after")
     def _needs_keep(self) -> CompressRecipe:
-        if self.kv_compression != "full" and self.keep is None:
+        if self.kv_compression not in ("full", "none") and self.keep is None:
             raise ValueError(f"kv_compression {self.kv_compression} needs `keep`: how many reasoning tokens to keep")
         return self
 
@@ -228,7 +268,7 @@ class FuseRecipe(Section):
 class LossRecipe(Section):
     """The terms of the loss and their weights."""
 
-    kind: Literal["mse", "smooth_l1", "l1", "mercator", "hybrid"] = "mse"
+    kind: Literal["mse", "smooth_l1", "l1", "mercator", "hybrid", "structural", "attention_output", "cka"] = "mse"
     kv_weight: NonNegative = Field(20.0, description="0: no KV term")
     k_weight: NonNegative = 1.0
     v_weight: NonNegative = 1.0
@@ -240,11 +280,22 @@ class LossRecipe(Section):
     mercator_alpha: NonNegative = 1.0
     mercator_beta: NonNegative = 0.1
     hybrid_share: float = Field(0.5, ge=0, le=1, description="hybrid: share of mse, the rest mercator")
+    structural_k: NonNegative = Field(1.0, description="structural: weight of 1 - cos of keys")
+    structural_v: NonNegative = Field(1.0, description="structural: weight of 1 - cos of values")
+    structural_attention: NonNegative = Field(1.0, description="structural: weight of KL of the attention rows")
+    attention_weighted: bool = Field(
+        False, description="tokens weigh by the attention the teacher's answer pays to them (mean 1)"
+    )
     ce_weight: NonNegative = 1.0
     ce_on: Literal["reasoning+answer", "answer"] = "reasoning+answer"
     logit_weight: NonNegative = Field(0.0, description="logit distillation (reference arm)")
     logit_temperature: float = Field(1.0, gt=0)
     kv_on: Literal["all", "reasoning", "answer", "reasoning+answer"] = Field("all", description="tokens of the KV term")
+
+    @property
+    def compares_attention(self) -> bool:
+        """Keys, values and queries enter one distance together, in place of keys and values apart."""
+        return self.kind in ("structural", "attention_output")
 
 
 class TrainRecipe(OptimiserRecipe):
@@ -316,6 +367,19 @@ class ArmRecipe(Section):
     @property
     def needs_logits(self) -> bool:
         return self.loss.logit_weight > 0 and bool(self.teachers)
+
+    @property
+    def compares_attention(self) -> bool:
+        return self.loss.compares_attention
+
+    @property
+    def needs_queries(self) -> bool:
+        return self.needs_kv and (self.compares_attention or self.align.ridge_on == "attention")
+
+    @property
+    def needs_scores(self) -> bool:
+        """What the teacher's own attention says of each of its tokens: for r-kv, and for weighing tokens."""
+        return self.needs_kv and (self.compress.kv_compression == "r-kv" or self.loss.attention_weighted)
 
 
 class Recipe(Section):

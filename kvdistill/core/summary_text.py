@@ -33,15 +33,19 @@ def as_text(result: Mapping[str, Any]) -> str:
         from kvdistill.core.evaluation_text import evaluation_table
 
         lines += evaluation_table(result["evaluations"])
+    if "layers" in result or "profiles" in result:
+        from kvdistill.core.profile_text import layer_lines, profile_lines
+
+        lines += layer_lines(result.get("layers") or {}) + profile_lines(result.get("profiles") or {})
     for key, value in result.items():
-        if key in ("data", "leaks", "evaluations"):
+        if key in ("data", "leaks", "evaluations", "layers", "profiles"):
             continue
         if key != "summary" and not isinstance(value, Mapping | list):
             lines.append(f"{key.replace('_', ' ')}: {printable(value)}")
         elif key != "summary" and isinstance(value, list):
             lines.append(f"{key.replace('_', ' ')}:")
             lines += [f"  {printable(item)}" for item in value]
-        elif key != "summary" and isinstance(value, Mapping):
+        elif key != "summary" and isinstance(value, Mapping) and value:
             lines.append(f"{key.replace('_', ' ')}:")
             lines += [f"  {printable(name)}: {printable(item)}" for name, item in value.items()]
     return "\n".join(lines)
@@ -68,7 +72,21 @@ def _data_table(data: Mapping[str, Any]) -> list[str]:
         if any(left_out.values()):
             named = ", ".join(f"{printable(task)} {number}" for task, number in left_out.items() if number)
             lines.append(f"left out, {words}: {named}")
+    lines += [_own_text(name, found) for name, found in data.get("teachers", {}).items()]
     return [*lines, f"fingerprint: {data['fingerprint']['all']}"]
+
+
+def _own_text(name: str, found: Mapping[str, Any]) -> str:
+    """What a teacher reads that the student does not, and what of the text is lost between their tokenizers."""
+    own = found["tokenizer"]
+    reads = [f"own tokenizer ({own['size']:,} pieces)"] if own else []
+    reads += ["own chains"] if found["own_chains"] else []
+    line = f"teacher {printable(name)}: {', '.join(reads)}"
+    if lost := found["lost"]:
+        line += f"; of the student's text {_share(lost['characters']).strip()} % of the characters and "
+        line += f"{_share(lost['tokens']).strip()} % of the tokens have nothing behind them"
+        line += f" ({lost['examples']:,} whole examples)" if lost["examples"] else ""
+    return line
 
 
 def _leak_lines(leaks: Mapping[str, Any]) -> list[str]:

@@ -2,8 +2,10 @@
 
 In memory: `TeacherTargets`. On disk: token-major rows without padding, so that one example is one contiguous
 slice and a batch is a handful of copies: `kv` [tokens, layers, 2, heads, size], `segments` [tokens], `offsets`
-[examples + 1], `nll` [examples], `topk_index`/`topk_logprob` [tokens, k]. Keys are unrotated. This file knows
-no model; `models.forward` makes targets, `capture.py` stores them, `train/` reads them.
+[examples + 1], `nll` [examples], `topk_index`/`topk_logprob` [tokens, k]; where they were captured, `queries`
+[tokens, layers, query heads, size] and `scores` [tokens, layers, kinds, heads]. Keys and queries are unrotated. The
+layers' `scaling` stands in the manifest's extra. This file knows no model; `models.forward` makes targets,
+`capture.py` stores them, `train/` reads them.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from kvdistill.core.kv import KV, RopeFrame
 from kvdistill.core.store import StoreReader
 
 PADDING, PROMPT, REASONING, ANSWER = 0, 1, 2, 3
+IMPORTANCE, REDUNDANCY, ATTENTION = 0, 1, 2  # rows of a token's scores
 SEGMENT_NAMES = {"prompt": PROMPT, "reasoning": REASONING, "answer": ANSWER}
 
 
@@ -27,9 +30,12 @@ SEGMENT_NAMES = {"prompt": PROMPT, "reasoning": REASONING, "answer": ANSWER}
 class TeacherTargets:
     """One teacher's detached view of a batch: B examples, S teacher tokens.
 
-    kv: unrotated keys and values of the captured layers, or None. segments_BS: segment codes, 0 at padding.
-    nll_B: mean NLL of the gold completion (nats per token), or None.
+    kv: unrotated keys and values (and queries, where asked for) of the captured layers, or None.
+    segments_BS: segment codes, 0 at padding.
+    nll_B: mean NLL of the gold completion (nats per token), or None (encoders predict no next token).
     topk_index_BSK, topk_logprob_BSK: the teacher's next-token log-probabilities at each position, or None.
+    scores_BSMRG: float32 scores of each token in each captured layer and KV head (importance, redundancy, and what
+    else the scorer gives on that axis), or None.
     """
 
     segments_BS: Tensor
@@ -37,6 +43,7 @@ class TeacherTargets:
     nll_B: Tensor | None = None
     topk_index_BSK: Tensor | None = None
     topk_logprob_BSK: Tensor | None = None
+    scores_BSMRG: Tensor | None = None
 
     def to(self, device: torch.device | str) -> TeacherTargets:
         def move(x: Tensor | None) -> Tensor | None:
@@ -49,6 +56,7 @@ class TeacherTargets:
             nll_B=move(self.nll_B),
             topk_index_BSK=move(self.topk_index_BSK),
             topk_logprob_BSK=move(self.topk_logprob_BSK),
+            scores_BSMRG=move(self.scores_BSMRG),
         )
 
 
@@ -67,6 +75,11 @@ def pack_targets(targets: Sequence[TeacherTargets], dtype: torch.dtype) -> dict[
             layers = [torch.stack([k, v], dim=0) for k, v in zip(batch.kv.keys, batch.kv.values, strict=True)]
             kv_BSM2GE = torch.stack(layers, dim=0).permute(2, 4, 0, 1, 3, 5)  # [M,2,B,G,S,E] -> [B,S,M,2,G,E]
             put("kv", kv_BSM2GE[real_BS].to(dtype))
+            if batch.kv.queries:
+                queries_BSMHE = torch.stack(batch.kv.queries, dim=0).permute(1, 3, 0, 2, 4)
+                put("queries", queries_BSMHE[real_BS].to(dtype))
+        if batch.scores_BSMRG is not None:
+            put("scores", batch.scores_BSMRG[real_BS].float())
         if batch.nll_B is not None:
             put("nll", batch.nll_B.float())
         if batch.topk_index_BSK is not None and batch.topk_logprob_BSK is not None:
@@ -79,13 +92,15 @@ def pack_targets(targets: Sequence[TeacherTargets], dtype: torch.dtype) -> dict[
 
 
 class TargetReader:
-    """Batches of stored targets by example number. `extra` of the manifest: layers, rope, examples per shard."""
+    """Batches of stored targets by example number. `extra` of the manifest: layers, rope, scaling (may be missing)."""
 
     def __init__(self, folder: Path, *, verify: bool = True) -> None:
         store = StoreReader(folder, verify=verify)
         self.extra: Mapping[str, Any] = store.extra
         self.layers: tuple[int, ...] = tuple(store.extra["layers"])
         self.rope: RopeFrame = store.extra["rope"]
+        scaling = store.extra.get("scaling")  # stores made before queries were kept have none
+        self.scaling: tuple[float, ...] | None = None if scaling is None else tuple(map(float, scaling))
         self._shards = store.shards
         self._starts: list[int] = []
         total = 0
@@ -102,19 +117,28 @@ class TargetReader:
             return None
         return torch.cat([shard["nll"] for shard in self._shards])
 
-    def read(self, examples: Sequence[int], *, kv: bool = True, logits: bool = True) -> TeacherTargets:
-        """Right-padded targets of these examples [B, S, ...]; positions count from 0.
+    def read(
+        self,
+        examples: Sequence[int],
+        *,
+        kv: bool = True,
+        logits: bool = True,
+        queries: bool = True,
+        scores: bool = True,
+    ) -> TeacherTargets:
+        """Right-padded targets of these examples [B, S, ...], 0 at padding; positions count from 0.
 
-        kv and logits may be left on disk where an arm does not use them.
+        Each part may be left on disk where an arm does not use it (queries are read only together with kv), and is
+        None (queries: empty) where it was not captured.
         """
         rows = [self._place[i] for i in examples]
         spans = [(self._offsets[s][i], self._offsets[s][i + 1]) for s, i in rows]
         B, S = len(rows), max(b - a for a, b in spans)
-        names = [n for n in ("segments", "kv", "topk_index", "topk_logprob") if n in self._shards[0]]
-        skipped = (() if kv else ("kv",)) + (() if logits else ("topk_index", "topk_logprob"))
+        wanted = {"segments": True, "kv": kv, "queries": kv and queries, "scores": scores}
+        wanted |= {"topk_index": logits, "topk_logprob": logits}
         out: dict[str, Tensor] = {}
-        for name in names:
-            if name in skipped:
+        for name, want in wanted.items():
+            if not want or name not in self._shards[0]:
                 continue
             source = self._shards[0][name]
             padded = source.new_zeros((B, S, *source.shape[1:]))
@@ -125,20 +149,24 @@ class TargetReader:
         segments_BS = out["segments"].long()
         return TeacherTargets(
             segments_BS=segments_BS,
-            kv=self._as_kv(out["kv"], segments_BS) if "kv" in out else None,
+            kv=self._as_kv(out["kv"], out.get("queries"), segments_BS) if "kv" in out else None,
             nll_B=nll,
             topk_index_BSK=out["topk_index"].long() if "topk_index" in out else None,
             topk_logprob_BSK=out.get("topk_logprob"),
+            scores_BSMRG=out.get("scores"),
         )
 
-    def _as_kv(self, kv_BSM2GE: Tensor, segments_BS: Tensor) -> KV:
+    def _as_kv(self, kv_BSM2GE: Tensor, queries_BSMHE: Tensor | None, segments_BS: Tensor) -> KV:
         layers = range(kv_BSM2GE.shape[2])
         positions = torch.arange(segments_BS.shape[1]).expand_as(segments_BS)
+        queries = () if queries_BSMHE is None else tuple(queries_BSMHE[:, :, m].transpose(1, 2) for m in layers)
         return KV(
             keys=tuple(kv_BSM2GE[:, :, m, 0].transpose(1, 2) for m in layers),
             values=tuple(kv_BSM2GE[:, :, m, 1].transpose(1, 2) for m in layers),
             mask_BT=segments_BS > 0,
             positions_BT=positions,
             rope=self.rope,
+            queries=queries,
             layers=self.layers,
+            scaling=self.scaling,
         )

@@ -86,7 +86,7 @@ def encode_rows(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row]) -> list
             place="data.tokenizer",
             fix="load it with kvdistill.data.tokenizers.load_tokenizer",
         )
-    plans = {key: _plan(tokenizer, frame) for key, frame in {id(row.frame): row.frame for row in rows}.items()}
+    plans = {key: plan_of(tokenizer, frame) for key, frame in {id(row.frame): row.frame for row in rows}.items()}
     unk = tokenizer.unk_token_id if tokenizer.unk_token_id != tokenizer.eos_token_id else None
     reader = find_reader(tokenizer)
     examples: list[Example] = []
@@ -132,7 +132,7 @@ def _tokens_before(encoding: Encoding, end: int) -> int:
     return bisect_left(encoding.offsets, end, key=lambda offset: offset[0])  # makes a list of all tokens: slower
 
 
-def _join(plan: _Plan, row: Row, asked: _Found, completion: _Found, unk: int | None) -> Example:
+def _join(plan: Plan, row: Row, asked: _Found, completion: _Found, unk: int | None) -> Example:
     prompt_ids = [*plan.head, *_after_anchor(row, asked[0], plan.user_anchor), *plan.middle]
     ids = _after_anchor(row, completion[0], plan.completion_anchor)
     num_reasoning = completion[1] - len(plan.completion_anchor) if row.reasoning else 0
@@ -202,7 +202,7 @@ class _Cut:
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class Plan:
     """How rows of one frame become ids: head, the stretch with the user's text, middle, completion, tail.
 
     A plain row is asked by its whole prompt, between beginning- and end-of-text. anchors: ids of a line end behind
@@ -226,6 +226,25 @@ class _Plan:
             completion, end = _ANCHOR + completion, end and end + len(_ANCHOR)
         return (asked, 0), (completion, end)
 
+    def shared(self, row: Row) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Where the problem's own words stand in the two texts: [start, end) in each, without the space around them.
+
+        What a template writes around them, and how many spaces it leaves, differs from tokenizer to tokenizer.
+        """
+        (asked, _), (completion, _) = self.texts(row)
+        start = len(_ANCHOR) if self.user_anchor else 0
+        end = len(asked)
+        if self.cut is not None:
+            start, end = start + len(self.cut.before), end - len(self.cut.after)
+        first = len(_ANCHOR) if self.completion_anchor else 0
+        last = first + len(row.completion)
+        return _without_space(asked, start, end), _without_space(completion, first, last)
+
+
+def _without_space(text: str, start: int, end: int) -> tuple[int, int]:
+    words = text[start:end]
+    return start + len(words) - len(words.lstrip()), start + len(words.rstrip())
+
 
 @lru_cache(maxsize=16)
 def _cut(frame: Frame) -> _Cut:
@@ -246,22 +265,23 @@ def _split_last(pieces: tuple[Piece, ...]) -> tuple[tuple[Piece, ...], str]:
     return (pieces[:-1], pieces[-1].text) if plain else (pieces, "")
 
 
-_PLANS: WeakKeyDictionary[PreTrainedTokenizerFast, dict[tuple[Frame | None, int | None, int], _Plan]] = (
+_PLANS: WeakKeyDictionary[PreTrainedTokenizerFast, dict[tuple[Frame | None, int | None, int], Plan]] = (
     WeakKeyDictionary()
 )
 
 
-def _plan(tokenizer: PreTrainedTokenizerFast, frame: Frame | None) -> _Plan:
+def plan_of(tokenizer: PreTrainedTokenizerFast, frame: Frame | None) -> Plan:
+    """How rows of this frame (None: plain rows) become ids; made once for each tokenizer and frame."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     plans = _PLANS.setdefault(tokenizer, {})
     key = (frame, bos, eos)
     if key not in plans:
-        plain = _Plan([] if bos is None else [bos], [], [eos])
+        plain = Plan([] if bos is None else [bos], [], [eos])
         plans[key] = plain if frame is None else _plan_frame(tokenizer, frame)
     return plans[key]
 
 
-def _plan_frame(tokenizer: PreTrainedTokenizerFast, frame: Frame) -> _Plan:
+def _plan_frame(tokenizer: PreTrainedTokenizerFast, frame: Frame) -> Plan:
     """The plan whose ids are those of the whole text, tokenized at once with its special tokens."""
     end = frame.closing[-1].token
     if tokenizer.eos_token != end:
@@ -281,7 +301,7 @@ def _plan_frame(tokenizer: PreTrainedTokenizerFast, frame: Frame) -> _Plan:
     )
 
 
-def _plan_with(tokenizer: PreTrainedTokenizerFast, frame: Frame, *, after_token: bool, after_text: bool) -> _Plan:
+def _plan_with(tokenizer: PreTrainedTokenizerFast, frame: Frame, *, after_token: bool, after_text: bool) -> Plan:
     """after_token, after_text: whether a stretch behind a special token, or behind other text, needs an anchor."""
     cut, vocabulary = _cut(frame), tokenizer.added_tokens_encoder
     anchor = encode_plain(tokenizer, [_ANCHOR])[0].ids
@@ -300,7 +320,7 @@ def _plan_with(tokenizer: PreTrainedTokenizerFast, frame: Frame, *, after_token:
 
     last = cut.middle[-1] if cut.middle else None
     behind_token = last is not None and bool(last.token)
-    return _Plan(
+    return Plan(
         head=ids_of(cut.head, first=True),
         middle=ids_of(cut.middle),
         tail=ids_of(cut.tail),
@@ -310,7 +330,7 @@ def _plan_with(tokenizer: PreTrainedTokenizerFast, frame: Frame, *, after_token:
     )
 
 
-def _gives_the_same(tokenizer: PreTrainedTokenizerFast, plan: _Plan, frame: Frame) -> bool:
+def _gives_the_same(tokenizer: PreTrainedTokenizerFast, plan: Plan, frame: Frame) -> bool:
     """Held against the tokenizer's own reading, on a text of ours: the prompt, and the whole where no token of it goes
     across the prompt's end (there the prompt's own ids count, as generation starts from them)."""
 

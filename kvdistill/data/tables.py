@@ -102,9 +102,13 @@ def read_split(run: Path, split: str) -> Sequence[Example]:
     """
     if split not in SPLITS:
         raise RunFolderError(f"no split {split!r}", place=str(run), fix=f"use {', '.join(SPLITS)}")
-    manifest = read_manifest(run)
     path = split_path(run, split)
-    check_file(path, manifest["files"][path.name])
+    return read_table(path, read_manifest(run)["files"][path.name])
+
+
+def read_table(path: Path, sha256: str) -> Sequence[Example]:
+    """The examples of one such file, made when they are asked for. StoreError where it is missing or altered."""
+    check_file(path, sha256)
     return _Examples(pq.read_table(path, schema=SCHEMA))
 
 

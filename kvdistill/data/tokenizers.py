@@ -51,6 +51,7 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """`characters`, a folder, `root:NAME` (data.root/tokenizers/NAME) or a hub id, with its roles settled.
 
+    `root:NAME or ID`: the folder where data.root has it, else the hub id.
     texts: for `characters`, the texts it has to be able to write. Raises DataError with the fix for a name that leads
     nowhere, a hub out of reach, and a tokenizer that is not a fast one.
     """
@@ -59,6 +60,7 @@ def load_tokenizer(
         for text in texts:
             symbols.update(text)
         return character_tokenizer(symbols)
+    name = _first_there(name, root)
     folder = _folder_of(name, root, place)
     if folder is not None and not (folder / "tokenizer.json").is_file():
         raise DataError(
@@ -182,6 +184,17 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
     stream = iter(texts)
     while chunk := list(dict.fromkeys(islice(stream, _CHUNK))):
         yield chunk
+
+
+def _first_there(name: str, root: str | None) -> str:
+    """Of `A or B or C` the first that is a folder on this machine, else the last."""
+    *local, last = (choice.strip() for choice in name.split(" or "))
+    for choice in local:
+        inside = Path(root).expanduser() / "tokenizers" / choice.removeprefix("root:") if root else None
+        folder = inside if choice.startswith("root:") else Path(choice).expanduser()
+        if folder is not None and folder.is_dir():
+            return choice
+    return last
 
 
 def _folder_of(name: str, root: str | None, place: str) -> Path | None:

@@ -17,15 +17,25 @@ from kvdistill.models.load import (
     load_model,
     merge_lora,
     model_config,
+    require_causal,
 )
 from kvdistill.models.rope import rotate_keys, unrotate_keys
-from kvdistill.models.structure import find_backbone, model_name, positions_from_mask, unwrap_model
+from kvdistill.models.structure import (
+    auto_class,
+    find_backbone,
+    find_rotary,
+    model_kind,
+    model_name,
+    positions_from_mask,
+    unwrap_model,
+)
 
 __all__ = [
     "EMPTY_LOGPROB",
     "KVCapture",
     "ModelShape",
     "add_lora",
+    "auto_class",
     "batch_geometry",
     "capture_flops",
     "capture_kv",
@@ -33,13 +43,16 @@ __all__ = [
     "describe_config",
     "describe_model",
     "find_backbone",
+    "find_rotary",
     "fingerprint_model",
     "forward_flops",
     "load_model",
     "merge_lora",
     "model_config",
+    "model_kind",
     "model_name",
     "positions_from_mask",
+    "require_causal",
     "rotate_keys",
     "teacher_forward",
     "unrotate_keys",

@@ -2,12 +2,14 @@
 
     with capture_kv(model, layers=[0, 3]) as capture:
         model(input_ids=..., attention_mask=mask_BT, position_ids=positions_BT, use_cache=False)
-    kv = capture.kv(mask_BT, positions_BT)          # keys in frame 'rotated', 'none' for GPT-2
+    kv = capture.kv(mask_BT, positions_BT)          # keys in frame 'rotated', 'none' for GPT-2, BERT and T5
 
 Mechanism: an attention function registered with transformers' attention interface (and the fitting mask function
 with the mask interface) records what it is handed and calls the implementation the model had. Keys arrive after
-rotation and before they are repeated for grouped queries. The context manager only changes the name of the
-implementation in the model's config, and changes it back. Nothing is patched.
+any norm of theirs (Qwen3, Gemma 3), after rotation, and before they are repeated for grouped queries; with them
+comes the layer's scaling of q.k. A position bias (T5, ALiBi) or a soft cap of the logits is not recorded. The context
+manager only changes the name of the implementation in the model's config, and changes it back. Nothing is patched.
+Hidden states, where asked for, come from forward hooks on the layers, which stand only as long as the capture.
 
 Records the last forward of the model's backbone. What runs outside of it, like the recomputation of gradient
 checkpointing during backward, is not recorded. Does not know rotary positions: `rope.py` does.
@@ -16,6 +18,7 @@ checkpointing during backward, is not recorded. Does not know rotary positions: 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -29,11 +32,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvdistill.core.kv import KV
 from kvdistill.core.runtime import ModelError
 from kvdistill.models.structure import (
-    attention_modules,
+    Stack,
+    check_interface,
     find_backbone,
     find_rotary,
     from_modeling_file,
+    layer_modules,
     model_name,
+    numbered_attention,
     positions_from_mask,
     text_config,
 )
@@ -52,13 +58,23 @@ class _EnoughRecorded(Exception):
 
 
 class KVCapture:
-    """Context manager that records k, v (and q on request) of one model's layers. See `capture_kv`."""
+    """Context manager that records k, v (q and hidden states on request) of one model's layers. See `capture_kv`."""
 
-    def __init__(self, model: nn.Module, layers: Sequence[int] | None, queries: bool, stop_early: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[int] | None,
+        queries: bool,
+        stop_early: bool,
+        hidden: bool = False,
+        stack: Stack | None = None,
+    ) -> None:
         self.name = model_name(model)
-        self.backbone = find_backbone(model)
-        self.rope = "none" if find_rotary(model) is None else "rotated"
-        num_layers = text_config(model).num_hidden_layers
+        self.backbone = find_backbone(model, stack)
+        numbered = numbered_attention(model, stack)
+        check_interface(model, numbered)
+        self.rope = "none" if find_rotary(model, stack) is None else "rotated"
+        num_layers = text_config(model, stack).num_hidden_layers
         self.layers = tuple(range(num_layers)) if layers is None else tuple(sorted(set(layers)))
         outside = [layer for layer in self.layers if not 0 <= layer < num_layers]
         if outside or not self.layers:
@@ -71,8 +87,11 @@ class KVCapture:
             )
         self.queries, self.stop_early = queries, stop_early
         self._wanted, self._last = frozenset(self.layers), self.layers[-1]
-        self._modules = attention_modules(model)
-        self._recorded: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
+        self._modules = [module for _, module in numbered]
+        self._numbers = {id(module): number for number, module in numbered}
+        self._hidden_of = [(n, layer_modules(model, stack)[n]) for n in self.layers] if hidden else []
+        self._recorded: dict[int, tuple[Tensor, Tensor, Tensor | None, float | None]] = {}
+        self._hidden: dict[int, Tensor] = {}
         self._running = self._grad_outside = False
         self._hooks: list[Any] = []
 
@@ -87,6 +106,7 @@ class KVCapture:
             self._hooks = [
                 self.backbone.register_forward_pre_hook(self._begin_forward),
                 self.backbone.register_forward_hook(self._end_forward, always_call=True),
+                *(layer.register_forward_hook(partial(self._record_hidden, n)) for n, layer in self._hidden_of),
             ]
         except BaseException:
             self._remove()
@@ -120,24 +140,36 @@ class KVCapture:
         rotary = self.backbone._modules.get("rotary_emb")
         if rotary is not None:
             reset_dynamic_rotary(rotary)
-        self._recorded = {}
+        self._recorded, self._hidden = {}, {}
         self._running, self._grad_outside = True, torch.is_grad_enabled()
 
     def _end_forward(self, *_: object) -> None:
         self._running = False
 
-    def _record(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> bool:
-        """Keep what a layer was handed. True when nothing above it is wanted."""
+    def _record(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> bool:
+        """Keep what a layer was handed. True when nothing after it is wanted."""
+        layer = self._numbers[id(module)]
         if not self._running or layer not in self._wanted:
             return False
+        self._check_gradient(layer)
+        self._recorded[layer] = (key, value, query if self.queries else None, scaling)
+        return self.stop_early and layer == self._last and not self._hidden_of
+
+    def _record_hidden(self, layer: int, _module: nn.Module, _inputs: object, output: Any) -> None:
+        if not self._running:
+            return
+        self._check_gradient(layer)
+        self._hidden[layer] = output if isinstance(output, Tensor) else output[0]
+        if self.stop_early and layer == self._last:
+            raise _EnoughRecorded(self)
+
+    def _check_gradient(self, layer: int) -> None:
         if self._grad_outside and not torch.is_grad_enabled():
             raise ModelError(
                 f"layer {layer} runs under reentrant gradient checkpointing, which cuts the gradient of its keys",
                 place=self.name,
                 fix="enable gradient checkpointing with {'use_reentrant': False}",
             )
-        self._recorded[layer] = (key, value, query if self.queries else None)
-        return self.stop_early and layer == self._last
 
     # -- reading ----------------------------------------------------------------------------------
 
@@ -145,7 +177,7 @@ class KVCapture:
         """What the last forward left, shallow to deep.
 
         mask_BT: [B, T], nonzero at real tokens. positions_BT: the `position_ids` the model was given; unset:
-        `positions_from_mask(mask_BT)`. Raises ModelError where a layer recorded nothing or head sizes are mixed.
+        `positions_from_mask(mask_BT)`. Raises ModelError where a layer recorded nothing or heads are mixed.
         """
         if not self._recorded:
             raise ModelError(
@@ -157,14 +189,31 @@ class KVCapture:
         self._check_layers()
         entries = [self._recorded[layer] for layer in self.layers]
         return KV(
-            keys=tuple(k for k, _, _ in entries),
-            values=tuple(v for _, v, _ in entries),
+            keys=tuple(k for k, _, _, _ in entries),
+            values=tuple(v for _, v, _, _ in entries),
             mask_BT=mask_BT.bool(),
             positions_BT=positions_from_mask(mask_BT) if positions_BT is None else positions_BT,
             rope=self.rope,  # type: ignore[arg-type]
-            queries=tuple(q for _, _, q in entries if q is not None),
+            queries=tuple(q for _, _, q, _ in entries if q is not None),
             layers=self.layers,
+            # where a layer says nothing, the attention functions take 1/sqrt(head size)
+            scaling=tuple(k.shape[-1] ** -0.5 if s is None else float(s) for k, _, _, s in entries),
         )
+
+    def hidden(self) -> tuple[Tensor, ...]:
+        """The output [B, T, C] of each captured layer in the last forward, shallow to deep, padding included.
+
+        A layer's output is the residual stream that enters the next layer; after the last one, it is what the final
+        norm has not yet seen. Raises ModelError where hidden states were not asked for or no forward ran.
+        """
+        missing = [layer for layer in self.layers if layer not in self._hidden]
+        if missing:
+            raise ModelError(
+                f"layer {missing[0]} recorded no hidden states",
+                place=self.name,
+                fix="capture_kv(..., hidden=True), and run the model inside the `with` block",
+            )
+        return tuple(self._hidden[layer] for layer in self.layers)
 
     def _check_layers(self) -> None:
         first = self.layers[0]
@@ -175,8 +224,8 @@ class KVCapture:
                     place=self.name,
                     fix="leave that layer out, or use a family whose every layer is plain attention",
                 )
-            shapes = [tuple(x.shape[i] for i in (1, 3)) for x in self._recorded[layer][:2]]
-            wanted = [tuple(x.shape[i] for i in (1, 3)) for x in self._recorded[first][:2]]
+            shapes = [tuple(x.shape[i] for i in (1, 3)) for x in self._recorded[layer][:3] if x is not None]
+            wanted = [tuple(x.shape[i] for i in (1, 3)) for x in self._recorded[first][:3] if x is not None]
             if shapes != wanted:
                 raise ModelError(
                     f"layer {layer} has (heads, size) {shapes[0]} for keys and {shapes[1]} for values, "
@@ -187,23 +236,34 @@ class KVCapture:
 
 
 def capture_kv(
-    model: nn.Module, layers: Sequence[int] | None = None, queries: bool = False, stop_early: bool = False
+    model: nn.Module,
+    layers: Sequence[int] | None = None,
+    queries: bool = False,
+    stop_early: bool = False,
+    hidden: bool = False,
+    stack: Stack | None = None,
 ) -> KVCapture:
     """Record keys and values [B, kv_heads, T, D] of `layers` (all by default) in what runs inside the `with` block.
 
-    queries: queries [B, heads, T, D] too. stop_early: layers above the highest one asked for, and the LM head, are
-    not run: the forward call leaves the `with` block at once, so that statements after it inside are skipped.
-    model: a transformers decoder, plain or wrapped by peft, DDP or torch.compile. May be nested, and several models
-    may be captured at once. Raises ModelError for a layer the model does not have.
+    queries: queries [B, heads, T, D] too. hidden: the output [B, T, C] of each layer too (`KVCapture.hidden`).
+    stop_early: layers above the highest one asked for, and the LM head, are not run: the forward call leaves the
+    `with` block at once, so that statements after it inside are skipped.
+    stack: `encoder` or `decoder`, for a model that has both; unset: the decoder of a decoder, else the encoder.
+    Self-attention only. model: a transformers model, plain or wrapped by peft, DDP or torch.compile. May be nested,
+    and several models may be captured at once. Raises ModelError for a layer or stack the model does not have, and
+    for a model none of whose attention goes through transformers' attention interface.
     """
-    return KVCapture(model, layers, queries, stop_early)
+    return KVCapture(model, layers, queries, stop_early, hidden, stack)
 
 
 def reset_dynamic_rotary(rotary: Any) -> None:
     """Forget the longest sequence seen: a dynamic rotary module then depends on this batch only, not on history."""
-    if getattr(rotary, "rope_type", None) == "dynamic":
-        rotary.inv_freq = rotary.original_inv_freq.to(rotary.inv_freq.device).clone()
-        rotary.max_seq_len_cached = rotary.original_max_seq_len
+    kinds = getattr(rotary, "rope_type", None)
+    for kind, prefix in ((kinds, ""),) if not isinstance(kinds, dict) else ((v, f"{k}_") for k, v in kinds.items()):
+        if kind == "dynamic":
+            original = getattr(rotary, f"{prefix}original_inv_freq")
+            setattr(rotary, f"{prefix}inv_freq", original.to(getattr(rotary, f"{prefix}inv_freq").device).clone())
+            setattr(rotary, f"{prefix}max_seq_len_cached", rotary.original_max_seq_len)
 
 
 # -- transformers' interfaces ---------------------------------------------------------------------
@@ -244,7 +304,7 @@ def _recording_attention(own: str) -> Callable[..., Any]:
     ) -> Any:
         enough = None
         for capture in _LISTENERS.get(id(module), ()):
-            if capture._record(module.layer_idx, query, key, value):  # type: ignore[arg-type]
+            if capture._record(module, query, key, value, kwargs.get("scaling")):
                 enough = capture
         if enough is not None:
             raise _EnoughRecorded(enough)
@@ -269,7 +329,7 @@ def _own_attention(module: nn.Module, own: str) -> Callable[..., Any]:
     eager = from_modeling_file(module, "eager_attention_forward")
     if own == "eager" and eager is None:
         raise ModelError(
-            f"layer {module.layer_idx}: no eager attention function in the file of {type(module).__name__}",
+            f"no eager attention function in the file of {type(module).__name__}",
             place=type(module).__name__,
             fix="load the model with attention: sdpa",
         )

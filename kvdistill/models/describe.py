@@ -2,7 +2,9 @@
 
 The FLOPs are closed forms of matrix products (2 per multiply-add), the convention of torch.utils.flop_counter and
 of the PaLM paper's appendix B; norms, activations and softmax are not counted, and causal attention counts as full,
-as the counter does. Does not know what a training step is made of: the ledger adds forwards and backwards up.
+as the counter does. Of an encoder or encoder-decoder, one stack is described and counted: the encoder, unless
+another is named; its head is never run here, so it is not counted. Does not know what a training step is made of:
+the ledger adds forwards and backwards up.
 """
 
 from __future__ import annotations
@@ -12,22 +14,31 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from kvdistill.core.runtime import ModelError
 from kvdistill.models.structure import (
-    attention_modules,
+    ModelKind,
+    Stack,
+    auto_class,
     find_backbone,
     find_rotary,
+    model_kind,
     model_name,
+    numbered_attention,
     text_config,
     unwrap_model,
 )
 
+_HEAD_SIZE_NAMES = ("head_dim", "attention_head_size", "key_value_proj_dim")  # as decoders, BERT and T5 say it
+
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a dense decoder. mlp_matrices: 3 with a gated MLP, 2 without."""
+    """The sizes of one stack of a dense model. mlp_matrices: 3 with a gated MLP, 2 without.
+
+    num_parameters, tied: of the whole model. kind: what the model is.
+    """
 
     family: str
     num_layers: int
@@ -41,57 +52,60 @@ class ModelShape:
     num_parameters: int
     tied: bool
     mlp_matrices: int
+    kind: ModelKind = "decoder"
 
 
-def describe_model(model: nn.Module) -> ModelShape:
-    """Sizes of a loaded model (plain or wrapped; a meta-device model will do).
+def describe_model(model: nn.Module, stack: Stack | None = None) -> ModelShape:
+    """Sizes of a loaded model (plain or wrapped; a meta-device model will do), of `stack` as in `capture_kv`.
 
     Raises ModelError where head sizes differ between layers (names model and layer) and for mixtures of experts.
     """
-    inner, config = unwrap_model(model), text_config(model)
+    inner, config = unwrap_model(model), text_config(model, stack)
     if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
         raise ModelError("mixture of experts: sizes and FLOPs are of dense models only", place=model_name(model))
     num_heads = config.num_attention_heads
     heads, embeddings = inner.get_output_embeddings(), inner.get_input_embeddings()
-    names = {name.rsplit(".", 1)[-1] for name, _ in find_backbone(model).named_modules()}
+    names = {name.rsplit(".", 1)[-1] for name, _ in find_backbone(model, stack).named_modules()}
     return ModelShape(
         family=config.model_type,
         num_layers=config.num_hidden_layers,
         num_heads=num_heads,
         num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
-        head_size=_one_head_size(model, config),
+        head_size=_one_head_size(model, config, stack),
         hidden_size=config.hidden_size,
         intermediate_size=_intermediate_size(config),
         vocab_size=config.vocab_size,
-        has_rope=find_rotary(model) is not None,
+        has_rope=find_rotary(model, stack) is not None,
         num_parameters=sum(p.numel() for p in inner.parameters()),
         tied=heads is not None and heads.weight is embeddings.weight,
-        mlp_matrices=3 if names & {"gate_proj", "gate_up_proj"} else 2,
+        mlp_matrices=3 if names & {"gate_proj", "gate_up_proj", "wi_1", "Wi"} else 2,  # T5, ModernBERT
+        kind=model_kind(inner.config),
     )
 
 
-def describe_config(config: PreTrainedConfig) -> ModelShape:
+def describe_config(config: PreTrainedConfig, stack: Stack | None = None) -> ModelShape:
     """Sizes from a configuration alone: the model is built without memory for its weights."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return describe_model(model)
+        model = auto_class(config).from_config(config)
+    return describe_model(model, stack)
 
 
 def _intermediate_size(config: PreTrainedConfig) -> int:
-    for key in ("intermediate_size", "n_inner", "ffn_dim"):
+    for key in ("intermediate_size", "n_inner", "ffn_dim", "d_ff"):
         size = getattr(config, key, None)
         if size:
             return int(size)
     return 4 * config.hidden_size
 
 
-def _one_head_size(model: nn.Module, config: PreTrainedConfig) -> int:
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    for module in attention_modules(model):
-        own = module.__dict__.get("head_dim", size)
+def _one_head_size(model: nn.Module, config: PreTrainedConfig, stack: Stack | None) -> int:
+    size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
+    size = size or config.hidden_size // config.num_attention_heads
+    for layer, module in numbered_attention(model, stack):
+        own = next((module.__dict__[n] for n in _HEAD_SIZE_NAMES if n in module.__dict__), size)
         if own != size:
             raise ModelError(
-                f"layer {module.layer_idx} has head size {own}, the config says {size}: mixed head sizes",
+                f"layer {layer} has head size {own}, the config says {size}: mixed head sizes",
                 place=model_name(model),
                 fix="use a model with one head size",
             )
@@ -112,6 +126,7 @@ def forward_flops(
     num_tokens and sum_squared_lengths: of the batch as run (padding included: B * T and B * T * T), see
     `batch_geometry`. num_layers: the lowest n only. num_head_tokens: positions the LM head sees (unset: all).
     qkv_of_next_layer: the projections of one more layer, which is where an early-stopped capture ends.
+    with_lm_head counts for decoders only. A decoder stack's cross-attention is not counted.
     """
     layers = shape.num_layers if num_layers is None else num_layers
     q_width, kv_width = shape.num_heads * shape.head_size, shape.num_kv_heads * shape.head_size
@@ -122,7 +137,7 @@ def forward_flops(
     total = layers * (qkv + output + attention + mlp)
     if qkv_of_next_layer:
         total += qkv
-    if with_lm_head:
+    if with_lm_head and shape.kind == "decoder":
         head_tokens = num_tokens if num_head_tokens is None else num_head_tokens
         total += 2 * head_tokens * shape.hidden_size * shape.vocab_size
     return total

@@ -1,5 +1,8 @@
 """One forward pass of a teacher: its KV, how well it explains the gold text, and its top-k predictions.
 
+An encoder, or the encoder of an encoder-decoder, reads the whole text (prompt, reasoning and answer) at once, every
+token seeing every other. It gives KV; it has no next-token predictions, so its NLL is None.
+
 Runs only what is asked for: without NLL and top-k, layers above the highest wanted one and the LM head are skipped;
 with them, the head sees only the positions that predict a completion token, so that [B, T, V] never exists.
 Everything returned is detached and may enter the student's graph. Does not know alignment, fusion or the store.
@@ -7,18 +10,23 @@ Everything returned is detached and may enter the student's graph. Does not know
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
 
 import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor, nn
 
-from kvdistill.core.runtime import DataError, ModelError
+from kvdistill.core.kv import KV
+from kvdistill.core.runtime import AlignmentError, DataError, ModelError
 from kvdistill.core.targets import ANSWER, REASONING, TeacherTargets
 from kvdistill.models.capture import KVCapture, capture_kv
 from kvdistill.models.rope import unrotate_keys
-from kvdistill.models.structure import model_name, positions_from_mask, unwrap_model
+from kvdistill.models.structure import find_backbone, model_kind, model_name, positions_from_mask, unwrap_model
 
 EMPTY_LOGPROB = -1e4  # where there is no prediction: probability 0 in every dtype, and 0 * log 0 stays finite
 _CHUNK_ELEMENTS = 1 << 26  # fp32 log-probabilities in memory at once
@@ -35,38 +43,96 @@ def teacher_forward(
     want_kv: bool = True,
     want_nll: bool = False,
     want_logits_top_k: int = 0,
+    want_queries: bool = False,
+    scorer: Callable[[KV, Tensor], Tensor] | None = None,
 ) -> TeacherTargets:
     """Run `model` on a padded batch (left or right) without a graph and without dropout.
 
     mask_BT: nonzero at real tokens. segments_BT: codes of core/targets.py. layers: KV of these only.
-    want_logits_top_k: predictions kept per position (at most V).
+    want_logits_top_k: predictions kept per position (at most V). want_queries: unrotated queries in the KV.
+    scorer: is given the KV as the model's attention sees it (keys and queries rotated, `scaling` set) and the
+    segments, and returns scores [B, T, M, n, G]: n numbers per token for each of M layers and G key/value heads.
     Returns kv (unrotated), nll_B (fp32, mean per completion token) and top-k: at position t the fp32
     log-probabilities of token t + 1, filled where that token is of the completion, index 0 and EMPTY_LOGPROB
-    elsewhere. What was not asked for is None. No inference_mode: its tensors may not enter the student's graph.
-    Raises DataError for an example without a completion token when NLL is wanted, and what capture_kv and
-    unrotate_keys raise.
+    elsewhere. What was not asked for is None; so is an encoder's NLL. No inference_mode: its tensors may not enter
+    the student's graph. Raises DataError for an example without a completion token when NLL is wanted, ModelError
+    for an encoder's logits and AlignmentError for scores of another shape, and what capture_kv and unrotate_keys
+    raise.
     """
     device = next(model.parameters()).device
     ids, mask, segments = input_ids_BT.to(device), mask_BT.to(device), segments_BT.to(device)
-    want_head = want_nll or want_logits_top_k > 0
+    causal = model_kind(unwrap_model(model).config) == "decoder"
+    if want_logits_top_k and not causal:
+        raise ModelError(
+            "an encoder predicts no next token: it has no logits to distil",
+            place=model_name(model),
+            fix="loss.logit_weight: 0 for this teacher, or distil logits from a causal decoder",
+        )
+    want_head = causal and (want_nll or want_logits_top_k > 0)
     if not want_kv and not want_head:
         return TeacherTargets(segments)
     select = _predicting_positions(mask, segments, need_one=want_nll) if want_head else None
     positions = positions_from_mask(mask)
     capture: KVCapture | None = None
     logits: Tensor | None = None
+    queries = want_queries or scorer is not None
     with ExitStack() as stack:
         stack.enter_context(_evaluating(model))
         if select is not None:
             stack.enter_context(_head_on(model, select))
         if want_kv:
-            capture = stack.enter_context(capture_kv(model, layers, stop_early=not want_head))
-        output = model(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False)
+            capture = stack.enter_context(capture_kv(model, layers, queries=queries, stop_early=not want_head))
+        runs, inputs = _inputs(model, causal, ids, mask, positions)
+        output = runs(**inputs)
         logits = output.logits[0] if want_head else None
-    kv = None if capture is None else unrotate_keys(capture.kv(mask, positions), model).detach()
+    kv, scores = None, None
+    if capture is not None:
+        rotated = capture.kv(mask, positions).detach()
+        scores = None if scorer is None else _scores(scorer, rotated, segments)
+        kv = unrotate_keys(rotated if want_queries else replace(rotated, queries=()), model)
+    targets = TeacherTargets(segments, kv, scores_BSMRG=scores)
     if logits is None or select is None:
-        return TeacherTargets(segments, kv)
-    return TeacherTargets(segments, kv, *_read_logits(logits, ids, select, want_nll, want_logits_top_k))
+        return targets
+    nll_B, index_BTK, logprob_BTK = _read_logits(logits, ids, select, want_nll, want_logits_top_k)
+    return replace(targets, nll_B=nll_B, topk_index_BSK=index_BTK, topk_logprob_BSK=logprob_BTK)
+
+
+def _inputs(
+    model: nn.Module, causal: bool, ids: Tensor, mask: Tensor, positions: Tensor
+) -> tuple[nn.Module, dict[str, Any]]:
+    """What is run and with which arguments: a causal model as it is, of the others the encoder alone.
+
+    An encoder that takes no positions and learns them (BART) numbers columns: it wants its padding on the right.
+    """
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long()}
+    runs: nn.Module = model if causal else find_backbone(model)
+    if causal:
+        inputs["use_cache"] = False
+    if _takes_positions(type(unwrap_model(model) if causal else runs).forward) and not _counts_itself(runs):
+        inputs["position_ids"] = positions
+    return runs, inputs
+
+
+@lru_cache(maxsize=64)
+def _takes_positions(forward: Callable[..., Any]) -> bool:
+    return "position_ids" in inspect.signature(forward).parameters
+
+
+def _counts_itself(runs: nn.Module) -> bool:
+    """RoBERTa's positions begin after its padding token's number; it numbers tokens right when it is left to it."""
+    embeddings = runs._modules.get("embeddings")
+    return hasattr(embeddings, "create_position_ids_from_input_ids")
+
+
+def _scores(scorer: Callable[[KV, Tensor], Tensor], rotated: KV, segments_BT: Tensor) -> Tensor:
+    scores = scorer(rotated, segments_BT)
+    B, T, M, G = *segments_BT.shape, rotated.num_layers, rotated.keys[0].shape[1]
+    if scores.ndim != 5 or (*scores.shape[:3], scores.shape[4]) != (B, T, M, G):
+        raise AlignmentError(
+            f"the scorer gave {tuple(scores.shape)}",
+            fix=f"scores are [batch, tokens, layers, kinds, key/value heads] = ({B}, {T}, {M}, kinds, {G})",
+        )
+    return scores.detach().float()
 
 
 def _predicting_positions(mask_BT: Tensor, segments_BT: Tensor, *, need_one: bool) -> Tensor:

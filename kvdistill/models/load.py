@@ -1,5 +1,8 @@
 """Models from recipes: a folder or hub id (safetensors only), or random weights of a known family; LoRA around them.
 
+A student is causal. A teacher may be an encoder or an encoder-decoder: then it is what its config says it was saved
+as, or for random weights a model for masked words (BERT) or for sequences to sequences (T5).
+
 Checks that cost nothing (`check_model_exists`, `model_config`) are apart from loading, so that a recipe's mistakes
 come out before any work. Does not know tokenizers or devices, and never reads pickled weights.
 """
@@ -12,38 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GemmaConfig,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from kvdistill.core.hub import hub_reachable
-from kvdistill.core.recipe import LoraRecipe, ModelRecipe, ScratchRecipe
+from kvdistill.core.recipe import LoraRecipe, ModelRecipe, StudentRecipe
 from kvdistill.core.runtime import DTYPES, ModelError, derive_seed
+from kvdistill.models.scratch import scratch_config
+from kvdistill.models.structure import auto_class, model_kind
 
-SCRATCH_FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "qwen2": (Qwen2Config, {"use_sliding_window": False}),
-    "qwen3": (Qwen3Config, {"use_sliding_window": False}),
-    "llama": (LlamaConfig, {}),
-    "mistral": (MistralConfig, {"sliding_window": None}),
-    "gemma": (GemmaConfig, {}),
-    "gpt2": (GPT2Config, {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}),  # as little dropout as the rest
-}
-MAX_POSITIONS = 4096  # free with rotary positions; GPT-2 has a row of weights for each, hence fewer
-GPT2_MAX_POSITIONS = 1024
 _ATTENTION_WORDS = ("attn_implementation", "flash_attn", "FlashAttention", "scaled_dot_product_attention")
-_NO_SPECIAL_TOKENS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 
 # -- before loading -------------------------------------------------------------------------------
@@ -53,7 +35,7 @@ def check_model_exists(recipe: ModelRecipe, place: str) -> PreTrainedConfig:
     """The model's config, read without its weights.
 
     place: the recipe key, for errors (`student`, `teachers[0]`). Raises ModelError where folder, config or weights
-    are missing, weights are pickled, or the sizes of a scratch model do not go together.
+    are missing, weights are pickled, the sizes of a scratch model do not go together, or a student is not causal.
     """
     if recipe.scratch is not None:
         return model_config(recipe, recipe.scratch.vocab_size or 1, place)
@@ -69,13 +51,27 @@ def check_model_exists(recipe: ModelRecipe, place: str) -> PreTrainedConfig:
         )
     source = str(folder) if folder.is_dir() else recipe.path
     try:
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             source,
             trust_remote_code=recipe.trust_remote_code,
             local_files_only=folder.is_dir() or not hub_reachable(),
         )
     except (OSError, ValueError, KeyError) as error:
         raise _cannot_load(recipe, place, error) from error
+    if isinstance(recipe, StudentRecipe):
+        require_causal(config, f"{place}.path")
+    return config
+
+
+def require_causal(config: PreTrainedConfig, place: str) -> None:
+    """Raise ModelError unless a model with this config writes text from left to right, as a student has to."""
+    kind = model_kind(config)
+    if kind != "decoder":
+        raise ModelError(
+            f"{config.model_type} is an {kind}: it does not continue a text from left to right",
+            place=place,
+            fix="use a causal decoder here (Qwen, Llama, GPT-2, …); encoders and encoder-decoders can be teachers",
+        )
 
 
 def model_config(recipe: ModelRecipe, vocab_size: int, place: str = "model") -> PreTrainedConfig:
@@ -86,7 +82,9 @@ def model_config(recipe: ModelRecipe, vocab_size: int, place: str = "model") -> 
     if recipe.scratch is None:
         config = check_model_exists(recipe, place)
     else:
-        config = _scratch_config(recipe.scratch, vocab_size, f"{place}.scratch")
+        config = scratch_config(recipe.scratch, vocab_size, f"{place}.scratch")
+        if isinstance(recipe, StudentRecipe):
+            require_causal(config, f"{place}.scratch.architecture")
     have = config.get_text_config(decoder=True).vocab_size
     if have < vocab_size:
         raise ModelError(
@@ -131,79 +129,6 @@ def _cannot_load(recipe: ModelRecipe, place: str, error: Exception) -> ModelErro
     return ModelError(f"cannot load {recipe.path}: {reason}", place=f"{place}.path", fix=fix)
 
 
-def _scratch_config(scratch: ScratchRecipe, vocab_size: int, place: str) -> PreTrainedConfig:
-    kind, own = SCRATCH_FAMILIES[scratch.architecture]
-    num_kv_heads = scratch.num_kv_heads or scratch.num_heads
-    if scratch.num_heads % num_kv_heads:
-        raise ModelError(
-            f"{scratch.num_heads} heads cannot share {num_kv_heads} key/value heads evenly",
-            place=f"{place}.num_kv_heads",
-            fix="choose a divisor of num_heads",
-        )
-    if scratch.head_size is None and scratch.hidden_size % scratch.num_heads:
-        raise ModelError(
-            f"hidden_size {scratch.hidden_size} is no multiple of num_heads {scratch.num_heads}",
-            place=f"{place}.hidden_size",
-            fix="choose a multiple, or give head_size",
-        )
-    head_size = scratch.head_size or scratch.hidden_size // scratch.num_heads
-    vocab = scratch.vocab_size or vocab_size
-    inner = scratch.intermediate_size or -(-scratch.hidden_size * 8 // 3 // 8) * 8
-    if scratch.architecture == "gpt2":
-        return _gpt2_config(scratch, vocab, inner, num_kv_heads, head_size, own, place)
-    if head_size % 2:
-        raise ModelError(
-            f"head size {head_size} is odd: rotary positions turn channels in pairs",
-            place=f"{place}.head_size",
-            fix="choose an even head size",
-        )
-    settings = dict(
-        vocab_size=vocab,
-        hidden_size=scratch.hidden_size,
-        intermediate_size=inner,
-        num_hidden_layers=scratch.num_layers,
-        num_attention_heads=scratch.num_heads,
-        num_key_value_heads=num_kv_heads,
-        head_dim=head_size,
-        max_position_embeddings=MAX_POSITIONS,
-        rope_parameters={"rope_type": "default", "rope_theta": scratch.rope_theta},
-        tie_word_embeddings=scratch.tie_embeddings,
-        initializer_range=scratch.init_std,
-        **_NO_SPECIAL_TOKENS,
-        **own,
-    )
-    try:
-        return kind(**settings)
-    except StrictDataclassError as error:  # Llama, for one, wants hidden_size % num_heads == 0 whatever the head size
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise ModelError(
-            f"{scratch.architecture} does not take these sizes: {reason}", place=place, fix="change the sizes it names"
-        ) from error
-
-
-def _gpt2_config(
-    scratch: ScratchRecipe, vocab: int, inner: int, num_kv_heads: int, head_size: int, own: dict[str, Any], place: str
-) -> PreTrainedConfig:
-    if num_kv_heads != scratch.num_heads or head_size * scratch.num_heads != scratch.hidden_size:
-        raise ModelError(
-            "GPT-2 has as many key/value heads as heads, of size hidden_size / num_heads",
-            place=place,
-            fix="leave num_kv_heads and head_size unset for gpt2",
-        )
-    return GPT2Config(
-        vocab_size=vocab,
-        n_embd=scratch.hidden_size,
-        n_inner=inner,
-        n_layer=scratch.num_layers,
-        n_head=scratch.num_heads,
-        n_positions=GPT2_MAX_POSITIONS,
-        initializer_range=scratch.init_std,
-        tie_word_embeddings=scratch.tie_embeddings,
-        **_NO_SPECIAL_TOKENS,
-        **own,
-    )
-
-
 # -- loading --------------------------------------------------------------------------------------
 
 
@@ -234,7 +159,7 @@ def load_model(recipe: ModelRecipe, *, vocab_size: int, seed: int, place: str) -
 def _random_model(config: PreTrainedConfig, attention: str, dtype: torch.dtype, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+        model = auto_class(config).from_config(config, attn_implementation=attention, dtype=torch.float32)
     for parameter in model.parameters():  # not model.to(dtype): the rotary frequencies stay in float32
         parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
@@ -244,7 +169,7 @@ def _random_model(config: PreTrainedConfig, attention: str, dtype: torch.dtype, 
 def _pretrained_model(recipe: ModelRecipe, config: PreTrainedConfig, dtype: torch.dtype, place: str) -> PreTrainedModel:
     assert recipe.path is not None
     folder = Path(recipe.path).expanduser()
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = auto_class(config).from_pretrained(
         str(folder) if folder.is_dir() else recipe.path,
         config=config,
         dtype=dtype,
@@ -255,12 +180,13 @@ def _pretrained_model(recipe: ModelRecipe, config: PreTrainedConfig, dtype: torc
         local_files_only=folder.is_dir() or not hub_reachable(),
     )
     model, report = loaded
-    missing = sorted(report.get("missing_keys", ()))
+    # an encoder's pooler reads its output: capture never runs it, and many folders leave it out
+    missing = sorted(key for key in report.get("missing_keys", ()) if not key.startswith("pooler."))
     if missing:
         raise ModelError(
             f"{recipe.path} lacks {len(missing)} weights, first {missing[0]}: they would be random",
             place=f"{place}.path",
-            fix="give a folder with the whole causal language model",
+            fix=f"give a folder with the whole {type(model).__name__}",
         )
     return model.eval()
 

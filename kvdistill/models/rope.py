@@ -23,47 +23,58 @@ from torch import Tensor, nn
 from kvdistill.core.kv import KV
 from kvdistill.core.runtime import AlignmentError, ModelError
 from kvdistill.models.capture import reset_dynamic_rotary
-from kvdistill.models.structure import attention_modules, find_rotary, from_modeling_file, model_name, text_config
+from kvdistill.models.structure import (
+    Stack,
+    attention_modules,
+    find_rotary,
+    from_modeling_file,
+    model_name,
+    text_config,
+)
 
 _LAYOUT_CHECKED: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
 
 
-def unrotate_keys(kv: KV, model: nn.Module) -> KV:
+def unrotate_keys(kv: KV, model: nn.Module, stack: Stack | None = None) -> KV:
     """The same KV with keys and queries as they were before rotation at kv.positions_BT: exact, differentiable.
 
-    KV without rotary positions comes back as it is. Raises AlignmentError for keys that are already unrotated and
-    ModelError for a rotary layout that is not supported.
+    What stands before the rotation in the model, like the norms of Qwen3 and Gemma 3, stays in. KV without rotary
+    positions comes back as it is. stack: as in `capture_kv`. Raises AlignmentError for keys that are already
+    unrotated and ModelError for a rotary layout that is not supported.
     """
     if kv.rope == "unrotated":
         raise AlignmentError("keys are already unrotated", place=model_name(model), fix="call unrotate_keys once")
     if kv.rope == "none":
         return kv
-    return _turn_kv(kv, model, kv.positions_BT, "unrotated")
+    return _turn_kv(kv, model, kv.positions_BT, "unrotated", stack)
 
 
-def rotate_keys(kv: KV, model: nn.Module, positions_BT: Int[Tensor, "B T"] | None = None) -> KV:
+def rotate_keys(
+    kv: KV, model: nn.Module, positions_BT: Int[Tensor, "B T"] | None = None, stack: Stack | None = None
+) -> KV:
     """Keys and queries rotated as `model` would at positions_BT [B, T] (unset: kv.positions_BT), differentiable.
 
-    The result carries the new positions. KV without rotary positions comes back as it is. Raises AlignmentError for
-    keys that are already rotated and ModelError for a rotary layout that is not supported.
+    The result carries the new positions. Dynamic (NTK-aware) and longrope angles depend on the last position: they
+    are those of a text that ends there. KV without rotary positions comes back as it is. stack: as in `capture_kv`.
+    Raises AlignmentError for keys that are already rotated and ModelError for a rotary layout that is not supported.
     """
     if kv.rope == "rotated":
         raise AlignmentError("keys are already rotated", place=model_name(model), fix="unrotate_keys first")
     if kv.rope == "none":
         return kv
-    return _turn_kv(kv, model, kv.positions_BT if positions_BT is None else positions_BT, "rotated")
+    return _turn_kv(kv, model, kv.positions_BT if positions_BT is None else positions_BT, "rotated", stack)
 
 
-def _turn_kv(kv: KV, model: nn.Module, positions_BT: Tensor, frame: str) -> KV:
-    rotary = find_rotary(model)
+def _turn_kv(kv: KV, model: nn.Module, positions_BT: Tensor, frame: str, stack: Stack | None) -> KV:
+    rotary = find_rotary(model, stack)
     if rotary is None:
         raise AlignmentError(
             "the keys have rotary positions, this model has none",
             place=model_name(model),
             fix="use the model the keys came from",
         )
-    check_layout(model, rotary, kv.keys[0].shape[-1])
-    types = _layer_types(model, rotary, kv.layers)
+    check_layout(model, rotary, kv.keys[0].shape[-1], stack)
+    types = _layer_types(model, rotary, kv.layers, stack)
     keys: list[Tensor | None] = [None] * kv.num_layers
     queries: list[Tensor | None] = [None] * len(kv.queries)
     for kind in dict.fromkeys(types):  # one cos/sin table for all layers of a type; most models have one type
@@ -158,29 +169,30 @@ def _turn_one(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # -- what the model does --------------------------------------------------------------------------
 
 
-def _layer_types(model: nn.Module, rotary: nn.Module, layers: tuple[int, ...]) -> list[str | None]:
+def _layer_types(model: nn.Module, rotary: nn.Module, layers: tuple[int, ...], stack: Stack | None) -> list[str | None]:
     """For each layer the kind its rotary module asks for (Gemma 3: sliding or full attention), or None."""
     if "layer_type" not in inspect.signature(rotary.forward).parameters:
         return [None] * len(layers)
-    kinds = text_config(model).layer_types
+    kinds = text_config(model, stack).layer_types
     return [kinds[layer] for layer in layers]
 
 
-def check_layout(model: nn.Module, rotary: nn.Module, head_size: int) -> None:
+def check_layout(model: nn.Module, rotary: nn.Module, head_size: int, stack: Stack | None = None) -> None:
     """Raise ModelError unless `turn_pairs` does what the model's own rotation does. Looks once per rotary module."""
     checked = _LAYOUT_CHECKED.setdefault(rotary, set())
     if head_size in checked:
         return
-    if 0 in (getattr(text_config(model), "no_rope_layers", None) or ()):
+    config = text_config(model, stack)
+    if 0 in (getattr(config, "no_rope_layers", None) or ()):
         raise _unsupported(model, "some layers have rotary positions and others have none")
-    apply = from_modeling_file(attention_modules(model)[0], "apply_rotary_pos_emb")
+    apply = from_modeling_file(attention_modules(model, stack)[0], "apply_rotary_pos_emb")
     if apply is None:
         raise _unsupported(model, "its file has no apply_rotary_pos_emb to compare with")
     device = next(model.parameters()).device
     positions = torch.tensor([[0, 1, 5]], device=device)
     probe = torch.empty(1, device=device)
     key = torch.linspace(-1, 1, 3 * head_size, device=device).sin().view(1, 1, 3, head_size)
-    for kind in dict.fromkeys(_layer_types(model, rotary, tuple(range(text_config(model).num_hidden_layers)))):
+    for kind in dict.fromkeys(_layer_types(model, rotary, tuple(range(config.num_hidden_layers)), stack)):
         try:
             with torch.no_grad():
                 cos, sin = rotary(probe, positions, *(() if kind is None else (kind,)))

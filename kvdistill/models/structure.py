@@ -1,4 +1,7 @@
-"""Where things are inside a transformers model: the plain model under its wrappers, backbone, rotary module.
+"""Where things are inside a transformers model: its kind, its stacks, layers, attention modules, rotary module.
+
+A *stack* is a column of layers: a decoder has one, so has an encoder, and an encoder-decoder has two. Where none is
+named, the decoder of a decoder is meant and the encoder of everything else.
 
 Everything here only looks. It does not know what is captured, rotated or counted: `capture.py`, `rope.py` and
 `describe.py` do.
@@ -6,14 +9,62 @@ Everything here only looks. It does not know what is captured, rotated or counte
 
 from __future__ import annotations
 
+import re
 import sys
-from typing import Any
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Literal
 
 from jaxtyping import Int, Shaped
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForTextEncoding,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto import modeling_auto
 
 from kvdistill.core.runtime import ModelError
+
+ModelKind = Literal["decoder", "encoder", "encoder-decoder"]
+Stack = Literal["encoder", "decoder"]
+
+_CROSS_ATTENTION = re.compile(r"cross|encdec|encoder_attn", re.IGNORECASE)  # as BERT, T5 and BART name theirs
+
+
+def model_kind(config: PreTrainedConfig) -> ModelKind:
+    """`decoder` (causal), `encoder` (every token sees every token) or `encoder-decoder`."""
+    if config.is_encoder_decoder:
+        return "encoder-decoder"
+    if getattr(config, "is_decoder", False):
+        return "decoder"
+    named = (getattr(config, "architectures", None) or [""])[0]
+    if named.endswith(("ForCausalLM", "LMHeadModel")):
+        return "decoder"
+    encoders = (
+        modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,  # the encoder of T5 alone, for one
+    )
+    return "encoder" if any(config.model_type in names for names in encoders) else "decoder"
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """transformers' auto class for what this config was saved as: causal, masked words, sequence to sequence, …"""
+    kind, named = model_kind(config), (getattr(config, "architectures", None) or [""])[0]
+    if kind == "decoder":
+        return AutoModelForCausalLM
+    if named.endswith("EncoderModel"):  # T5's encoder alone
+        return AutoModelForTextEncoding
+    if kind == "encoder-decoder" and (not named or named.endswith("ForConditionalGeneration")):
+        return AutoModelForSeq2SeqLM
+    if kind == "encoder" and (not named or named.endswith("ForMaskedLM")):
+        return AutoModelForMaskedLM
+    return AutoModel
 
 
 def unwrap_model(model: nn.Module) -> PreTrainedModel:
@@ -45,50 +96,124 @@ def model_name(model: nn.Module) -> str:
     return f"{path} ({type(inner).__name__})" if path else type(inner).__name__
 
 
-def text_config(model: nn.Module) -> PreTrainedConfig:
-    """The configuration of the language part."""
-    return unwrap_model(model).config.get_text_config(decoder=True)
-
-
-def find_backbone(model: nn.Module) -> nn.Module:
-    """The stack of layers without the LM head: its output is the last hidden state."""
-    inner = unwrap_model(model)
-    if inner.config.is_encoder_decoder:
+def model_stack(model: nn.Module, stack: Stack | None = None) -> Stack:
+    """`stack`, or the one meant where none is named. Raises ModelError for a stack the model does not have."""
+    kind = model_kind(unwrap_model(model).config)
+    if stack is None:
+        return "decoder" if kind == "decoder" else "encoder"
+    if kind not in (stack, "encoder-decoder"):
         raise ModelError(
-            "encoder-decoder models have two stacks; only decoders are captured",
-            place=model_name(inner),
-            fix="use a decoder-only model",
+            f"the {stack} stack is asked for, and this model is {'a decoder' if kind == 'decoder' else 'an encoder'}",
+            place=model_name(model),
+            fix="leave `stack` out, or use an encoder-decoder",
         )
-    return inner.get_decoder()
+    return stack
 
 
-def attention_modules(model: nn.Module) -> list[nn.Module]:
-    """Every module of the backbone that carries a layer number and a config, cross-attention left out.
+def text_config(model: nn.Module, stack: Stack | None = None) -> PreTrainedConfig:
+    """The configuration of the language part; of an encoder-decoder, that of the stack."""
+    config = unwrap_model(model).config
+    if not config.is_encoder_decoder:
+        return config.get_text_config(decoder=True)
+    stack = model_stack(model, stack)
+    own: Any = find_backbone(model, stack).config
+    # T5 gives each stack a config of its own, BART one to both
+    return own if own is not config else config.get_text_config(**{stack: True})
 
-    Decoder layers may be among them: harmless, only attention modules ever reach the attention interface.
+
+def find_backbone(model: nn.Module, stack: Stack | None = None) -> nn.Module:
+    """The stack of layers without a head: its output is the last hidden state, its input token ids.
+
+    Raises ModelError for a stack the model does not have.
     """
+    inner = unwrap_model(model)
+    stack, kind = model_stack(inner, stack), model_kind(inner.config)
+    if kind == "encoder":  # get_encoder() would be the part after the embeddings
+        return inner.base_model
+    return inner.get_encoder() if stack == "encoder" else inner.get_decoder()
+
+
+def numbered_attention(model: nn.Module, stack: Stack | None = None) -> list[tuple[int, nn.Module]]:
+    """(layer, module) for every module of the stack that may be a layer's self-attention, cross-attention left out.
+
+    Modules carry their layer number, in most families; elsewhere it is the place of the layer they are in. Decoder
+    layers may be among them: harmless, only attention modules ever reach the attention interface.
+    """
+    backbone = find_backbone(model, stack)
+    found = [
+        (module.__dict__["layer_idx"], module)
+        for name, module in backbone.named_modules()
+        if isinstance(module.__dict__.get("layer_idx"), int) and _is_self_attention(name, module)
+    ]
+    if found:
+        return found
     return [
-        module
-        for module in find_backbone(model).modules()
-        if isinstance(module.__dict__.get("layer_idx"), int)
-        and "config" in module.__dict__
-        and not module.__dict__.get("is_cross_attention", False)
+        (number, module)
+        for number, layer in enumerate(_layer_list(backbone, text_config(model, stack).num_hidden_layers))
+        for name, module in layer.named_modules()
+        if "attention" in type(module).__name__.lower() and _is_self_attention(name, module)
     ]
 
 
-def find_rotary(model: nn.Module) -> nn.Module | None:
+def _is_self_attention(name: str, module: nn.Module) -> bool:
+    own = module.__dict__
+    return "config" in own and not own.get("is_cross_attention", False) and not _CROSS_ATTENTION.search(name)
+
+
+def attention_modules(model: nn.Module, stack: Stack | None = None) -> list[nn.Module]:
+    """The modules of `numbered_attention`."""
+    return [module for _, module in numbered_attention(model, stack)]
+
+
+def layer_modules(model: nn.Module, stack: Stack | None = None) -> list[nn.Module]:
+    """The layers of the stack, shallow to deep. Raises ModelError where they do not stand in one list."""
+    layers = _layer_list(find_backbone(model, stack), text_config(model, stack).num_hidden_layers)
+    if not layers:
+        raise ModelError(
+            "its layers do not stand in one list (shared layers?), so that their outputs cannot be told apart",
+            place=model_name(model),
+            fix="compare keys or values instead of hidden states (align.cka_on)",
+        )
+    return layers
+
+
+def _layer_list(backbone: nn.Module, num_layers: int) -> list[nn.Module]:
+    for module in backbone.modules():  # from the outside in: a list inside of a layer comes later
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return list(module)
+    return []
+
+
+def check_interface(model: nn.Module, numbered: Sequence[tuple[int, nn.Module]]) -> None:
+    """Raise ModelError, before anything runs, where none of these modules can go through the attention interface."""
+    if any(_speaks_interface(base.__module__) for _, module in numbered for base in type(module).__mro__):
+        return
+    where = f"layer {numbered[0][0]} ({type(numbered[0][1]).__name__})" if numbered else "layer 0"
+    raise ModelError(
+        f"{where} recorded no keys: its attention bypasses transformers' attention interface, or it has no attention",
+        place=model_name(model),
+        fix="use a family with ALL_ATTENTION_FUNCTIONS in its code (T5: a transformers newer than 5.13)",
+    )
+
+
+@lru_cache(maxsize=256)
+def _speaks_interface(file: str) -> bool:
+    return any(isinstance(x, AttentionInterface) for x in vars(sys.modules.get(file, object)).values())
+
+
+def find_rotary(model: nn.Module, stack: Stack | None = None) -> nn.Module | None:
     """The model's own rotary module, or None for a model without rotary positions.
 
     Raises ModelError where the config speaks of rotary positions and no module makes them.
     """
-    backbone = find_backbone(model)
+    backbone = find_backbone(model, stack)
     direct = backbone._modules.get("rotary_emb")
     if direct is not None:
         return direct
     for module in backbone.modules():
         if "rotary" in type(module).__name__.lower():
             return module
-    config = text_config(model)
+    config = text_config(model, stack)
     if getattr(config, "rope_parameters", None) or getattr(config, "rotary_dim", None):
         raise ModelError(
             "the config has rotary positions, but the model has no rotary module",

@@ -2,10 +2,11 @@
 
     check.py     what is learned from against what is held out
     encoding.py  problems to encoded examples, in chunks
+    teacher_texts.py  the same problems as teachers with their own tokenizer or chains read them
 
 Everything that can be wrong with the data is found before the first file is written. The manifest comes last, so a
 run folder with one is finished; the same data section then returns at once, another one is refused.
-Knows no model and no arm: one split serves all arms and seeds.
+Knows no weights and no arm: one split serves all arms and seeds.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from kvdistill.prepare.check import (
     require_checked,
 )
 from kvdistill.prepare.encoding import Encoded, encode_splits, make_tokenizer
+from kvdistill.prepare.teacher_texts import prepare_teacher_texts
 
 _FORMAT = 2
 REPORT = "validation_report.json"
@@ -45,12 +47,18 @@ REPORT = "validation_report.json"
 def prepare(recipe: Recipe, run: Path, progress: Progress | None = None) -> None:
     """Write `run/tokenizer` and `run/data` for the recipe's data section, or return at once where they are there.
 
+    Then, for each teacher with a tokenizer or chains of its own, what it reads (`teacher_texts.py`).
     Raises DataError (source, row, split, leak, tokenizer) before anything is written, RunFolderError where the folder
     was prepared for another data section.
     """
-    data, run, progress = recipe.data, Path(run), progress or silent
-    if _is_finished(data, run):
-        return
+    run, progress = Path(run), progress or silent
+    if not _is_finished(recipe.data, run):
+        _prepare_data(recipe, run, progress)
+    prepare_teacher_texts(recipe, run, progress)
+
+
+def _prepare_data(recipe: Recipe, run: Path, progress: Progress) -> None:
+    data = recipe.data
     splits, report, dropped = checked_splits(recipe, progress, beside=run)
     tokenizer, id_map = make_tokenizer(data, splits)
     existing = next(path for path in (run, *run.absolute().parents) if path.is_dir())

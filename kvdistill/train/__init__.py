@@ -15,30 +15,33 @@ from typing import Any
 
 import torch
 
-from kvdistill.batches import BatchMaker, data_order, order_fingerprint
+from kvdistill.batches import BatchMaker, arm_batches, data_order, order_fingerprint
 from kvdistill.core.config import arm_recipe
 from kvdistill.core.files import read_json, replacing_folder, write_json, write_tensors
 from kvdistill.core.layout import arm_folder, data_folder, folder_lock, teacher_folder, trained_mark
 from kvdistill.core.progress import Progress, silent
-from kvdistill.core.recipe import ArmRecipe, OptimiserRecipe, Recipe
+from kvdistill.core.recipe import ArmRecipe, OptimiserRecipe, Recipe, TeacherRecipe
 from kvdistill.core.runtime import DataError, Stopwatch, derive_seed, pick_device, seed_everything
 from kvdistill.data.encode import Example
 from kvdistill.data.tables import read_split
-from kvdistill.fit import fitted_tensors, initial_student, make_aligner
+from kvdistill.fit import fitted_notes, fitted_tensors, initial_student, make_aligner
 from kvdistill.fuse import build_fusion
 from kvdistill.models import add_lora, describe_model, fingerprint_model, load_model, merge_lora
 from kvdistill.teachers import (
     captured_top_k,
     key_frame,
     load_teacher,
+    load_teacher_tokenizer,
     load_tokenizer_of,
     needed_layers,
     open_targets,
     pair,
     run_teacher,
     spread,
+    teacher_lessons,
     teacher_place,
     teacher_recipe,
+    teacher_rotation,
 )
 from kvdistill.train.curves import LearningCurve, accuracy_by_task
 from kvdistill.train.distiller import Distiller
@@ -64,7 +67,8 @@ def train_student(recipe: Recipe, run: Path, arm_name: str, seed: int, progress:
         init_fingerprint = fingerprint_model(student)
         distiller = build_distiller(recipe, run, arm, seed, student, device)
         order = data_order(len(examples), _num_needed(recipe.train), derive_seed(seed, "data"))
-        batches = BatchMaker(examples, tokenizer.pad_token_id, arm, _readers(recipe, run, arm, "train"), seed)
+        readers = _readers(recipe, run, arm, "train")
+        batches = arm_batches(recipe, run, arm, "train", tokenizer.pad_token_id, readers, seed)
         curve = LearningCurve(recipe, run, arm, tokenizer, folder / "log.jsonl", seed)
         trainer = DistillTrainer(
             distiller,
@@ -91,6 +95,8 @@ def train_student(recipe: Recipe, run: Path, arm_name: str, seed: int, progress:
             "init_fingerprint": init_fingerprint,
             "order_fingerprint": order_fingerprint(order, examples),
         }
+        if arm.needs_kv:
+            ledger["alignment"] = {name: fitted_notes(recipe, run, arm, name, seed) for name in arm.teachers}
         write_json(folder / "ledger.json", ledger)
         _save_adapters(folder, distiller)
         _save_model(folder, distiller, tokenizer)
@@ -108,14 +114,14 @@ def train_teacher(recipe: Recipe, run: Path, name: str, progress: Progress = sil
     watch = Stopwatch()
     with folder_lock(folder, wait=True):
         seed_everything(derive_seed(teacher.seed, "teacher", name))
-        examples = _lessons(run, teacher.train_on, apart=recipe.data.disjoint_teachers)
+        examples = _lessons(run, teacher, apart=recipe.data.disjoint_teachers)
         if not examples:
             raise DataError(
                 f"no training examples of {', '.join(teacher.train_on)}",
                 place=teacher_place(recipe, name),
                 fix="give these tasks a `train` count above 0",
             )
-        tokenizer = load_tokenizer_of(run)
+        tokenizer = load_teacher_tokenizer(run, teacher)
         model = load_model(
             teacher, vocab_size=len(tokenizer), seed=derive_seed(teacher.seed, name), place=teacher_place(recipe, name)
         )
@@ -131,7 +137,7 @@ def train_teacher(recipe: Recipe, run: Path, name: str, progress: Progress = sil
         trainer.resume_or_start()
         distiller = trainer.accelerator.unwrap_model(trainer.model)
         _save_model(folder, distiller, tokenizer)
-        val = read_split(run, "val")
+        val = teacher_lessons(run, "val", teacher)
         held_out = [val[i] for i in spread(val, 4 * recipe.train.eval_examples)]
         by_task = accuracy_by_task(distiller.student, tokenizer, held_out, recipe.evaluate.max_new_tokens)
         report = {"accuracy_by_task": by_task, "steps": teacher.optimiser.steps, "seconds": watch.wall_s()}
@@ -148,13 +154,14 @@ def _checkpoint_activations(student: Any) -> None:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def _lessons(run: Path, tasks: Sequence[str], *, apart: bool) -> list[Example]:
+def _lessons(run: Path, teacher: TeacherRecipe, *, apart: bool) -> list[Example]:
     """What a teacher studies: the students' training problems of its tasks, and the `teach` problems beside them.
 
     apart: only the latter, so that no student sees a text that its teacher was trained on.
     """
     splits = ("teach",) if apart else ("train", "teach")
-    return [example for split in splits for example in read_split(run, split) if example.task in tasks]
+    lessons = (example for split in splits for example in teacher_lessons(run, split, teacher))
+    return [example for example in lessons if example.task in teacher.train_on]
 
 
 def build_distiller(
@@ -170,7 +177,7 @@ def build_distiller(
     student.to(device)
     if not arm.teachers or not (arm.needs_kv or arm.needs_logits):
         return Distiller(student, arm.model_copy(update={"teachers": []}))
-    aligners, prototypes, frames = {}, [], {}
+    aligners, prototypes, frames, rotations = {}, [], {}, {}
     layers: tuple[int, ...] = ()
     for name in arm.teachers if arm.needs_kv else ():
         aligner = make_aligner(recipe, run, arm, name, seed)
@@ -180,11 +187,13 @@ def build_distiller(
         )
         aligners[name] = aligner.to(device)
         frames[name] = key_frame(recipe, run, arm, name, device)
+        if arm.compares_attention and arm.align.match_in == "teacher":
+            rotations[name] = teacher_rotation(recipe, name, device)
         layers = pair(recipe, run, arm, name).student_layers
         if "prototypes" in tensors:
             prototypes.append(tensors["prototypes"].to(device))
     fusion = build_fusion(arm.fuse, arm.teachers, max(1, len(layers)), prototypes or None)
-    return Distiller(student, arm, aligners, fusion, layers, frames)
+    return Distiller(student, arm, aligners, fusion, layers, frames, rotations)
 
 
 def _readers(recipe: Recipe, run: Path, arm: ArmRecipe, split: str) -> dict[str, Any]:
@@ -208,7 +217,14 @@ def online_teacher(recipe: Recipe, run: Path, arm: ArmRecipe, name: str, device:
 
     def run_now(ids: torch.Tensor, segments: torch.Tensor) -> Any:
         return run_teacher(
-            model, ids, segments, layers=layers, dtype=recipe.capture.dtype, want_nll=competence, top_k=top_k
+            model,
+            ids,
+            segments,
+            layers=layers,
+            dtype=recipe.capture.dtype,
+            want_nll=competence,
+            top_k=top_k,
+            queries=arm.needs_queries,
         )
 
     return run_now

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from kvdistill.answering import greedy_answers
-from kvdistill.batches import BatchMaker, moved_to, token_counts
+from kvdistill.batches import BatchMaker, arm_batches, moved_to, token_counts
 from kvdistill.core.files import append_json_line
 from kvdistill.core.recipe import ArmRecipe, Recipe
 from kvdistill.data.answers import is_correct
 from kvdistill.data.encode import Example
 from kvdistill.data.tables import read_split
-from kvdistill.teachers import open_targets, split_examples, spread
+from kvdistill.teachers import open_targets, spread
 from kvdistill.train.distiller import Distiller
 
 BATCH = 64
@@ -32,12 +32,11 @@ class LearningCurve:
         self._train = recipe.train
         self._tokenizer, self._log_file, self._arm = tokenizer, log_file, arm
         self._max_new_tokens = recipe.evaluate.max_new_tokens
-        val = split_examples(recipe, run, "val")
         uses_targets = arm.needs_kv or arm.needs_logits
         readers = {n: open_targets(recipe, run, n, "val") for n in arm.teachers} if uses_targets else {}
         pad_id = tokenizer.pad_token_id
-        self._val = BatchMaker(val, pad_id, arm, readers, seed)
-        self._chosen = spread(val, recipe.train.eval_examples)
+        self._val = arm_batches(recipe, run, arm, "val", pad_id, readers, seed)
+        self._chosen = spread(self._val.examples, recipe.train.eval_examples)
         # the training side has stored targets only where the store is used; its likelihood is enough for the gap
         self._seen = BatchMaker(read_split(run, "train"), pad_id)
         self._seen_chosen = spread(self._seen.examples, recipe.train.eval_examples)

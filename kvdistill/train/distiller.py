@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvdistill.align import AlignedKV, MapProjectionAligner
+from kvdistill.align import AlignedKV, MapProjectionAligner, attention_sources, attention_targets
 from kvdistill.batches import CE_SEGMENTS, in_segments
 from kvdistill.core.kv import KV
 from kvdistill.core.maps import SparseMap
 from kvdistill.core.recipe import ArmRecipe
 from kvdistill.core.targets import TeacherTargets
 from kvdistill.fuse import Fusion, fuse_caches
-from kvdistill.losses import build_distance, cross_entropy, logit_divergence, masked_token_mean, prediction_mask
-from kvdistill.models import capture_kv, positions_from_mask, unrotate_keys
+from kvdistill.losses import QKV, build_distance, cross_entropy, logit_divergence, masked_token_mean, prediction_mask
+from kvdistill.models import capture_kv, positions_from_mask, rotate_keys, unrotate_keys
 
 
 @dataclass
@@ -41,6 +41,16 @@ class DistillOutput:
     weights: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class _KVStep:
+    """What all KV terms of a batch share. masks, token_weights: by teacher. counts: as `token_counts`."""
+
+    masks: Mapping[str, Tensor]
+    token_weights: Mapping[str, Tensor]
+    counts: Tensor
+    kv_weight: float
+
+
 class Distiller(nn.Module):
     """student: a causal model. aligners, fusion: of the arm's teachers; None for an arm without any."""
 
@@ -52,14 +62,17 @@ class Distiller(nn.Module):
         fusion: Fusion | None = None,
         student_layers: Sequence[int] = (),
         frames: Mapping[str, Callable[[KV], KV]] | None = None,
+        rotations: Mapping[str, Callable[[KV], KV]] | None = None,
     ) -> None:
+        """frames: by teacher, its targets to the frame they are compared in. rotations: by teacher, how keys and
+        queries turn in the space the two meet in, where attention is compared; unset: as the student turns them."""
         super().__init__()
         self.student = student
         self.arm = arm
         self.teachers = list(arm.teachers) if arm is not None else []
         self.fusion = fusion
         self.student_layers = list(student_layers)
-        self._frames = dict(frames or {})
+        self._frames, self._rotations = dict(frames or {}), dict(rotations or {})
         # teacher names may hold dots, module names may not: aligners go by the teacher's number
         self.aligners = nn.ModuleDict({str(self.teachers.index(n)): a for n, a in (aligners or {}).items()})
         assert all(a.student_layers == self.student_layers for a in self.aligners.values())
@@ -74,9 +87,13 @@ class Distiller(nn.Module):
         targets: Mapping[str, TeacherTargets] | None = None,
         maps: Mapping[str, SparseMap] | None = None,
         kv_masks: Mapping[str, Tensor] | None = None,
+        token_weights: Mapping[str, Tensor] | None = None,
         **_unused: Any,
     ) -> DistillOutput:
-        """input_ids, segments [B, T], right-padded. counts: what each term's sum is divided by (`token_counts`)."""
+        """input_ids, segments [B, T], right-padded. counts: what each term's sum is divided by (`token_counts`).
+
+        targets, maps, kv_masks, token_weights: by teacher, as `BatchMaker` makes them.
+        """
         arm = self.arm
         mask_BT = segments > 0
         needs_kv = arm is not None and arm.needs_kv
@@ -88,12 +105,16 @@ class Distiller(nn.Module):
         out = DistillOutput(loss=ce_weight * ce, terms={"ce": (ce.detach(), ce_weight, ce_weight * ce.detach())})
         if arm is None or not (needs_kv or arm.needs_logits):
             return out
-        targets = targets or {}
+        targets, maps = targets or {}, maps or {}
         sources = self._sources(kv) if needs_kv else {}
         out.weights = self.router_weights(targets, sources, mask_BT)
         if needs_kv:
-            aligned = {n: self._target_channels(n, targets[n].kv, (maps or {}).get(n)) for n in self.teachers}
-            self._add_kv_terms(out, sources, aligned, kv_masks or {}, counts, kv_weight)
+            step = _KVStep(kv_masks or {}, token_weights or {}, counts, kv_weight)
+            if arm.compares_attention:
+                self._add_attention_terms(out, kv, targets, maps, step)
+            else:
+                aligned = {n: self._target_channels(n, targets[n].kv, maps.get(n)) for n in self.teachers}
+                self._add_kv_terms(out, sources, aligned, step)
         if arm.needs_logits:
             self._add_logit_terms(out, logits_BTV, targets, supervised_BT, counts[0])
         return out
@@ -138,7 +159,8 @@ class Distiller(nn.Module):
         }
         if not capture:
             return self.student(**inputs).logits, None
-        with capture_kv(self.student, layers=self.student_layers) as captured:
+        queries = self.arm is not None and self.arm.compares_attention
+        with capture_kv(self.student, layers=self.student_layers, queries=queries) as captured:
             logits_BTV = self.student(**inputs).logits
         kv = captured.kv(mask_BT, positions_BT)
         assert self.arm is not None
@@ -161,9 +183,7 @@ class Distiller(nn.Module):
         out: DistillOutput,
         sources: Mapping[str, AlignedKV],
         aligned: Mapping[str, AlignedKV],
-        kv_masks: Mapping[str, Tensor],
-        counts: Tensor,
-        kv_weight: float,
+        step: _KVStep,
     ) -> None:
         assert self.arm is not None and self._distance is not None and out.weights is not None
         sides = (("k", 0, self.arm.loss.k_weight), ("v", 1, self.arm.loss.v_weight))
@@ -171,19 +191,54 @@ class Distiller(nn.Module):
         for side, place, side_weight in sides:
             if side_weight == 0:
                 continue
-            if self.arm.fuse.fuse_at == "kv":  # in student space, where all sources are the student's own channels
-                masks = [kv_masks[n] for n in names]
+            if self.arm.fuse.fuse_at == "kv":  # where all sources are the student's own channels
+                masks = [step.masks[n] for n in names]
                 fused, mask_BT = fuse_caches([aligned[n][place] for n in names], masks, out.weights)
-                distance_LBT = self._distance(sources[names[0]][place], fused)
-                raw = masked_token_mean(distance_LBT, mask_BT, None, counts[1 : 1 + len(names)].max())
-                self._add(out, f"kv/fused/{side}", raw, kv_weight * side_weight, raw)
+                distance_LBT = self._between(sources[names[0]][place], fused, mask_BT)
+                raw = masked_token_mean(distance_LBT, mask_BT, None, step.counts[1 : 1 + len(names)].max())
+                self._add(out, f"kv/fused/{side}", raw, step.kv_weight * side_weight, raw)
                 continue
             for number, name in enumerate(names):
-                distance_LBT = self._distance(sources[name][place], aligned[name][place])
-                mask_BT, count = kv_masks[name], counts[1 + number]
-                routed = masked_token_mean(distance_LBT, mask_BT, out.weights[number], count)
-                raw = masked_token_mean(distance_LBT.detach(), mask_BT, None, count)
-                self._add(out, f"kv/{name}/{side}", raw, kv_weight * side_weight, routed)
+                distance_LBT = self._between(sources[name][place], aligned[name][place], step.masks[name])
+                self._add_routed(out, f"kv/{name}/{side}", distance_LBT, number, step, side_weight)
+
+    def _between(self, source: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        assert self._distance is not None
+        return self._distance(source, target, mask) if self._distance.needs_mask else self._distance(source, target)
+
+    def _add_attention_terms(
+        self,
+        out: DistillOutput,
+        kv: KV | None,
+        targets: Mapping[str, TeacherTargets],
+        maps: Mapping[str, SparseMap],
+        step: _KVStep,
+    ) -> None:
+        """Keys, values and queries of both sides in one distance, rotated in the space they meet in."""
+        assert kv is not None and self._distance is not None
+        for number, name in enumerate(self.teachers):
+            theirs = targets[name].kv
+            assert theirs is not None
+            aligner, rotate = self._aligner(name), self._rotations.get(name, self._rotate_as_student)
+            source = attention_sources(aligner, kv, theirs, rotate)
+            target = attention_targets(aligner, kv, theirs, maps.get(name), rotate)
+            distance_LBT = self._distance(QKV(*source), QKV(*target), step.masks[name])
+            self._add_routed(out, f"kv/{name}/attention", distance_LBT, number, step, 1.0)
+
+    def _rotate_as_student(self, kv: KV) -> KV:
+        return rotate_keys(kv, self.student)
+
+    def _add_routed(
+        self, out: DistillOutput, term: str, distance_LBT: Tensor, number: int, step: _KVStep, weight: float
+    ) -> None:
+        """One teacher's term: with the router's weight and the tokens' in the loss, with the tokens' in the log."""
+        assert out.weights is not None
+        name, count = self.teachers[number], step.counts[1 + number]
+        mask, tokens = step.masks[name], step.token_weights.get(name)
+        router = out.weights[number]
+        routed = masked_token_mean(distance_LBT, mask, router if tokens is None else router * tokens, count)
+        raw = masked_token_mean(distance_LBT.detach(), mask, tokens, count)
+        self._add(out, term, raw, step.kv_weight * weight, routed)
 
     def _add_logit_terms(
         self,

@@ -18,7 +18,7 @@ from kvdistill.core.recipe import ArmRecipe, Recipe
 from kvdistill.core.runtime import Stopwatch
 from kvdistill.data.encode import Example
 from kvdistill.models import batch_geometry, capture_flops, forward_flops
-from kvdistill.teachers import needed_layers, shape_of_student, shape_of_teacher
+from kvdistill.teachers import needed_layers, shape_of_student, shape_of_teacher, teacher_texts
 from kvdistill.train.distiller import Distiller
 
 
@@ -69,6 +69,8 @@ def _teacher_flops(
     recipe: Recipe, run: Path, arm: ArmRecipe, name: str, examples: Sequence[Example], order: Sequence[int] | None
 ) -> int:
     shape = shape_of_teacher(recipe, run, name)
+    own = teacher_texts(recipe, run, arm, "train").get(name)
+    examples = examples if own is None else own.examples
     lengths = [len(examples[i].input_ids) for i in order] if order is not None else [len(e.input_ids) for e in examples]
     tokens, squares = batch_geometry(lengths)
     layers = needed_layers(recipe, run, name)

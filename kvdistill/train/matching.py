@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from kvdistill.batches import BatchMaker, moved_to
+from kvdistill.batches import arm_batches, moved_to
 from kvdistill.core.recipe import ArmRecipe, Recipe
 from kvdistill.match import TeacherMatch
-from kvdistill.teachers import open_targets, split_examples, spread
+from kvdistill.teachers import open_targets, spread
 from kvdistill.train.curves import BATCH
 from kvdistill.train.distiller import Distiller
 
@@ -26,10 +26,9 @@ def match_on_held_out(
     """match.json: per teacher the figures of keys, values and each layer."""
     distiller.eval()
     device = next(distiller.parameters()).device
-    examples = split_examples(recipe, run, "val")
     readers = {name: open_targets(recipe, run, name, "val") for name in arm.teachers}
-    batches = BatchMaker(examples, pad_id, arm, readers, seed)
-    chosen = spread(examples, recipe.evaluate.match_examples)
+    batches = arm_batches(recipe, run, arm, "val", pad_id, readers, seed)
+    chosen = spread(batches.examples, recipe.evaluate.match_examples)
     figures = {name: TeacherMatch(len(distiller.student_layers), seed=seed) for name in arm.teachers}
     for start in range(0, len(chosen), BATCH):
         batch = moved_to(batches(chosen[start : start + BATCH]), device)

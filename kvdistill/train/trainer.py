@@ -21,7 +21,7 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from kvdistill.batches import BatchMaker, ExampleNumbers, FixedOrder, token_counts
+from kvdistill.batches import BatchMaker, ExampleNumbers, FixedOrder, scaled_nll, token_counts
 from kvdistill.core.files import append_json_line, keep_json_lines
 from kvdistill.core.recipe import ArmRecipe, OptimiserRecipe, TrainRecipe
 from kvdistill.core.runtime import Stopwatch, TrainingStopped
@@ -173,9 +173,10 @@ class DistillTrainer(Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         if self._run_teachers:
-            ids = inputs.pop("teacher_ids", inputs["input_ids"])
-            segments = inputs.pop("teacher_segments", inputs["segments"])
-            inputs["targets"] = {name: run(ids, segments) for name, run in self._run_teachers.items()}
+            given, scale = inputs.pop("teacher_inputs"), inputs["nll_scale"]
+            inputs["targets"] = {
+                name: scaled_nll(run(*given[name]), scale.get(name)) for name, run in self._run_teachers.items()
+            }
         kv_weight = 0.0
         if self._arm is not None and self._arm.needs_kv:
             loss_recipe = self._arm.loss

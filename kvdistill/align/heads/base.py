@@ -1,0 +1,92 @@
+"""What every projector is: a map of heads and sizes for all layers in one call. Knows no layers' meaning, no masks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kvdistill.core.runtime import AlignmentError
+
+
+class AbstractHeadProjector(nn.Module, ABC):
+    """[L, ..., in_heads·in_size] -> [L, ..., out_heads·out_size].
+
+    Every tensor of its state has a leading layer axis P: one row per layer, or a single row that all layers share.
+    """
+
+    def __init__(
+        self, in_heads: int, in_size: int, out_heads: int, out_size: int, num_layers: int, share_layers: bool
+    ) -> None:
+        super().__init__()
+        self.in_heads, self.in_size, self.out_heads, self.out_size = in_heads, in_size, out_heads, out_size
+        self.num_layers, self.share_layers = num_layers, share_layers
+        self.num_rows = 1 if share_layers else num_layers
+
+    @property
+    def ends(self) -> tuple[int, int, int, int]:
+        """in_heads, in_size, out_heads, out_size."""
+        return self.in_heads, self.in_size, self.out_heads, self.out_size
+
+    @property
+    def num_in(self) -> int:
+        return self.in_heads * self.in_size
+
+    @property
+    def num_out(self) -> int:
+        return self.out_heads * self.out_size
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers that are, or could be, learned."""
+        return sum(p.numel() for p in self.parameters())
+
+    @property
+    def num_fixed(self) -> int:
+        """Numbers that are saved with the parameters and never learned."""
+        return sum(b.numel() for b in self.buffers())
+
+    def freeze(self) -> None:
+        """No gradient for the parameters; gradients still pass through to the input."""
+        self.requires_grad_(False)
+
+    @abstractmethod
+    def to_flat(self) -> tuple[Float[Tensor, "P I O"], Float[Tensor, "P O"]]:
+        """The equal flat weight [P, in_heads·in_size, out_heads·out_size] and bias, with graph.
+
+        Raises AlignmentError where the projector is not linear.
+        """
+
+    @abstractmethod
+    def set_flat(self, weight_PIO: Float[Tensor, "P I O"], bias_PO: Float[Tensor, "P O"]) -> None:
+        """Take over a flat map of `regressors` (from ridge, say): exactly, or the nearest this projector can be."""
+
+    def regressors(self, x: Float[Tensor, "L *N I"]) -> Float[Tensor, "L *N I"]:
+        """What `set_flat` is a linear map of: x itself, but for projectors that normalise first."""
+        return x
+
+    def forward(self, x: Float[Tensor, "L *N I"]) -> Float[Tensor, "L *N O"]:
+        """Computed in the parameters' dtype. Raises AlignmentError for another number of layers or channels."""
+        if x.shape[0] != self.num_layers or x.shape[-1] != self.num_in:
+            raise AlignmentError(
+                f"projector for {self.num_layers} layers of {self.in_heads} x {self.in_size} channels, "
+                f"got {tuple(x.shape)}",
+                fix="tensors are [layers, ..., heads * size]",
+            )
+        rows_PNI = x.to(next(self.parameters()).dtype).reshape(self.num_rows, -1, self.num_in)
+        return self.project_rows(rows_PNI).view(*x.shape[:-1], self.num_out)
+
+    def project_rows(self, rows_PNI: Float[Tensor, "P N I"]) -> Float[Tensor, "P N O"]:
+        """`forward` without checks; all layers' tokens in one row where layers share. Through the flat weight here."""
+        weight_PIO, bias_PO = self.to_flat()
+        return torch.baddbmm(bias_PO[:, None], rows_PNI, weight_PIO)
+
+    def _check_flat(self, weight: Tensor, bias: Tensor) -> None:
+        expected = (self.num_rows, self.num_in, self.num_out)
+        if tuple(weight.shape) != expected or tuple(bias.shape) != (self.num_rows, self.num_out):
+            raise AlignmentError(
+                f"projector needs a weight {expected}, got {tuple(weight.shape)} with bias {tuple(bias.shape)}",
+                fix="fit with the same share_layers, heads and sizes",
+            )

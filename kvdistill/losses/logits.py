@@ -1,0 +1,126 @@
+"""Terms on the student's predictions: cross entropy, and distillation of a teacher's most probable tokens.
+
+Supervised positions are selected before anything is made of them: no [B, T, V] float32 tensor is written. Does not
+know models; what a teacher gives arrives as indices and log-probabilities.
+
+Axes: B batch, T tokens, V vocabulary, K kept teacher logits, N selected positions.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from kvdistill.losses.reduction import accumulation_dtype, at_least_one, token_weight
+
+
+def prediction_mask(label_mask_BT: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    """True at positions whose *next* token is a label: where logits are compared. The last is False."""
+    return F.pad(label_mask_BT[:, 1:], (0, 1), value=False)
+
+
+def cross_entropy(
+    logits_BTV: Float[Tensor, "B T V"],
+    input_ids_BT: Int[Tensor, "B T"],
+    label_mask_BT: Bool[Tensor, "B T"],
+    num_tokens: int | float | Float[Tensor, ""] | Int[Tensor, ""],
+) -> Float[Tensor, ""]:
+    """-sum over labels of log p(token t | tokens before t), divided by `num_tokens`, in fp32.
+
+    label_mask_BT: True at tokens that are to be predicted (reasoning and answer, say); the token itself is
+    the label and position t - 1 predicts it, so column 0 is never one. Supervised positions are selected
+    before the upcast: no [B, T, V] fp32 tensor is made. num_tokens: labels in the whole optimiser step.
+    """
+    positions = prediction_mask(label_mask_BT)
+    labels = input_ids_BT.roll(-1, dims=1)[positions]
+    # by number, not by mask: backward then makes one [B * T, V] gradient instead of two
+    chosen = logits_BTV.flatten(0, 1).index_select(0, positions.flatten().nonzero().squeeze(1))
+    total = F.cross_entropy(chosen.to(accumulation_dtype(chosen)), labels.long(), reduction="sum")
+    return total / at_least_one(num_tokens)
+
+
+def logit_distillation(
+    student_logits_BTV: Float[Tensor, "B T V"],
+    topk_index_BTK: Int[Tensor, "B T K"],
+    topk_logprob_BTK: Float[Tensor, "B T K"],
+    mask_BT: Bool[Tensor, "B T"],
+    weight_B: Float[Tensor, "B"] | Float[Tensor, "#B #T"] | None,
+    temperature: int | float,
+    num_tokens: int | float | Float[Tensor, ""] | Int[Tensor, ""],
+) -> Float[Tensor, ""]:
+    """temperature^2 * KL(teacher || student), summed over `mask_BT` with weights, divided by `num_tokens`.
+
+    The teacher's distribution at a position is its K most probable tokens (index, log-probability at
+    temperature 1) and one class for all the rest; the student's is summed up in the same way. With K = V
+    there is no rest and this is Hinton, Vinyals & Dean 2015 (eq. 4 and the T^2 of section 2) exactly. With
+    K < V the temperature is applied to the K + 1 classes of both sides, since the teacher's rest is known
+    at temperature 1 only: at temperature 1 a lower bound of the full KL (data processing), at others a
+    distillation of the summed-up distribution.
+
+    mask_BT: positions where predictions are compared (`prediction_mask` of the labels). Gradient to the
+    student only. fp32 on the selected positions.
+    """
+    divergence = logit_divergence(student_logits_BTV, topk_index_BTK, topk_logprob_BTK, mask_BT, temperature)
+    if weight_B is not None:
+        divergence = divergence * token_weight(weight_B).expand(mask_BT.shape)[mask_BT]
+    return divergence.sum() / at_least_one(num_tokens)
+
+
+def logit_divergence(
+    student_logits_BTV: Float[Tensor, "B T V"],
+    topk_index_BTK: Int[Tensor, "B T K"],
+    topk_logprob_BTK: Float[Tensor, "B T K"],
+    mask_BT: Bool[Tensor, "B T"],
+    temperature: int | float,
+) -> Float[Tensor, "N"]:
+    """temperature^2 * KL(teacher || student) at each of the N positions of `mask_BT`, row by row.
+
+    The classes are those of `logit_distillation`.
+    """
+    places_N = mask_BT.flatten().nonzero().squeeze(1)
+    index_NK = topk_index_BTK.flatten(0, 1)[places_N].long()
+    teacher = topk_logprob_BTK.detach().flatten(0, 1)[places_N]
+    student_classes, rest_N1 = _TopAndRest.apply(student_logits_BTV.flatten(0, 1), places_N, index_NK)
+    teacher_classes = teacher.to(student_classes.dtype)
+    if index_NK.shape[-1] < student_logits_BTV.shape[-1]:
+        student_classes = torch.cat([student_classes, rest_N1], dim=-1)
+        teacher_classes = torch.cat([teacher_classes, _log_rest(teacher_classes)], dim=-1)
+    log_q = (student_classes / temperature).log_softmax(-1)
+    log_p = (teacher_classes / temperature).log_softmax(-1)
+    p = log_p.exp()
+    return temperature**2 * torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)  # 0 log 0 is 0, not NaN
+
+
+def _log_rest(logprob_NK: Tensor) -> Tensor:
+    """log(1 - sum of the K probabilities) [N, 1]; where rounding leaves nothing, a log of 1e-38, not NaN."""
+    rest_N1 = 1 - logprob_NK.exp().sum(-1, keepdim=True)
+    return rest_N1.clamp_min(torch.finfo(rest_N1.dtype).tiny).log()
+
+
+class _TopAndRest(torch.autograd.Function):
+    """Student logits of the teacher's K tokens [N, K], and logsumexp over all the others [N, 1].
+
+    The others are summed up as they are, not as 1 - sum of the K: their mass may be 1e-8, which fp32 cannot
+    see beside 1. One [N, V] tensor is kept for backward; autograd's own way keeps two and takes twice as long.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, places_N: Tensor, index_NK: Tensor):  # type: ignore[override]
+        chosen_NV = logits.index_select(0, places_N).to(accumulation_dtype(logits))
+        top_NK = chosen_NV.gather(-1, index_NK)
+        chosen_NV.scatter_(-1, index_NK, float("-inf"))
+        rest_N1 = chosen_NV.logsumexp(-1, keepdim=True)
+        ctx.save_for_backward(chosen_NV, rest_N1, places_N, index_NK)
+        ctx.shape, ctx.dtype = logits.shape, logits.dtype
+        return top_NK, rest_N1
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_top_NK: Tensor, grad_rest_N1: Tensor):  # type: ignore[override]
+        chosen_NV, rest_N1, places_N, index_NK = ctx.saved_tensors
+        # with K = V the rest is empty and its slope NaN, but every entry is then overwritten
+        slope_NV = chosen_NV.sub(rest_N1).exp_().mul_(grad_rest_N1).scatter_(-1, index_NK, grad_top_NK)
+        grad = slope_NV.new_zeros(ctx.shape, dtype=ctx.dtype)
+        return grad.index_copy_(0, places_N, slope_NV.to(ctx.dtype)), None, None

@@ -1,0 +1,61 @@
+"""From distances per token to one number, and how the weight of that number rises.
+
+Every term is divided by a token count given from outside: that of the whole optimiser step. Does not know what the
+distances are.
+
+Axes: L layers, B batch, T tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """float32 at least; float64 stays float64."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def at_least_one(num_tokens: int | float | Tensor) -> int | float | Tensor:
+    """A step without any token has loss 0, not 0 / 0."""
+    return num_tokens.clamp_min(1) if isinstance(num_tokens, Tensor) else max(num_tokens, 1)
+
+
+def token_weight(weight: Tensor) -> Tensor:
+    """[B] -> [B, 1]; the other shapes broadcast against [L, B, T] as they are."""
+    return weight[:, None] if weight.ndim == 1 else weight
+
+
+def masked_token_mean(
+    distance_LBT: Float[Tensor, "L B T"],
+    mask: Bool[Tensor, "B T"] | Bool[Tensor, "L B T"],
+    weight: Float[Tensor, "B"] | Float[Tensor, "#B #T"] | Float[Tensor, "#L #B #T"] | None,
+    num_tokens: int | float | Float[Tensor, ""] | Int[Tensor, ""],
+) -> Float[Tensor, ""]:
+    """sum over real tokens of weight * distance, mean over layers, divided by `num_tokens`.
+
+    mask: True at the tokens that take part. weight: per example, token or layer (`Fusion.weights(...)[n]`
+    fits), None: 1. num_tokens: number of real tokens in the whole optimiser step, over accumulation and
+    ranks; then the terms of all micro-batches add up to the mean over the step's tokens, however it is
+    split. With a mask per layer it is the mean count over layers. Weights are not in the divisor: a teacher
+    with weight .2 contributes .2 of its mean distance.
+    """
+    share = mask.to(distance_LBT.dtype)
+    if weight is not None:
+        share = share * token_weight(weight)
+    return (distance_LBT * share).sum() / distance_LBT.shape[0] / at_least_one(num_tokens)
+
+
+def kv_weight_at(step: int, total_steps: int, kv_weight: int | float, kv_warmup: int | float) -> float:
+    """Weight of the KV term in optimiser step `step` (from 0): a linear rise to `kv_weight`, then constant.
+
+    kv_warmup: below 1 a share of `total_steps`, else a number of steps; 0: no rise. With w warm-up steps
+    the weight is kv_weight * (step + 1) / w, full from step w - 1 on, and never 0 while kv_weight is not.
+    """
+    warm_steps = kv_warmup * total_steps if kv_warmup < 1 else kv_warmup
+    return kv_weight * min(1.0, (step + 1) / warm_steps) if warm_steps > 0 else kv_weight
