@@ -26,7 +26,7 @@ from kvdistill.core.layout import fit_root, folder_lock
 from kvdistill.core.maps import SparseMap
 from kvdistill.core.progress import Progress, silent
 from kvdistill.core.recipe import ArmRecipe, Recipe
-from kvdistill.core.runtime import AlignmentError, derive_seed, pick_device
+from kvdistill.core.runtime import derive_seed, pick_device
 from kvdistill.core.store import StoreReader, StoreWriter, find_store
 from kvdistill.core.targets import TeacherTargets
 from kvdistill.fuse import fit_prototypes
@@ -39,6 +39,7 @@ from kvdistill.teachers import (
     open_targets,
     pair,
     run_teacher,
+    shared_size,
     target_identity,
     teacher_rotation,
 )
@@ -139,7 +140,9 @@ def _fit_one(recipe: Recipe, run: Path, arm: ArmRecipe, name: str, seed: int) ->
             aligner.fit_projector(
                 (
                     (_kv(t), _student_kv(student, batch, arm, aligner), m)
-                    for batch, t, m in _batches(recipe, run, arm, name, device)
+                    for batch, t, m in _batches(
+                        recipe, run, arm, name, device, None if arm.align.standardise else counts
+                    )
                 ),
                 rotate,
             )
@@ -167,24 +170,6 @@ def _write(
 # -- one space for all models of an arm ---------------------------------------------------------------
 
 STUDENT = "student"
-
-
-def shared_size(recipe: Recipe, run: Path, arm: ArmRecipe) -> int:
-    """Channels of an arm's shared space: as asked, else those of its narrowest model.
-
-    Raises AlignmentError where a model is narrower than what is asked for.
-    """
-    pairs = {name: pair(recipe, run, arm, name) for name in arm.teachers}
-    shapes = {name: one.teacher for name, one in pairs.items()} | {STUDENT: pairs[arm.teachers[0]].student}
-    widths = {name: shape.num_kv_heads * shape.head_size for name, shape in shapes.items()}
-    narrowest = min(widths, key=widths.__getitem__)
-    if (arm.align.shared_size or 0) > widths[narrowest]:
-        raise AlignmentError(
-            f"{arm.align.shared_size} shared channels, but {narrowest!r} has {widths[narrowest]}",
-            place="align.shared_size",
-            fix=f"1 to {widths[narrowest]}, or leave it out",
-        )
-    return arm.align.shared_size or widths[narrowest]
 
 
 def _fit_shared(recipe: Recipe, run: Path, arm: ArmRecipe, seed: int) -> None:

@@ -24,6 +24,7 @@ from kvdistill.core.layout import (
     evaluated_mark,
     folder_lock,
     layers_folder,
+    profile_folder,
     teacher_folder,
     trained_mark,
 )
@@ -144,7 +145,7 @@ def profile_alignment(recipe: Recipe, progress: Progress, *, arm: str | None) ->
             refuse_broken_targets(recipe, run, profiled)
             raise
         result["profiles"] = profile(recipe, run, profiled, progress)
-    return result | {"files": [str(run / "profile" / f"{name}.json") for name in profiled]}
+    return result | {"files": [str(profile_folder(run) / f"{name}.json") for name in profiled]}
 
 
 def data_table(run: Path) -> dict[str, Any]:
@@ -166,6 +167,7 @@ def data_table(run: Path) -> dict[str, Any]:
 def _wanted(waves: list[tuple[str, list[Job]]], stages: tuple[str, ...]) -> list[tuple[str, list[Job]]]:
     """Waves with something to do, all or the named ones; whatever needs a model is preceded by the check."""
     named = {*stages, "check"} if {*stages} & {"teachers", "layers", "capture", "fit"} else {*stages}
+    named |= {"layers"} if {"capture", "fit"} & named else set()  # which layers are captured depends on it
     return [(name, jobs) for name, jobs in waves if jobs and (not stages or name in named)]
 
 

@@ -10,6 +10,7 @@ runs/NAME/
   fit/KIND-NAME-HASH/            channel statistics, closed-form projectors, prototypes
   arms/ARM/seed-N/{model/, adapters.safetensors, log.jsonl, ledger.json, match.json, trained.json,
                    records.jsonl, evaluated.json, checkpoints/}
+  profile/ARM.json               what `profile-alignment` measured
   figures/  statistical_results.json  summary.json  report.html
 """
 
@@ -38,6 +39,10 @@ def teacher_texts_folder(run: Path, teacher: str) -> Path:
 
 def layers_folder(run: Path) -> Path:
     return run / "layers"
+
+
+def profile_folder(run: Path) -> Path:
+    return run / "profile"
 
 
 def teacher_folder(run: Path, teacher: str) -> Path:

@@ -221,7 +221,7 @@ class AlignRecipe(Section):
         "kv", description="error in keys and values, or in what attention reads of them (softmax(qk)v)"
     )
     shared_fit: Literal["gcca", "procrustes", "trained"] = Field("gcca", description="how shared adapters are made")
-    shared_size: Positive | None = Field(None, description="channels of the shared space; unset: those of the narrowest model")
+    shared_size: Positive | None = Field(None, description="channels of the shared space; unset: the narrowest model's")
     standardise: bool = Field(True, description="teacher channels to mean 0, std 1 over the training tokens")
     keys: Literal["unrotated", "rotated"] = Field("unrotated", description="frame in which keys are compared")
     calibration_examples: Positive = 512

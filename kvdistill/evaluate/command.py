@@ -25,7 +25,7 @@ from kvdistill.evaluate.exams import SuiteOptions
 from kvdistill.evaluate.identity import identify
 from kvdistill.evaluate.own import run_of
 from kvdistill.evaluate.suite import check_folder, evaluate_suite, plan_suite
-from kvdistill.models.load import check_model_exists, load_model, model_config
+from kvdistill.models.load import check_model_exists, load_model, model_config, require_causal
 
 _PLACE = "model"
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tokenization_*.py")
@@ -140,6 +140,7 @@ def _look_at(model: str, options: ModelOptions, run: Path | None, out: str | Pat
         path=model, dtype="float32", attention=options.attention, trust_remote_code=options.trust_remote_code
     )
     config = check_model_exists(recipe, _PLACE)
+    require_causal(config, model)
     recipe = recipe.model_copy(update={"dtype": _dtype(options.dtype, config)})
     tokenizer = load_own_tokenizer(model, options.trust_remote_code)
     model_config(recipe, len(tokenizer), _PLACE)  # refuses a tokenizer with more tokens than the model knows

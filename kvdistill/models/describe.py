@@ -21,6 +21,7 @@ from kvdistill.models.structure import (
     ModelKind,
     Stack,
     auto_class,
+    check_interface,
     find_backbone,
     find_rotary,
     model_kind,
@@ -38,6 +39,7 @@ class ModelShape:
     """The sizes of one stack of a dense model. mlp_matrices: 3 with a gated MLP, 2 without.
 
     num_parameters, tied: of the whole model. kind: what the model is.
+    is_captured: its attention goes through transformers' attention interface, so that keys and values can be recorded.
     """
 
     family: str
@@ -53,17 +55,25 @@ class ModelShape:
     tied: bool
     mlp_matrices: int
     kind: ModelKind = "decoder"
+    is_captured: bool = True
 
 
 def describe_model(model: nn.Module, stack: Stack | None = None) -> ModelShape:
     """Sizes of a loaded model (plain or wrapped; a meta-device model will do), of `stack` as in `capture_kv`.
 
-    Raises ModelError where head sizes differ between layers (names model and layer) and for mixtures of experts.
+    Raises ModelError where head sizes differ between layers (names model and layer), for mixtures of experts and for
+    models without attention.
     """
     inner, config = unwrap_model(model), text_config(model, stack)
     if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
         raise ModelError("mixture of experts: sizes and FLOPs are of dense models only", place=model_name(model))
-    num_heads = config.num_attention_heads
+    num_heads = getattr(config, "num_attention_heads", None)
+    if not num_heads:
+        raise ModelError(
+            "it has no attention heads, and so no keys and values",
+            place=model_name(model),
+            fix="use a transformer: a decoder, an encoder or an encoder-decoder",
+        )
     heads, embeddings = inner.get_output_embeddings(), inner.get_input_embeddings()
     names = {name.rsplit(".", 1)[-1] for name, _ in find_backbone(model, stack).named_modules()}
     return ModelShape(
@@ -80,7 +90,16 @@ def describe_model(model: nn.Module, stack: Stack | None = None) -> ModelShape:
         tied=heads is not None and heads.weight is embeddings.weight,
         mlp_matrices=3 if names & {"gate_proj", "gate_up_proj", "wi_1", "Wi"} else 2,  # T5, ModernBERT
         kind=model_kind(inner.config),
+        is_captured=_is_captured(model, stack),
     )
+
+
+def _is_captured(model: nn.Module, stack: Stack | None) -> bool:
+    try:
+        check_interface(model, numbered_attention(model, stack))
+    except ModelError:
+        return False
+    return True
 
 
 def describe_config(config: PreTrainedConfig, stack: Stack | None = None) -> ModelShape:

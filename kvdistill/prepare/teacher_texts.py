@@ -227,7 +227,7 @@ def _write_splits(
         total = len(read_split(texts.run, split))
         matched = texts.traces is None and split in _LEARNED
         for examples, rows in texts.chunks(split):
-            theirs = encode_rows(texts.tokenizer, rows)
+            theirs = _encoded(texts, rows)
             writer.write(theirs)
             if matched:
                 spans["own"].add(texts.tokenizer, rows, theirs)
@@ -241,6 +241,13 @@ def _write_splits(
         if matched and split == "train":
             lost = _lost(spans["own"], spans["students"], texts.place)
     return unknown, lost
+
+
+def _encoded(texts: _Texts, rows: Sequence[Row]) -> list[Example]:
+    try:
+        return encode_rows(texts.tokenizer, rows)
+    except DataError as error:  # said of data.tokenizer, the student's
+        raise DataError(error.what, place=f"{texts.place}.tokenizer", fix=error.fix) from None
 
 
 def _lost(own: _Spans, students: _Spans, place: str) -> dict[str, Any] | None:

@@ -19,15 +19,15 @@ import torch
 
 from kvdistill.core.config import arm_recipe
 from kvdistill.core.files import read_json, write_json
+from kvdistill.core.layout import profile_folder
 from kvdistill.core.progress import Progress, silent
 from kvdistill.core.recipe import Recipe
 from kvdistill.core.runtime import ModelError, derive_seed, seed_everything
 from kvdistill.profile.matching import match_figures
-from kvdistill.profile.numbers import number_figures
+from kvdistill.profile.numbers import first_broken_target, number_figures
 from kvdistill.profile.setting import open_setting
 from kvdistill.profile.shapes import parameter_figures, shape_figures
 from kvdistill.profile.timing import step_figures
-from kvdistill.teachers import open_targets
 
 STEPS = 7  # timed steps: an odd number has a median that was measured
 BATCHES = 2  # of training, for shapes and numbers
@@ -48,7 +48,7 @@ def profile_alignment(
             progress("profile-alignment", number * _PARTS + part + done, len(arms) * _PARTS)
 
         step(0)
-        path = run / "profile" / f"{arm}.json"
+        path = profile_folder(run) / f"{arm}.json"
         write_json(path, _profile(recipe, run, arm, step))
         found[arm] = read_json(path)  # as JSON has it: no NaN
         step(_PARTS)
@@ -83,22 +83,16 @@ def _profile(recipe: Recipe, run: Path, arm: str, step: Any) -> dict[str, Any]:
 
 def refuse_broken_targets(recipe: Recipe, run: Path, arms: Sequence[str]) -> None:
     """Raise ModelError for the first teacher of these arms whose stored keys or values are not all finite."""
-    split = "train" if recipe.capture.source == "store" else "val"
     for name in dict.fromkeys(teacher for arm in arms for teacher in arm_recipe(recipe, arm).teachers):
-        reader = open_targets(recipe, run, name, split)
-        for example in range(reader.num_examples):
-            kv = reader.read([example], logits=False, scores=False).kv
-            assert kv is not None
-            for what, side in (("keys", kv.keys), ("values", kv.values), ("queries", kv.queries)):
-                for layer, x in zip(kv.layers, side, strict=False):
-                    if bad := int((~x.isfinite()).sum()):
-                        raise ModelError(
-                            f"the {what} of teacher {name!r}, as captured, are not finite: {bad:,} values in layer {layer}"
-                            f" of {split} example {example}",
-                            place=f"teacher {name}",
-                            fix="look at its weights and dtype (fp16 ends at 65,504), and at capture.dtype; then run "
-                            "capture in a new run_dir",
-                        )
+        found = first_broken_target(recipe, run, name)
+        if found is not None:
+            what = {"k": "keys", "v": "values", "q": "queries"}[found["what"]]
+            raise ModelError(
+                f"its {what}, as captured, are not all finite: {found['count']:,} values in layer {found['layer']} of "
+                f"example {found['example']} are not",
+                place=f"teacher {name}",
+                fix="look at its weights and dtype (fp16 ends at 65,504) and at capture.dtype; then use a new run_dir",
+            )
 
 
 __all__ = ["profile_alignment", "refuse_broken_targets"]

@@ -11,6 +11,7 @@ so that the first stage with a non-finite value is where it came from. Repairs n
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +21,11 @@ from kvdistill.align import attention_sources, attention_targets
 from kvdistill.align.channels import floored_std
 from kvdistill.batches import KV_SEGMENTS, in_segments, token_counts
 from kvdistill.core.kv import KV
+from kvdistill.core.recipe import Recipe
 from kvdistill.profile.setting import Setting
+from kvdistill.teachers import open_targets
 
+_CAPTURED = "teacher, as captured"
 FP16_MAX = torch.finfo(torch.float16).max
 BF16_MAX = torch.finfo(torch.bfloat16).max
 
@@ -144,6 +148,8 @@ def number_figures(setting: Setting, num_batches: int) -> dict[str, Any]:
             count["empty"] += int((wanted & ~mask).sum())
     rows = stages.rows()
     first = _first_non_finite(rows, terms.found, gradients.rows())
+    if first is not None and first["stage"] in ("target", "source"):
+        first = _in_what_was_fitted(setting, rows) or first  # a fit reads other texts than these
     return {
         "texts": num_batches * setting.recipe.train.batch_size,
         "stages": rows,
@@ -159,7 +165,7 @@ def _add_sides(stages: Stages, setting: Setting, batch: dict[str, Any]) -> None:
     student = setting.student_kv(batch)
     theirs = {name: setting.teacher_kv(batch, name) for name in setting.arm.teachers}
     for name, kv in theirs.items():
-        stages.add("teacher, as captured", name, _token_major(kv), kv.mask_BT, kv.layers)
+        stages.add(_CAPTURED, name, _token_major(kv), kv.mask_BT, kv.layers)
     layers, masks, maps = student.layers, batch["kv_masks"], batch["maps"]
     for name, kv in theirs.items():
         mapped, _ = setting.aligner(name).teacher_channels(kv, maps.get(name), standardise=False)
@@ -189,6 +195,41 @@ def _source(setting: Setting, name: str, student: KV, teacher: KV) -> dict[str, 
     if setting.arm.compares_attention:
         return attention_sources(aligner, student, teacher, setting.rotations[name])._asdict()
     return aligner.sources(student)._asdict()
+
+
+def first_broken_target(recipe: Recipe, run: Path, name: str) -> dict[str, Any] | None:
+    """The first captured tensor of a teacher that is not finite: what, layer, example, count. Reads the whole store."""
+    reader = open_targets(recipe, run, name, "train" if recipe.capture.source == "store" else "val")
+    for example in range(reader.num_examples):
+        kv = reader.read([example], logits=False, scores=False).kv
+        assert kv is not None
+        for what, side in (("k", kv.keys), ("v", kv.values), ("q", kv.queries)):
+            for layer, x in zip(kv.layers, side, strict=False):
+                if bad := int((~x.isfinite()).sum()):
+                    return {"what": what, "layer": layer, "example": example, "count": bad}
+    return None
+
+
+def _in_what_was_fitted(setting: Setting, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The first aligner whose statistics or projectors are not finite; or rather what they were fitted to, if it is it.
+
+    rows: of all stages.
+    """
+    for name in setting.arm.teachers:
+        state = setting.aligner(name).state_dict()
+        broken = [key for key, tensor in state.items() if not bool(tensor.isfinite().all())]
+        if not broken:
+            continue
+        found = first_broken_target(setting.recipe, setting.run, name)
+        if found is not None:
+            says = f"non-finite values begin in {_name({'stage': _CAPTURED, 'teacher': name, **found})}: "
+            says += f"{found['count']:,} of them in layer {found['layer']} of example {found['example']}, "
+            says += f"and so in the aligner ({', '.join(broken)})"
+            return {"stage": _CAPTURED, "teacher": name, "what": found["what"], "says": says}
+        students = _first_non_finite([row for row in rows if row["stage"] == "student"], {}, [])
+        says = f"non-finite values begin in the aligner of teacher {name!r}: {', '.join(broken)}"
+        return students or {"stage": "fit", "teacher": name, "what": broken[0], "says": says}
+    return None
 
 
 # -- one real step ------------------------------------------------------------------------------------
@@ -237,7 +278,7 @@ class _Gradients:
 def _add_step(terms: _Terms, gradients: _Gradients, setting: Setting, batch: dict[str, Any]) -> None:
     """Loss and gradients at the full KV weight (after the warm-up), of one micro-batch, unclipped."""
     distiller, arm = setting.distiller, setting.arm
-    distiller.zero_grad(set_to_none=True)
+    distiller.train().zero_grad(set_to_none=True)
     counts = token_counts(batch, arm).to(device=setting.device, dtype=torch.float32).clamp_min(1.0)
     with torch.autocast(setting.device.type, torch.bfloat16, enabled=setting.recipe.train.bf16):
         out = distiller(**batch, counts=counts, kv_weight=arm.loss.kv_weight)
@@ -250,7 +291,7 @@ def _add_step(terms: _Terms, gradients: _Gradients, setting: Setting, batch: dic
             number, _, inner = rest.partition(".")
             teacher = arm.teachers[int(number)] if first == "aligners" else None
             gradients.add(teacher, inner if first == "aligners" else rest, parameter.grad)
-    distiller.zero_grad(set_to_none=True)
+    distiller.eval().zero_grad(set_to_none=True)
 
 
 # -- in words -----------------------------------------------------------------------------------------
@@ -269,7 +310,7 @@ def _name(row: Mapping[str, Any]) -> str:
         return f"the gradient of the projectors{of}" if row["teacher"] else "the student's gradient"
     what = _WHAT[row["what"]]
     return {
-        "teacher, as captured": f"the {what}{of}, as captured",
+        _CAPTURED: f"the {what}{of}, as captured",
         "after time and layer map": f"the {what}{of} after the time and layer map",
         "target": f"the target {what}{of}",
         "student": f"the student's {what}",

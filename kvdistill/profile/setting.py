@@ -95,7 +95,7 @@ class Setting:
         return self._in_batches(spread(self.maker("val").examples, min(most, self.recipe.evaluate.match_examples)))
 
     def _in_batches(self, numbers: Sequence[int]) -> list[list[int]]:
-        size = self.recipe.train.batch_size
+        size = self.recipe.capture.batch_size  # nothing here keeps a graph
         return [list(numbers[start : start + size]) for start in range(0, len(numbers), size)]
 
     # -- both sides -------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def open_setting(recipe: Recipe, run: Path, arm_name: str, seed: int) -> Setting
         seed,
         device,
         load_tokenizer_of(run).pad_token_id,
-        distiller.train(),
+        distiller.eval(),
         {name: key_frame(recipe, run, arm, name, device) for name in arm.teachers},
         {
             name: teacher_rotation(recipe, name, device) if in_teacher else lambda kv: rotate_keys(kv, student)

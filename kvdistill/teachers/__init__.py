@@ -22,6 +22,7 @@ from kvdistill.teachers.pairing import (
     pair,
     shape_of_student,
     shape_of_teacher,
+    shared_size,
 )
 from kvdistill.teachers.running import key_frame, load_teacher, run_teacher, teacher_rotation
 from kvdistill.teachers.sources import teacher_place, teacher_recipe, teacher_source
@@ -61,6 +62,7 @@ __all__ = [
     "run_teacher",
     "shape_of_student",
     "shape_of_teacher",
+    "shared_size",
     "similarity_path",
     "split_examples",
     "spread",

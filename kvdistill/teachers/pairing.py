@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kvdistill.align import layer_map, needed_teacher_layers, parse_layer_range
-from kvdistill.align.layers import layer_sources
+from kvdistill.align.layers import layer_sources, read_layer_similarity
 from kvdistill.core.config import arm_recipe
 from kvdistill.core.maps import SparseMap
-from kvdistill.core.recipe import ArmRecipe, Recipe
-from kvdistill.core.runtime import RecipeError
+from kvdistill.core.recipe import ArmRecipe, ModelRecipe, Recipe
+from kvdistill.core.runtime import AlignmentError, RecipeError
 from kvdistill.models import ModelShape, describe_config, model_config
 from kvdistill.teachers.identity import model_identities, similarity_path
 from kvdistill.teachers.sources import teacher_place, teacher_recipe
@@ -74,23 +73,57 @@ def check_pair(recipe: Recipe, run: Path, arm: ArmRecipe, name: str) -> None:
             place="align.layer_map",
             fix="leave it out, or name a file",
         )
+    if isinstance(arm.align.layer_map, str):  # of models that are not trained yet: their numbers of layers at least
+        sizes = num_layers, shape_of_student(recipe, run).num_layers
+        trained_here = teacher_recipe(recipe, name).scratch is not None
+        who = {} if trained_here else model_identities(recipe, run, name)
+        read_layer_similarity(
+            arm.align.layer_map,
+            *sizes,
+            on=arm.align.cka_on,
+            teacher=who.get("teacher"),
+            student=who.get("student"),
+        )
+
+
+def shared_size(recipe: Recipe, run: Path, arm: ArmRecipe) -> int:
+    """Channels of an arm's shared space: as asked, else those of its narrowest model.
+
+    Raises AlignmentError where a model is narrower than what is asked for.
+    """
+    shapes = {name: shape_of_teacher(recipe, run, name) for name in arm.teachers}
+    shapes["student"] = shape_of_student(recipe, run)
+    widths = {name: shape.num_kv_heads * shape.head_size for name, shape in shapes.items()}
+    narrowest = min(widths, key=widths.__getitem__)
+    if (arm.align.shared_size or 0) > widths[narrowest]:
+        raise AlignmentError(
+            f"{arm.align.shared_size} shared channels, but {narrowest!r} has {widths[narrowest]}",
+            place="align.shared_size",
+            fix=f"1 to {widths[narrowest]}, or leave it out",
+        )
+    return arm.align.shared_size or widths[narrowest]
 
 
 def shape_of_student(recipe: Recipe, run: Path) -> ModelShape:
-    config = model_config(recipe.student, student_vocab_size(run), "student")
-    return _shape(config.to_json_string(), config)
+    return _shape(recipe.student, student_vocab_size(run), "student")
 
 
 def shape_of_teacher(recipe: Recipe, run: Path, name: str) -> ModelShape:
     teacher = teacher_recipe(recipe, name)
-    config = model_config(teacher, teacher_vocab_size(run, teacher), teacher_place(recipe, name))
-    return _shape(config.to_json_string(), config)
+    return _shape(teacher, teacher_vocab_size(run, teacher), teacher_place(recipe, name))
 
 
-_SHAPES: dict[str, ModelShape] = {}
+_SHAPES: dict[object, ModelShape] = {}
 
 
-def _shape(key: str, config: Any) -> ModelShape:
+def _shape(model: ModelRecipe, vocab_size: int, place: str) -> ModelShape:
+    """Kept: a study asks for it hundreds of times, and a config takes milliseconds to make. A folder's is read anew."""
+    key: object = (type(model), model.scratch, vocab_size)
+    if model.scratch is not None and key in _SHAPES:
+        return _SHAPES[key]
+    config = model_config(model, vocab_size, place)
+    if model.scratch is None:
+        key = config.to_json_string()
     if key not in _SHAPES:
         _SHAPES[key] = describe_config(config)
     return _SHAPES[key]

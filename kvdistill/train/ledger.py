@@ -74,6 +74,8 @@ def _teacher_flops(
     lengths = [len(examples[i].input_ids) for i in order] if order is not None else [len(e.input_ids) for e in examples]
     tokens, squares = batch_geometry(lengths)
     layers = needed_layers(recipe, run, name)
+    if shape.kind != "decoder" and layers:  # predicts no next token, so it always stops at the highest layer needed
+        return capture_flops(shape, tokens, squares, max(layers))
     if order is not None and not arm.needs_logits and arm.fuse.fusion_strategy != "competence" and layers:
         return capture_flops(shape, tokens, squares, max(layers))
     return forward_flops(shape, tokens, squares)
