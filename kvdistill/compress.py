@@ -108,13 +108,15 @@ def rkv_layer_scores(
     to_answer = selection_map(answer_BS, max(1, int(answers_B.max())))
     live_BN = to_reasoning.mask()
     share_BA = to_answer.mask() / answers_B.clamp_min(1)[:, None]
-    layers = []
+    layers, room = [], _Room()
+    asked, answered = _common_slice(reasoning_BS), _common_slice(answer_BS)
     for query_BQSE, key_BGSE in zip(queries, keys, strict=True):
         # packed: padding, and what stands in it, is gone before anything is summed
-        key_BGNE = to_reasoning.apply(key_BGSE.detach(), 2).float()
-        query_BQAE = to_answer.apply(query_BQSE.detach(), 2).float()
+        key, query = key_BGSE.detach(), query_BQSE.detach()
+        key_BGNE = (room.packed(to_reasoning, key) if asked is None else key[:, :, asked]).float()
+        query_BQAE = (to_answer.apply(query, 2) if answered is None else query[:, :, answered]).float()
         size = key_BGNE.shape[-1] ** -0.5 if scaling is None else scaling
-        logits_BGAN, mean_BGN = _logits_and_cosines(query_BQAE * size, key_BGNE, num_B)
+        logits_BGAN, mean_BGN = _logits_and_cosines(query_BQAE * size, key_BGNE, num_B, room)
         importance = _importance(logits_BGAN, live_BN, share_BA)
         layers.append(torch.stack([importance, _masked_softmax(-mean_BGN, live_BN[:, None])], dim=1))
     packed_MB2GN = torch.stack(layers)
@@ -123,8 +125,41 @@ def rkv_layer_scores(
     return scores.scatter_add_(-1, place, packed_MB2GN)  # adding: spare slots hold 0 and point anywhere
 
 
+def _common_slice(member_BS: Bool[Tensor, "B S"]) -> slice | None:
+    """Where the members stand, if they stand together and at the same places in every example: no packing then."""
+    first = member_BS[0]
+    if not bool(first.any()) or not torch.equal(member_BS, first.expand_as(member_BS)):
+        return None
+    start, count = int(first.to(torch.uint8).argmax()), int(first.sum())
+    return slice(start, start + count) if bool(first[start : start + count].all()) else None
+
+
+class _Room:
+    """Memory that all layers use in turn: on a CPU, fresh memory for each costs more than the work done in it."""
+
+    def __init__(self) -> None:
+        self._packed: Tensor | None = None
+        self._product: Tensor | None = None
+
+    def packed(self, mapping: SparseMap, x_BGSE: Tensor) -> Float[Tensor, "B G N E"]:
+        if x_BGSE.dtype != torch.float32:
+            return mapping.apply(x_BGSE, 2)
+        if self._packed is None:
+            B, G, _, E = x_BGSE.shape
+            self._packed = x_BGSE.new_empty(B, G, mapping.n_out, E)
+        return mapping.apply(x_BGSE, 2, out=self._packed)
+
+    def product(self, a: Float[Tensor, "B G A E"], b: Float[Tensor, "B G N E"]) -> Float[Tensor, "B G A N"]:
+        """a b'. As one batch: `matmul` of more axes would make its own memory first and copy."""
+        (B, G, A, _), N = a.shape, b.shape[2]
+        if self._product is None:
+            self._product = a.new_empty(B * G, A, N)
+        torch.bmm(a.flatten(0, 1), b.flatten(0, 1).mT, out=self._product)
+        return self._product.view(B, G, A, N)
+
+
 def _logits_and_cosines(
-    query_BQAE: Tensor, key_BGNE: Tensor, num_B: Tensor
+    query_BQAE: Tensor, key_BGNE: Tensor, num_B: Tensor, room: _Room
 ) -> tuple[Float[Tensor, "B G A N"], Float[Tensor, "B G N"]]:
     """The largest logit of each KV head's queries, and each key's mean cosine to the other keys of its head.
 
@@ -133,8 +168,8 @@ def _logits_and_cosines(
     (B, Q, A, E), G = query_BQAE.shape, key_BGNE.shape[1]
     length_BGN = torch.linalg.vector_norm(key_BGNE, dim=-1)
     shrink_BGN = torch.where(length_BGN > 0, 1 / length_BGN, 0.0)
-    sum_BG1E = (key_BGNE * shrink_BGN[..., None]).sum(2, keepdim=True)  # twice as fast as a product with one row
-    asked = torch.cat([query_BQAE.reshape(B, G, Q // G * A, E), sum_BG1E], dim=2) @ key_BGNE.mT
+    sum_BG1E = shrink_BGN[:, :, None] @ key_BGNE
+    asked = room.product(torch.cat([query_BQAE.reshape(B, G, Q // G * A, E), sum_BG1E], dim=2), key_BGNE)
     own_BGN = (length_BGN > 0).float()  # cosine of a key to itself; 0 for a key of zeros
     mean_BGN = (asked[:, :, -1] * shrink_BGN - own_BGN) / (num_B - 1).clamp_min(1)[:, None, None]
     return asked[:, :, :-1].unflatten(2, (Q // G, A)).amax(2), mean_BGN
@@ -143,8 +178,11 @@ def _logits_and_cosines(
 def _importance(logits_BGAN: Tensor, live_BN: Tensor, share_BA: Tensor) -> Float[Tensor, "B G N"]:
     share_BGAN = _masked_softmax(logits_BGAN, live_BN[:, None, None])
     answered_BGN = (share_BA[:, None, None] @ share_BGAN).squeeze(2)
+    has_answer_B = share_BA.sum(1) > 0
+    if bool(has_answer_B.all()):
+        return answered_BGN
     even_BN = live_BN / live_BN.sum(1, keepdim=True).clamp_min(1)
-    return torch.where((share_BA.sum(1) > 0)[:, None, None], answered_BGN, even_BN[:, None])
+    return torch.where(has_answer_B[:, None, None], answered_BGN, even_BN[:, None])
 
 
 def _masked_softmax(logits: Tensor, live: Tensor) -> Tensor:

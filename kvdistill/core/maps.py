@@ -28,7 +28,7 @@ from kvdistill.core.runtime import AlignmentError
 # Below this many numbers in a row, a row costs more to look up than to copy element by element.
 LEAST_ROW = 16
 # What is summed before it is copied to where the caller wants it should still be in the cache then.
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,491 @@
+"""Every kind of arm this alignment knows, on teachers of four families with own tokenizers and own chains.
+
+What is asserted of a kind is asserted of its loss on one batch, made as training makes it: stored and online targets
+give the same, splits of a batch add up, padding changes nothing, gradients reach what learns and nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_recipe import SEED, environment, invoke, rows_of, run_waves_here, tiny_recipe, tiny_tree
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from kvdistill.batches import BatchMaker, arm_batches, token_counts
+from kvdistill.core.config import arm_recipe
+from kvdistill.core.files import sha256_file
+from kvdistill.core.layout import store_root
+from kvdistill.core.recipe import ArmRecipe, Recipe
+from kvdistill.core.runtime import quiet_libraries, set_threads
+from kvdistill.core.targets import ATTENTION, TeacherTargets
+from kvdistill.data.tables import read_split
+from kvdistill.fit import initial_student
+from kvdistill.models import describe_model
+from kvdistill.prepare import prepare
+from kvdistill.study import claim_run_folder, plan
+from kvdistill.teachers import (
+    load_teacher,
+    load_tokenizer_of,
+    needed_layers,
+    open_targets,
+    read_examples,
+    run_teacher,
+    teacher_recipe,
+    teacher_text,
+)
+from kvdistill.train import build_distiller, online_teacher
+from kvdistill.train.distiller import Distiller, DistillOutput
+
+quiet_libraries()
+set_threads(1)  # as the driver of killed trainings: same sums, same bits
+
+CPU = torch.device("cpu")
+KV_WEIGHT = 5.0
+STEPS = {"optimiser": {"steps": 4, "batch_size": 8}}
+IN_STUDENT = {"match_in": "student", "init": "ridge"}
+OWN_CHAINS = {"time": "segment"}
+# by name: what differs from the recipe
+ARMS: dict[str, dict[str, Any]] = {
+    "structural": {"teachers": ["qwen", "llama"], "loss": {"kind": "structural"}},
+    "structural-in-student": {"teachers": ["gpt2", "llama"], "loss": {"kind": "structural"}, "align": IN_STUDENT},
+    "output": {"teachers": ["neox"], "loss": {"kind": "attention_output"}, "align": OWN_CHAINS},
+    "cka-loss": {"teachers": ["llama"], "loss": {"kind": "cka"}},
+    "cka-layers": {"teachers": ["qwen"], "align": {"layers": "cka"}},
+    "r-kv": {"teachers": ["qwen", "llama"], "compress": {"kv_compression": "r-kv", "keep": 4}},
+    "random": {"teachers": ["llama"], "compress": {"kv_compression": "random", "keep": 4}},
+    "uniform": {"teachers": ["gpt2"], "compress": {"kv_compression": "uniform", "keep": 4}},
+    "none": {"teachers": ["gpt2"], "compress": {"kv_compression": "none"}},
+    "attention-weighted": {"teachers": ["llama"], "loss": {"attention_weighted": True}},
+    "elastic": {"teachers": ["llama"], "align": {"projection": "elastic"}},
+    "low-rank": {"teachers": ["gpt2"], "align": {"rank": 4}},
+    "residual": {"teachers": ["llama"], "align": {"residual": True, "init": "ridge"}},
+    "per-head": {"teachers": ["qwen"], "align": {"projection": "structured", "per_head": True}},
+    "ridge-on-attention": {"teachers": ["llama"], "align": {"init": "ridge", "ridge_on": "attention"}},
+    "shared": {"teachers": ["gpt2", "llama"], "align": {"match_in": "shared"}},
+    "shared-trained": {
+        "teachers": ["neox"],
+        "align": {"match_in": "shared", "shared_fit": "trained", **OWN_CHAINS},
+        "loss": {"distill_layers": "1"},
+    },
+    "shared-fused": {
+        "teachers": ["qwen", "llama"],
+        "align": {"match_in": "shared", "shared_fit": "procrustes"},
+        "fuse": {"fuse_at": "kv"},
+    },
+    "segment": {
+        "teachers": ["neox"],
+        "align": {**OWN_CHAINS, "segment_ratio": {"reasoning": 0.5}, "smoothness": {"reasoning": 2.0}},
+    },
+}
+NOTED_ONLY = {"r-kv", "attention-weighted"}  # need what was noted when the teacher ran: no online teachers
+FROZEN = {"structural-in-student", "shared", "shared-trained", "shared-fused"}
+
+
+def byte_level_tokenizer(folder: Path) -> Path:
+    """Bytes and numbers of two digits: shorter than character by character."""
+    backend = Tokenizer(models.BPE(unk_token=None))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|begin|>", "<|end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=340, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    backend.train_from_iterator([f"{number}" for number in range(10, 100)], trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=special[0], eos_token=special[1])
+    made.save_pretrained(folder)
+    return folder
+
+
+def families(folder: Path) -> list[dict[str, Any]]:
+    def scratch(name: str, architecture: str, train_on: str, **sizes: Any) -> dict[str, Any]:
+        return {"name": name, "train_on": [train_on], "scratch": {"architecture": architecture, **sizes}, **STEPS}
+
+    return [
+        scratch("qwen", "qwen2", "chain", hidden_size=24, num_layers=3, num_heads=4, num_kv_heads=2),
+        scratch("gpt2", "gpt2", "product", hidden_size=20, num_layers=4, num_heads=2),
+        scratch("llama", "llama", "chain", hidden_size=24, num_layers=3, num_heads=3, rope_theta=500_000.0)
+        | {"tokenizer": str(folder / "bytes")},
+        scratch("neox", "gpt_neox", "product", hidden_size=32, num_layers=3, num_heads=2)
+        | {"traces": str(folder / "traces.jsonl")},
+    ]
+
+
+def study_changes(folder: Path) -> dict[str, Any]:
+    """Changes to `tiny_recipe.TREE`: what the driver of killed trainings takes as JSON."""
+    tasks = [{"name": name, "train": 40, "val": 12, "test": 4} for name in ("chain", "product")]
+    return {
+        "teachers": families(folder),
+        "data": {"tasks": tasks},
+        "student": {"scratch": {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "init_std": 0.2}},
+        "train": {"steps": 3},
+        "evaluate": {"match_examples": 8, "max_new_tokens": 3},
+        "arms": ARMS,
+    }
+
+
+def write_traces(folder: Path) -> None:
+    """The teacher's own chains: longer than the data's, ending as they do."""
+    tree = study_changes(folder)
+    run = folder / "traces-of"
+    prepare(tiny_recipe(run, data=tree["data"], arms={"ce": {"teachers": []}}), run)
+    rows = [row for split in ("train", "val") for row in read_split(run, split)]
+    texts = [{"question": r.question, "reasoning": f"1,2,{r.reasoning}"} for r in rows]
+    (folder / "traces.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+
+
+READY = ("prepare", "check", "teachers", "layers", "capture", "fit")
+
+
+def made_ready(recipe: Recipe, run: Path, *stages: str) -> None:
+    """Everything before training, or these stages."""
+    claim_run_folder(recipe, run)
+    for stage in stages or READY:
+        waves = plan(recipe, run)
+        run_waves_here(recipe, [(name, jobs) for name, jobs in waves if name == stage], None)
+
+
+class Study:
+    """A run folder that is captured and fitted, and the loss of each of its arms on a batch."""
+
+    def __init__(self, recipe: Recipe, run: Path, folder: Path) -> None:
+        self.recipe, self.run, self.folder = recipe, run, folder
+        self.pad_id = load_tokenizer_of(run).pad_token_id
+        alone = {name: arm for name, arm in recipe.arms.items() if name not in NOTED_ONLY}
+        source = recipe.capture.model_copy(update={"source": "online"})
+        self.online = recipe.model_copy(update={"capture": source, "arms": alone})
+        self.distiller, self.batches = functools.cache(self.new_distiller), functools.cache(self._batches)
+
+    def arm(self, name: str) -> ArmRecipe:
+        """Without cross-entropy: what is left is the KV term."""
+        arm = arm_recipe(self.recipe, name)
+        return arm.model_copy(update={"loss": arm.loss.model_copy(update={"ce_weight": 0.0})})
+
+    def new_distiller(self, name: str) -> Distiller:
+        student = initial_student(self.recipe, self.run, SEED)
+        return build_distiller(self.recipe, self.run, self.arm(name), SEED, student, CPU).eval()
+
+    def _batches(self, name: str, *, online: bool = False) -> BatchMaker:
+        arm = self.arm(name)
+        readers = {} if online else {n: open_targets(self.recipe, self.run, n, "train") for n in arm.teachers}
+        return arm_batches(self.recipe, self.run, arm, "train", self.pad_id, readers, SEED)
+
+    def by_length(self) -> list[int]:
+        rows = read_split(self.run, "train")
+        return sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))
+
+
+def kv_loss(distiller: Distiller, batch: dict[str, Any], counts: torch.Tensor | None = None) -> DistillOutput:
+    counts = token_counts(batch, distiller.arm) if counts is None else counts
+    return distiller(**batch, counts=counts.float().clamp_min(1.0), kv_weight=KV_WEIGHT)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    folder = tmp_path_factory.mktemp("arms")
+    byte_level_tokenizer(folder / "bytes")
+    write_traces(folder)
+    run = folder / "run"
+    recipe = tiny_recipe(run, **study_changes(folder))
+    made_ready(recipe, run)
+    return Study(recipe, run, folder)
+
+
+def test_the_teachers_are_as_unlike_as_they_should_be(study):
+    shapes = [describe_model(load_teacher(study.recipe, study.run, t.name, CPU)) for t in study.recipe.teachers]
+    assert len({(s.num_layers, s.num_kv_heads, s.head_size) for s in shapes}) == 4
+    own = {t.name: teacher_text(study.recipe, study.run, "train", t) for t in study.recipe.teachers}
+    assert [name for name, text in own.items() if text is not None] == ["llama", "neox"]
+    mine = read_split(study.run, "train")[0]
+    cut, chained = (own[name].examples[0] for name in ("llama", "neox"))
+    assert len(cut.input_ids) < 0.9 * len(mine.input_ids) and cut.reasoning == mine.reasoning
+    assert chained.reasoning == f"1,2,{mine.reasoning}"
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_a_loss_is_finite_falls_and_its_gradient_reaches_what_learns(study, name):
+    """Ten steps of Adam on one batch."""
+    distiller = study.new_distiller(name)
+    batch = study.batches(name)(study.by_length()[:6])
+    out = kv_loss(distiller, batch)
+    arm = study.arm(name)
+    ends = {term.split("/")[-1] for term in out.terms} - {"ce"}
+    assert ends == ({"attention"} if arm.compares_attention else {"k", "v"})
+    assert float(out.loss.detach()) > 0 and bool(out.loss.isfinite())
+    out.loss.backward()
+    heads = "qkv" if arm.compares_attention else "kv"
+    for layer in distiller.student.model.layers:
+        for head in heads:
+            assert float(getattr(layer.self_attn, f"{head}_proj").weight.grad.abs().max()) > 0, head
+    learned = [p for p in distiller.aligners.parameters() if p.requires_grad]
+    assert bool(learned) == (name not in FROZEN)
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in learned)
+    assert all(p.grad is None for p in distiller.aligners.parameters() if not p.requires_grad)
+    optimiser = torch.optim.Adam([p for p in distiller.parameters() if p.requires_grad], lr=3e-3)
+    losses = [float(out.loss.detach())]
+    for _ in range(10):
+        optimiser.step()
+        optimiser.zero_grad()
+        out = kv_loss(distiller, batch)
+        out.loss.backward()
+        losses.append(float(out.loss.detach()))
+    assert torch.tensor(losses).isfinite().all() and losses[-1] < 0.97 * losses[0], losses
+
+
+@pytest.mark.parametrize("name", [name for name in ARMS if name not in NOTED_ONLY])
+def test_online_and_stored_targets_give_the_same_loss(study, name):
+    """Relative 1e-5: the same teacher, batched with other neighbours."""
+    distiller, numbers = study.distiller(name), study.by_length()[3:40:9]
+    stored = kv_loss(distiller, study.batches(name)(numbers))
+    batch = study.batches(name, online=True)(numbers)
+    given = batch.pop("teacher_inputs")
+    arm = study.arm(name)
+    batch["targets"] = {n: online_teacher(study.online, study.run, arm, n, CPU)(*given[n]) for n in arm.teachers}
+    online = kv_loss(distiller, batch)
+    assert online.terms.keys() == stored.terms.keys()
+    for term, (raw, _, entered) in stored.terms.items():
+        assert float(online.terms[term][0]) == pytest.approx(float(raw), rel=1e-5), term
+        assert float(online.terms[term][2]) == pytest.approx(float(entered), rel=1e-5), term
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_parts_of_a_batch_add_up_to_it(study, name):
+    """Divided by the tokens of the whole step, whatever the split; but `cka` is a figure of the micro-batch."""
+    distiller, make = study.distiller(name), study.batches(name)
+    order = study.by_length()
+    numbers = [order[0], order[-1], order[20], order[1], order[-2]]  # short beside long: much padding
+    whole = make(numbers)
+    counts = token_counts(whole, distiller.arm)
+    together = float(kv_loss(distiller, whole).loss.detach())
+    parts = sum(float(kv_loss(distiller, make(part), counts).loss.detach()) for part in (numbers[:2], numbers[2:]))
+    if name == "cka-loss":
+        assert parts != pytest.approx(together, rel=1e-3)
+    else:
+        assert parts == pytest.approx(together, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_padding_changes_no_loss(study, name):
+    """The shortest texts alone, and beside the longest one, whose own tokens take no part: wider on every side."""
+    distiller, make = study.distiller(name), study.batches(name)
+    order = study.by_length()
+    alone, beside = make(order[:3]), make([*order[:3], order[-1]])
+    assert beside["input_ids"].shape[1] > alone["input_ids"].shape[1] + 3
+    counts = token_counts(alone, distiller.arm)
+    masks = {n: mask.clone() for n, mask in beside["kv_masks"].items()}
+    for mask in masks.values():
+        mask[..., -1, :] = False
+    weights = beside["token_weights"]
+    if weights:  # they have mean 1 over the batch: those of the three texts, and nothing for the fourth
+        weights = {n: torch.zeros_like(weight) for n, weight in weights.items()}
+        for n, weight in alone["token_weights"].items():
+            weights[n][:, :3, : weight.shape[2]] = weight
+    wanted = float(kv_loss(distiller, alone, counts).loss.detach())
+    padded = kv_loss(distiller, {**beside, "kv_masks": masks, "token_weights": weights}, counts)
+    assert float(padded.loss.detach()) == pytest.approx(wanted, rel=1e-5, abs=1e-7)
+
+
+# -- what the store holds ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["qwen", "llama"])
+def test_queries_and_scores_come_back_from_the_store_as_the_teacher_gave_them(study, name):
+    recipe, run = study.recipe, study.run
+    numbers = [5, 0, 17]
+    stored = open_targets(recipe, run, name, "train").read(numbers)
+    model = load_teacher(recipe, run, name, CPU)
+    rows = read_examples(recipe, run, "train", teacher_recipe(recipe, name))
+    layers = needed_layers(recipe, run, name)
+    heads = describe_model(model)
+    for place, number in enumerate(numbers):
+        ids, segments = (torch.tensor([x]) for x in (rows[number].input_ids, rows[number].segments))
+        fresh = run_teacher(model, ids, segments, layers=layers, dtype="float32", queries=True, scores=True)
+        n = ids.shape[1]
+        for side in ("keys", "values", "queries"):
+            for kept, made in zip(getattr(stored.kv, side), getattr(fresh.kv, side), strict=True):
+                torch.testing.assert_close(kept[place : place + 1, :, :n], made, atol=1e-5, rtol=1e-5)
+                assert not kept[place, :, n:].any()
+        torch.testing.assert_close(stored.scores_BSMRG[place : place + 1, :n], fresh.scores_BSMRG, atol=1e-5, rtol=1e-4)
+        paid_M = stored.scores_BSMRG[place, :n, :, ATTENTION].mean((0, -1))
+        torch.testing.assert_close(paid_M, torch.ones(len(layers)), atol=1e-4, rtol=0)  # what the answer pays: mean 1
+    assert stored.kv.queries[0].shape[1] == heads.num_heads and stored.kv.layers == tuple(layers)
+    (folder,) = store_root(run).glob(f"targets-train-{name}-*")
+    written = json.loads((folder / "manifest.json").read_text())["extra"]["scaling"]
+    assert written == pytest.approx([heads.head_size**-0.5] * len(layers))
+    assert stored.kv.scaling == tuple(written)
+
+
+def test_what_no_arm_needs_is_not_stored(study):
+    stored = open_targets(study.recipe, study.run, "gpt2", "train").read([0])
+    assert stored.scores_BSMRG is None and stored.topk_index_BSK is None
+
+
+# -- whole trainings ----------------------------------------------------------------------------------------
+
+
+TRAINED = ["structural", "r-kv", "shared-fused"]
+KILLED = ["structural", "shared-fused"]
+LONGER = {"train": {"steps": 8, "save_every": 2}}
+DRIVER = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import killed_training
+killed_training.fit = lambda *_: None  # it is fitted
+for arm in sys.argv[5:]:
+    killed_training.main(Path(sys.argv[2]), arm, int(sys.argv[3]), 1, json.loads(Path(sys.argv[4]).read_text()))
+"""
+
+
+@pytest.fixture(scope="module")
+def trained_by_command(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A copy of the run folder in which `kvdistill train` has trained some arms."""
+    folder = tmp_path_factory.mktemp("command")
+    run = folder / "run"
+    shutil.copytree(study.run, run)
+    changes = study_changes(study.folder) | LONGER
+    (run / "recipe.json").write_text(json.dumps(tiny_recipe(run, **changes).model_dump(mode="json")))
+    path = folder / "study.yaml"
+    path.write_text(json.dumps(tiny_tree(run_dir=str(run), **changes)))  # JSON is YAML
+    with pytest.MonkeyPatch.context() as patch:
+        for name in TRAINED:
+            answer = invoke(patch, "train", path, "--arm", name, "--seed", SEED)
+            assert answer.code == 0, answer
+    yield run
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_command_trains_it_and_leaves_what_an_arm_leaves(trained_by_command, name):
+    folder = trained_by_command / "arms" / name / f"seed-{SEED}"
+    log = [row for row in rows_of(folder / "log.jsonl") if "loss" in row]
+    assert [row["step"] for row in log] == list(range(1, 9))
+    terms = {term: part["raw"] for row in log for term, part in row["terms"].items()}
+    assert torch.tensor(list(terms.values())).isfinite().all() and len(terms) > 1
+    match = json.loads((folder / "match.json").read_text())
+    assert set(match) == set(ARMS[name]["teachers"])
+    assert all(abs(match[n][side]["r2"]) < 1e3 for n in match for side in "kv")
+    assert json.loads((folder / "ledger.json").read_text())["flops"]
+
+
+def test_killed_and_started_again_is_the_same_bits(study, trained_by_command, tmp_path):
+    """SIGKILL somewhere, for a loss that compares attention and for a shared space, against undisturbed trainings."""
+    changes = tmp_path / "changes.json"
+    changes.write_text(json.dumps(study_changes(study.folder) | LONGER))
+    run = tmp_path / "killed"
+    shutil.copytree(study.run, run)
+    words = [sys.executable, "-c", DRIVER, Path(__file__).parent, run, SEED, changes, *KILLED]
+    done = subprocess.run(
+        list(map(str, words)), capture_output=True, text=True, env=environment(), timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len([json.loads(line) for line in done.stdout.splitlines()]) == len(KILLED)
+    for name in KILLED:
+        killed, whole = (where / "arms" / name / f"seed-{SEED}" for where in (run, trained_by_command))
+        for file in ("model/model.safetensors", "adapters.safetensors", "match.json"):
+            assert sha256_file(killed / file) == sha256_file(whole / file), (name, file)
+        logs = [
+            [{k: v for k, v in row.items() if k != "seconds"} for row in rows_of(x / "log.jsonl")]
+            for x in (killed, whole)
+        ]
+        assert logs[0] == logs[1]
+
+
+# -- encoders --------------------------------------------------------------------------------------------------
+
+
+def word_piece_tokenizer() -> PreTrainedTokenizerFast:
+    """WordPiece over digits and signs, two digits at a time where it can."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    signs = list("0123456789+-*=;:?.,#") + list("abcdefghijklmnopqrstuvwxyz")
+    pairs = [f"{a}{b}" for a in range(10) for b in range(10)]
+    pieces = [*special, *signs, *(f"##{sign}" for sign in signs), *pairs, *(f"##{pair}" for pair in pairs)]
+    backend = Tokenizer(models.WordPiece({piece: n for n, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    roles = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, mask_token="[MASK]", **roles)
+
+
+def save_encoders(folder: Path) -> None:
+    tokenizer = word_piece_tokenizer()
+    sizes = {"vocab_size": len(tokenizer), "pad_token_id": 0}
+    torch.manual_seed(0)
+    bert = BertConfig(
+        **sizes,
+        hidden_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=32,
+        max_position_embeddings=64,
+    )
+    t5 = T5Config(**sizes, d_model=20, d_kv=7, d_ff=24, num_layers=4, num_decoder_layers=1, num_heads=3)
+    for name, model in (("bert", BertForMaskedLM(bert)), ("t5", T5ForConditionalGeneration(t5))):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+
+ENCODER_ARMS: dict[str, dict[str, Any]] = {
+    "fixed": {},
+    "structural": {"loss": {"kind": "structural"}},
+    "shared": {"align": {"match_in": "shared"}},
+    "cka-layers": {"align": {"layers": "cka", "cka_on": "hidden", **IN_STUDENT}},
+    "r-kv": {"compress": {"kv_compression": "r-kv", "keep": 3}},
+}
+
+
+def encoder_changes(folder: Path) -> dict[str, Any]:
+    teachers = [{"name": name, "path": str(folder / name), "tokenizer": str(folder / name)} for name in ("bert", "t5")]
+    return study_changes(folder) | {"teachers": teachers, "arms": ENCODER_ARMS}
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Study]:
+    folder = tmp_path_factory.mktemp("encoders")
+    save_encoders(folder)
+    run = folder / "run"
+    recipe = tiny_recipe(run, **encoder_changes(folder))
+    made_ready(recipe, run)
+    yield Study(recipe, run, folder)
+
+
+@pytest.mark.parametrize("name", ENCODER_ARMS)
+def test_a_decoder_learns_from_an_encoder_and_an_encoder_decoder(encoders, name):
+    distiller = encoders.new_distiller(name)
+    batch = encoders.batches(name)(encoders.by_length()[:6])
+    optimiser = torch.optim.Adam([p for p in distiller.parameters() if p.requires_grad], lr=3e-3)
+    losses = []
+    for _ in range(8):
+        out = kv_loss(distiller, batch)
+        optimiser.zero_grad()
+        out.loss.backward()
+        optimiser.step()
+        losses.append(float(out.loss.detach()))
+    assert torch.tensor(losses).isfinite().all() and losses[-1] < 0.99 * losses[0], losses
+    assert {term.split("/")[1] for term in out.terms if term != "ce"} == {"bert", "t5"}
+
+
+def test_an_encoder_has_no_nll_and_its_layers_keep_their_scaling(encoders):
+    stored: dict[str, TeacherTargets] = {}
+    for name in ("bert", "t5"):
+        stored[name] = open_targets(encoders.recipe, encoders.run, name, "train").read([0, 3])
+        assert stored[name].nll_B is None and stored[name].kv.rope == "none"
+    assert stored["bert"].kv.scaling == pytest.approx([6**-0.5] * len(stored["bert"].kv.layers))
+    assert set(stored["t5"].kv.scaling) == {1.0}
+    text = teacher_text(encoders.recipe, encoders.run, "train", encoders.recipe.teachers[0])
+    assert replace(stored["bert"], kv=None).segments_BS.shape[1] < 48 and text is not None and text.own is not None
