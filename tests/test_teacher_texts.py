@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from kvdistill.batches import BatchMaker
 from kvdistill.core.config import arm_recipe, make_recipe
@@ -334,6 +336,28 @@ def test_an_unknown_tokenizer_of_a_teacher_names_the_teacher(real_rows: Any, tok
     with pytest.raises(DataError, match="no such folder") as raised:
         prepared(recipe)
     assert raised.value.place == "teachers.0 (t0).tokenizer"
+
+
+def test_a_teacher_that_only_reads_need_not_spell_answers_but_something(tmp_path: Path) -> None:
+    """A pretrained teacher's tokenizer that knows digits reads what it can; one that knows nothing is refused."""
+    for known in ("0123456789", "x"):
+        pieces = {"[UNK]": 0, "[CLS]": 1, "[SEP]": 2} | {f"{prefix}{c}": 0 for c in known for prefix in ("", "##")}
+        vocabulary = {piece: number for number, piece in enumerate(pieces)}
+        backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        roles = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[SEP]"}
+        folder = tmp_path / known
+        PreTrainedTokenizerFast(tokenizer_object=backend, **roles).save_pretrained(folder)
+        reader = {"path": str(folder), "scratch": None, "train_on": [], "tokenizer": str(folder)}
+        recipe = study(tmp_path / f"of-{known}", reader)
+        if known == "x":
+            with pytest.raises(AlignmentError, match="have a character in common") as raised:
+                prepared(recipe)
+            assert raised.value.place == "teachers.0 (t0).tokenizer"
+            continue
+        manifest = teacher_manifest(prepared(recipe), recipe.teachers[0])
+        assert manifest is not None and 0.1 < manifest["lost"]["characters"] < 0.9
+        assert manifest["tokenizer"]["unknown"]["train"] > 0
 
 
 def test_alternatives_take_the_first_that_is_there(real_rows: Any, tokenizers: Any, tmp_path: Path) -> None:

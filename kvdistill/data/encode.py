@@ -72,9 +72,12 @@ def encode_row(tokenizer: PreTrainedTokenizerFast, row: Row) -> Example:
     return encode_rows(tokenizer, [row])[0]
 
 
-def encode_rows(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row]) -> list[Example]:
+def encode_rows(
+    tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row], *, spell_answers: bool = True
+) -> list[Example]:
     """All rows, batched through the tokenizer, in order.
 
+    spell_answers: whoever is to write them must be able to; who only reads them need not.
     Raises DataError for a tokenizer without an end-of-text token or without character offsets, for one whose
     end-of-text does not end the turns of a chat template, and for a gold answer that the tokenizer cannot spell.
     """
@@ -87,7 +90,7 @@ def encode_rows(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row]) -> list
             fix="load it with kvdistill.data.tokenizers.load_tokenizer",
         )
     plans = {key: plan_of(tokenizer, frame) for key, frame in {id(row.frame): row.frame for row in rows}.items()}
-    unk = tokenizer.unk_token_id if tokenizer.unk_token_id != tokenizer.eos_token_id else None
+    unk = tokenizer.unk_token_id if spell_answers and tokenizer.unk_token_id != tokenizer.eos_token_id else None
     reader = find_reader(tokenizer)
     examples: list[Example] = []
     for start in range(0, len(rows), _CHUNK):

@@ -60,10 +60,10 @@ def _prepare_one(data: DataRecipe, run: Path, teacher: TeacherRecipe, place: str
         return
     students = _as_fast(run)
     tokenizer = own or students
-    texts = _Texts(data, run, tokenizer, traces, place)
+    texts = _Texts(data, run, tokenizer, traces, place, writes=teacher.scratch is not None)
     if own is not None and data.trim_vocabulary and teacher.scratch is not None:
         tokenizer, _ = trim_tokenizer(tokenizer, texts)
-        texts = _Texts(data, run, tokenizer, traces, place)
+        texts = _Texts(data, run, tokenizer, traces, place, writes=teacher.scratch is not None)
     with replacing_folder(folder) as part:
         unknown, lost = _write_splits(part, texts, students, progress, teacher.name)
         if own is not None:
@@ -162,7 +162,11 @@ class _Texts:
         tokenizer: PreTrainedTokenizerFast,
         traces: Mapping[str, str] | None,
         place: str,
+        *,
+        writes: bool,
     ) -> None:
+        """writes: whether the teacher is trained on these texts, and not only reads them."""
+        self.writes = writes
         self.data, self.run, self.tokenizer, self.traces, self.place = data, run, tokenizer, traces, place
 
     def __iter__(self) -> Iterator[str]:
@@ -245,7 +249,7 @@ def _write_splits(
 
 def _encoded(texts: _Texts, rows: Sequence[Row]) -> list[Example]:
     try:
-        return encode_rows(texts.tokenizer, rows)
+        return encode_rows(texts.tokenizer, rows, spell_answers=texts.writes)
     except DataError as error:  # said of data.tokenizer, the student's
         raise DataError(error.what, place=f"{texts.place}.tokenizer", fix=error.fix) from None
 
