@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from kvdistill.align import TimeWarper
+from kvdistill.align.layers import slots_with_all
 from kvdistill.align.tokens import same_tokens, token_map
 from kvdistill.compress import kept_tokens
 from kvdistill.core.maps import SparseMap
@@ -156,11 +157,9 @@ class BatchMaker:
         others = numbers if self._partner is None else [self._partner[i] for i in numbers]
         if not self.readers:
             batch["teacher_inputs"] = {name: self._teacher_input(name, others) for name in arm.teachers}
-        batch["nll_scale"] = {name: self._nll_scale(name, others) for name in arm.teachers if name in self.texts}
-        batch["targets"] = {
-            name: scaled_nll(self._read(reader, others), batch["nll_scale"].get(name))
-            for name, reader in self.readers.items()
-        }
+        batch["targets"] = {name: self._read(reader, others) for name, reader in self.readers.items()}
+        if arm.fuse.fusion_strategy == "competence":
+            self._scale_nll(batch, others)
         if arm.needs_kv:
             self._align(batch, arm, numbers, others)
         return batch
@@ -179,14 +178,23 @@ class BatchMaker:
         ids = right_padded([row.input_ids for row in rows], text.pad_id if text is not None else self.pad_id)
         return ids, right_padded([row.segments for row in rows], 0)
 
-    def _nll_scale(self, name: str, others: Sequence[int]) -> Tensor:
-        """A teacher's completion tokens by the student's, [B]: its NLL per token becomes one per student token.
+    def _scale_nll(self, batch: dict[str, Any], others: Sequence[int]) -> None:
+        """Adds nll_scale: by teacher that reads its own tokens, its completion tokens by the student's, [B].
 
-        Tokenizers cut the same text into more or fewer pieces; what can be compared is how well the text is explained.
+        Tokenizers cut the same text into more or fewer pieces; what can be compared is how well the text is explained:
+        NLL per token of the student. Targets from the store are scaled here, those of online teachers when they come.
         """
-        theirs, mine = self.texts[name].examples, self.examples
-        lengths = [[len(e.input_ids) - e.num_prompt_tokens for e in (theirs[i], mine[i])] for i in others]
-        return torch.tensor([a / max(1, b) for a, b in lengths])
+        mine = batch["segments"]
+        if self._partner is not None:  # the teacher explains the mismatched text
+            mine = right_padded([self.examples[i].segments for i in others], 0)
+        batch["nll_scale"] = {}
+        for name in (name for name in batch["targets"] or batch["teacher_inputs"] if name in self.texts):
+            stored = batch["targets"].get(name)
+            theirs = stored.segments_BS if stored is not None else batch["teacher_inputs"][name][1]
+            scale_B = num_completion_tokens(theirs) / num_completion_tokens(mine).clamp_min(1)
+            batch["nll_scale"][name] = scale_B
+            if stored is not None:
+                batch["targets"][name] = scaled_nll(stored, scale_B)
 
     def _align(self, batch: dict[str, Any], arm: ArmRecipe, numbers: Sequence[int], others: Sequence[int]) -> None:
         """Adds, by teacher: maps (where they change anything), kv_masks (student tokens that take part) and
@@ -237,10 +245,7 @@ class BatchMaker:
         A student layer that reads several teacher layers takes part where all of them kept the token.
         """
         mask = mapping.mask()
-        if mask.ndim < 3:
-            return mask
-        places = self._places(name, target)
-        return torch.stack([torch.stack([mask[place] for place, _ in row]).all(0) for row in places])
+        return mask if mask.ndim == 2 else slots_with_all(mask, self._places(name, target))
 
     def _places(self, name: str, target: TeacherTargets | None) -> list[list[tuple[int, float]]]:
         """For each student layer, where its teacher layers stand among the captured ones, and their shares."""
@@ -256,9 +261,13 @@ class BatchMaker:
         paid_MBS = target.scores_BSMRG[:, :, :, ATTENTION].mean(-1).permute(2, 0, 1)
         rows = []
         for row in self._places(name, target):
-            paid_BS = torch.stack([paid_MBS[place] * share for place, share in row]).sum(0)
-            one = mapping if mapping is None or mapping.index.ndim < 4 else mapping.select(row[0][0])
-            rows.append(paid_BS if one is None else one.apply(paid_BS, 1))
+            here = [
+                paid_MBS[place] * share
+                if mapping is None
+                else mapping.of_layer(place).apply(paid_MBS[place] * share, 1)
+                for place, share in row
+            ]
+            rows.append(torch.stack(here).sum(0))
         return normalise_token_weights(torch.stack(rows), mask)
 
     def _time_map(
@@ -291,6 +300,10 @@ def arm_batches(
     layers = layer_sources_of(recipe, run, arm) if arm.needs_scores else {}
     texts = teacher_texts(recipe, run, arm, split)
     return BatchMaker(split_examples(recipe, run, split), pad_id, arm, readers, seed, texts, layers)
+
+
+def num_completion_tokens(segments_BT: Tensor) -> Tensor:
+    return in_segments(segments_BT, (REASONING, ANSWER)).sum(1)
 
 
 def scaled_nll(targets: TeacherTargets, scale_B: Tensor | None) -> TeacherTargets:

@@ -169,7 +169,7 @@ def _write(
 
 # -- one space for all models of an arm ---------------------------------------------------------------
 
-STUDENT = "student"
+STUDENT = "the student"  # no teacher can have this name
 
 
 def _fit_shared(recipe: Recipe, run: Path, arm: ArmRecipe, seed: int) -> None:

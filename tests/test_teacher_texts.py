@@ -190,7 +190,10 @@ def test_nll_is_counted_per_token_of_the_student(studies: Studies) -> None:
     recipe, run = studies("gsm8k", "gpt2", "qwen2.5", "llama3", **TRIMMED)
     texts = {t.name: teacher_text(recipe, run, "train", t) for t in recipe.teachers}
     examples = read_split(run, "train")
-    batch = BatchMaker(examples, 0, arm_recipe(recipe, "fixed"), texts=texts)([0, 5])
+    arm = arm_recipe(recipe, "fixed")
+    assert "nll_scale" not in BatchMaker(examples, 0, arm, texts=texts)([0, 5])  # nobody asks for it
+    arm = arm.model_copy(update={"fuse": arm.fuse.model_copy(update={"fusion_strategy": "competence"})})
+    batch = BatchMaker(examples, 0, arm, texts=texts)([0, 5])
     for name, text in texts.items():
         assert text is not None
         for i, scale in zip((0, 5), batch["nll_scale"][name].tolist(), strict=True):

@@ -28,7 +28,7 @@ from kvdistill.align.channels import ChannelAccumulator, KVStatistics
 from kvdistill.align.checks import check_heads, check_layers, check_time, find_layers, require_queries
 from kvdistill.align.fitting import ProjectorFit, hand_over
 from kvdistill.align.heads import AbstractHeadProjector, KVDimensionProjector, make_projector
-from kvdistill.align.layers import layer_map, layer_sources, needed_teacher_layers
+from kvdistill.align.layers import layer_map, layer_sources, needed_teacher_layers, slots_with_all
 from kvdistill.align.ridge import RidgeFit
 from kvdistill.align.shared import SharedSpace
 from kvdistill.core.kv import KV, require_frame
@@ -198,18 +198,12 @@ class MapProjectionAligner(nn.Module):
         if time_mapping is not None:
             check_time(time_mapping, mask, teacher_kv.num_layers)
             time_mapping = time_mapping.masked_source(mask)
-            mask = self._slots_with_all(time_mapping.mask(), places)
+            rows = [[(places[layer], share) for layer, share in row] for row in self._sources]
+            mask = slots_with_all(time_mapping.mask(), rows)
         on = standardise and self.recipe.standardise
         k = self._map_teacher(teacher_kv.keys, places, time_mapping, (self.k_scale, self.k_shift) if on else None)
         v = self._map_teacher(teacher_kv.values, places, time_mapping, (self.v_scale, self.v_shift) if on else None)
         return AlignedKV(k, v), mask
-
-    def _slots_with_all(self, mask: Tensor, places: dict[int, int]) -> Bool[Tensor, "..."]:
-        """[B, T] as it is; [M, B, T] as [L', B, T]: where all teacher layers behind a student layer have a token."""
-        if mask.ndim == 2:
-            return mask
-        rows = [torch.stack([mask[places[m]] for m, _ in row]).all(0) for row in self._sources]
-        return torch.stack(rows)
 
     def student_channels(self, student_kv: KV) -> AlignedKV:
         """The student's layers that take part, heads side by side: [L', B, T, H·D], with graph. No projector."""
@@ -257,7 +251,8 @@ class MapProjectionAligner(nn.Module):
         # Each layer is read once and written once, standardised, to its place in the result: no stack, no second copy.
         G, E = self.teacher_heads if heads is None else heads
         here_BTGE = {
-            layer: _token_major(tensors[place], _of_layer(time_mapping, place)) for layer, place in places.items()
+            layer: _token_major(tensors[place], None if time_mapping is None else time_mapping.of_layer(place))
+            for layer, place in places.items()
         }
         B, T = here_BTGE[self.teacher_layers[0]].shape[:2]
         out = torch.empty(len(self._sources), B, T, G, E, device=tensors[0].device)
@@ -374,11 +369,6 @@ class MapProjectionAligner(nn.Module):
             raise AlignmentError(
                 "the projector is to be fitted (init ridge, or frozen) and was not", fix="fit_projector, or load one"
             )
-
-
-def _of_layer(mapping: SparseMap | None, place: int) -> SparseMap | None:
-    """The map of one layer, where layers have one each."""
-    return mapping if mapping is None or mapping.index.ndim < 4 else mapping.select(place)
 
 
 def _recipe_layer_map(recipe: AlignRecipe, M: int, L: int) -> SparseMap:

@@ -15,11 +15,11 @@ M teacher layers, L student layers, both counted from 0 (shallowest). Knows numb
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvdistill.align.cka_layers import CKALayerMapper, cka_map, read_layer_similarity
@@ -34,6 +34,7 @@ __all__ = [
     "needed_teacher_layers",
     "parse_layer_range",
     "read_layer_similarity",
+    "slots_with_all",
 ]
 
 _PLACE = "align.layer_map"
@@ -93,6 +94,18 @@ def layer_sources(mapping: SparseMap, student_layers: Iterable[int]) -> list[lis
         [(source, share) for source, share in zip(index[layer], weight[layer], strict=True) if share > 0]
         for layer in student_layers
     ]
+
+
+def slots_with_all(
+    mask: Bool[Tensor, "B T"] | Bool[Tensor, "M B T"], rows: Sequence[Sequence[tuple[int, float]]]
+) -> Bool[Tensor, "B T"] | Bool[Tensor, "L B T"]:
+    """Where a student layer has a target: [B, T] as it is; [M, B, T] where all teacher layers behind it have a token.
+
+    rows: for each student layer its (place along M, share) pairs.
+    """
+    if mask.ndim == 2:
+        return mask
+    return torch.stack([torch.stack([mask[place] for place, _ in row]).all(0) for row in rows])
 
 
 def parse_layer_range(text: str, num_layers: int, place: str = "loss.distill_layers") -> list[int]:

@@ -116,6 +116,10 @@ class SparseMap:
         """The map at one place of the first leading axis: of one layer, say."""
         return SparseMap(self.index[place], self.weight[place], self.n_in)
 
+    def of_layer(self, place: int) -> SparseMap:
+        """The map of one layer: of a map [M, B, n_out, k] the one at `place`; any other is every layer's."""
+        return self if self.index.ndim < 4 else self.select(place)
+
     def to(self, device: torch.device | str) -> SparseMap:
         return SparseMap(self.index.to(device), self.weight.to(device), self.n_in)
 

@@ -1,5 +1,7 @@
 """What stages agree on about teachers. Rank 2: they would have to import each other otherwise.
 
+sources.py     which teacher a name means, and where its weights are
+identity.py    whose weights these are
 texts.py       what each model reads: its tokenizer, its examples, the characters behind its tokens
 tokenizers.py  whether two models cut text alike
 pairing.py     sizes and layer maps of student and teacher; what the arms want of each teacher

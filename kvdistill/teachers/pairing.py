@@ -92,7 +92,7 @@ def shared_size(recipe: Recipe, run: Path, arm: ArmRecipe) -> int:
     Raises AlignmentError where a model is narrower than what is asked for.
     """
     shapes = {name: shape_of_teacher(recipe, run, name) for name in arm.teachers}
-    shapes["student"] = shape_of_student(recipe, run)
+    shapes["the student"] = shape_of_student(recipe, run)  # no teacher can have this name
     widths = {name: shape.num_kv_heads * shape.head_size for name, shape in shapes.items()}
     narrowest = min(widths, key=widths.__getitem__)
     if (arm.align.shared_size or 0) > widths[narrowest]:

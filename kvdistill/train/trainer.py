@@ -173,7 +173,7 @@ class DistillTrainer(Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         if self._run_teachers:
-            given, scale = inputs.pop("teacher_inputs"), inputs["nll_scale"]
+            given, scale = inputs.pop("teacher_inputs"), inputs.get("nll_scale", {})
             inputs["targets"] = {
                 name: scaled_nll(run(*given[name]), scale.get(name)) for name, run in self._run_teachers.items()
             }
