@@ -27,17 +27,18 @@ from benchmarks.report import Row, print_table, save
 from benchmarks.timing import Moment, Turnstile, now, paired_ratio
 from benchmarks.toy import THREADS, ToySetup, toy_model, toy_segments, toy_teacher, toy_texts
 from kvdistill.align import MapProjectionAligner, layer_map, needed_teacher_layers
-from kvdistill.batches import BatchMaker
+from kvdistill.arms.batches import BatchMaker
+from kvdistill.arms.distiller import Distiller
+from kvdistill.arms.running import run_teacher
 from kvdistill.core.recipe import AlignRecipe, ArmRecipe, CompressRecipe, FuseRecipe, LossRecipe, TrainRecipe
 from kvdistill.core.runtime import pick_device, quiet_libraries
-from kvdistill.core.store import StoreWriter
-from kvdistill.core.targets import PROMPT, TargetReader, pack_targets
+from kvdistill.core.segments import PROMPT
 from kvdistill.data.encode import Example
 from kvdistill.fuse import build_fusion
 from kvdistill.models import capture_flops, describe_model, forward_flops
-from kvdistill.teachers import run_teacher
-from kvdistill.train.distiller import Distiller
-from kvdistill.train.trainer import DistillTrainer, training_arguments
+from kvdistill.stages.train.trainer import DistillTrainer, training_arguments
+from kvdistill.store.packed import TargetReader, pack_targets
+from kvdistill.store.shards import StoreWriter
 
 WARM_UP, TIMED = 8, 32
 STORE_BAR, ONLINE_BAR = 1.20, 1.15

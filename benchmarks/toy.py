@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
-from kvdistill.core.targets import ANSWER, PROMPT, REASONING
+from kvdistill.core.segments import ANSWER, PROMPT, REASONING
 
 THREADS = 2
 

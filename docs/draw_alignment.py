@@ -31,11 +31,10 @@ from kvdistill.compress import kept_tokens, rkv_scores
 from kvdistill.core.cka import CKAAccumulator
 from kvdistill.core.kv import KV
 from kvdistill.core.recipe import LossRecipe
-from kvdistill.core.roles import END, START, TEXT, UNKNOWN
-from kvdistill.core.targets import ANSWER, PROMPT, REASONING
+from kvdistill.core.segments import ANSWER, END, PROMPT, REASONING, START, TEXT, UNKNOWN
 from kvdistill.losses import DISTANCES, KV_DISTANCES, QKV, answer_attention, build_distance
 from kvdistill.models.rope import rotate_keys, unrotate_keys
-from kvdistill.report.canvas import COLOURS, HATCHES, INK, LINES, MARKERS, SOFT, figure_rules
+from kvdistill.stages.report.canvas import COLOURS, HATCHES, INK, LINES, MARKERS, SOFT, figure_rules
 
 IMAGES = Path(__file__).resolve().parent / "images"
 WIDTH = 8.0  # inches: at 700 pixels a 9-point letter is still 11 high

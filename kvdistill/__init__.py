@@ -28,7 +28,7 @@ _PUBLIC = {
     "CKALayerMapper": "kvdistill.align.layers",
     "MercatorKVLoss": "kvdistill.losses",
     "StructuralKVLoss": "kvdistill.losses",
-    "LearningCurveTracker": "kvdistill.report",
+    "LearningCurveTracker": "kvdistill.stages.report",
     "load_multi_task_dataset": "kvdistill.data",
 }
 __all__ = ["__version__", *_PUBLIC]
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from kvdistill.models import capture_kv as capture_kv
     from kvdistill.models import rotate_keys as rotate_keys
     from kvdistill.models import unrotate_keys as unrotate_keys
-    from kvdistill.report import LearningCurveTracker as LearningCurveTracker
+    from kvdistill.stages.report import LearningCurveTracker as LearningCurveTracker
 
 
 def __getattr__(name: str) -> Any:

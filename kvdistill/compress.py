@@ -32,9 +32,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from kvdistill.core.errors import AlignmentError, RecipeError
 from kvdistill.core.maps import SparseMap, evenly_spread, members_first
-from kvdistill.core.runtime import AlignmentError, RecipeError
-from kvdistill.core.targets import ANSWER, PADDING, REASONING
+from kvdistill.core.segments import ANSWER, PADDING, REASONING
 
 MODES = ("full", "right", "crop", "r-kv", "random", "uniform", "none")
 

@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kvdistill.core.runtime import AlignmentError
+from kvdistill.core.errors import AlignmentError
 
 FIGURES = ("r2", "centred_cosine", "retrieval_top1", "retrieval_chance", "cosine")
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from tiny_recipe import tiny_recipe
 
 from kvdistill.core.runtime import quiet_libraries, set_threads
-from kvdistill.fit import fit
-from kvdistill.train import train_student
+from kvdistill.stages.fit import fit
+from kvdistill.stages.train import train_student
 
 
 def child(work) -> int:  # type: ignore[no-untyped-def]

@@ -13,9 +13,9 @@ from kvdistill.align.attention import attention_rows, head_shares
 from kvdistill.align.channels import ChannelStatistics
 from kvdistill.align.layers import layer_map
 from kvdistill.compress import kept_tokens
+from kvdistill.core.errors import AlignmentError, RecipeError
 from kvdistill.core.kv import KV
 from kvdistill.core.recipe import AlignRecipe
-from kvdistill.core.runtime import AlignmentError, RecipeError
 
 M, G, E, S = 7, 2, 5, 11  # teacher
 L, H, D, T = 4, 3, 6, 9  # student

@@ -15,9 +15,9 @@ from kvdistill.align.attention import (
     teacher_attention,
 )
 from kvdistill.align.ridge import RidgeFit
+from kvdistill.core.errors import AlignmentError
 from kvdistill.core.kv import KV
 from kvdistill.core.maps import SparseMap
-from kvdistill.core.runtime import AlignmentError
 
 B, Q, G, S, E = 3, 6, 2, 8, 5
 

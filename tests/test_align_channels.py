@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from kvdistill.align.channels import DEAD_CHANNEL_RATIO, ChannelAccumulator, KVStatistics, masked_rows
-from kvdistill.core.runtime import AlignmentError
+from kvdistill.core.errors import AlignmentError
 
 L, C = 3, 5
 

@@ -21,7 +21,7 @@ from kvdistill.align.heads import (
     spread_heads,
     structured,
 )
-from kvdistill.core.runtime import AlignmentError, RecipeError
+from kvdistill.core.errors import AlignmentError, RecipeError
 
 H, D, G, E, L, B, T = 3, 4, 2, 5, 6, 7, 8
 BIG = (8, 6, 7, 9)  # enough heads that the structured product is not taken through the flat weight

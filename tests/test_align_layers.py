@@ -20,7 +20,7 @@ from kvdistill.align.layers import (
     parse_layer_range,
     read_layer_similarity,
 )
-from kvdistill.core.runtime import AlignmentError, RecipeError
+from kvdistill.core.errors import AlignmentError, RecipeError
 
 EXAMPLES = settings(max_examples=80, deadline=None)
 sizes = st.integers(1, 40)

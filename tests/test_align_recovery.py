@@ -29,23 +29,24 @@ from kvdistill.align import (
 )
 from kvdistill.align.heads import spread_heads
 from kvdistill.align.tokens import token_coverage, token_map
-from kvdistill.batches import arm_batches, mismatched_partner
-from kvdistill.capture import capture
+from kvdistill.arms.batches import arm_batches, mismatched_partner
 from kvdistill.core.config import arm_recipe, make_recipe
+from kvdistill.core.errors import AlignmentError
 from kvdistill.core.kv import KV
 from kvdistill.core.maps import SparseMap
 from kvdistill.core.recipe import AlignRecipe, Recipe
-from kvdistill.core.roles import TEXT
-from kvdistill.core.runtime import AlignmentError, quiet_libraries
+from kvdistill.core.runtime import quiet_libraries
+from kvdistill.core.segments import TEXT
 from kvdistill.data import load_multi_task_dataset
 from kvdistill.data.spans import token_spans
 from kvdistill.data.tokenizers import load_tokenizer
-from kvdistill.fit import fit, initial_student
 from kvdistill.match import TeacherMatch
 from kvdistill.models import capture_kv, positions_from_mask, rotate_keys, unrotate_keys
-from kvdistill.prepare import prepare
-from kvdistill.train import build_distiller
-from kvdistill.train.matching import match_on_held_out
+from kvdistill.stages.capture import capture
+from kvdistill.stages.fit import fit, initial_student
+from kvdistill.stages.prepare import prepare
+from kvdistill.stages.train import build_distiller
+from kvdistill.stages.train.matching import match_on_held_out
 
 quiet_libraries()
 
@@ -503,7 +504,7 @@ def test_the_image_is_recovered_through_prepare_capture_store_and_fit(folders, d
 
 
 def stored(recipe: Recipe, run: Path) -> Any:
-    from kvdistill.teachers import open_targets
+    from kvdistill.arms.targets import open_targets
 
     return open_targets(recipe, run, "image", "train")
 

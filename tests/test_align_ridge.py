@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kvdistill.align import ridge
 from kvdistill.align.heads import spread_heads
 from kvdistill.align.ridge import RidgeFit, read_heads
-from kvdistill.core.runtime import AlignmentError, RecipeError
+from kvdistill.core.errors import AlignmentError, RecipeError
 
 L, I, O = 2, 7, 4
 

@@ -16,7 +16,7 @@ from kvdistill.align.shared import SharedLossWeights, SharedSpace, SharedSpaceFi
 from kvdistill.align.shared.moments import PairedMoments, numerical_rank
 from kvdistill.align.shared.procrustes import procrustes_weights
 from kvdistill.align.shared.trained import trained_weights
-from kvdistill.core.runtime import AlignmentError, RecipeError
+from kvdistill.core.errors import AlignmentError, RecipeError
 
 L, B, Z = 2, 3, 4
 SIZES = {"student": 6, "t.1": 9, "t2": 7}

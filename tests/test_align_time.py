@@ -19,7 +19,7 @@ from kvdistill.align.time import (
     time_map,
 )
 from kvdistill.compress import kept_tokens
-from kvdistill.core.runtime import AlignmentError, RecipeError
+from kvdistill.core.errors import AlignmentError, RecipeError
 
 MODES = ["index", "pad", "proportional", "segment"]
 EXAMPLES = settings(max_examples=60, deadline=None)

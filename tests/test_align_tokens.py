@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvdistill.align.tokens import require_common_text, same_tokens, token_coverage, token_map
+from kvdistill.core.errors import AlignmentError
 from kvdistill.core.maps import SparseMap
-from kvdistill.core.roles import END, PADDING_ROLE, START, TEXT, TURN, UNKNOWN
-from kvdistill.core.runtime import AlignmentError
+from kvdistill.core.segments import END, PADDING_ROLE, START, TEXT, TURN, UNKNOWN
 from kvdistill.data.spans import token_spans
 
 NAMES = ["gpt2", "qwen2.5", "llama3", "t5-small", "bert-base-uncased"]

@@ -28,7 +28,13 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from kvdistill.batches import BatchMaker, arm_batches, token_counts
+from kvdistill.arms.batches import BatchMaker, arm_batches, token_counts
+from kvdistill.arms.distiller import Distiller, DistillOutput
+from kvdistill.arms.pairing import needed_layers
+from kvdistill.arms.running import load_teacher, run_teacher
+from kvdistill.arms.sources import teacher_recipe
+from kvdistill.arms.targets import open_targets
+from kvdistill.arms.texts import load_tokenizer_of, read_examples, teacher_text
 from kvdistill.core.config import arm_recipe
 from kvdistill.core.files import sha256_file
 from kvdistill.core.layout import store_root
@@ -36,22 +42,11 @@ from kvdistill.core.recipe import ArmRecipe, Recipe
 from kvdistill.core.runtime import quiet_libraries, set_threads
 from kvdistill.core.targets import ATTENTION, TeacherTargets
 from kvdistill.data.tables import read_split
-from kvdistill.fit import initial_student
 from kvdistill.models import describe_model
-from kvdistill.prepare import prepare
-from kvdistill.study import claim_run_folder, plan
-from kvdistill.teachers import (
-    load_teacher,
-    load_tokenizer_of,
-    needed_layers,
-    open_targets,
-    read_examples,
-    run_teacher,
-    teacher_recipe,
-    teacher_text,
-)
-from kvdistill.train import build_distiller, online_teacher
-from kvdistill.train.distiller import Distiller, DistillOutput
+from kvdistill.stages.fit import initial_student
+from kvdistill.stages.prepare import prepare
+from kvdistill.stages.train import build_distiller, online_teacher
+from kvdistill.study.run import claim_run_folder, plan
 
 quiet_libraries()
 set_threads(1)  # as the driver of killed trainings: same sums, same bits

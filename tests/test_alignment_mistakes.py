@@ -33,14 +33,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from kvdistill.arms.identity import similarity_path
 from kvdistill.core.cka import CKAAccumulator
 from kvdistill.core.files import write_json
 from kvdistill.core.recipe import LossRecipe
 from kvdistill.core.runtime import quiet_libraries
 from kvdistill.data.tokenizers import character_tokenizer
 from kvdistill.losses import build_distance
-from kvdistill.teachers import similarity_path
-from kvdistill.train import train_student
+from kvdistill.stages.train import train_student
 
 quiet_libraries()
 
@@ -271,7 +271,7 @@ def test_an_encoder_is_not_evaluated(tmp_path, monkeypatch, encoders, data_root)
     def load(*words: Any, **settings: Any) -> None:
         raise AssertionError("the model was loaded before the mistake was found")
 
-    monkeypatch.setattr("kvdistill.evaluate.command.load_model", load)
+    monkeypatch.setattr("kvdistill.stages.evaluate.command.load_model", load)
     for name, kind in (("bert", "an encoder"), ("t5", "an encoder-decoder")):
         words = ["--tasks", "ceval", "--limit", 2, f"data.root={data_root}", "--out", tmp_path / "out"]
         answer = invoke(monkeypatch, "evaluate", encoders / name, *words)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvdistill.core.cka import CKAAccumulator, linear_cka
-from kvdistill.core.runtime import AlignmentError
+from kvdistill.core.errors import AlignmentError
 
 EXAMPLES = settings(max_examples=25, deadline=None)
 SPACES = ["kernel", "feature", "auto"]

@@ -29,7 +29,7 @@ def studied(tmp_path_factory) -> Path:
 
 def test_help_names_every_verb_and_imports_nothing_heavy():
     script = (
-        "import sys\nfrom kvdistill.cli import app\nfrom typer.testing import CliRunner\n"
+        "import sys\nfrom kvdistill.cli.app import app\nfrom typer.testing import CliRunner\n"
         "r = CliRunner().invoke(app, ['--help'])\nprint(r.output)\n"
         "heavy = [m for m in ('torch', 'transformers', 'numpy', 'pydantic') if m in sys.modules]\nassert not heavy\n"
     )
@@ -52,9 +52,9 @@ def test_wrong_usage_is_exit_code_2(monkeypatch, words):
 
 def test_the_parent_of_a_study_does_not_import_torch(studied):
     script = (
-        "import sys\nimport kvdistill.study, kvdistill.workers, kvdistill.core.config\n"
+        "import sys\nimport kvdistill.study.run, kvdistill.study.workers, kvdistill.core.config\n"
         "from kvdistill.core.config import load_recipe\n"
-        f"kvdistill.study.check_run_folder(load_recipe({str(studied / 'tiny.yaml')!r}), "
+        f"kvdistill.study.run.check_run_folder(load_recipe({str(studied / 'tiny.yaml')!r}), "
         f"__import__('pathlib').Path({str(studied / 'run')!r}))\nassert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
@@ -144,7 +144,7 @@ def test_a_bug_of_ours_is_not_dressed_up_as_the_users(studied, tmp_path, monkeyp
     [("0,2,5", ["0", "2", "5"], 3), ("", [], None), ("-1", [], None), ("GPU-a,GPU-b", ["GPU-a", "GPU-b"], 2)],
 )
 def test_one_worker_per_visible_gpu(monkeypatch, named, gpus, workers):
-    from kvdistill.workers import num_workers, visible_gpus
+    from kvdistill.study.workers import num_workers, visible_gpus
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
     assert visible_gpus() == gpus
@@ -155,7 +155,7 @@ def test_one_worker_per_visible_gpu(monkeypatch, named, gpus, workers):
 
 def test_every_worker_sees_a_gpu_of_its_own(monkeypatch):
     """Which one it took is told by the environment; no GPU is needed to ask."""
-    from kvdistill.workers import Workers
+    from kvdistill.study.workers import Workers
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,7")
     with Workers(2, 1) as pool:

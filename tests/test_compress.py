@@ -18,7 +18,7 @@ from kvdistill.compress import (
     rkv_select,
     selection_map,
 )
-from kvdistill.core.runtime import AlignmentError, RecipeError
+from kvdistill.core.errors import AlignmentError, RecipeError
 
 EXAMPLES = settings(max_examples=60, deadline=None)
 codes = st.lists(st.lists(st.integers(0, 3), min_size=7, max_size=7), min_size=1, max_size=4).map(torch.tensor)

@@ -25,9 +25,9 @@ from hypothesis import strategies as st
 from tiny_recipe import Answer, assert_one_message, invoke, tiny_tree, write_recipe
 
 from kvdistill.core.errors import DataError
+from kvdistill.core.quoting import at_line, missing, quoted, shown
 from kvdistill.core.recipe import DataRecipe, TaskRecipe
 from kvdistill.data.fields import text_field
-from kvdistill.data.quoting import at_line, missing, quoted, shown
 from kvdistill.data.sources import files, read_rows
 from kvdistill.data.sources.rows import RawRow
 from kvdistill.data.tasks import TASKS, find_task

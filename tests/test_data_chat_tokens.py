@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
-from kvdistill.answering import greedy_answers
+from kvdistill.arms.answering import greedy_answers
 from kvdistill.data.chat import chat_messages, chat_tokenizer, write_chat
 from kvdistill.data.encode import Example, encode_row, encode_rows, texts_of
 from kvdistill.data.problems import Problem, Row, write_plain

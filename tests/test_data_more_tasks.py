@@ -25,7 +25,7 @@ from kvdistill.data.sources import RawRow, read_rows
 from kvdistill.data.splits import load_splits
 from kvdistill.data.tables import read_manifest, read_split
 from kvdistill.data.tasks import TASKS, arc_challenge, hotpotqa, math, math23k, strategyqa, svamp
-from kvdistill.prepare import prepare
+from kvdistill.stages.prepare import prepare
 
 NEW = ("svamp", "strategyqa", "math23k", "math", "arc_challenge", "hotpotqa")
 # file -> reader, rows. No row of any of them is refused.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from kvdistill.cli import app
+from kvdistill.cli.app import app
 from kvdistill.core.builtin import builtin_recipes
 from kvdistill.core.config import load_recipe
 from kvdistill.core.reference import recipe_reference

@@ -27,10 +27,10 @@ from tiny_recipe import (
     write_recipe,
 )
 
+from kvdistill.arms.tokenizers import check_saved_tokenizer
 from kvdistill.core.errors import KVDistillError, TrainingStopped
 from kvdistill.core.layout import folder_lock
 from kvdistill.core.recipe import ScratchRecipe
-from kvdistill.teachers import check_saved_tokenizer
 
 
 def tasks(**changes: Any) -> list[dict[str, Any]]:
@@ -447,7 +447,7 @@ def test_a_full_disk_faked_at_the_lowest_layer(tmp_path, monkeypatch, writer):
 
             faked.setattr(safetensors.torch, "save_file", fail)
         else:
-            faked.setattr("kvdistill.train.match_on_held_out", fail)
+            faked.setattr("kvdistill.stages.train.match_on_held_out", fail)
         answer = train(faked, recipe)
     assert_one_message(answer, "the disk is full", str(run), "same command again")
     assert not (run / "arms/fixed" / f"seed-{SEED}" / "trained.json").exists()
@@ -456,7 +456,7 @@ def test_a_full_disk_faked_at_the_lowest_layer(tmp_path, monkeypatch, writer):
 
 
 def test_a_full_disk_in_a_worker_is_the_same_message(monkeypatch):
-    from kvdistill import workers
+    from kvdistill.study import workers
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

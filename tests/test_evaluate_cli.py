@@ -16,12 +16,12 @@ from tiny_recipe import SEED, assert_one_message, environment, invoke, no_traini
 from tiny_recipe import write_recipe as write_tiny
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from kvdistill.cli.evaluation_text import evaluation_table
 from kvdistill.core.config import make_options
 from kvdistill.core.errors import RecipeError
-from kvdistill.core.evaluation_text import evaluation_table
 from kvdistill.data.tokenizers import character_tokenizer
-from kvdistill.evaluate.command import ModelOptions
-from kvdistill.evaluate.public import report_rows
+from kvdistill.stages.evaluate.command import ModelOptions
+from kvdistill.stages.evaluate.public import report_rows
 
 KILLED = """
 import os, signal
@@ -75,7 +75,7 @@ def no_model(monkeypatch) -> None:
     def load(*words: Any, **settings: Any) -> None:
         raise AssertionError("the model was loaded before the mistake was found")
 
-    monkeypatch.setattr("kvdistill.evaluate.command.load_model", load)
+    monkeypatch.setattr("kvdistill.stages.evaluate.command.load_model", load)
 
 
 def words(data_root: Path, out: Path, *more: object) -> list[object]:
@@ -115,7 +115,7 @@ def test_the_same_again_loads_no_model_and_json_is_one_object(model, data_root, 
     said = json.loads(first.out)
     assert said["folder"] == str(out) and said["evaluations"] == json.loads((out / "results.json").read_text())
     assert said["evaluations"]["evaluations"]["ceval"]["questions"] == 16
-    monkeypatch.setattr("kvdistill.evaluate.command.load_model", None)
+    monkeypatch.setattr("kvdistill.stages.evaluate.command.load_model", None)
     again = invoke(monkeypatch, "evaluate", model, "--tasks", "ceval", *words(data_root, out), "--json")
     assert json.loads(again.out) == said
 
@@ -246,7 +246,7 @@ def test_models_that_cannot_be_evaluated(model, data_root, tmp_path, monkeypatch
 def test_answers_of_other_weights_are_not_mixed(model, data_root, tmp_path, monkeypatch):
     asked = ["--tasks", "ceval", *words(data_root, tmp_path / "out")]
     assert invoke(monkeypatch, "evaluate", model, *asked).code == 0
-    monkeypatch.setattr("kvdistill.evaluate.command.load_model", None)
+    monkeypatch.setattr("kvdistill.stages.evaluate.command.load_model", None)
     other = save_model(tmp_path / "other", seed=1)
     answer = invoke(monkeypatch, "evaluate", other, *asked)
     assert_one_message(answer, "answers to something else", "model.model.sha256", "--out")

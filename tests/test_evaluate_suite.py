@@ -27,11 +27,11 @@ from kvdistill.core.errors import DataError, ModelError, RecipeError, RunFolderE
 from kvdistill.core.files import read_json_lines
 from kvdistill.data.evaluations import EVALUATIONS
 from kvdistill.data.tokenizers import character_tokenizer
-from kvdistill.evaluate.exams import SuiteOptions
-from kvdistill.evaluate.harness import HarnessExam, quiet_harness
-from kvdistill.evaluate.lm import MeteredLM
-from kvdistill.evaluate.plain import EncodedPrompt, LetteredExam
-from kvdistill.evaluate.suite import Exams, check_folder, evaluate_suite, plan_suite
+from kvdistill.stages.evaluate.exams import SuiteOptions
+from kvdistill.stages.evaluate.harness import HarnessExam, quiet_harness
+from kvdistill.stages.evaluate.lm import MeteredLM
+from kvdistill.stages.evaluate.plain import EncodedPrompt, LetteredExam
+from kvdistill.stages.evaluate.suite import Exams, check_folder, evaluate_suite, plan_suite
 
 CHOICES = ("cmmlu", "ceval", "arc_challenge", "truthfulqa")
 LETTERED = ("cmmlu", "ceval", "arc_challenge")
@@ -329,7 +329,7 @@ def test_changed_rows_and_versions_are_refused(data_root, tmp_path, monkeypatch)
     asked, out = options(root, limit=2), tmp_path / "out"
     evaluate_suite(ScriptedLM(root), ["gsm8k"], asked, out)
     with monkeypatch.context() as patch:
-        patch.setattr("kvdistill.evaluate.harness.metadata.version", lambda name: "9.9")
+        patch.setattr("kvdistill.stages.evaluate.harness.metadata.version", lambda name: "9.9")
         with pytest.raises(RunFolderError, match="lm_eval"):
             evaluate_suite(ScriptedLM(root), ["gsm8k"], asked, out)
     path = root / "gsm8k" / "test.jsonl"

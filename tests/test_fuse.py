@@ -14,8 +14,8 @@ from scipy.cluster.vq import kmeans2
 from scipy.special import softmax
 from scipy.stats import entropy
 
+from kvdistill.core.errors import AlignmentError, DataError, KVDistillError, RecipeError
 from kvdistill.core.recipe import FuseRecipe
-from kvdistill.core.runtime import AlignmentError, DataError, KVDistillError, RecipeError
 from kvdistill.fuse import (
     Fusion,
     RoutingRecord,

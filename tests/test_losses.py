@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import log_softmax, logsumexp, rel_entr, softmax
 
+from kvdistill.core.errors import AlignmentError, RecipeError
 from kvdistill.core.recipe import LossRecipe
-from kvdistill.core.runtime import AlignmentError, RecipeError
 from kvdistill.losses import (
     KV_DISTANCES,
     HybridKVLoss,

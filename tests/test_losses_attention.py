@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kvdistill.core.errors import AlignmentError
 from kvdistill.core.recipe import LossRecipe
-from kvdistill.core.runtime import AlignmentError
 from kvdistill.losses import (
     QKV,
     AttentionOutputKVLoss,

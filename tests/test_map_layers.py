@@ -13,12 +13,13 @@ from tiny_recipe import run_waves_here, tiny_recipe, tiny_tree
 from transformers import AutoModelForCausalLM
 
 from kvdistill.align.layers import layer_map
+from kvdistill.arms.texts import load_tokenizer_of, split_examples
 from kvdistill.core.config import make_recipe
+from kvdistill.core.errors import AlignmentError, RecipeError
 from kvdistill.core.recipe import Recipe
-from kvdistill.core.runtime import AlignmentError, RecipeError, derive_seed
-from kvdistill.map_layers import _texts, map_layers, model_identities, similarity_path
+from kvdistill.core.runtime import derive_seed
 from kvdistill.models import load_model
-from kvdistill.teachers import load_tokenizer_of, split_examples
+from kvdistill.stages.layers import _texts, map_layers, model_identities, similarity_path
 
 CHANGES = {
     "align": {"cka_texts": 11, "cka_top_k": 2, "cka_monotone": True},
@@ -35,7 +36,7 @@ def recipe_of(run: Path, **align: object) -> Recipe:
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
     """Data and taught teachers: all that this stage reads."""
-    from kvdistill.study import claim_run_folder, plan
+    from kvdistill.study.run import claim_run_folder, plan
 
     run = tmp_path_factory.mktemp("layers") / "run"
     recipe = tiny_recipe(run, arms={"ce": {"teachers": []}, "fixed": {}})
@@ -110,7 +111,7 @@ def test_what_is_known_is_not_measured_again(run, monkeypatch):
     def measured(*_: object) -> None:
         raise InterruptedError("measured")
 
-    monkeypatch.setattr("kvdistill.map_layers._measure", measured)
+    monkeypatch.setattr("kvdistill.stages.layers._measure", measured)
     map_layers(recipe_of(run, cka_top_k=1), run)  # another map from the same similarities
     after = json.loads(similarity_path(run, "two").read_text())
     assert after["similarity"] == before["similarity"] and after["settings"] == {"top_k": 1, "monotone": True}
@@ -143,7 +144,7 @@ def test_more_layers_than_a_teacher_has_and_layers_that_do_not_vary(run, monkeyp
                 x[1] = 0.25
         return found
 
-    import kvdistill.map_layers as stage
+    import kvdistill.stages.layers as stage
 
     states = stage._states
     monkeypatch.setattr(stage, "_states", dead_layer)

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvdistill.core import maps
+from kvdistill.core.errors import AlignmentError
 from kvdistill.core.kv import KV, require_frame
 from kvdistill.core.maps import SparseMap, evenly_spread, members_first
-from kvdistill.core.runtime import AlignmentError
 
 EXAMPLES = settings(max_examples=60, deadline=None)
 

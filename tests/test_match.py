@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvdistill.core.runtime import AlignmentError
+from kvdistill.core.errors import AlignmentError
 from kvdistill.match import FIGURES, MatchMeter, TeacherMatch
 
 L, B, T, C = 2, 5, 9, 6

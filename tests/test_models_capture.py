@@ -24,8 +24,8 @@ from transformers import GPT2Config
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 
+from kvdistill.core.errors import ModelError
 from kvdistill.core.recipe import LoraRecipe
-from kvdistill.core.runtime import ModelError
 from kvdistill.models import add_lora, capture_kv, positions_from_mask, unrotate_keys
 from kvdistill.models.capture import _BORROWED, _LISTENERS
 

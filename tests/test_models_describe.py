@@ -7,7 +7,7 @@ import torch
 from tiny_models import FAMILIES, HEADS, HIDDEN, INNER, KV_HEADS, LAYERS, VOCAB, inputs, padded_batch, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from kvdistill.core.runtime import ModelError
+from kvdistill.core.errors import ModelError
 from kvdistill.models import (
     batch_geometry,
     capture_flops,

@@ -26,8 +26,8 @@ from tiny_models import (
 from torch import nn
 from transformers.models.t5 import modeling_t5
 
-from kvdistill.core.runtime import ModelError
-from kvdistill.core.targets import PROMPT
+from kvdistill.core.errors import ModelError
+from kvdistill.core.segments import PROMPT
 from kvdistill.models import (
     capture_flops,
     capture_kv,

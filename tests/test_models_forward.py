@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny_models import FAMILIES, VOCAB, inputs, padded_batch, slow_projections, tiny_model
 
-from kvdistill.core.runtime import DataError, ModelError
-from kvdistill.core.targets import ANSWER, PROMPT, REASONING
+from kvdistill.core.errors import DataError, ModelError
+from kvdistill.core.segments import ANSWER, PROMPT, REASONING
 from kvdistill.models import EMPTY_LOGPROB, teacher_forward
 
 LENGTHS = (9, 5, 7)

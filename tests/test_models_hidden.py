@@ -11,7 +11,7 @@ from tiny_models import LAYERS, T5_DECODER_LAYERS, checkpoint_layers, inputs, pa
 from torch import nn
 from transformers import MambaConfig, MambaForCausalLM, RwkvConfig, RwkvForCausalLM
 
-from kvdistill.core.runtime import AlignmentError, ModelError
+from kvdistill.core.errors import AlignmentError, ModelError
 from kvdistill.models import capture_kv, teacher_forward, unrotate_keys
 from kvdistill.models.capture import _BORROWED, _LISTENERS
 from kvdistill.models.structure import layer_modules

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, inputs, padded_batch, tiny_model
 
+from kvdistill.core.errors import ModelError
 from kvdistill.core.recipe import LoraRecipe, ModelRecipe, ScratchRecipe
-from kvdistill.core.runtime import ModelError
 from kvdistill.models import (
     add_lora,
     check_model_exists,

@@ -12,8 +12,8 @@ from test_models_load import load, scratch
 from tiny_models import inputs, padded_batch, tiny_encoder
 from transformers import BertModel, T5EncoderModel
 
+from kvdistill.core.errors import ModelError
 from kvdistill.core.recipe import ModelRecipe, ScratchRecipe, StudentRecipe, TeacherRecipe
-from kvdistill.core.runtime import ModelError
 from kvdistill.models import (
     auto_class,
     check_model_exists,

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import HEAD, LAYERS, inputs, padded_batch, slow_projections, slow_rotation, tiny_model, yarn_factor
 
+from kvdistill.core.errors import AlignmentError, ModelError
 from kvdistill.core.kv import KV
-from kvdistill.core.runtime import AlignmentError, ModelError
 from kvdistill.models import capture_kv, rotate_keys, unrotate_keys
 from kvdistill.models.rope import turn_pairs
 

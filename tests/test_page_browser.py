@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from run_factory import make_recipe, write_lines, write_run
 
-from kvdistill.report import report
+from kvdistill.stages.report import report
 
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",

@@ -14,7 +14,7 @@ from kvdistill.core.recipe import Recipe
 from kvdistill.data.leaks import question_hash
 from kvdistill.data.tables import read_manifest, read_split
 from kvdistill.data.tokenizers import fingerprint_tokenizer
-from kvdistill.prepare import prepare, validate
+from kvdistill.stages.prepare import prepare, validate
 
 SMALL = [{"name": "chain", "train": 23, "val": 5, "test": 7}, {"name": "product", "train": 19, "val": 3, "test": 4}]
 

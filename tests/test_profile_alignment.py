@@ -12,18 +12,18 @@ import pytest
 import torch
 from tiny_recipe import SEED, assert_one_message, invoke, no_work, write_recipe
 
+from kvdistill.cli.profile_text import layer_lines, profile_lines
+from kvdistill.cli.summary_text import as_text
 from kvdistill.core.config import arm_recipe, load_recipe
 from kvdistill.core.files import write_json
-from kvdistill.core.profile_text import layer_lines, profile_lines
 from kvdistill.core.recipe import Recipe
-from kvdistill.core.summary_text import as_text
-from kvdistill.core.targets import TargetReader
-from kvdistill.fit import initial_student, make_aligner
-from kvdistill.profile.numbers import FP16_MAX, StageMeter, number_figures
-from kvdistill.profile.setting import Setting, open_setting
-from kvdistill.profile.shapes import _lost
-from kvdistill.profile.timing import PARTS, LiveTensors, PartClock
-from kvdistill.train.matching import match_on_held_out
+from kvdistill.stages.fit import initial_student, make_aligner
+from kvdistill.stages.train.matching import match_on_held_out
+from kvdistill.store.packed import TargetReader
+from kvdistill.study.profile.numbers import FP16_MAX, StageMeter, number_figures
+from kvdistill.study.profile.setting import Setting, open_setting
+from kvdistill.study.profile.shapes import _lost
+from kvdistill.study.profile.timing import PARTS, LiveTensors, PartClock
 
 ARMS: dict[str, Any] = {
     "ce": {"teachers": []},
@@ -41,7 +41,7 @@ def profiled(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     """A folder with a recipe and its run, and what the command printed as JSON."""
     folder = tmp_path_factory.mktemp("profiled")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kvdistill.profile.STEPS", 1)
+        patch.setattr("kvdistill.study.profile.STEPS", 1)
         answer = invoke(patch, "profile-alignment", write_recipe(folder, arms=ARMS, **SPEED), "--json")
     assert answer.code == 0, answer
     return folder, json.loads(answer.out)
@@ -49,7 +49,7 @@ def profiled(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch) -> None:
-    monkeypatch.setattr("kvdistill.profile.STEPS", 1)
+    monkeypatch.setattr("kvdistill.study.profile.STEPS", 1)
 
 
 @pytest.fixture
@@ -211,9 +211,9 @@ def test_a_broken_stored_target_is_named_and_the_rest_still_told(profiled, recip
         return out
 
     monkeypatch.setattr(TargetReader, "read", broken)
-    monkeypatch.setattr("kvdistill.profile.write_json", lambda path, value: None)
-    monkeypatch.setattr("kvdistill.profile.read_json", lambda path: None)
-    from kvdistill.profile import _profile
+    monkeypatch.setattr("kvdistill.study.profile.write_json", lambda path, value: None)
+    monkeypatch.setattr("kvdistill.study.profile.read_json", lambda path: None)
+    from kvdistill.study.profile import _profile
 
     found = _profile(recipe, Path(str(recipe.run_dir)), "fixed", lambda *a: None)
     first = found["numbers"]["first_non_finite"]
@@ -294,7 +294,7 @@ def test_a_nan_that_only_padding_holds_is_named_too():
 
 
 def test_a_fit_that_fails_of_nan_names_the_teacher(profiled, tmp_path, monkeypatch):
-    import kvdistill.capture as stage
+    import kvdistill.stages.capture as stage
 
     real = stage.run_teacher
 

@@ -19,16 +19,16 @@ from run_factory import ARMS, TASKS, make_recipe, write_lines, write_object, wri
 
 from kvdistill.core.errors import RunFolderError, TrainingStopped
 from kvdistill.core.recipe import Recipe
-from kvdistill.report import LearningCurveTracker, report
-from kvdistill.report.canvas import Picture
-from kvdistill.report.collect import collect_tables, read_log, write_atomically, write_json
-from kvdistill.report.compare import Runs, SeedRun, compare_family, find_refusals
-from kvdistill.report.curves import band, train_kv, val
-from kvdistill.report.figures import draw_comparison, match_table, routing_tables
-from kvdistill.report.page import build_page, flatten
-from kvdistill.report.summary import budgets, compare_all, describe_arm, summarise
-from kvdistill.report.text import make_visible
-from kvdistill.report.verdict import write_headline
+from kvdistill.stages.report import LearningCurveTracker, report
+from kvdistill.stages.report.canvas import Picture
+from kvdistill.stages.report.collect import collect_tables, read_log, write_atomically, write_json
+from kvdistill.stages.report.compare import Runs, SeedRun, compare_family, find_refusals
+from kvdistill.stages.report.curves import band, train_kv, val
+from kvdistill.stages.report.figures import draw_comparison, match_table, routing_tables
+from kvdistill.stages.report.page import build_page, flatten
+from kvdistill.stages.report.summary import budgets, compare_all, describe_arm, summarise
+from kvdistill.stages.report.text import make_visible
+from kvdistill.stages.report.verdict import write_headline
 
 HOSTILE = '<script>alert("x")<b>&\x1b[31m\u202ecba\u200b'
 PICTURES = ("comparison_with_error_bars", "dual_axis_curve", "kv_loss_curves", "task_accuracy_curves",

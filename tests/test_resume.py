@@ -30,12 +30,13 @@ from tiny_recipe import (
     write_recipe,
 )
 
-from kvdistill.capture import capture
+from kvdistill.core.errors import RunFolderError
 from kvdistill.core.files import sha256_file
-from kvdistill.core.runtime import RunFolderError, quiet_libraries, set_threads
-from kvdistill.fit import fit
-from kvdistill.train import train_student
-from kvdistill.train.checkpoint import newest_checkpoint
+from kvdistill.core.runtime import quiet_libraries, set_threads
+from kvdistill.stages.capture import capture
+from kvdistill.stages.fit import fit
+from kvdistill.stages.train import train_student
+from kvdistill.stages.train.checkpoint import newest_checkpoint
 
 quiet_libraries()
 set_threads(1)
@@ -184,7 +185,7 @@ def test_torn_log_lines_and_early_stops(tmp_path, undisturbed):
     interrupted(run, recipe, 15)  # the newest checkpoint is of step 12, the newest row of step 14
     log = arm_folder(run) / "log.jsonl"
     log.write_bytes(log.read_bytes()[:-9])
-    import kvdistill.train as stage
+    import kvdistill.stages.train as stage
 
     save, stage._save_model = stage._save_model, lambda *a: (_ for _ in ()).throw(Stopped())
     try:
@@ -224,7 +225,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 
 
 def test_a_teacher_resumes_to_the_same_bits(tmp_path):
-    from kvdistill.train import train_teacher
+    from kvdistill.stages.train import train_teacher
 
     run = copy_base(tmp_path)
     recipe = tiny_recipe(run)
@@ -237,12 +238,12 @@ def test_a_teacher_resumes_to_the_same_bits(tmp_path):
 
 
 def test_a_capture_killed_between_shards_goes_on(tmp_path, monkeypatch):
-    import kvdistill.capture as stage
+    import kvdistill.stages.capture as stage
 
     run = copy_base(tmp_path)
     recipe = tiny_recipe(run, capture={"dtype": "bfloat16", "batch_size": 4})
     monkeypatch.setattr(stage, "SHARD_BYTES", 60_000)
-    from kvdistill.core.store import StoreWriter
+    from kvdistill.store.shards import StoreWriter
 
     add, count = StoreWriter.add, [0]
 

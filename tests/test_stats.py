@@ -210,7 +210,7 @@ def test_verdicts(difference: float, p: float, p_tost: float, higher: bool, word
 
 def test_neither_stats_nor_report_imports_torch() -> None:
     code = (
-        "import sys, kvdistill.stats, kvdistill.report; "
+        "import sys, kvdistill.stats, kvdistill.stages.report; "
         "sys.exit(bool({'torch', 'matplotlib.pyplot'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0

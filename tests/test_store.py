@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from kvdistill.core.errors import StoreError, TrainingStopped
 from kvdistill.core.files import append_json_line, read_json_lines, replacing, write_json, write_text
 from kvdistill.core.kv import KV
-from kvdistill.core.store import JOURNAL, MANIFEST, StoreReader, StoreWriter, find_store, store_folder
-from kvdistill.core.targets import TargetReader, TeacherTargets, pack_targets
+from kvdistill.core.targets import TeacherTargets
+from kvdistill.store.packed import TargetReader, pack_targets
+from kvdistill.store.shards import JOURNAL, MANIFEST, StoreReader, StoreWriter, find_store, store_folder
 
 IDENTITY = {"teacher": "abc", "tokenizer": "def", "layers": [0, 2], "dtype": "float32"}
 SHARDS = [{"x": torch.arange(5.0) + i, "y": torch.full((2, 3), i)} for i in range(4)]

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvdistill.core.kv import KV
-from kvdistill.core.store import StoreWriter
-from kvdistill.core.targets import TargetReader, TeacherTargets, pack_targets
+from kvdistill.core.targets import TeacherTargets
+from kvdistill.store.packed import TargetReader, pack_targets
+from kvdistill.store.shards import StoreWriter
 
 LAYERS, KV_HEADS, HEADS, SIZE, TOP_K = (1, 4, 5), 2, 6, 7, 4
 SCALING = (0.5, 1.0, 0.125)

@@ -12,19 +12,23 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from kvdistill.batches import BatchMaker
+from kvdistill.arms.batches import BatchMaker
+from kvdistill.arms.checks import check_models
+from kvdistill.arms.texts import (
+    load_teacher_tokenizer,
+    load_tokenizer_of,
+    teacher_lessons,
+    teacher_manifest,
+    teacher_text,
+)
 from kvdistill.core.config import arm_recipe, make_recipe
-from kvdistill.core.errors import AlignmentError, DataError, KVDistillError
+from kvdistill.core.errors import AlignmentError, DataError, KVDistillError, RecipeError
 from kvdistill.core.recipe import Recipe
-from kvdistill.core.roles import END, START, TEXT, TURN
-from kvdistill.core.runtime import RecipeError
-from kvdistill.core.targets import ANSWER, REASONING
+from kvdistill.core.segments import ANSWER, END, REASONING, START, TEXT, TURN
 from kvdistill.data import load_multi_task_dataset
 from kvdistill.data.encode import Example
 from kvdistill.data.tables import read_split
-from kvdistill.prepare import prepare
-from kvdistill.teachers import check_models, load_teacher_tokenizer, load_tokenizer_of, teacher_lessons, teacher_text
-from kvdistill.teachers.texts import teacher_manifest
+from kvdistill.stages.prepare import prepare
 
 SIZES = {"architecture": "llama", "hidden_size": 16, "num_layers": 2, "num_heads": 2}
 

@@ -27,12 +27,13 @@ from tiny_recipe import (
 )
 from transformers import AutoModelForCausalLM
 
-import kvdistill.train as train_stage
-from kvdistill.batches import data_order, mismatched_partner
+import kvdistill.stages.train as train_stage
+from kvdistill.arms.batches import data_order, mismatched_partner
+from kvdistill.core.errors import TrainingStopped
 from kvdistill.core.files import read_json_lines, sha256_file
-from kvdistill.core.runtime import TrainingStopped, quiet_libraries
-from kvdistill.fit import fit, initial_student
-from kvdistill.train import train_student
+from kvdistill.core.runtime import quiet_libraries
+from kvdistill.stages.fit import fit, initial_student
+from kvdistill.stages.train import train_student
 
 quiet_libraries()
 
@@ -254,7 +255,7 @@ def test_learning_curves_and_match_figures_see_every_task(tmp_path):
     ],
 )
 def test_a_nan_in_a_teachers_target_stops_and_names_the_term(tmp_path, monkeypatch, arm, where, says):
-    from kvdistill.core.targets import TargetReader
+    from kvdistill.store.packed import TargetReader
 
     run, path = copy_base(tmp_path), write_recipe(tmp_path, arms=ARMS, train={"save_every": 2})
     tree = json.loads((run / "recipe.json").read_text())
@@ -292,7 +293,7 @@ def test_a_learning_rate_that_explodes_stops_and_leaves_no_student(tmp_path):
 
 def test_gradients_that_are_no_numbers_do_not_reach_a_checkpoint(tmp_path, monkeypatch):
     """The loss may be finite where its gradient is not: then weights break one step before the loss shows it."""
-    from kvdistill.train.trainer import DistillTrainer
+    from kvdistill.stages.train.trainer import DistillTrainer
 
     step = DistillTrainer.training_step
 

@@ -121,7 +121,7 @@ def write_recipe(folder: Path, **changes: Any) -> Path:
 def run_waves_here(recipe: Recipe, waves: Any, progress: Any) -> None:
     """In place of `study.run_waves`: the same jobs in this process, in order."""
     from kvdistill.core.progress import silent
-    from kvdistill.workers import stage_function
+    from kvdistill.study.workers import stage_function
 
     for _, jobs in waves:
         for job in jobs:
@@ -142,10 +142,10 @@ def invoke(monkeypatch: Any, *words: object, waves: Any = run_waves_here) -> Ans
     """`kvdistill WORDS…` in this process; anything but a clean exit is raised as it is."""
     from typer.testing import CliRunner
 
-    import kvdistill.study
-    from kvdistill.cli import app
+    import kvdistill.study.run
+    from kvdistill.cli.app import app
 
-    monkeypatch.setattr(kvdistill.study, "run_waves", waves)
+    monkeypatch.setattr(kvdistill.study.run, "run_waves", waves)
     result = CliRunner().invoke(app, [str(word) for word in words])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -202,7 +202,7 @@ def base_run() -> Path:
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     run = root / "run"
     recipe = tiny_recipe(run, arms=ARMS)
-    from kvdistill.study import claim_run_folder, plan
+    from kvdistill.study.run import claim_run_folder, plan
 
     claim_run_folder(recipe, run)
     for stage in ("prepare", "check", "teachers", "capture", "fit"):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.alignment import Case
 from kvdistill.align.tokens import token_map
-from kvdistill.core.roles import TEXT
+from kvdistill.core.segments import TEXT
 
 BATCH, TEACHER_TOKENS, STUDENT_TOKENS, CHARACTERS = 32, 250, 194, 900
 YARDSTICK_MS = 39  # a pair

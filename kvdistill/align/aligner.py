@@ -31,10 +31,11 @@ from kvdistill.align.heads import AbstractHeadProjector, KVDimensionProjector, m
 from kvdistill.align.layers import layer_map, layer_sources, needed_teacher_layers, slots_with_all
 from kvdistill.align.ridge import RidgeFit
 from kvdistill.align.shared import SharedSpace
+from kvdistill.core.errors import AlignmentError, RecipeError
 from kvdistill.core.kv import KV, require_frame
 from kvdistill.core.maps import SparseMap
 from kvdistill.core.recipe import AlignRecipe
-from kvdistill.core.runtime import AlignmentError, RecipeError, derive_seed
+from kvdistill.core.runtime import derive_seed
 
 
 class AlignedKV(NamedTuple):

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from kvdistill.align.heads.initial import spread_heads
 from kvdistill.align.ridge import RidgeFit
+from kvdistill.core.errors import AlignmentError
 from kvdistill.core.kv import KV
 from kvdistill.core.maps import SparseMap
-from kvdistill.core.runtime import AlignmentError
 
 
 def attention_rows(

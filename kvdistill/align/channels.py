@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kvdistill.core.runtime import AlignmentError
+from kvdistill.core.errors import AlignmentError
 
 DEAD_CHANNEL_RATIO = 1e-5
 

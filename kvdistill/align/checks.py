@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
+from kvdistill.core.errors import AlignmentError
 from kvdistill.core.kv import KV
 from kvdistill.core.maps import SparseMap
-from kvdistill.core.runtime import AlignmentError
 
 
 def check_time(mapping: SparseMap, mask_BS: Tensor, num_layers: int) -> None:

@@ -23,8 +23,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvdistill.core.cka import CKAAccumulator
+from kvdistill.core.errors import AlignmentError, RecipeError
 from kvdistill.core.maps import SparseMap
-from kvdistill.core.runtime import AlignmentError, RecipeError
 
 FORMAT = 1
 _MAKE = "run `kvdistill map-layers RECIPE`"

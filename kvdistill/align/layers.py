@@ -23,8 +23,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvdistill.align.cka_layers import CKALayerMapper, cka_map, read_layer_similarity
+from kvdistill.core.errors import RecipeError
 from kvdistill.core.maps import SparseMap
-from kvdistill.core.runtime import RecipeError
 
 __all__ = [
     "CKALayerMapper",

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kvdistill.core.runtime import AlignmentError, RecipeError
+from kvdistill.core.errors import AlignmentError, RecipeError
 
 _BLOCK_ROWS = 4096
 

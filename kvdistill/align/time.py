@@ -39,9 +39,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kvdistill.core.errors import AlignmentError, RecipeError
 from kvdistill.core.maps import SparseMap, evenly_spread, members_first
-from kvdistill.core.runtime import AlignmentError, RecipeError
-from kvdistill.core.targets import ANSWER, PADDING, PROMPT, REASONING, SEGMENT_NAMES
+from kvdistill.core.segments import ANSWER, PADDING, PROMPT, REASONING, SEGMENT_NAMES
 
 MODES = ("index", "pad", "proportional", "segment")
 MODE_ALIASES = {"truncate": "index", "soft": "segment"}

@@ -5,7 +5,7 @@ common with it, weighted by intersection over union of their spans (in character
 Spans of one side are ordered and disjoint, as `kvdistill.data.spans` gives them; then equal spans on both sides give
 the identity exactly. (Where the spans of one side do overlap, the weights are still those of the formula.)
 
-Roles (`kvdistill.core.roles`) say what a token is. Special tokens have no characters and are matched by role, in order:
+Roles (`core/segments.py`) say what a token is. Special tokens have no characters and are matched by role, in order:
   START  beginning-of-text, head of a chat template   from the last one backwards
   TURN   between prompt and completion                from the last one backwards
   END    end-of-text, tail of a chat template         from the first one on
@@ -28,9 +28,9 @@ import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
+from kvdistill.core.errors import AlignmentError
 from kvdistill.core.maps import SparseMap
-from kvdistill.core.roles import END, PADDING_ROLE, START, TEXT, TURN, UNKNOWN
-from kvdistill.core.runtime import AlignmentError
+from kvdistill.core.segments import END, PADDING_ROLE, START, TEXT, TURN, UNKNOWN
 
 _LEAST = 1e-3  # characters in common; less is rounding of cut characters far into a text
 
@@ -44,7 +44,7 @@ def token_map(
     """The map [B, T, k] from teacher tokens to student tokens; k: the most sources any student token of the batch has.
 
     spans: [start, end) in characters of the text (of prompt and completion one after the other), looked at only where
-    the role is TEXT or UNKNOWN. roles: codes of `core.roles`, 0 at padding, on either side. Rows sum to 1 or are empty;
+    the role is TEXT or UNKNOWN. roles: of `core.segments`, 0 at padding, on either side. Rows sum to 1 or are empty;
     no row names a padding token, not even with weight 0 (unless a text has no other).
     Raises AlignmentError for different batch sizes.
     """

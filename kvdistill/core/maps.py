@@ -23,7 +23,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from kvdistill.core.runtime import AlignmentError
+from kvdistill.core.errors import AlignmentError
 
 # Below this many numbers in a row, a row costs more to look up than to copy element by element.
 LEAST_ROW = 16

@@ -14,18 +14,6 @@ import time
 import numpy as np
 import torch
 
-from kvdistill.core.errors import (  # noqa: F401  (re-exported: parts import errors from here)
-    AlignmentError,
-    DataError,
-    KVDistillError,
-    ModelError,
-    RecipeError,
-    RunFolderError,
-    StatisticsRefused,
-    StoreError,
-    TrainingStopped,
-)
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

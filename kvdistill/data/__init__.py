@@ -12,7 +12,7 @@
     answers.py    what a completion answers, and whether it is right
     tables.py     the prepared splits on disk
 
-Everything here is pure but for reading the sources and the tables; the stage is `kvdistill.prepare`.
+Everything here is pure but for reading the sources and the tables; the stage is `kvdistill.stages.prepare`.
 """
 
 from __future__ import annotations

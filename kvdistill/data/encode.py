@@ -27,7 +27,7 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
 from kvdistill.core.errors import DataError
-from kvdistill.core.targets import ANSWER, PROMPT, REASONING
+from kvdistill.core.segments import ANSWER, PROMPT, REASONING
 from kvdistill.data.leaks import question_hash
 from kvdistill.data.problems import Frame, Piece, Problem, Row, text_of
 from kvdistill.data.tokenizers import encode_plain

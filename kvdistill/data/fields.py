@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from decimal import Decimal
 
 from kvdistill.core.errors import DataError
-from kvdistill.data.quoting import missing, quoted
+from kvdistill.core.quoting import missing, quoted
 from kvdistill.data.sources import RawRow
 
 _WRITTEN_OUT = 40  # digits up to which a number is written without an exponent

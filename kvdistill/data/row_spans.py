@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from kvdistill.core.roles import END, START, TEXT, TURN, UNKNOWN
+from kvdistill.core.segments import END, START, TEXT, TURN, UNKNOWN
 from kvdistill.data.encode import Example, Plan, plan_of
 from kvdistill.data.problems import Row
 from kvdistill.data.spans import TokenSpans, token_spans

@@ -12,7 +12,7 @@ Axes: N teachers, L layers, B batch, T tokens, C channels, P prototypes.
 
 from __future__ import annotations
 
-from kvdistill.fuse.record import RoutingRecord
+from kvdistill.fuse.routing_record import RoutingRecord
 from kvdistill.fuse.similarity import fit_prototypes, k_means, similarity_weights
 from kvdistill.fuse.weights import (
     Fusion,

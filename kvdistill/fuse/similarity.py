@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kvdistill.core.runtime import AlignmentError, DataError
+from kvdistill.core.errors import AlignmentError, DataError
 
 Metric = Literal["cosine", "dot", "euclidean"]
 Grain = Literal["example", "token", "layer"]

@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from kvdistill.core.errors import AlignmentError, DataError, RecipeError
 from kvdistill.core.recipe import FuseRecipe
-from kvdistill.core.runtime import AlignmentError, DataError, RecipeError
 from kvdistill.fuse.similarity import Grain, Metric, similarity_weights
 
 # -- the weights themselves -------------------------------------------------------------------

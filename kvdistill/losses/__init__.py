@@ -25,8 +25,8 @@ projector in student space) gets its gradient.
 
 from __future__ import annotations
 
+from kvdistill.core.errors import RecipeError
 from kvdistill.core.recipe import LossRecipe
-from kvdistill.core.runtime import RecipeError
 from kvdistill.losses.attention import QKV, AbstractAttentionDistance, AttentionOutputKVLoss, StructuralKVLoss
 from kvdistill.losses.base import AbstractDistance
 from kvdistill.losses.logits import cross_entropy, logit_distillation, logit_divergence, prediction_mask

@@ -21,8 +21,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from kvdistill.core.errors import AlignmentError
 from kvdistill.core.recipe import LossRecipe
-from kvdistill.core.runtime import AlignmentError
 from kvdistill.losses.base import AbstractDistance
 from kvdistill.losses.blocks import (
     CHUNK_BYTES,

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvdistill.core.runtime import AlignmentError
+from kvdistill.core.errors import AlignmentError
 from kvdistill.losses.reduction import accumulation_dtype
 
 ROWS = 64  # fewer save more of the upper triangle; below 64 the products slow down

@@ -15,8 +15,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvdistill.core.cka import linear_cka
+from kvdistill.core.errors import AlignmentError
 from kvdistill.core.recipe import LossRecipe
-from kvdistill.core.runtime import AlignmentError
 from kvdistill.losses.base import AbstractDistance
 from kvdistill.losses.reduction import accumulation_dtype
 

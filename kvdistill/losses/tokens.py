@@ -17,8 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from kvdistill.core.errors import AlignmentError
 from kvdistill.core.recipe import LossRecipe
-from kvdistill.core.runtime import AlignmentError
 from kvdistill.losses.base import AbstractDistance
 from kvdistill.losses.reduction import accumulation_dtype
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kvdistill.core.runtime import AlignmentError
+from kvdistill.core.errors import AlignmentError
 from kvdistill.losses.blocks import CHUNK_BYTES, ChunkSide, attention_blocks, full_precision
 
 

@@ -29,8 +29,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from kvdistill.core.errors import ModelError
 from kvdistill.core.kv import KV
-from kvdistill.core.runtime import ModelError
 from kvdistill.models.structure import (
     Stack,
     check_interface,

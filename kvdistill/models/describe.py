@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from kvdistill.core.runtime import ModelError
+from kvdistill.core.errors import ModelError
 from kvdistill.models.structure import (
     ModelKind,
     Stack,

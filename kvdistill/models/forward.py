@@ -21,9 +21,10 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor, nn
 
+from kvdistill.core.errors import AlignmentError, DataError, ModelError
 from kvdistill.core.kv import KV
-from kvdistill.core.runtime import AlignmentError, DataError, ModelError
-from kvdistill.core.targets import ANSWER, REASONING, TeacherTargets
+from kvdistill.core.segments import ANSWER, REASONING
+from kvdistill.core.targets import TeacherTargets
 from kvdistill.models.capture import KVCapture, capture_kv
 from kvdistill.models.rope import unrotate_keys
 from kvdistill.models.structure import find_backbone, model_kind, model_name, positions_from_mask, unwrap_model

@@ -19,9 +19,10 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from kvdistill.core.errors import ModelError
 from kvdistill.core.hub import hub_reachable
 from kvdistill.core.recipe import LoraRecipe, ModelRecipe, StudentRecipe
-from kvdistill.core.runtime import DTYPES, ModelError, derive_seed
+from kvdistill.core.runtime import DTYPES, derive_seed
 from kvdistill.models.scratch import scratch_config
 from kvdistill.models.structure import auto_class, model_kind
 

@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from kvdistill.core.errors import AlignmentError, ModelError
 from kvdistill.core.kv import KV
-from kvdistill.core.runtime import AlignmentError, ModelError
 from kvdistill.models.capture import reset_dynamic_rotary
 from kvdistill.models.structure import (
     Stack,

@@ -23,8 +23,8 @@ from transformers import (
     T5Config,
 )
 
+from kvdistill.core.errors import ModelError
 from kvdistill.core.recipe import ScratchRecipe
-from kvdistill.core.runtime import ModelError
 
 ROTARY_FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "qwen2": (Qwen2Config, {"use_sliding_window": False}),

@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
-from kvdistill.core.runtime import ModelError
+from kvdistill.core.errors import ModelError
 
 ModelKind = Literal["decoder", "encoder", "encoder-decoder"]
 Stack = Literal["encoder", "decoder"]

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kvdistill.core.runtime import AlignmentError
+from kvdistill.core.errors import AlignmentError
 
 
 class AbstractHeadProjector(nn.Module, ABC):

@@ -9,7 +9,8 @@ from kvdistill.align.heads.elastic import ElasticProjector
 from kvdistill.align.heads.flat import KVDimensionProjector, LowRankProjector
 from kvdistill.align.heads.residual import ResidualProjector
 from kvdistill.align.heads.structured import HeadwiseMapProjector
-from kvdistill.core.runtime import RecipeError, derive_seed
+from kvdistill.core.errors import RecipeError
+from kvdistill.core.runtime import derive_seed
 
 PROJECTORS: dict[str, type[KVDimensionProjector] | type[HeadwiseMapProjector] | type[ElasticProjector]] = {
     "flat": KVDimensionProjector,

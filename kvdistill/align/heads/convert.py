@@ -8,7 +8,7 @@ from torch import Tensor
 from kvdistill.align.heads.base import AbstractHeadProjector
 from kvdistill.align.heads.choose import make_projector
 from kvdistill.align.heads.residual import ResidualProjector
-from kvdistill.core.runtime import AlignmentError
+from kvdistill.core.errors import AlignmentError
 
 TOLERANCE = 1e-5
 

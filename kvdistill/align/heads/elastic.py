@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kvdistill.align.heads.base import AbstractHeadProjector
 from kvdistill.align.heads.initial import generator, make_factors, make_matrix, nearest_factors
-from kvdistill.core.runtime import AlignmentError
+from kvdistill.core.errors import AlignmentError
 
 _EPSILON = 1e-6
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kvdistill.align.heads.base import AbstractHeadProjector
 from kvdistill.align.heads.initial import generator, make_factors, make_flat_matrix, nearest_factors
-from kvdistill.core.runtime import RecipeError
+from kvdistill.core.errors import RecipeError
 
 
 @final

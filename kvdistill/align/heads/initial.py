@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kvdistill.core.runtime import RecipeError, derive_seed
+from kvdistill.core.errors import RecipeError
+from kvdistill.core.runtime import derive_seed
 
 
 def spread_heads(in_heads: int, out_heads: int) -> Float[Tensor, "H G"]:

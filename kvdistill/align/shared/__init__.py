@@ -41,7 +41,8 @@ from kvdistill.align.shared.space import (
     require_penalty,
 )
 from kvdistill.align.shared.trained import SharedLossWeights, shared_loss, trained_weights
-from kvdistill.core.runtime import AlignmentError, RecipeError, derive_seed
+from kvdistill.core.errors import AlignmentError, RecipeError
+from kvdistill.core.runtime import derive_seed
 
 __all__ = ["SharedAgreement", "SharedLossWeights", "SharedSpace", "SharedSpaceFit", "fit_trained", "shared_loss"]
 

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvdistill.align.channels import DEAD_CHANNEL_RATIO
-from kvdistill.core.runtime import AlignmentError
+from kvdistill.core.errors import AlignmentError
 
 ROWS_AT_ONCE = 8192
 RANK_TOLERANCE = 1e-6

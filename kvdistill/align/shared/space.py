@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kvdistill.align.shared.gcca import whiteners
 from kvdistill.align.shared.moments import PairedMoments, numerical_rank, require_same_tokens
-from kvdistill.core.runtime import AlignmentError, RecipeError
+from kvdistill.core.errors import AlignmentError, RecipeError
 
 DEAD_SHARE = 1e-10
 

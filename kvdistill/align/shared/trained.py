@@ -18,7 +18,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvdistill.align.shared.gcca import whiteners
-from kvdistill.core.runtime import AlignmentError, derive_seed
+from kvdistill.core.errors import AlignmentError
+from kvdistill.core.runtime import derive_seed
 
 STD_EPS = 1e-6
 COLLAPSED_STD = 0.1

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvdistill.core.errors import DataError
+from kvdistill.core.quoting import quoted
 from kvdistill.data.evaluations.arc_challenge import ARC_CHALLENGE
 from kvdistill.data.evaluations.base import Evaluation
 from kvdistill.data.evaluations.bbh import BBH
@@ -26,7 +27,6 @@ from kvdistill.data.evaluations.rows import Member
 from kvdistill.data.evaluations.subjects import CEVAL, CMMLU
 from kvdistill.data.evaluations.truthfulqa import TRUTHFULQA
 from kvdistill.data.leaks import question_hash
-from kvdistill.data.quoting import quoted
 
 _ALL = (
     *(GSM8K, MATH500, BBH, GPQA, GPQA_DIAMOND, TRUTHFULQA, CMMLU, CEVAL, ARC_CHALLENGE),

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvdistill.core.errors import DataError
+from kvdistill.core.quoting import quoted
 from kvdistill.data.evaluations.base import Evaluation
 from kvdistill.data.evaluations.letters import ALPHABET, read_label
 from kvdistill.data.evaluations.rows import Member, PublishedRows, gold_column, text_column
 from kvdistill.data.latex import last_boxed
-from kvdistill.data.quoting import quoted
 from kvdistill.data.sources import RawRow
 from kvdistill.data.values import fold_width, leading_number, normalise_text, same_number
 

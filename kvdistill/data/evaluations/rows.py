@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kvdistill.core.errors import DataError
+from kvdistill.core.quoting import at_line, quoted
 from kvdistill.data.fields import text_field
-from kvdistill.data.quoting import at_line, quoted
 from kvdistill.data.sources import Found, RawRow, find, read_found, read_hub
 
 Split = Literal["test", "fewshot"]

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from kvdistill.core.errors import DataError
+from kvdistill.core.quoting import quoted
 from kvdistill.data.evaluations.base import Evaluation, fixed_order
 from kvdistill.data.evaluations.letters import ALPHABET, Lettered, read_letter, write_lettered
 from kvdistill.data.evaluations.rows import Member, PublishedRows, gold_column, text_column
-from kvdistill.data.quoting import quoted
 from kvdistill.data.sources import RawRow
 from kvdistill.data.values import normalise_text
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from kvdistill.core.files import sha256_file, sha256_of
-from kvdistill.data.quoting import at_line
+from kvdistill.core.quoting import at_line
 from kvdistill.data.sources.csv_table import read_csv
 from kvdistill.data.sources.files import unreadable
 from kvdistill.data.sources.find import Found, find

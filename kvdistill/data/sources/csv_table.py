@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kvdistill.core.errors import DataError
-from kvdistill.data.quoting import at_line, missing, quoted, shown
+from kvdistill.core.quoting import at_line, missing, quoted, shown
 from kvdistill.data.sources.files import MAX_ROW_BYTES, DataFile, check_file, decode_line
 from kvdistill.data.sources.jsonl import too_long
 from kvdistill.data.sources.rows import Column, RawRow

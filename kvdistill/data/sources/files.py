@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kvdistill.core.errors import DataError
-from kvdistill.data.quoting import at_line, shown
+from kvdistill.core.quoting import at_line, shown
 
 _HEAD_BYTES = 1024
 # One row, text or object longer than this is taken for a mistake (a quote or bracket that is never closed).

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvdistill.core.errors import DataError
-from kvdistill.data.quoting import at_line
+from kvdistill.core.quoting import at_line
 from kvdistill.data.sources.files import unreadable
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")

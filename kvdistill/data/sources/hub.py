@@ -15,7 +15,7 @@ from typing import Any
 from kvdistill.core.errors import DataError, KVDistillError
 from kvdistill.core.files import disk_full_error
 from kvdistill.core.hub import hub_reachable
-from kvdistill.data.quoting import quoted, shown
+from kvdistill.core.quoting import quoted, shown
 from kvdistill.data.sources.rows import RawRow
 from kvdistill.data.sources.saved import iterate
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from kvdistill.core.errors import DataError
-from kvdistill.data.quoting import at_line, quoted, shown
+from kvdistill.core.quoting import at_line, quoted, shown
 from kvdistill.data.sources.files import MAX_ROW_BYTES, DataFile, check_file, decode_line, not_utf8, nul_byte
 from kvdistill.data.sources.rows import RawRow
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvdistill.core.errors import DataError
-from kvdistill.data.quoting import at_line, missing, quoted, shown
+from kvdistill.core.quoting import at_line, missing, quoted, shown
 from kvdistill.data.sources.files import DataFile, check_file
 from kvdistill.data.sources.rows import Column, RawRow
 

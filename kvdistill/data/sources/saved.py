@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kvdistill.core.errors import DataError
-from kvdistill.data.quoting import at_line, shown
+from kvdistill.core.quoting import at_line, shown
 from kvdistill.data.sources.rows import RawRow
 
 _FIX = "give the folder of one split, as `Dataset.save_to_disk` writes it"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 
 from kvdistill.core.errors import DataError
-from kvdistill.data.quoting import quoted
+from kvdistill.core.quoting import quoted
 from kvdistill.data.tasks.arc_challenge import ARC_CHALLENGE
 from kvdistill.data.tasks.base import Layout, Loaded, Published, Task
 from kvdistill.data.tasks.generated import CHAIN, PRODUCT

@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 
 from kvdistill.core.errors import DataError
+from kvdistill.core.quoting import quoted, shown
 from kvdistill.data.fields import text_field, texts_field
 from kvdistill.data.problems import ANSWER_MARK, Problem, write_plain
-from kvdistill.data.quoting import quoted, shown
 from kvdistill.data.sources import RawRow
 from kvdistill.data.tasks.base import Layout, Published, Task
 from kvdistill.data.values import fold_width, text_after, unwrap

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvdistill.core.errors import DataError
+from kvdistill.core.quoting import at_line
 from kvdistill.core.recipe import DataRecipe, TaskRecipe
 from kvdistill.data.problems import Problem, Row, Style
-from kvdistill.data.quoting import at_line
 from kvdistill.data.sources import RawRow, Source, find, found_source, read_found, read_hub
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 
 from kvdistill.core.errors import DataError
+from kvdistill.core.quoting import quoted
 from kvdistill.data.fields import text_field
 from kvdistill.data.problems import Problem, write_plain
-from kvdistill.data.quoting import quoted
 from kvdistill.data.sources import RawRow
 from kvdistill.data.tasks.base import Layout, Published, Task
 from kvdistill.data.tasks.gsm8k import extract

@@ -1,0 +1,347 @@
+"""`kvdistill`: the verbs, in the order of the data. Exit codes: 0 done, 2 a mistake a user can mend, 1 a bug of ours.
+
+Imports only typer at start, so that `--help` is instant; everything else is imported by the verb that needs it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="""Teach a small language model by matching the key/value caches of bigger ones, and prove that it helped.
+
+    Try it:   kvdistill demo                    two teachers, seven arms, three seeds, one page (minutes, no GPU)
+
+    Your own: kvdistill run recipes/demo.yaml train.steps=200 seeds=[1,2,3]
+
+    The single stages, in the order of the data: prepare, teach, capture, fit, train, evaluate, report.
+    Each reads a recipe, works in its run folder, skips what is finished and resumes what was interrupted.""",
+)
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML recipe, e.g. recipes/demo.yaml")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes, e.g. train.steps=200 run_dir=runs/mine")
+]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout; no progress")]
+
+
+@app.command()
+def demo(overrides: Overrides = None, as_json: Json = False) -> None:
+    """The built-in study on generated problems: two specialist teachers, one student, one page."""
+    from kvdistill.core.builtin import recipes_folder
+
+    _study(str(recipes_folder() / "demo.yaml"), overrides, as_json)
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    as_json: Json = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="check everything with random weights at reduced depth; train nothing real"),
+    ] = False,
+) -> None:
+    """Every stage of a study; the same command again goes on where it stopped."""
+    if dry_run:
+        from kvdistill.study.rehearse import dry_run as rehearse
+
+        _stage(recipe, overrides, as_json, lambda made, progress: rehearse(made, progress))
+        return
+    _study(recipe, overrides, as_json)
+
+
+@app.command()
+def prepare(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Step 1: Problems into tokenised, fingerprinted, leak-checked splits."""
+    _study(recipe, overrides, as_json, "prepare")
+
+
+@app.command()
+def validate(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    fix: Annotated[bool, typer.Option("--fix", help="take leaking problems out of training, and prepare")] = False,
+    as_json: Json = False,
+) -> None:
+    """Was the test set seen? Exact and near duplicates across splits and against the public evaluations.
+
+    Reads the sources anew, shows every pair (data/validation_report.json in the run folder has the texts), and ends
+    with exit code 2 where a leak is left. `data.leaks=drop` in the recipe, or --fix here, takes them out of training.
+    """
+
+    def work(made: Any, progress: Any) -> dict[str, Any]:
+        from kvdistill.study.run import validate_data
+
+        return validate_data(made, progress, fix=fix)
+
+    result = _stage(recipe, overrides, as_json, work)
+    if result["leaks"]["num_leaks"]:
+        raise typer.Exit(2)
+
+
+@app.command()
+def export(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    form: Annotated[
+        str, typer.Option("--format", help="prompt-completion, messages (chat), or text: one JSON object a line")
+    ] = "prompt-completion",
+    as_json: Json = False,
+) -> None:
+    """The prepared splits as JSONL for other trainers, in the run folder under data/export/."""
+
+    def work(made: Any, progress: Any) -> dict[str, Any]:
+        from kvdistill.study.run import export_data
+
+        return export_data(made, progress, form)
+
+    _stage(recipe, overrides, as_json, work)
+
+
+@app.command()
+def teach(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Step 2: Train the recipe's scratch teachers (teachers with a path need nothing here)."""
+    _study(recipe, overrides, as_json, "teachers")
+
+
+@app.command("map-layers")
+def map_layers(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Which teacher layers are like which student layers? Measured by CKA on the training texts; JSON and heatmap.
+
+    Prepares and teaches first where that is not done. Prints for each teacher the map that `layers: cka` would use:
+    behind each student layer the `align.cka_top_k` teacher layers that are most alike, with their shares. 1 is alike
+    but for rotation and scale, 0 has nothing in common. `align.cka_on` is what is compared: keys, values or hidden
+    states. A student with random weights says little about what its layers will come to mean; then prefer ratio.
+    """
+
+    def work(made: Any, progress: Any) -> dict[str, Any]:
+        from kvdistill.study.run import map_layers as run_map_layers
+
+        return run_map_layers(made, progress)
+
+    _stage(recipe, overrides, as_json, work)
+
+
+@app.command()
+def capture(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Step 3: Run each teacher once over the texts and keep its keys and values in the store."""
+    _study(recipe, overrides, as_json, "capture")
+
+
+@app.command()
+def fit(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Step 4: Channel statistics, closed-form projectors and prototypes from the captured targets."""
+    _study(recipe, overrides, as_json, "fit")
+
+
+@app.command("profile-alignment")
+def profile_alignment(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    arm: Annotated[str | None, typer.Option(help="only this arm")] = None,
+    as_json: Json = False,
+) -> None:
+    """Before training: what each arm brings together, what a step costs, how well it matches, and where a NaN begins.
+
+    Prepares, teaches, captures and fits first where that is not done, and trains nothing. For every arm with a KV term:
+    sizes and maps; parameters; milliseconds and memory of a step beside a step without teachers; match figures of the
+    untrained student, beside what a closed-form map reaches and the same for mismatched texts (a high cosine is
+    reached there too); and stage by stage the largest value, dead channels, and the first that is not finite.
+    The tables again, with figures for each layer, in the run folder under profile/ARM.json.
+    """
+
+    def work(made: Any, progress: Any) -> dict[str, Any]:
+        from kvdistill.study.run import profile_alignment as profile
+
+        return profile(made, progress, arm=arm)
+
+    _stage(recipe, overrides, as_json, work)
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    arm: Annotated[str | None, typer.Option(help="only this arm")] = None,
+    seed: Annotated[int | None, typer.Option(help="only this seed")] = None,
+    as_json: Json = False,
+) -> None:
+    """Step 5: Train students: all arms and seeds, or one (also under torchrun, for one run on several GPUs)."""
+
+    def work(made: Any, progress: Any) -> dict[str, Any]:
+        from kvdistill.study.run import train_runs
+
+        return train_runs(made, progress, arm=arm, seed=seed)
+
+    _stage(recipe, overrides, as_json, work)
+
+
+@app.command()
+def evaluate(
+    target: Annotated[str, typer.Argument(metavar="RECIPE|MODEL", help="a recipe; or a model's folder or hub id")],
+    overrides: Overrides = None,
+    tasks: Annotated[str | None, typer.Option(help="model: evaluations, e.g. gsm8k,math500,bbh,own")] = None,
+    limit: Annotated[int | None, typer.Option(help="model: first questions of each task")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="model: examples in the prompt; unset: the usual")] = None,
+    choice: Annotated[str | None, typer.Option(help="model: multiple choice by likelihood or by generation")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="model: ask through its chat template")] = False,
+    out: Annotated[str | None, typer.Option(help="model: folder for records.jsonl and results.json")] = None,
+    arm: Annotated[str | None, typer.Option(help="recipe: only this arm")] = None,
+    seed: Annotated[int | None, typer.Option(help="recipe: only this seed")] = None,
+    as_json: Json = False,
+) -> None:
+    """Step 6: Greedy answers of trained students on the test problems; or public evaluations on any model.
+
+    With a recipe: its students, one record per question. With a model (a folder or hub id of any Hugging Face causal
+    model) and --tasks: few-shot prompts as lm-eval writes them, a table, and records beside a run's model or in
+    runs/evaluations/NAME. KEY=VALUE is then data.root, data.system_prompt, evaluate.*, hardware.*, dtype, attention,
+    trust_remote_code. The same command goes on where it stopped.
+    """
+    flags = {
+        "tasks": tasks.split(",") if tasks is not None else None,
+        "limit": limit,
+        "num_fewshot": num_fewshot,
+        "choice": choice,
+        "chat": chat or None,
+    }
+    is_recipe = target.endswith((".yaml", ".yml")) or Path(target).is_file()
+
+    def students(made: Any, progress: Any) -> dict[str, Any]:
+        from kvdistill.study.run import evaluate_runs
+
+        return evaluate_runs(made, progress, arm=arm, seed=seed)
+
+    def model() -> dict[str, Any]:
+        from kvdistill.core.progress import TerminalProgress, silent
+        from kvdistill.stages.evaluate import evaluate_model
+
+        bars = None if as_json else TerminalProgress()
+        try:
+            return evaluate_model(target, overrides or (), flags=flags, out=out, progress=bars or silent)
+        finally:
+            if bars is not None:
+                bars.close()
+
+    def mixed_up() -> dict[str, Any]:
+        from kvdistill.core.errors import RecipeError
+
+        if is_recipe:
+            fix = "leave them out; a recipe has evaluate.tasks, evaluate.limit, evaluate.num_fewshot, …"
+            raise RecipeError("--tasks, --limit, … and --out go with a model", place=target, fix=fix)
+        raise RecipeError("--arm and --seed go with a recipe", place=target, fix="leave them out, or give a recipe")
+
+    if is_recipe and (out is not None or any(value is not None for value in flags.values())):
+        _guarded(mixed_up, as_json)
+    elif is_recipe:
+        _stage(target, overrides, as_json, students)
+    elif arm is not None or seed is not None:
+        _guarded(mixed_up, as_json)
+    else:
+        _guarded(model, as_json)
+
+
+@app.command()
+def report(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Step 7: Statistics, figures and the page from the records (no GPU, no model)."""
+    _study(recipe, overrides, as_json, "report")
+
+
+@app.command()
+def recipe() -> None:
+    """Every key a recipe can have, with type, default and meaning (Markdown)."""
+    from kvdistill.core.reference import recipe_reference
+
+    print(recipe_reference())
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Is this machine ready? Versions, cores, memory, GPUs, disk; what is missing and how to get it."""
+
+    def work() -> dict[str, Any]:
+        from kvdistill.study.doctor import examine
+
+        return examine()
+
+    _guarded(work, as_json)
+
+
+# -- how every verb runs ------------------------------------------------------------------------------
+
+
+def _study(recipe: str, overrides: list[str] | None, as_json: bool, *stages: str) -> None:
+    def work(made: Any, progress: Any) -> dict[str, Any]:
+        from kvdistill.study.run import run_study
+
+        return run_study(made, progress, stages=stages)
+
+    _stage(recipe, overrides, as_json, work)
+
+
+def _stage(
+    recipe: str, overrides: list[str] | None, as_json: bool, work: Callable[[Any, Any], dict[str, Any]]
+) -> dict[str, Any]:
+    def load_and_work() -> dict[str, Any]:
+        from kvdistill.core.config import load_recipe
+        from kvdistill.core.progress import TerminalProgress, silent
+
+        made = load_recipe(recipe, overrides or ())
+        if as_json:
+            return work(made, silent)
+        bars = TerminalProgress()
+        try:
+            return work(made, bars)
+        finally:
+            bars.close()
+
+    return _guarded(load_and_work, as_json)
+
+
+def _guarded(work: Callable[[], dict[str, Any]], as_json: bool) -> dict[str, Any]:
+    """Run, print the result, and turn a user's mistake into one message and exit code 2."""
+    from kvdistill.core.errors import KVDistillError
+    from kvdistill.core.files import disk_full_error
+
+    try:
+        try:
+            result = work()
+        except OSError as error:  # raised by a writer that is not ours (core.files turns its own into the clear error)
+            if full := disk_full_error(error, str(error.filename or "")):
+                raise full from None
+            raise
+    except KVDistillError as error:
+        if as_json:
+            print(json.dumps({"error": error.what, "place": error.place, "fix": error.fix}, ensure_ascii=False))
+        else:
+            print(f"kvdistill: {error.message()}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("\nkvdistill: stopped. The same command goes on where this one ended.", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False))
+    else:
+        from kvdistill.cli.summary_text import as_text
+
+        print(as_text(result))
+    return result
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

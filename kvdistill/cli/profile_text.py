@@ -1,0 +1,318 @@
+"""What `profile-alignment` and `map-layers` found, as tables of at most 100 columns. Knows their results, no torch."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kvdistill.core.quoting import printable
+
+WIDTH = 100
+_PARTS = {
+    "reading": "read targets, maps",
+    "teacher_forward": "teachers' forward",
+    "student_forward": "student's forward",
+    "teacher_alignment": "align teachers",
+    "projection": "project student",
+    "loss": "losses, routing",
+    "backward": "backward",
+    "update": "clip, update",
+}
+_STAGES = {
+    "teacher, as captured": "captured",
+    "after time and layer map": "mapped",
+    "target": "target",
+    "student": "student",
+    "source": "projected",
+}
+_SPACES = {"teacher": "each teacher's space", "student": "the student's space", "shared": "a space shared by all"}
+
+
+def layer_lines(layers: Mapping[str, Any]) -> list[str]:
+    """map-layers: per teacher what was measured, a row per student layer, and the files."""
+    lines: list[str] = []
+    for name, found in layers.items():
+        lines.append(f"teacher {printable(name)}: {found['compared']} of {found['num_vectors']:,} tokens compared")
+        rows = [["student", "teacher layers (share, CKA)", "most alike"]]
+        for layer, sources in found["layer_map"].items():
+            similarity = found["similarity"][int(layer)]
+            said = ", ".join(f"{m} ({share:.0%}, {similarity[m]:.2f})" for m, share in sources)
+            best = max(range(len(similarity)), key=similarity.__getitem__)
+            rows.append([f"layer {layer}", said, f"{best} ({similarity[best]:.2f})"])
+        lines += _table(rows, left=3)
+        lines += [f"  {printable(file)}" for file in (found["file"], *found["figures"])]
+    return lines
+
+
+def profile_lines(profiles: Mapping[str, Any]) -> list[str]:
+    """profile-alignment: the arms one after another."""
+    lines: list[str] = []
+    for name, profile in profiles.items():
+        placebo = ", on mismatched texts" if profile["placebo"] else ""
+        teachers = ", ".join(printable(teacher) for teacher in profile["teachers"])
+        threads = "" if profile["device"] != "cpu" else f", {_count(profile['threads'], 'thread')}"
+        head = f"{printable(name)} "
+        lines += [""] if lines else []
+        lines.append(head + "─" * max(0, WIDTH - len(head)))
+        lines.append(f"taught by {teachers}{placebo}; seed {profile['seed']}, on {profile['device']}{threads}")
+        for part in (_shapes, _costs, _step, _match, _numbers):
+            lines += part(profile)
+    return lines
+
+
+# -- sizes --------------------------------------------------------------------------------------------
+
+
+def _shapes(profile: Mapping[str, Any]) -> list[str]:
+    shapes = profile["shapes"]
+    student, meeting = shapes["student"], shapes["meeting"]
+    rows = [["", "family", "layers", "KV heads x size", "queries", "rotary", "pieces", "tokens", "reads"]]
+    rows.append([*_size_row("student", student), "its own tokens"])
+    for name, teacher in shapes["teachers"].items():
+        reads = "the same tokens" if not teacher["own_tokens"] else "own tokens"
+        rows.append([*_size_row(name, teacher), reads if teacher["one_text"] else "own chains"])
+    lines = ["sizes (tokens: per text)", *_table(rows, left=2)]
+    keys = "" if meeting["keys"] == "unrotated" else ", keys rotated"
+    channels = {name: teacher["channels"] for name, teacher in shapes["teachers"].items()}
+    widths = ", ".join(f"{n} ({printable(name)})" for name, n in channels.items())
+    if len({*channels.values()}) == 1:
+        widths = str(next(iter(channels.values())))
+    lines += _said(f"meet in {_SPACES[meeting['space']]}{keys}; channels: {widths}; time: {meeting['time']}")
+    for name, teacher in shapes["teachers"].items():
+        lines += _said(f"{printable(name)}: {_layer_words(teacher['layer_map'], meeting['layers'])}")
+    lines += _taught(shapes)
+    return lines
+
+
+def _size_row(name: str, shape: Mapping[str, Any]) -> list[str]:
+    return [
+        _short(name),
+        shape["family"],
+        str(shape["num_layers"]),
+        f"{shape['num_kv_heads']} x {shape['head_size']}",
+        str(shape["num_heads"]),
+        "yes" if shape["rotary"] else "no",
+        f"{shape['vocabulary']:,}",
+        f"{shape['tokens']:.1f}",
+    ]
+
+
+def _layer_words(layer_map: Mapping[str, Sequence[Sequence[float]]], how: str) -> str:
+    """Student layer <- teacher layers; shares only where there are several."""
+    rows = []
+    for layer, sources in layer_map.items():
+        said = " + ".join(f"{m}" if len(sources) == 1 else f"{m} ({share:.0%})" for m, share in sources)
+        rows.append(f"{layer}←{said}")
+    return f"layers by {how}, student←teacher: {', '.join(rows)}"
+
+
+def _taught(shapes: Mapping[str, Any]) -> list[str]:
+    """Student tokens that take part, by segment; what is lost between tokenizers; segments that are not there."""
+    rows = [["tokens that take part", "all", "prompt", "reasoning", "answer"]]
+    two_tokenizers = any("lost" in teacher for teacher in shapes["teachers"].values())
+    rows[0] += ["student's text lost", "teacher's unread"] if two_tokenizers else []
+    notes = []
+    for name, teacher in shapes["teachers"].items():
+        taught, lost = teacher["taught"], teacher.get("lost") or {}
+        rows.append([_short(name), *(_share(taught[part]) for part in ("all", "prompt", "reasoning", "answer"))])
+        if two_tokenizers:
+            rows[-1] += [_share(lost.get("characters_lost")), _share(lost.get("characters_unread"))]
+        for what, count in teacher["segments"].items():
+            segment, _, side = what.partition("_missing_in_")
+            notes += _said(
+                f"{printable(name)}: {count} of {shapes['texts']} texts have {segment} that the {side} lacks"
+            )
+    return [*_table(rows, left=1), *notes]
+
+
+# -- costs --------------------------------------------------------------------------------------------
+
+
+def _costs(profile: Mapping[str, Any]) -> list[str]:
+    found, shapes = profile["parameters"], profile["shapes"]
+    student = found["student"]
+    rows = [["parameters", "all", "trained", "fixed", "kind", "captured", "per token"]]
+    rows.append(["student", f"{student['parameters']:,}", f"{student['trained']:,}", "", "", "", ""])
+    for name, teacher in found["teachers"].items():
+        captured = shapes["teachers"][name]["captured"]
+        parts = ["keys, values"]
+        parts += [what for what in ("queries", "scores") if captured[what]]
+        parts += [f"top {captured['logits_top_k']}"] if captured["logits_top_k"] else []
+        per_token = captured.get("bytes_per_token")
+        rows.append(
+            [
+                f"maps, {_short(name)}",
+                f"{teacher['parameters']:,}",
+                f"{teacher['trained']:,}",
+                f"{teacher['fixed']:,}",
+                teacher["modules"]["proj_k"]["kind"].removesuffix("Projector"),
+                ", ".join(parts),
+                "online" if per_token is None else f"{_bytes(per_token)} ({captured['dtype']})",
+            ]
+        )
+    return ["parameters and store", *_table(rows, left=1, words=(4, 5))]
+
+
+def _step(profile: Mapping[str, Any]) -> list[str]:
+    step = profile["step"]
+    whole, plain = step["whole_ms"], step["cross_entropy_ms"]
+    parts = {name: ms for name, ms in step["parts_ms"].items() if name != "teacher_forward" or ms > 0.01}
+    total = sum(parts.values())
+    rows = [["part", "ms", ""]]
+    rows += [[_PARTS[name], _ms(ms), "█" * round(30 * ms / total) if total else ""] for name, ms in parts.items()]
+    lines = [f"a step of {step['batch_size']} texts, median of {step['steps']}", *_table(rows, left=1, words=(2,))]
+    fastest, plain_fastest = step["fastest_ms"], step["cross_entropy_fastest_ms"]
+    lines.append(
+        f"  whole {_ms(whole)} ms (fastest {_ms(fastest)}), on cross-entropy alone {_ms(plain)} ms "
+        f"(fastest {_ms(plain_fastest)}): {step['ratio']:.2f} times"
+    )
+    lines += _said(
+        f"memory {_bytes(step['peak_bytes'])}, on cross-entropy alone {_bytes(step['cross_entropy_peak_bytes'])}: "
+        f"{step['memory_ratio']:.2f} times ({step['memory']})"
+    )
+    return lines
+
+
+# -- match --------------------------------------------------------------------------------------------
+
+
+def _match(profile: Mapping[str, Any]) -> list[str]:
+    match = profile["match"]
+    if "skipped" in match:
+        return ["match figures", f"  left out: {match['skipped']}"]
+    rows = [["", "", "R²", "centred", "found", "chance", "cosine", "R²*", "found*", "cosine*"]]
+    for name, teacher in match["teachers"].items():
+        for side, what in (("k", "keys"), ("v", "values")):
+            for when, said in (("start", "start"), ("linear", "linear")):
+                mine, other = (teacher[texts][when][side] for texts in ("matched", "mismatched"))
+                figures = [mine["r2"], mine["centred_cosine"], *(mine[f"retrieval_{x}"] for x in ("top1", "chance"))]
+                figures += [mine["cosine"], other["r2"], other["retrieval_top1"], other["cosine"]]
+                first = f"{_short(name)}, {what}" if when == "start" else ""
+                rows.append([first, said, *map(_figure, figures)])
+    head = f"match on {match['texts']} held-out texts, student untrained (linear: fitted on {match['fit_texts']} texts)"
+    hows: dict[str, list[str]] = {}
+    for name, teacher in match["teachers"].items():
+        hows.setdefault(teacher["linear"], []).append(printable(name))
+    everyone = len(hows) == 1
+    notes = [f"linear{'' if everyone else ' for ' + ', '.join(names)}: {how}" for how, names in hows.items()]
+    notes.append("centred: cosine around the means; found: retrieval, the nearest is its own")
+    notes.append("* with mismatched texts, fitted and measured on them: so much needs no common text")
+    return [head, *_table(rows, left=2), *(line for note in notes for line in _said(note))]
+
+
+# -- numbers ------------------------------------------------------------------------------------------
+
+
+def _numbers(profile: Mapping[str, Any]) -> list[str]:
+    numbers = profile["numbers"]
+    rows = [["stage", "of", "largest", "of fp16", "where", "min std", "dead", "zero", "NaN, inf"]]
+    merged: dict[tuple[str, str | None], list[Mapping[str, Any]]] = {}
+    for row in numbers["stages"]:
+        merged.setdefault((row["stage"], row["teacher"]), []).append(row)
+    rows += [_stage_row(stage, of, found) for (stage, of), found in merged.items()]
+    for name, term in numbers["terms"].items():
+        rows.append(
+            ["loss", _short(name, 20), _largest(term["raw"]), "", "", "", "", "", str(term["non_finite"] or "–")]
+        )
+    for row in numbers["gradients"]:
+        where = _short(row["largest_in"] or "", 18)
+        bad = str(row["non_finite"] or "–")
+        of = "student" if row["teacher"] is None else f"maps, {_short(row['teacher'], 12)}"
+        rows.append(["gradient", of, _largest(row["largest"]), _of(row["of_fp16"]), where, "", "", "", bad])
+    notes = [
+        f"{printable(name)}: {count['empty']:,} of {count['tokens']:,} student tokens have nothing behind them"
+        for name, count in numbers["empty"].items()
+        if count["empty"]
+    ]
+    for (stage, whose), found in merged.items():
+        if over := sorted({layer for row in found for layer in row["layers_over_fp16"]}):
+            where = f"{_STAGES[stage]}, {printable(whose)}" if whose else _STAGES[stage]
+            notes.append(f"fp16 would overflow in {where}: layers {', '.join(map(str, over))}")
+    lines = [f"numbers, over {numbers['texts']} texts", *_table(rows, left=2, words=(4,))]
+    lines += [line for note in notes for line in _said(note)]
+    return [*lines, *textwrap.wrap(printable(numbers["says"]), WIDTH - 2, initial_indent="→ ", subsequent_indent="  ")]
+
+
+def _stage_row(stage: str, of: str | None, found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys, values and queries in one row: the largest of them, the sum of what is counted."""
+    worst = max(found, key=lambda row: row["largest"])
+    stds = [row["smallest_std"] for row in found if row["smallest_std"] is not None]
+    bad = sum(row["non_finite"] + row["non_finite_masked"] for row in found)
+    dead = sum(row["dead_channels"] for row in found)
+    zero = sum(row["zero_vectors"] for row in found)
+    what = {"k": "keys", "v": "values", "q": "queries"}[worst["what"]]
+    return [
+        _STAGES[stage],
+        "" if of is None else _short(of),
+        _largest(worst["largest"]),
+        _of(worst["of_fp16"]),
+        f"{what}, layer {worst['largest_layer']}",
+        _largest(min(stds)) if stds else "–",
+        f"{dead}" if dead else "–",
+        f"{zero}" if zero else "–",
+        f"{bad:,}" if bad else "–",
+    ]
+
+
+# -- words and figures --------------------------------------------------------------------------------
+
+
+def _table(rows: Sequence[Sequence[str]], left: int, words: Sequence[int] = ()) -> list[str]:
+    """Columns side by side: the first `left` and those of `words` to the left, figures to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    is_word = [i < left or i in words or (i == len(widths) - 1 and _is_words(rows, i)) for i in range(len(widths))]
+    lines = []
+    for row in rows:
+        cells = zip(row, widths, is_word, strict=True)
+        lines.append("  " + "  ".join(c.ljust(w) if word else c.rjust(w) for c, w, word in cells).rstrip())
+    return lines
+
+
+def _is_words(rows: Sequence[Sequence[str]], column: int) -> bool:
+    return any(row[column][:1].isalpha() for row in rows[1:])
+
+
+def _said(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH - 2, initial_indent="  ", subsequent_indent="    ")
+
+
+def _short(name: str, length: int = 16) -> str:
+    name = printable(name)
+    return name if len(name) <= length else "…" + name[1 - length :]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
+
+
+def _share(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{100 * value:.0f}%" if value in (0, 1) else f"{100 * value:.1f}%"
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}" if value > -100 else f"{value:.0f}"
+
+
+def _largest(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def _of(share: float) -> str:
+    if share < 1e-4:
+        return "<0.01%"
+    return f"{100 * share:.2g}%" if share < 1 else f"{share:.3g}x"
+
+
+def _ms(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}"
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} GB"

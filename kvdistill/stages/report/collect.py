@@ -1,0 +1,201 @@
+"""Reads what the stages left in a run folder into tables in memory, and writes the report's JSON files.
+
+Knows the files' names and fields (records, logs, ledgers, matches, manifests) and nothing of statistics or pages.
+What an unfinished study lacks is noted, not fatal; a file that contradicts itself is an error naming file and line.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvdistill.core.errors import RunFolderError
+from kvdistill.core.files import replacing
+from kvdistill.core.recipe import Recipe
+from kvdistill.stages.report.compare import SeedRun
+
+Row = dict[str, Any]
+
+
+@dataclass
+class RunTables:
+    """One study: per arm (recipe order) and seed, what evaluation and training left behind."""
+
+    path: Path
+    arms: list[str]
+    seeds: list[int]
+    runs: dict[str, dict[int, SeedRun]] = field(default_factory=dict)
+    logs: dict[str, dict[int, list[Row]]] = field(default_factory=dict)
+    matches: dict[str, dict[int, Row]] = field(default_factory=dict)
+    teachers: dict[str, Row] = field(default_factory=dict)
+    manifest: Row = field(default_factory=dict)
+    validation: Row = field(default_factory=dict)
+    provenance: Row = field(default_factory=dict)
+    missing: list[tuple[str, int]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def tasks(self) -> list[str]:
+        return sorted(
+            {task for runs in self.runs.values() for run in runs.values() for task in run.by_task("accuracy")}
+        )
+
+    def seed_folder(self, arm: str, seed: int) -> Path:
+        return self.path / "arms" / arm / f"seed-{seed}"
+
+
+def collect_tables(recipe: Recipe, run: Path) -> RunTables:
+    """All tables of a run folder. Raises RunFolderError if no run has records, or a file is damaged."""
+    tables = RunTables(run, list(recipe.arms), list(recipe.seeds))
+    for arm in tables.arms:
+        tables.runs[arm], tables.logs[arm], tables.matches[arm] = {}, {}, {}
+        for seed in tables.seeds:
+            folder = tables.seed_folder(arm, seed)
+            if rows := read_log(folder / "log.jsonl"):
+                tables.logs[arm][seed] = rows
+            if match := _read_object(folder / "match.json"):
+                tables.matches[arm][seed] = match
+            if (folder / "records.jsonl").is_file():
+                tables.runs[arm][seed] = _read_run(folder, arm, seed)
+            else:
+                tables.missing.append((arm, seed))
+    if not any(tables.runs.values()):
+        raise RunFolderError("no run has been evaluated", place=str(run / "arms"), fix="train and evaluate first")
+    for teacher in recipe.teachers:
+        if found := _read_object(run / "teachers" / teacher.name / "report.json"):
+            tables.teachers[teacher.name] = found
+    tables.manifest = _read_object(run / "data" / "manifest.json")
+    tables.validation = _read_object(run / "data" / "validation_report.json")
+    tables.provenance = _read_object(run / "provenance.json")
+    _note_strays(tables)
+    return tables
+
+
+def _note_strays(tables: RunTables) -> None:
+    if tables.missing:
+        tables.notes.append(
+            "Not evaluated yet: " + ", ".join(f"{arm} seed {seed}" for arm, seed in tables.missing) + "."
+        )
+    folder = tables.path / "arms"
+    strays = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name not in tables.arms)
+    if strays:
+        tables.notes.append("In the folder but not in the recipe, and left out: " + ", ".join(strays) + ".")
+
+
+def read_lines(path: Path, *, torn_end: bool = False) -> Iterator[tuple[str, Row]]:
+    """(place, object) of each JSON line. `torn_end`: a last line cut short by a kill is left out, not an error."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for index, line in enumerate(lines):
+        if not line.strip():
+            continue
+        place = f"{path}:{index + 1}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            if torn_end and index == len(lines) - 1:
+                return
+            raise RunFolderError(f"not a JSON line ({error})", place=place, fix="run this seed again") from error
+        if not isinstance(row, dict):
+            raise RunFolderError("a line should be a JSON object", place=place, fix="run this seed again")
+        yield place, row
+
+
+def read_log(path: Path) -> list[Row]:
+    """Rows of a log.jsonl by step; after a resume the later row of a step counts. [] if there is no file."""
+    if not path.is_file():
+        return []
+    rows: dict[tuple[int, bool], Row] = {}
+    for place, row in read_lines(path, torn_end=True):
+        if not isinstance(row.get("step"), int):
+            raise RunFolderError("a logged row needs an integer `step`", place=place, fix="run this seed again")
+        rows[row["step"], "val" in row] = row
+    return [rows[key] for key in sorted(rows)]
+
+
+def _read_object(path: Path) -> Row:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunFolderError(
+            f"not JSON ({error})", place=str(path), fix="run the stage that writes it again"
+        ) from error
+    if not isinstance(value, dict):
+        raise RunFolderError("should be a JSON object", place=str(path), fix="run the stage that writes it again")
+    return value
+
+
+def read_records(folder: Path, arm: str, seed: int) -> list[Row]:
+    """Checked records of one run, sorted by (task, id, style)."""
+    found: dict[tuple[str, str, str], Row] = {}
+    for place, row in read_lines(folder / "records.jsonl"):
+        for key, kind in (("task", str), ("id", str), ("correct", bool)):
+            if not isinstance(row.get(key), kind):
+                raise RunFolderError(f"a record needs `{key}` ({kind.__name__})", place=place, fix="evaluate again")
+        if (row.get("arm", arm), row.get("seed", seed)) != (arm, seed):
+            found_in = f"a record of arm {row.get('arm')!r} seed {row.get('seed')!r}"
+            raise RunFolderError(f"{found_in} in the folder of {arm!r} seed {seed}", place=place, fix="evaluate again")
+        key3 = (row["task"], row["id"], str(row.get("style") or ""))
+        if key3 in found:
+            raise RunFolderError(f"question {key3} is recorded twice", place=place, fix="evaluate again")
+        found[key3] = row
+    return [found[key] for key in sorted(found)]
+
+
+def _read_run(folder: Path, arm: str, seed: int) -> SeedRun:
+    rows = read_records(folder, arm, seed)
+    if not rows:
+        raise RunFolderError("no records in it", place=str(folder / "records.jsonl"), fix="evaluate again")
+    return SeedRun(
+        keys=tuple((r["task"], r["id"], str(r.get("style") or "")) for r in rows),
+        doc_hashes=tuple(r.get("doc_hash") for r in rows),
+        prompt_hashes=tuple(r.get("prompt_hash") for r in rows),
+        correct_Q=np.array([r.get("score", r["correct"]) for r in rows], dtype=np.float64),  # a score may be a share
+        nll_Q=_floats(rows, "nll"),
+        tokens_out_Q=_floats(rows, "tokens_out"),
+        ledger=_read_object(folder / "ledger.json"),
+    )
+
+
+def _floats(rows: list[Row], key: str) -> np.ndarray:
+    return np.array([math.nan if r.get(key) is None else float(r[key]) for r in rows], dtype=np.float64)
+
+
+def read_questions(run: Path) -> dict[tuple[str, str, str], str]:
+    """(task, id, style) -> prompt of the test split; {} if the prepared data are not there."""
+    path = run / "data" / "test.parquet"
+    if not path.is_file():
+        return {}
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(path, columns=["task", "id", "style", "prompt"]).to_pylist()
+    return {(r["task"], r["id"], str(r["style"] or "")): r["prompt"] for r in rows}
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """The whole file or the old one, never half; a full disk is one clear error."""
+    with replacing(path) as part:
+        part.write_bytes(content)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON with NaN and infinities as null: who needs the reason finds it in the neighbouring `reasons`."""
+    text = json.dumps(_null_undefined(value), indent=1, allow_nan=False)  # ASCII: safe for any reader's encoding
+    write_atomically(path, (text + "\n").encode())
+
+
+def _null_undefined(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _null_undefined(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_null_undefined(v) for v in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if math.isfinite(value) else None
+    return value

@@ -1,0 +1,262 @@
+"""Learning curves from `log.jsonl`: KV loss, task accuracy and the train/val gap over optimiser steps.
+
+Reads rows in memory (`collect.read_log` reads the file) and draws. `LearningCurveTracker` writes such a file from any
+training loop and draws from it. Knows nothing of records or statistics.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from kvdistill.stages.report.canvas import Picture, label, line_style, new_grid, percent_axis, render
+from kvdistill.stages.report.collect import Row, read_log, write_atomically
+
+Logs = Mapping[str, Mapping[int, Sequence[Row]]]
+Pick = Callable[[Row], Any]
+NO_LOG = "no validation points were logged"
+
+
+def val(key: str) -> Pick:
+    return lambda row: (row.get("val") or {}).get(key)
+
+
+def val_task(task: str) -> Pick:
+    return lambda row: ((row.get("val") or {}).get("accuracy_by_task") or {}).get(task)
+
+
+def train(key: str) -> Pick:
+    """A training figure beside a validation point."""
+    return lambda row: (row.get("train") or {}).get(key)
+
+
+def train_kv(row: Row) -> float | None:
+    """Mean raw KV term of a logged training step, over teachers, keys and values."""
+    raw = [t.get("raw") for name, t in (row.get("terms") or {}).items() if name.startswith("kv/")]
+    known = [r for r in raw if r is not None]
+    return sum(known) / len(known) if known else None
+
+
+def band(logs: Mapping[int, Sequence[Row]], pick: Pick) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Steps that every seed has, and the figure's mean and standard deviation (0 for one seed) over seeds there."""
+    series = []
+    for rows in logs.values():
+        points = [(row["step"], pick(row)) for row in rows]  # a step may have a training row and a validation row
+        if known := {s: float(v) for s, v in points if v is not None and np.isfinite(v)}:
+            series.append(known)
+    steps = sorted(set.intersection(*map(set, series))) if series else []
+    if not steps:
+        return np.array([]), np.array([]), np.array([])
+    values = np.array([[points[s] for s in steps] for points in series])
+    return np.array(steps), values.mean(0), values.std(0, ddof=1) if len(series) > 1 else np.zeros(len(steps))
+
+
+def _draw_band(axes: Axes, logs: Mapping[int, Sequence[Row]], pick: Pick, style: dict[str, Any], **extra: Any) -> bool:
+    steps, mean, std = band(logs, pick)
+    if not len(steps):
+        return False
+    axes.plot(steps, mean, markevery=max(1, len(steps) // 8), **style, **extra)
+    if std.any():
+        axes.fill_between(steps, mean - std, mean + std, color=style["color"], alpha=0.15, linewidth=0)
+    return True
+
+
+def _has(logs: Mapping[int, Sequence[Row]], pick: Pick) -> bool:
+    return bool(len(band(logs, pick)[0]))
+
+
+def _log_scale(axes: Axes, positive: bool) -> None:
+    if positive:
+        axes.set_yscale("log")
+        plain = FuncFormatter(lambda value, _: f"{value:g}")  # matplotlib's own writes powers as mathtext
+        axes.yaxis.set_major_formatter(plain)
+        if np.divide(*axes.get_ylim()[::-1]) < 20:  # a decade or so: ticks between the powers need their names too
+            axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+            axes.yaxis.set_minor_formatter(plain)
+        else:
+            axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _legend_below(figure: Figure, axes: Axes) -> None:
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)))
+
+
+def draw_dual_axis(logs: Logs) -> Figure | str:
+    """One panel per arm: held-out KV loss (left, solid) and accuracy (right, dashed)."""
+    arms = [arm for arm in logs if _has(logs[arm], val("accuracy"))]
+    if not arms:
+        return NO_LOG
+    figure, panels = new_grid(len(arms), height=2.3)
+    losses = np.concatenate([band(logs[arm], val("kv_loss"))[1] for arm in arms])
+    limits = (losses.min() * 0.9, losses.max() * 1.1) if len(losses) and losses.max() > 0 else None
+    loss_style, accuracy_style = line_style(0), line_style(1)
+    for arm, axes in zip(arms, panels, strict=True):
+        right = axes.twinx()
+        right.spines["right"].set_visible(True)
+        right.grid(False)
+        axes.set_title(label(arm))
+        axes.set_xlabel("optimiser step")
+        if _draw_band(axes, logs[arm], val("kv_loss"), loss_style) and limits:
+            axes.set_ylim(*limits)
+            axes.set_ylabel("held-out KV loss")
+        else:
+            axes.set_yticks([])
+            axes.text(0.98, 0.04, "no KV term", transform=axes.transAxes, ha="right", fontsize=8, style="italic")
+        _draw_band(right, logs[arm], val("accuracy"), accuracy_style)
+        right.set_ylim(-0.02, 1.02)
+        percent_axis(right)
+        right.set_ylabel("accuracy")
+        axes.yaxis.label.set_color(loss_style["color"])
+        right.yaxis.label.set_color(accuracy_style["color"])
+    lines = [panels[0].plot([], [], label=name, **style)[0] for name, style in
+             (("KV loss (left axis)", loss_style), ("accuracy (right axis)", accuracy_style))]  # fmt: skip
+    figure.legend(handles=lines, loc="outside lower center", ncols=2)
+    return figure
+
+
+def draw_kv_loss(logs: Logs) -> Figure | str:
+    """KV loss of every arm: training batches beside held-out examples."""
+    panels = [("training batches", train_kv), ("held-out examples", val("kv_loss"))]
+    panels = [(title, pick) for title, pick in panels if any(_has(rows, pick) for rows in logs.values())]
+    if not panels:
+        return "no arm logged a KV loss"
+    figure, grid = new_grid(len(panels), columns=2, height=3.4)
+    for (title, pick), axes in zip(panels, grid, strict=True):
+        axes.set(title=title, xlabel="optimiser step", ylabel="KV loss, raw (no unit)")
+        for index, (arm, rows) in enumerate(logs.items()):
+            _draw_band(axes, rows, pick, line_style(index), label=label(arm))
+        lows = [line.get_ydata().min() for line in axes.get_lines()]  # type: ignore[union-attr]
+        _log_scale(axes, bool(lows) and min(lows) > 0)
+    _legend_below(figure, max(grid, key=lambda axes: len(axes.get_lines())))
+    return figure
+
+
+def draw_task_accuracy(logs: Logs) -> Figure | str:
+    """Validation accuracy over steps: macro mean, then one panel per task, one line per arm."""
+    tasks = sorted({t for rows in _all_rows(logs) for t in (rows.get("val") or {}).get("accuracy_by_task") or {}})
+    panels = [("mean over tasks", val("accuracy")), *[(label(task), val_task(task)) for task in tasks]]
+    panels = [(title, pick) for title, pick in panels if any(_has(rows, pick) for rows in logs.values())]
+    if not panels:
+        return NO_LOG
+    figure, grid = new_grid(len(panels), height=2.7, sharey=True)
+    for (title, pick), axes in zip(panels, grid, strict=True):
+        axes.set(title=title, xlabel="optimiser step", ylim=(-0.02, 1.02))
+        for index, (arm, rows) in enumerate(logs.items()):
+            _draw_band(axes, rows, pick, line_style(index), label=label(arm))
+        percent_axis(axes)
+    grid[0].set_ylabel("validation accuracy")
+    _legend_below(figure, grid[0])
+    return figure
+
+
+def draw_overfitting(logs: Logs) -> Figure | str:
+    """Cross-entropy (CE) on training and held-out text, one panel per arm: the gap is the overfitting."""
+    arms = [arm for arm in logs if _has(logs[arm], val("ce")) and _has(logs[arm], train("ce"))]
+    if not arms:
+        return "no training cross-entropy was logged beside the validation points"
+    figure, panels = new_grid(len(arms), height=2.2, sharey=True)
+    for arm, axes in zip(arms, panels, strict=True):
+        axes.set(title=label(arm), xlabel="optimiser step")
+        _draw_band(axes, logs[arm], train("ce"), line_style(0), label="training text")
+        _draw_band(axes, logs[arm], val("ce"), line_style(1), label="held-out text")
+    panels[0].set_ylabel("CE (nats per token)")
+    _legend_below(figure, panels[0])
+    return figure
+
+
+def _all_rows(logs: Logs) -> list[Row]:
+    return [row for seeds in logs.values() for rows in seeds.values() for row in rows]
+
+
+BAND = "Lines are means over seeds, bands ± one standard deviation."
+
+
+def draw_curves(logs: Logs) -> list[Picture]:
+    """The four learning-curve figures of arms -> seeds -> log rows."""
+    drawings = (
+        (
+            "dual_axis_curve",
+            "KV loss and accuracy while learning",
+            "Held-out KV loss (left axis) and validation accuracy (right axis) per arm. "
+            f"A falling KV loss with flat accuracy means a match that does not help. {BAND}",
+            draw_dual_axis,
+        ),
+        (
+            "kv_loss_curves",
+            "KV loss",
+            f"Raw KV loss, before weighting. Arms whose losses or teachers differ are not on one scale. {BAND}",
+            draw_kv_loss,
+        ),
+        ("task_accuracy_curves", "Accuracy while learning", f"On the validation split. {BAND}", draw_task_accuracy),
+        (
+            "overfitting_analysis",
+            "Training text against held-out text",
+            f"Cross-entropy (CE); the distance between the two lines is the overfitting. {BAND}",
+            draw_overfitting,
+        ),
+    )
+    return [render(name, title, caption, partial(draw, logs)) for name, title, caption, draw in drawings]
+
+
+class LearningCurveTracker:
+    """Writes `log.jsonl` in output_dir, row by row, and draws the curves from it.
+
+    Appends, so a resumed loop goes on where it stopped; of a step that is logged twice the later row counts.
+    """
+
+    def __init__(self, output_dir: str | Path) -> None:
+        self.output_dir = Path(output_dir)
+        self.path = self.output_dir / "log.jsonl"
+        if self.path.is_file():  # a kill may have left half a line, which the next row must not be glued to
+            whole = self.path.read_bytes()
+            if not whole.endswith(b"\n"):
+                write_atomically(self.path, whole[: whole.rfind(b"\n") + 1])
+
+    def log_train(self, step: int, figures: Mapping[str, Any]) -> None:
+        """One training step: `loss`, `lr`, `kv_loss`, `ce_loss` …; names ending in `_loss` become raw loss terms."""
+        row: Row = {"step": int(step), "terms": {}}
+        for name, value in figures.items():
+            if name.endswith("_loss"):
+                term = name.removesuffix("_loss")
+                row["terms"]["kv/all" if term == "kv" else term] = {"raw": float(value)}
+            else:
+                row[name] = value
+        self._append(row)
+
+    def log_val(self, step: int, figures: Mapping[str, Any], train: Mapping[str, Any] | None = None) -> None:
+        """One validation point. `kv_loss`, `ce`, `nll`, `accuracy`; any other `val_TASK` is that task's accuracy."""
+        known: Row = {}
+        tasks: dict[str, float] = dict(figures.get("accuracy_by_task") or {})
+        for name, value in figures.items():
+            short = name.removeprefix("val_")
+            if short in ("kv_loss", "ce", "nll", "accuracy", "loss"):
+                known[short] = value
+            elif name.startswith("val_"):
+                tasks[short] = value
+        if tasks:
+            known.setdefault("accuracy", sum(tasks.values()) / len(tasks))
+        self._append({"step": int(step), "val": {**known, "accuracy_by_task": tasks}, "train": dict(train or {})})
+
+    def plot_all_curves(self, name: str = "this run") -> list[Path]:
+        """Draw what there is data for as PNG and SVG into output_dir/figures; returns the files written."""
+        files = []
+        for picture in draw_curves({name: {0: read_log(self.path)}}):
+            for kind, content in (("svg", picture.svg), ("png", picture.png)):
+                if content:
+                    files.append(self.output_dir / "figures" / f"{picture.name}.{kind}")
+                    write_atomically(files[-1], content)
+        return files
+
+    def _append(self, row: Row) -> None:
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")

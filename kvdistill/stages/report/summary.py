@@ -1,0 +1,201 @@
+"""Tables -> the numbers of the report: per arm, per comparison, and what they cost. No files, no pictures.
+
+`summarise` gives what `summary.json` holds; `statistics_document` what `statistical_results.json` holds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from kvdistill import stats
+from kvdistill.core.recipe import Recipe
+from kvdistill.stages.report.collect import RunTables
+from kvdistill.stages.report.compare import Comparison, SeedRun, compare_family, describe_comparison
+from kvdistill.stats import NAN
+
+NEAR_ZERO = 0.05
+PARITIES = {"tokens_ratio": "tokens_nonpadding", "steps_ratio": "optimiser_steps",
+            "total_ratio": "total_flops", "amortised_ratio": "amortised_flops"}  # fmt: skip
+METHOD = {
+    "unit": "the training run; arms are paired by seed (same data, order, initial weights and questions)",
+    "figure": "per run the macro mean: mean over tasks of the mean over a task's test questions",
+    "std": "sample standard deviation over seeds (ddof 1)",
+    "test": "two-sided paired t-test over seeds; p_holm: Holm over the declared family, refused comparisons counted",
+    "ci": "t-interval of the mean paired difference at 1 - alpha, not adjusted for the family",
+    "d_z": "mean difference / standard deviation of the differences",
+    "hedges_g": "J(n-1) * d_z, J(f) = Gamma(f/2) / (sqrt(f/2) * Gamma((f-1)/2))",
+    "smallest_detectable_effect": "true difference found with power 0.8 at alpha / family size (exact noncentral t), "
+    "given the observed spread of the differences",
+    "tost": "two one-sided t-tests against the margin declared in the recipe; tost_p_holm: Holm over the family",
+    "conditional_on_these_checkpoints": "question-level intervals and McNemar say how these very models would differ "
+    "on other questions, not what another training run would give; no verdict rests on them",
+}
+
+
+def compare_all(recipe: Recipe, tables: RunTables) -> dict[str, list[Comparison]]:
+    """The declared family for the primary figure (with margin) and for the other one (without: none was declared)."""
+    rules, other = recipe.report, "nll" if recipe.report.primary == "accuracy" else "accuracy"
+    pairs = [(a, b) for a, b in rules.comparisons]
+    return {
+        "primary": compare_family(
+            tables.runs, pairs, tables.seeds, figure=rules.primary, alpha=rules.alpha, margin=rules.margin
+        ),
+        "secondary": compare_family(tables.runs, pairs, tables.seeds, figure=other, alpha=rules.alpha),
+    }
+
+
+def _spread(tables: RunTables, arm: str, pick: Callable[[SeedRun], float]) -> dict[str, Any]:
+    """mean, std, per_seed (recipe order, NaN where missing) and the reason of what is undefined."""
+    runs = tables.runs[arm]
+    values = [pick(runs[s]) for s in tables.seeds if s in runs]
+    result = stats.mean_and_std(values)
+    out: dict[str, Any] = {"mean": result.mean, "std": result.std,
+                           "per_seed": [pick(runs[s]) if s in runs else NAN for s in tables.seeds]}  # fmt: skip
+    if result.reason:
+        out["reasons"] = {k: result.reason for k in ("mean", "std") if math.isnan(out[k])}
+    return out
+
+
+def _figure(tables: RunTables, arm: str, name: str) -> dict[str, Any]:
+    tasks = sorted({t for run in tables.runs[arm].values() for t in run.by_task(name)})
+    return {
+        **_spread(tables, arm, lambda run: run.macro(name)),
+        "by_task": {t: _spread(tables, arm, partial(_task_mean, figure=name, task=t)) for t in tasks},
+    }
+
+
+def _task_mean(run: SeedRun, figure: str, task: str) -> float:
+    return run.by_task(figure).get(task, NAN)
+
+
+def describe_arm(recipe: Recipe, arm: str) -> str:
+    """What an arm does, in words, from the recipe: `KV of 2 teachers (a, b), weighted by competence`."""
+    spec = recipe.arms[arm]
+
+    def setting(section: str, key: str) -> Any:
+        changes = spec.get(section)
+        return changes[key] if isinstance(changes, dict) and key in changes else getattr(getattr(recipe, section), key)
+
+    teachers = spec.get("teachers")
+    names = [t.name for t in recipe.teachers] if teachers is None else list(teachers)
+    kv = bool(names) and setting("loss", "kv_weight") > 0
+    logits = bool(names) and setting("loss", "logit_weight") > 0
+    if not kv and not logits:
+        return "plain fine-tuning on the same texts, no teacher"
+    what = " and ".join(["KV"] * kv + ["logits"] * logits)
+    words = f"{what} of {'one teacher' if len(names) == 1 else f'{len(names)} teachers'} ({', '.join(map(str, names))})"
+    if len(names) > 1:
+        weights = {
+            "fixed": "fixed weights",
+            "competence": "weighted by competence",
+            "similarity": "weighted by similarity",
+        }
+        strategy = setting("fuse", "fusion_strategy")
+        words += f", {weights.get(strategy, strategy)}"
+    return words + ("; placebo: teacher KV of a mismatched example" if spec.get("placebo") else "")
+
+
+def mean_ledger(tables: RunTables, arm: str) -> dict[str, Any]:
+    """Mean over seeds of every figure of the ledger; {} if no run has one. FLOPs as floats, teachers by name."""
+    ledgers = [run.ledger for run in tables.runs[arm].values() if run.ledger]
+    if not ledgers:
+        return {}
+    flops = [ledger.get("flops") or {} for ledger in ledgers]
+    teachers = sorted({name for f in flops for name in f.get("teachers") or {}})
+    keys = ("optimiser_steps", "tokens_nonpadding", "tokens_loss", "seconds", "cpu_seconds", "peak_memory_bytes")
+    out: dict[str, Any] = {key: _mean([ledger.get(key) for ledger in ledgers]) for key in keys}
+    out["student_flops"] = _mean([(f.get("student_forward") or 0) + (f.get("student_backward") or 0) for f in flops])
+    out["aligner_flops"] = _mean([f.get("aligner") or 0 for f in flops])
+    out["teacher_flops"] = {name: _mean([(f.get("teachers") or {}).get(name, 0) for f in flops]) for name in teachers}
+    return out
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    known = [float(v) for v in values if v is not None]
+    return sum(known) / len(known) if known else NAN
+
+
+def budgets(recipe: Recipe, tables: RunTables) -> dict[str, dict[str, Any]]:
+    """Per arm its mean ledger and the parities against the reference arm.
+
+    student-matched: tokens and steps relative to the reference. total-compute: all FLOPs relative to the reference,
+    with the teachers' FLOPs whole, and amortised over the runs (arms x seeds) that read the same teacher's store.
+    """
+    ledgers = {arm: mean_ledger(tables, arm) for arm in tables.arms}
+    shares: Counter[str] = Counter()
+    for arm, ledger in ledgers.items():
+        for name, flops in (ledger.get("teacher_flops") or {}).items():
+            shares[name] += len(tables.runs[arm]) if flops > 0 else 0
+    shared = recipe.capture.source == "store"
+    for ledger in ledgers.values():
+        if ledger:
+            own = ledger["student_flops"] + ledger["aligner_flops"]
+            teachers = ledger["teacher_flops"]
+            ledger["total_flops"] = own + sum(teachers.values())
+            ledger["amortised_flops"] = own + sum(f / max(shares[n], 1) if shared else f for n, f in teachers.items())
+    reference = ledgers.get(reference_arm(recipe)) or {}
+    for ledger in ledgers.values():
+        if ledger:
+            for ratio, key in PARITIES.items():
+                ledger[ratio] = _ratio(ledger[key], reference.get(key))
+    return ledgers
+
+
+def _ratio(value: float, base: float | None) -> float:
+    return value / base if base else NAN
+
+
+def reference_arm(recipe: Recipe) -> str:
+    """The baseline of most declared comparisons (first named wins a tie); without any, the first arm."""
+    named = Counter(b for _, b in recipe.report.comparisons if b in recipe.arms)
+    return named.most_common(1)[0][0] if named else next(iter(recipe.arms))
+
+
+def summarise(recipe: Recipe, tables: RunTables, family: dict[str, list[Comparison]]) -> dict[str, Any]:
+    """What `summary.json` holds. Accuracies are shares (0 to 1), nll nats per answer token, per_seed in seed order."""
+    arms = {}
+    for arm in tables.arms:
+        nll, tokens = _figure(tables, arm, "nll"), _spread(tables, arm, lambda run: run.macro("tokens_out"))
+        arms[arm] = {
+            **_figure(tables, arm, "accuracy"), "nll": nll, "tokens_out": tokens,
+            "questions": max((len(run.keys) for run in tables.runs[arm].values()), default=0),
+            "missing_seeds": [s for s in tables.seeds if s not in tables.runs[arm]],
+            "description": describe_arm(recipe, arm),
+        }  # fmt: skip
+    known = [a["mean"] for a in arms.values() if not math.isnan(a["mean"])]
+    ledgers = [run.ledger for runs in tables.runs.values() for run in runs.values()]
+    return {
+        "schema": 1, "name": recipe.name, "title": recipe.title or recipe.name, "primary": recipe.report.primary,
+        "seeds": tables.seeds, "tasks": tables.tasks, "arms": arms,
+        "comparisons": [describe_comparison(c) for c in family["primary"]],
+        "secondary_comparisons": [describe_comparison(c) for c in family["secondary"]],
+        "accuracy_near_zero": bool(known) and max(known) < NEAR_ZERO,
+        "seconds": _total([tables.provenance], "seconds"), "cpu_seconds": _total([tables.provenance], "cpu_seconds"),
+        "student_seconds": _total(ledgers, "seconds"),
+        "teacher_seconds": _total(list(tables.teachers.values()), "seconds"),
+        "leaks_allowed": recipe.data.leaks == "allow" or bool(tables.manifest.get("num_leaks")),
+        "leaks_found": tables.validation.get("num_leaks"),
+        "notes": tables.notes,
+    }  # fmt: skip
+
+
+def _total(rows: Sequence[Any], key: str) -> float:
+    known = [float(row[key]) for row in rows if row.get(key) is not None]
+    return sum(known) if known else NAN
+
+
+def statistics_document(recipe: Recipe, family: dict[str, list[Comparison]]) -> dict[str, Any]:
+    """What `statistical_results.json` holds: rules, method in words, every comparison of both figures."""
+    rules = recipe.report
+    return {
+        "schema": 1, "primary": rules.primary, "alpha": rules.alpha, "margin": rules.margin,
+        "seeds": list(recipe.seeds),
+        "family": [list(pair) for pair in rules.comparisons], "method": METHOD,
+        "comparisons": [describe_comparison(c) for c in family["primary"]],
+        "secondary_comparisons": [describe_comparison(c) for c in family["secondary"]],
+        "secondary_note": "exploratory: the recipe declares one primary figure, and no margin for this one",
+    }  # fmt: skip

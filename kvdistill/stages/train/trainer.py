@@ -1,0 +1,339 @@
+"""`DistillTrainer`: transformers' Trainer with our loss, our batches, our checkpoints and our log.
+
+What differs from the base class: losses are divided by token counts of the whole optimiser step, over all
+micro-batches and ranks; teachers may run online; each loss term is watched and logged; checkpoints are
+safetensors and JSON (`checkpoint.py`). It knows nothing of recipes' files or of the run folder's layout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+
+from kvdistill.arms.batches import BatchMaker, ExampleNumbers, FixedOrder, scaled_nll, token_counts
+from kvdistill.arms.distiller import Distiller, DistillOutput
+from kvdistill.core.errors import TrainingStopped
+from kvdistill.core.files import append_json_line, keep_json_lines
+from kvdistill.core.recipe import ArmRecipe, OptimiserRecipe, TrainRecipe
+from kvdistill.core.runtime import Stopwatch
+from kvdistill.core.targets import TeacherTargets
+from kvdistill.fuse.routing_record import RoutingRecord
+from kvdistill.losses import kv_weight_at
+from kvdistill.stages.train.checkpoint import (
+    drop_old_checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    restore_generators,
+    save_checkpoint,
+)
+
+SCHEDULES = {"cosine": "cosine_with_min_lr", "linear": "linear", "constant": "constant_with_warmup"}
+TeacherRun = Callable[[Tensor, Tensor], TeacherTargets]
+
+
+def training_arguments(recipe: OptimiserRecipe, folder: Path, *, seed: int, cpu: bool) -> TrainingArguments:
+    """The Trainer's arguments for a recipe's `train` section; everything is written under `folder`."""
+    train = recipe if isinstance(recipe, TrainRecipe) else TrainRecipe(**recipe.model_dump())
+    if "wandb" in train.report_to:  # it would write beside wherever the command was given
+        os.environ["WANDB_DIR"] = str(folder)
+    return TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        max_steps=train.steps,
+        per_device_train_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.accumulation,
+        learning_rate=train.learning_rate,
+        adam_beta1=train.adam_betas[0],
+        adam_beta2=train.adam_betas[1],
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        lr_scheduler_type=SCHEDULES[train.schedule],
+        lr_scheduler_kwargs={"min_lr_rate": train.min_lr_ratio} if train.schedule == "cosine" else None,
+        warmup_steps=train.lr_warmup_steps,
+        bf16=train.bf16,
+        logging_steps=train.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # a NaN stops the run (see compute_loss), it is not averaged away
+        save_strategy="steps",
+        save_steps=train.save_every,
+        save_total_limit=train.keep_checkpoints,
+        report_to=[name for name in train.report_to if name != "tensorboard"] or "none",  # see resume_or_start
+        seed=seed,
+        use_cpu=cpu,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=not cpu,
+    )
+
+
+class DistillTrainer(Trainer):
+    """Trains a `Distiller` over a fixed order of examples.
+
+    order: example numbers for the whole training. run_teachers: online teachers by name. tensorboard: folder for its
+    event files (transformers' own place for them is among the checkpoints, which do not stay).
+    on_step(step, trainer): called after every optimiser step (learning curves, progress).
+    """
+
+    def __init__(
+        self,
+        model: Distiller,
+        args: TrainingArguments,
+        batches: BatchMaker,
+        order: Sequence[int],
+        *,
+        arm: ArmRecipe | None = None,
+        run_teachers: Mapping[str, TeacherRun] | None = None,
+        log_file: Path,
+        projector_lr_scale: float = 1.0,
+        tensorboard: Path | None = None,
+        on_step: Callable[[int, DistillTrainer], None] | None = None,
+        clock: Stopwatch | None = None,
+    ) -> None:
+        self._order = order
+        self._arm = arm
+        self._run_teachers = dict(run_teachers or {})
+        self._log_file = log_file
+        self._projector_lr_scale, self._tensorboard = projector_lr_scale, tensorboard
+        self._sums: dict[str, list[float]] = {}
+        self._routing = RoutingRecord(model.teachers, max(1, len(model.student_layers))) if model.teachers else None
+        self._clock = clock or Stopwatch()
+        self.seen = torch.zeros(2, dtype=torch.float64)  # real tokens, loss tokens
+        callbacks: list[TrainerCallback] = [_StepCallback(on_step, self)] if on_step else []
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=ExampleNumbers(len(batches.examples)),
+            data_collator=batches,
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)  # progress is ours to show
+        self.loss_is_scaled_for_ga = True  # sums are divided by the counts of the whole step
+
+    # -- data ---------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return FixedOrder(self._order)
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor]:
+        """The micro-batches of one optimiser step, and the token counts its losses are divided by."""
+        batches: list[Any] = []
+        for _ in range(num_batches):
+            batch = next(epoch_iterator, None)
+            if batch is not None:
+                batches.append(batch)
+        if not batches:
+            return batches, torch.ones(1)
+        counts = torch.stack([token_counts(batch, self._arm) for batch in batches]).sum(0)
+        real = torch.stack([(batch["segments"] > 0).sum() for batch in batches]).sum()
+        both = torch.cat([real[None].to(counts), counts]).to(device=device, dtype=torch.float32)
+        if self.args.world_size > 1:
+            both = self.accelerator.gather(both[None]).sum(0)
+        self.seen += both[:2].double().cpu()
+        return batches, both[1:].clamp_min(1.0)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The arguments' optimiser; no weight decay on biases and norms; projectors at their own rate."""
+        if self.optimizer is None:
+            distiller: Distiller = self.model  # type: ignore[assignment]
+            decayed = set(self.get_decay_parameter_names(distiller))
+            # their annotation names one kind of module, any will do
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, distiller)  # type: ignore[arg-type]
+            groups: dict[tuple[bool, bool], list[Tensor]] = {}
+            for name, parameter in distiller.named_parameters():
+                if parameter.requires_grad:
+                    groups.setdefault((name.startswith("aligners."), name in decayed), []).append(parameter)
+            self.optimizer = kind(
+                [
+                    {
+                        "params": parameters,
+                        "lr": self.args.learning_rate * (self._projector_lr_scale if of_aligner else 1.0),
+                        "weight_decay": self.args.weight_decay if decays else 0.0,
+                    }
+                    for (of_aligner, decays), parameters in groups.items()
+                ],
+                **options,
+            )
+        return self.optimizer
+
+    # -- loss ---------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if self._run_teachers:
+            given, scale = inputs.pop("teacher_inputs"), inputs.get("nll_scale", {})
+            inputs["targets"] = {
+                name: scaled_nll(run(*given[name]), scale.get(name)) for name, run in self._run_teachers.items()
+            }
+        kv_weight = 0.0
+        if self._arm is not None and self._arm.needs_kv:
+            loss_recipe = self._arm.loss
+            kv_weight = kv_weight_at(
+                self.state.global_step, self.args.max_steps, loss_recipe.kv_weight, loss_recipe.kv_warmup
+            )
+        out: DistillOutput = model(**inputs, counts=num_items_in_batch, kv_weight=kv_weight)
+        self._watch(out)
+        if self._routing is not None and out.weights is not None:
+            self._routing.add(out.weights, inputs["segments"] > 0, inputs["tasks"])
+        loss = out.loss * self.args.world_size  # ranks are averaged, counts are global
+        return (loss, out) if return_outputs else loss
+
+    def _watch(self, out: DistillOutput) -> None:
+        """Stop at the first loss that is not a number, naming the term; keep sums for the log."""
+        values = torch.stack([torch.stack([raw, entered]).float() for raw, _, entered in out.terms.values()]).tolist()
+        for (name, (_, weight, _)), (value, entered) in zip(out.terms.items(), values, strict=True):
+            if not (math.isfinite(value) and math.isfinite(entered)):  # entered: with the router's weights
+                broken = value if not math.isfinite(value) else entered
+                raise TrainingStopped(
+                    f"loss term {name!r} became {broken} at step {self.state.global_step + 1}; "
+                    "the last good checkpoint is kept",
+                    place=str(self._log_file.parent),
+                    fix="lower train.learning_rate or loss.kv_weight, or look at this term's teacher; "
+                    "then run the changed recipe in a new run_dir",
+                )
+            sums = self._sums.setdefault(name, [0.0, 0.0, 0.0])
+            sums[0] += value
+            sums[1] = weight
+            sums[2] += entered
+
+    # -- log ----------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """One row in log.jsonl: the step's means over the window, each term raw and weighted, and the routing."""
+        if "loss" in logs:
+            steps = max(1, self.state.global_step - self._last_logged)
+            terms = {
+                name: {"raw": raw / steps, "weight": weight, "weighted": weighted / steps}
+                for name, (raw, weight, weighted) in self._sums_of_all_ranks().items()
+            }
+            # not the Trainer's own mean, which forgets the steps before a resume
+            logs["loss"] = sum(term["weighted"] for term in terms.values())
+            row: dict[str, Any] = {
+                "step": self.state.global_step,
+                "loss": logs["loss"],
+                "lr": logs.get("learning_rate"),
+                "grad_norm": logs.get("grad_norm"),
+                "terms": terms,
+                "tokens": int(self.seen[0]),
+                "seconds": round(self._clock.wall_s(), 3),
+            }
+            if self._routing is not None:
+                row["routing"] = self._routing.row()
+            if self.is_world_process_zero():
+                append_json_line(self._log_file, row)
+            for name, term in terms.items():
+                logs[f"{name}/raw"], logs[f"{name}/weighted"] = term["raw"], term["weighted"]
+            self._sums = {}
+            self._last_logged = self.state.global_step
+        super().log(logs, start_time)
+
+    _last_logged = 0
+
+    def _sums_of_all_ranks(self) -> dict[str, list[float]]:
+        """Raw and weighted sums over ranks: each rank divides its own tokens by the counts of all."""
+        if self.args.world_size == 1 or not self._sums:
+            return self._sums
+        own = torch.tensor([[raw, weighted] for raw, _, weighted in self._sums.values()], device=self.args.device)
+        total = self.accelerator.gather(own[None]).sum(0).tolist()
+        return {
+            name: [raw, self._sums[name][1], weighted] for name, (raw, weighted) in zip(self._sums, total, strict=True)
+        }
+
+    # -- checkpoints --------------------------------------------------------------------------
+
+    def resume_or_start(self) -> int:
+        """Train to the end, from the newest good checkpoint if there is one. Returns the step it started from."""
+        found = newest_checkpoint(self._checkpoint_root())
+        start = int(found.name.rsplit("-", 1)[1]) if found else 0
+        if self.is_world_process_zero():
+            keep_json_lines(self._log_file, lambda row: row["step"] <= start)
+        self._last_logged = start
+        if self._tensorboard is not None and self.is_world_process_zero():
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(str(self._tensorboard), purge_step=start + 1)
+            self.add_callback(TensorBoardCallback(tb_writer=writer))
+        self.train(resume_from_checkpoint=str(found) if found else None)
+        return start
+
+    def _checkpoint_root(self) -> Path:
+        assert self.args.output_dir is not None  # `training_arguments` gives one
+        return Path(self.args.output_dir)
+
+    def _plain_optimizer(self) -> torch.optim.Optimizer:
+        """The optimiser itself: accelerate wraps it."""
+        assert self.optimizer is not None
+        return self.optimizer.optimizer if hasattr(self.optimizer, "optimizer") else self.optimizer
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.is_world_process_zero():
+            root = self._checkpoint_root()
+            unwrapped = self.accelerator.unwrap_model(self.model)
+            self._refuse_broken_weights(unwrapped)
+            save_checkpoint(
+                root / f"checkpoint-{self.state.global_step}",
+                unwrapped,
+                self._plain_optimizer(),
+                self.lr_scheduler,
+                {
+                    "seen": self.seen.tolist(),
+                    "sums": self._sums,
+                    "last_logged": self._last_logged,
+                    "routing": self._routing.state() if self._routing is not None else None,
+                    "seconds": [self._clock.wall_s(), self._clock.cpu_s()],
+                },
+                json.dumps(dataclasses.asdict(self.state), default=str),
+            )
+            drop_old_checkpoints(root, self.args.save_total_limit or 2)
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        assert self.model is not None
+        state = load_checkpoint(Path(resume_from_checkpoint), self.model)
+        self.seen = torch.tensor(state["seen"], dtype=torch.float64)
+        self._sums = {name: list(values) for name, values in state["sums"].items()}
+        self._last_logged = state["last_logged"]
+        self._clock.advance(*state["seconds"])
+        if self._routing is not None and state["routing"] is not None:
+            self._routing.restore(state["routing"])
+
+    def _refuse_broken_weights(self, model: Any) -> None:
+        """A gradient that is no number ruins weights under a loss that is one: no checkpoint of those."""
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and not bool(parameter.detach().isfinite().all()):
+                raise TrainingStopped(
+                    f"weight {name!r} is no longer finite after step {self.state.global_step}; "
+                    "the last good checkpoint is kept",
+                    place=str(self._log_file.parent),
+                    fix="lower train.learning_rate, then run the changed recipe in a new run_dir",
+                )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            assert self.model is not None
+            load_checkpoint(Path(checkpoint), self.model, self._plain_optimizer(), self.lr_scheduler)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            restore_generators(Path(checkpoint))
+
+
+class _StepCallback(TrainerCallback):
+    def __init__(self, on_step: Callable[[int, DistillTrainer], None], trainer: DistillTrainer) -> None:
+        self._on_step, self._trainer = on_step, trainer
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._on_step(state.global_step, self._trainer)

@@ -1,0 +1,353 @@
+"""Where a NaN would come from: every tensor between the teacher and the gradient, held against what a dtype can hold.
+
+One pass over the first batches of training, stage by stage in the data's order:
+
+    teacher's keys, values, queries, as captured -> after time and layer map -> standardised target
+    student's keys, values, queries              -> projected source         -> loss per term -> gradients
+
+so that the first stage with a non-finite value is where it came from. Repairs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvdistill.align import attention_sources, attention_targets
+from kvdistill.align.channels import floored_std
+from kvdistill.arms.batches import KV_SEGMENTS, in_segments, token_counts
+from kvdistill.arms.targets import open_targets
+from kvdistill.core.kv import KV
+from kvdistill.core.recipe import Recipe
+from kvdistill.study.profile.setting import Setting
+
+_CAPTURED = "teacher, as captured"
+FP16_MAX = torch.finfo(torch.float16).max
+BF16_MAX = torch.finfo(torch.bfloat16).max
+
+
+class StageMeter:
+    """What the tensors of one stage hold, over batches; a row of channels for each layer and token.
+
+    Non-finite values are counted at tokens that take part and, apart from these, at slots that do not: 0 times NaN is
+    NaN, so they must be finite too. Everything else is of tokens that take part. Sums are in fp64.
+    """
+
+    def __init__(self, layers: Sequence[int]) -> None:
+        self.layers = list(layers)
+        n = len(self.layers)
+        self._bad, self._bad_masked, self._zero, self._rows = [0] * n, [0] * n, [0] * n, [0] * n
+        self._largest = [0.0] * n
+        self._sums: list[tuple[Tensor, Tensor, Tensor] | None] = [None] * n
+
+    @torch.no_grad()
+    def add(self, place: int, x_NC: Tensor, mask_N: Tensor) -> None:
+        """Rows of the layer at `place` of `layers`."""
+        finite_NC = x_NC.isfinite()
+        bad_N = (~finite_NC).sum(1)
+        self._bad[place] += int(bad_N[mask_N].sum())
+        self._bad_masked[place] += int(bad_N[~mask_N].sum())
+        real_NC = torch.where(finite_NC, x_NC, 0)[mask_N].double()
+        if not real_NC.numel():
+            return
+        self._rows[place] += len(real_NC)
+        self._largest[place] = max(self._largest[place], float(real_NC.abs().max()))
+        self._zero[place] += int((x_NC[mask_N] == 0).all(1).sum())
+        before = self._sums[place]
+        around_C = real_NC.mean(0) if before is None else before[0]  # so that no large squares cancel
+        off_NC = real_NC - around_C
+        total_C, square_C = off_NC.sum(0), off_NC.square().sum(0)
+        if before is not None:
+            total_C, square_C = total_C + before[1], square_C + before[2]
+        self._sums[place] = (around_C, total_C, square_C)
+
+    def add_layers(self, x_LNC: Tensor | Sequence[Tensor], mask: Tensor) -> None:
+        """[L, B, T, …] (or L times [B, T, …]); mask [B, T], or [L, B, T]."""
+        for place, x in enumerate(x_LNC):
+            mask_N = (mask if mask.ndim == 2 else mask[place]).flatten()
+            self.add(place, x.reshape(len(mask_N), -1), mask_N)
+
+    def figures(self) -> dict[str, Any]:
+        worst = max(range(len(self.layers)), key=self._largest.__getitem__)
+        stds = [self._std(place) for place in range(len(self.layers))]
+        known = [pair for pair in stds if pair is not None]
+        return {
+            "non_finite": sum(self._bad),
+            "non_finite_masked": sum(self._bad_masked),
+            "non_finite_layers": [
+                n for n, *bad in zip(self.layers, self._bad, self._bad_masked, strict=True) if sum(bad)
+            ],
+            "rows": sum(self._rows),
+            "largest": self._largest[worst],
+            "largest_layer": self.layers[worst],
+            "of_fp16": self._largest[worst] / FP16_MAX,
+            "of_bf16": self._largest[worst] / BF16_MAX,
+            "layers_over_fp16": [
+                n for n, largest in zip(self.layers, self._largest, strict=True) if largest > FP16_MAX
+            ],
+            "smallest_std": min((low for low, _, _ in known), default=None),
+            "dead_channels": sum(dead for _, dead, _ in known),
+            "channels": sum(channels for _, _, channels in known),
+            "zero_vectors": sum(self._zero),
+        }
+
+    def _std(self, place: int) -> tuple[float, int, int] | None:
+        """Smallest std of a layer's live channels, how many are dead (`channels.floored_std`), and of how many."""
+        sums = self._sums[place]
+        if sums is None:
+            return None
+        around_C, total_C, square_C = sums
+        shift_C = total_C / self._rows[place]
+        std_1C = (square_C / self._rows[place] - shift_C.square()).clamp_min(0).sqrt()[None]
+        is_dead_C = (floored_std((around_C + shift_C)[None], std_1C) != std_1C)[0]
+        live = std_1C[0][~is_dead_C]
+        return (float(live.min()) if len(live) else 0.0), int(is_dead_C.sum()), len(is_dead_C)
+
+
+class Stages:
+    """Meters by (stage, teacher, what), in the order in which they were first asked for."""
+
+    def __init__(self) -> None:
+        self._meters: dict[tuple[str, str | None, str], StageMeter] = {}
+
+    def add(
+        self,
+        stage: str,
+        of: str | None,
+        tensors: Mapping[str, Tensor | Sequence[Tensor]],
+        mask: Tensor,
+        layers: Sequence[int],
+    ) -> None:
+        for what, x in tensors.items():
+            if len(x):
+                self._meters.setdefault((stage, of, what), StageMeter(layers)).add_layers(x, mask)
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [{"stage": s, "teacher": of, "what": what, **m.figures()} for (s, of, what), m in self._meters.items()]
+
+
+def number_figures(setting: Setting, num_batches: int) -> dict[str, Any]:
+    """{"stages": in order, "terms", "gradients", "empty", "first_non_finite", "says"}; see `StageMeter.figures`."""
+    stages, terms, gradients = Stages(), _Terms(), _Gradients()
+    empty: dict[str, dict[str, int]] = {name: {"tokens": 0, "empty": 0} for name in setting.arm.teachers}
+    maker = setting.maker("train")
+    for numbers in setting.training_numbers(num_batches):
+        batch = setting.load(maker, numbers)
+        with torch.no_grad():
+            _add_sides(stages, setting, batch)
+        _add_step(terms, gradients, setting, batch)
+        wanted_BT = in_segments(batch["segments"], KV_SEGMENTS[setting.arm.loss.kv_on])
+        for name, count in empty.items():
+            mask = batch["kv_masks"][name]
+            wanted = wanted_BT.expand_as(mask)
+            count["tokens"] += int(wanted.sum())
+            count["empty"] += int((wanted & ~mask).sum())
+    rows = stages.rows()
+    first = _first_non_finite(rows, terms.found, gradients.rows())
+    if first is not None and first["stage"] in ("target", "source"):
+        first = _in_what_was_fitted(setting, rows) or first  # a fit reads other texts than these
+    return {
+        "texts": num_batches * setting.recipe.train.batch_size,
+        "stages": rows,
+        "terms": terms.found,
+        "gradients": gradients.rows(),
+        "empty": empty,
+        "first_non_finite": first,
+        "says": first["says"] if first is not None else _nearest(rows + gradients.rows()),
+    }
+
+
+def _add_sides(stages: Stages, setting: Setting, batch: dict[str, Any]) -> None:
+    student = setting.student_kv(batch)
+    theirs = {name: setting.teacher_kv(batch, name) for name in setting.arm.teachers}
+    for name, kv in theirs.items():
+        stages.add(_CAPTURED, name, _token_major(kv), kv.mask_BT, kv.layers)
+    layers, masks, maps = student.layers, batch["kv_masks"], batch["maps"]
+    for name, kv in theirs.items():
+        mapped, _ = setting.aligner(name).teacher_channels(kv, maps.get(name), standardise=False)
+        stages.add("after time and layer map", name, mapped._asdict(), masks[name], layers)
+    for name, kv in theirs.items():
+        stages.add("target", name, _target(setting, name, student, kv, maps.get(name)), masks[name], layers)
+    real_BT = batch["segments"] > 0
+    stages.add("student", None, _token_major(student), real_BT, layers)
+    for name, kv in theirs.items():
+        stages.add("source", name, _source(setting, name, student, kv), masks[name], layers)
+
+
+def _token_major(kv: KV) -> dict[str, list[Tensor]]:
+    sides = {"k": kv.keys, "v": kv.values, "q": kv.queries}
+    return {what: [x.transpose(1, 2) for x in side] for what, side in sides.items()}
+
+
+def _target(setting: Setting, name: str, student: KV, teacher: KV, mapping: Any) -> dict[str, Tensor]:
+    aligner = setting.aligner(name)
+    if setting.arm.compares_attention:
+        return attention_targets(aligner, student, teacher, mapping, setting.rotations[name])._asdict()
+    return aligner.targets(teacher, mapping)[0]._asdict()
+
+
+def _source(setting: Setting, name: str, student: KV, teacher: KV) -> dict[str, Tensor]:
+    aligner = setting.aligner(name)
+    if setting.arm.compares_attention:
+        return attention_sources(aligner, student, teacher, setting.rotations[name])._asdict()
+    return aligner.sources(student)._asdict()
+
+
+def first_broken_target(recipe: Recipe, run: Path, name: str) -> dict[str, Any] | None:
+    """The first captured tensor of a teacher that is not finite: what, layer, example, count. Reads the whole store."""
+    reader = open_targets(recipe, run, name, "train" if recipe.capture.source == "store" else "val")
+    for example in range(reader.num_examples):
+        kv = reader.read([example], logits=False, scores=False).kv
+        assert kv is not None
+        for what, side in (("k", kv.keys), ("v", kv.values), ("q", kv.queries)):
+            for layer, x in zip(kv.layers, side, strict=False):
+                if bad := int((~x.isfinite()).sum()):
+                    return {"what": what, "layer": layer, "example": example, "count": bad}
+    return None
+
+
+def _in_what_was_fitted(setting: Setting, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The first aligner whose statistics or projectors are not finite; or rather what they were fitted to, if it is it.
+
+    rows: of all stages.
+    """
+    for name in setting.arm.teachers:
+        state = setting.aligner(name).state_dict()
+        broken = [key for key, tensor in state.items() if not bool(tensor.isfinite().all())]
+        if not broken:
+            continue
+        found = first_broken_target(setting.recipe, setting.run, name)
+        if found is not None:
+            says = f"non-finite values begin in {_name({'stage': _CAPTURED, 'teacher': name, **found})}: "
+            says += f"{found['count']:,} of them in layer {found['layer']} of example {found['example']}, "
+            says += f"and so in the aligner ({', '.join(broken)})"
+            return {"stage": _CAPTURED, "teacher": name, "what": found["what"], "says": says}
+        students = _first_non_finite([row for row in rows if row["stage"] == "student"], {}, [])
+        says = f"non-finite values begin in the aligner of teacher {name!r}: {', '.join(broken)}"
+        return students or {"stage": "fit", "teacher": name, "what": broken[0], "says": says}
+    return None
+
+
+# -- one real step ------------------------------------------------------------------------------------
+
+
+class _Terms:
+    """The largest value of each loss term, and the first that is not finite."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, dict[str, Any]] = {}
+
+    def add(self, name: str, raw: Tensor, entered: Tensor) -> None:
+        row = self.found.setdefault(name, {"raw": 0.0, "weighted": 0.0, "non_finite": 0})
+        values = float(raw), float(entered)
+        if not all(map(_is_finite, values)):
+            row["non_finite"] += 1
+        row["raw"], row["weighted"] = (max(a, b) for a, b in zip((row["raw"], row["weighted"]), values, strict=True))
+
+
+class _Gradients:
+    """Gradients of the student and of each teacher's projectors: the largest, whose it is, and what is not finite."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str | None, dict[str, Any]] = {}
+
+    def add(self, teacher: str | None, name: str, gradient: Tensor) -> None:
+        row = self._rows.setdefault(
+            teacher, {"non_finite": 0, "largest": 0.0, "largest_in": None, "first_non_finite": None}
+        )
+        finite = gradient.isfinite()
+        bad = int((~finite).sum())
+        row["non_finite"] += bad
+        if bad and row["first_non_finite"] is None:
+            row["first_non_finite"] = name
+        largest = float(torch.where(finite, gradient, 0).abs().max()) if gradient.numel() else 0.0
+        if largest >= row["largest"]:
+            row["largest"], row["largest_in"] = largest, name
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [
+            {"stage": "gradient", "teacher": of, "of_fp16": row["largest"] / FP16_MAX, **row}
+            for of, row in self._rows.items()
+        ]
+
+
+def _add_step(terms: _Terms, gradients: _Gradients, setting: Setting, batch: dict[str, Any]) -> None:
+    """Loss and gradients at the full KV weight (after the warm-up), of one micro-batch, unclipped."""
+    distiller, arm = setting.distiller, setting.arm
+    distiller.train().zero_grad(set_to_none=True)
+    counts = token_counts(batch, arm).to(device=setting.device, dtype=torch.float32).clamp_min(1.0)
+    with torch.autocast(setting.device.type, torch.bfloat16, enabled=setting.recipe.train.bf16):
+        out = distiller(**batch, counts=counts, kv_weight=arm.loss.kv_weight)
+    for name, (raw, _, entered) in out.terms.items():
+        terms.add(name, raw, entered)
+    out.loss.backward()
+    for name, parameter in distiller.named_parameters():
+        if parameter.grad is not None:
+            first, _, rest = name.partition(".")
+            number, _, inner = rest.partition(".")
+            teacher = arm.teachers[int(number)] if first == "aligners" else None
+            gradients.add(teacher, inner if first == "aligners" else rest, parameter.grad)
+    distiller.eval().zero_grad(set_to_none=True)
+
+
+# -- in words -----------------------------------------------------------------------------------------
+
+_WHAT = {"k": "keys", "v": "values", "q": "queries"}
+
+
+def _is_finite(value: float) -> bool:
+    return value - value == 0
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    """A stage for people: `teacher 'one': keys as captured`."""
+    of = f" of teacher {row['teacher']!r}" if row["teacher"] else ""
+    if row["stage"] == "gradient":
+        return f"the gradient of the projectors{of}" if row["teacher"] else "the student's gradient"
+    what = _WHAT[row["what"]]
+    return {
+        _CAPTURED: f"the {what}{of}, as captured",
+        "after time and layer map": f"the {what}{of} after the time and layer map",
+        "target": f"the target {what}{of}",
+        "student": f"the student's {what}",
+        "source": f"the student's {what} projected for the space{of}",
+    }[row["stage"]]
+
+
+def _first_non_finite(
+    rows: Sequence[Mapping[str, Any]], terms: Mapping[str, Mapping[str, Any]], gradients: Sequence[Mapping[str, Any]]
+) -> dict[str, Any] | None:
+    for row in rows:
+        bad, masked = row["non_finite"], row["non_finite_masked"]
+        if bad or masked:
+            where = "" if bad else " (all at slots that do not take part; 0 times NaN is NaN)"
+            layers = ", ".join(map(str, row["non_finite_layers"]))
+            says = f"non-finite values begin in {_name(row)}: {bad or masked:,} of them in layer {layers}{where}"
+            return {"stage": row["stage"], "teacher": row["teacher"], "what": row["what"], "says": says}
+    for name, term in terms.items():
+        if term["non_finite"]:
+            says = f"all that goes into the loss is finite; its term {name!r} is not"
+            return {"stage": "loss", "teacher": None, "what": name, "says": says}
+    for row in gradients:
+        if row["non_finite"]:
+            first = row["first_non_finite"]
+            says = f"the loss is finite; {_name(row)} is not: {row['non_finite']:,} values, the first in {first}"
+            return {"stage": "gradient", "teacher": row["teacher"], "what": first, "says": says}
+    return None
+
+
+def _nearest(rows: Sequence[Mapping[str, Any]]) -> str:
+    row = max(rows, key=lambda one: one["largest"])
+    where = f"layer {row['largest_layer']}" if "largest_layer" in row else row["largest_in"]
+    says = f"no NaN found; the nearest to overflow: {_name(row)} reach {row['largest']:.4g} ({where}), "
+    if row["stage"] == "gradient":
+        says = says.replace(" reach ", " reaches ")
+    return says + f"{_percent(row['of_fp16'])} of what fp16 can hold"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g}%" if share < 1 else f"{share:.3g} times"

@@ -1,0 +1,225 @@
+"""`kvdistill run RECIPE --dry-run`: the whole study rehearsed with random weights of the true sizes, two layers deep.
+
+Every stage runs on a handful of problems, so that a wrong key, size, map or path shows here and not after hours on a
+cluster; beside that it prints what the real run needs: parameters, memory, FLOPs a step, bytes of captured targets.
+Works without a hub for models whose sizes are known (`models.published`). Leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from kvdistill.align import parse_layer_range
+from kvdistill.arms.texts import load_teacher_tokenizer, load_tokenizer_of
+from kvdistill.core.config import arm_recipe, make_recipe, run_folder
+from kvdistill.core.errors import DataError
+from kvdistill.core.layout import folder_lock
+from kvdistill.core.progress import Progress
+from kvdistill.core.recipe import ModelRecipe, Recipe
+from kvdistill.core.runtime import DTYPES, derive_seed, quiet_libraries
+from kvdistill.data.tokenizers import load_tokenizer
+from kvdistill.models import ModelShape, auto_class, check_model_exists, describe_config, forward_flops
+from kvdistill.models.published import published_config
+from kvdistill.stages.prepare import prepare
+from kvdistill.study.workers import stage_function
+
+DEPTH = 2
+GIB = 1 << 30
+
+
+def dry_run(recipe: Recipe, progress: Progress) -> dict[str, Any]:
+    """Rehearse every stage and return {"stages", "models", "needs", "notes"} for the terminal."""
+    quiet_libraries()
+    folder = run_folder(recipe) / "dry-run"
+    notes: list[str] = []
+    with folder_lock(folder, wait=False):
+        try:
+            configs = _true_configs(recipe, notes)
+            _check_layers(recipe, configs)
+            small = _prepared(recipe, folder, notes, progress)
+            small = _with_small_models(small, folder, configs)
+            stages = _rehearse(small, folder / "run", progress)
+            needs = _needs(recipe, configs)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    return {"rehearsed": stages, "needs": needs, "notes": notes}
+
+
+def _true_configs(recipe: Recipe, notes: list[str]) -> dict[str, PreTrainedConfig]:
+    """Configuration of the student and every teacher at their true size."""
+    sources: dict[str, ModelRecipe] = {"student": recipe.student}
+    sources |= {f"teacher {t.name}": t for t in recipe.teachers}
+    configs = {}
+    for name, source in sources.items():
+        known = published_config(source.path or "")  # first: a hub that does not answer costs minutes of retries
+        configs[name] = known or check_model_exists(source, name)
+        if known is not None:
+            notes.append(f"{name}: sizes as published for {source.path}; the weights were not looked for")
+    return configs
+
+
+def _check_layers(recipe: Recipe, configs: dict[str, PreTrainedConfig]) -> None:
+    for arm in recipe.arms:
+        made = arm_recipe(recipe, arm)
+        parse_layer_range(
+            made.loss.distill_layers, configs["student"].num_hidden_layers, f"arms.{arm}: loss.distill_layers"
+        )
+
+
+def _prepared(recipe: Recipe, folder: Path, notes: list[str], progress: Progress) -> Recipe:
+    """The recipe cut down to a few problems and steps, data prepared; built-in data where the real is out of reach."""
+    tree = recipe.model_dump(mode="json")
+    tree["run_dir"] = str(folder / "run")
+    tree["seeds"] = recipe.seeds[:1]
+    tree["data"]["tasks"] = [{**task, "train": 8, "val": 4, "test": 2} for task in tree["data"]["tasks"]]
+    tree["train"] |= {
+        "steps": 2,
+        "batch_size": 2,
+        "accumulation": min(2, recipe.train.accumulation),
+        "eval_every": 0,
+        "eval_examples": 2,
+        "save_every": 2,
+        "report_to": [],
+        "bf16": recipe.train.bf16,
+    }
+    tree["evaluate"] |= {"limit": 2, "max_new_tokens": 4, "match_examples": 2}
+    tree["align"]["calibration_examples"] = 4
+    tree["loss"]["distill_layers"] = "all"
+    for arm in tree["arms"].values():
+        (arm.get("loss") or {}).pop("distill_layers", None)
+    for teacher in tree["teachers"]:
+        teacher["optimiser"] |= {"steps": 2, "batch_size": 2}
+        teacher["traces"] = None  # of real questions; a rehearsal asks others
+        _read_tokenizer(teacher, recipe, notes)
+    try:
+        small = make_recipe(tree)
+        prepare(small, folder / "run", progress)
+        return small
+    except DataError as error:
+        if recipe.data.root is not None:  # somebody named local data: what is wrong with it is theirs to know
+            raise
+        notes.append(f"data: {error.what}; rehearsed on built-in problems with the character tokenizer")
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    tree["data"] |= {
+        "tasks": [{"name": "chain", "train": 8, "val": 4, "test": 2}],
+        "tokenizer": "characters",
+        "trim_vocabulary": False,
+    }
+    for teacher in tree["teachers"]:
+        teacher["tokenizer"] = "characters" if teacher["path"] else None
+        teacher["train_on"] = ["chain"] if teacher["train_on"] else []
+    small = make_recipe(tree)
+    prepare(small, folder / "run", progress)
+    return small
+
+
+def _read_tokenizer(teacher: dict[str, Any], recipe: Recipe, notes: list[str]) -> None:
+    """A pretrained teacher's tokenizer where it is at hand, else the student's in its place."""
+    if teacher["path"] is None or teacher["tokenizer"] is not None:
+        return
+    try:
+        load_tokenizer(teacher["path"], recipe.data.root)
+    except DataError:
+        teacher["tokenizer"] = recipe.data.tokenizer
+        notes.append(f"teacher {teacher['name']}: its tokenizer is not at hand; rehearsed with the student's")
+
+
+def _with_small_models(small: Recipe, folder: Path, configs: dict[str, PreTrainedConfig]) -> Recipe:
+    """Every pretrained model replaced by a folder with random weights of its layer sizes, DEPTH layers deep."""
+    tree = small.model_dump(mode="json")
+    for name, section in [("student", tree["student"])] + [(f"teacher {t['name']}", t) for t in tree["teachers"]]:
+        if section["path"] is not None:
+            target = folder / "models" / name.replace(" ", "-")
+            of = next((t for t in small.teachers if f"teacher {t.name}" == name), None)
+            run = folder / "run"
+            tokenizer = load_tokenizer_of(run) if of is None else load_teacher_tokenizer(run, of)
+            _save_random(configs[name], target, tokenizer, section["dtype"])
+            section["path"] = str(target)
+    return make_recipe(tree)
+
+
+def _save_random(config: PreTrainedConfig, target: Path, tokenizer: Any, dtype: str) -> None:
+    small = copy.deepcopy(config)
+    small.num_hidden_layers = min(DEPTH, config.num_hidden_layers)
+    small.vocab_size = len(tokenizer)
+    if getattr(small, "layer_types", None):
+        small.layer_types = small.layer_types[: small.num_hidden_layers]
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(small, key, getattr(tokenizer, key))
+    torch.manual_seed(derive_seed(0, "dry-run", target.name))
+    model = auto_class(small).from_config(small, dtype=DTYPES[dtype])
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _rehearse(small: Recipe, run: Path, progress: Progress) -> list[str]:
+    """All stages in this process, one seed. Returns what was done."""
+    done = ["prepare"]
+    seed = small.seeds[0]
+    for teacher in small.teachers:
+        if teacher.scratch is not None:
+            stage_function("train_teacher")(small, run, teacher.name, progress=progress)
+            done.append(f"teach {teacher.name}")
+    arms = [arm_recipe(small, arm) for arm in small.arms]
+    if any(arm.needs_kv and arm.align.layers == "cka" and arm.align.layer_map is None for arm in arms):
+        stage_function("map_layers")(small, run, progress=progress)
+        done.append("map layers")
+    for teacher in small.teachers:
+        stage_function("capture")(small, run, teacher.name, progress=progress)
+        done.append(f"capture {teacher.name}")
+    stage_function("fit")(small, run, [(arm, seed) for arm in small.arms], progress=progress)
+    done.append("fit")
+    for arm in small.arms:
+        stage_function("train_student")(small, run, arm, seed, progress=progress)
+        stage_function("evaluate")(small, run, arm, seed, progress=progress)
+        done.append(f"train and evaluate {arm}")
+    return done
+
+
+def _needs(recipe: Recipe, configs: dict[str, PreTrainedConfig]) -> dict[str, str]:
+    """What the real run needs, from the true sizes."""
+    needs: dict[str, str] = {}
+    shapes: dict[str, ModelShape] = {}
+    for name, config in configs.items():
+        shape = shapes[name] = describe_config(config)
+        source = recipe.student if name == "student" else _teacher(recipe, name)
+        size = torch.empty(0, dtype=DTYPES[source.dtype]).element_size()
+        gib = shape.num_parameters * size / GIB
+        kv_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_size * size
+        needs[name] = (
+            f"{shape.num_parameters / 1e9:.2f} B parameters, {shape.num_layers} layers, "
+            f"{gib:.1f} GiB in {source.dtype}, {kv_bytes / 1000:.1f} kB of KV per token"
+        )
+    student = shapes["student"]
+    tokens = recipe.train.batch_size * recipe.train.accumulation * recipe.data.max_length
+    step = 3 * forward_flops(student, tokens, tokens * recipe.data.max_length)
+    trained = student.num_parameters if recipe.student.lora is None else 0.02 * student.num_parameters
+    needs["student training"] = (
+        f"about {(student.num_parameters * 4 + trained * 12) / GIB:.0f} GiB for weights, gradients and Adam in fp32; "
+        f"at most {step / 1e12:.3g} TFLOP per step"
+    )
+    if recipe.capture.source == "store":
+        needs["captured targets"] = _store_size(recipe, shapes, student)
+    return needs
+
+
+def _store_size(recipe: Recipe, shapes: dict[str, ModelShape], student: ModelShape) -> str:
+    size = torch.empty(0, dtype=DTYPES[recipe.capture.dtype]).element_size()
+    problems = sum(task.train for task in recipe.data.tasks)
+    per_token = sum(
+        2 * min(shape.num_layers, student.num_layers) * shape.num_kv_heads * shape.head_size * size
+        for name, shape in shapes.items()
+        if name != "student"
+    )
+    upper = problems * recipe.data.max_length * per_token / GIB
+    return f"at most {upper:.1f} GiB ({per_token / 1000:.1f} kB per token, {problems} problems)"
+
+
+def _teacher(recipe: Recipe, name: str) -> ModelRecipe:
+    return next(t for t in recipe.teachers if f"teacher {t.name}" == name)
