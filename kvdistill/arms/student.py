@@ -1,0 +1,190 @@
+"""The student: the one way in which training, fitting, matching, answering, evaluating and saving run it.
+
+`Student` is the protocol, `CausalStudent` the student that writes its reasoning: a causal model of transformers. Another
+kind (one that thinks in latents) is another class with the same methods; no caller changes. Knows no arm and no file
+layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from kvdistill.core.errors import RunFolderError
+from kvdistill.core.files import replacing_folder
+from kvdistill.core.kv import KV, RopeFrame
+from kvdistill.core.recipe import LoraRecipe
+from kvdistill.models import (
+    add_lora,
+    capture_kv,
+    describe_model,
+    forward_flops,
+    merge_lora,
+    positions_from_mask,
+    unrotate_keys,
+)
+from kvdistill.models.generate import generate_greedy, segment_nll
+
+
+class StudentOutput(NamedTuple):
+    """logits_BTV: next-token logits, with graph. kv: of the layers asked for, with graph; None where none was."""
+
+    logits_BTV: Tensor
+    kv: KV | None
+
+
+class Student(Protocol):
+    """What every kind of student can do. `model` is what learns; its parameters are the student's."""
+
+    model: nn.Module
+
+    def __call__(
+        self,
+        input_ids_BT: Tensor,
+        mask_BT: Tensor,
+        *,
+        layers: Sequence[int] | None = None,
+        queries: bool = False,
+        keys: RopeFrame = "unrotated",
+    ) -> StudentOutput:
+        """One forward pass over right-padded texts, with graph.
+
+        layers: whose keys and values (and queries) to capture; None: none, and no `kv`. keys: frame of the keys.
+        """
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        eos_id: int,
+        pad_id: int,
+        max_new_tokens: int,
+        batch_size: int,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[list[int]]:
+        """The greedy answer to each prompt, as token ids without the end token, in the order given."""
+
+    def score(
+        self, rows: Sequence[Sequence[int]], counted: Sequence[Sequence[bool]], *, pad_id: int, batch_size: int
+    ) -> list[float]:
+        """Mean NLL (nats per token) of the counted tokens of each row, teacher-forced; NaN where none is counted."""
+
+    def save(self, folder: Path, tokenizer: Any) -> None:
+        """Write what `load` reads, and what anybody can load without kvdistill; whole or not at all."""
+
+    def flops(self, num_tokens: int, sum_squared_lengths: int) -> tuple[int, int]:
+        """Floating-point operations of forward and of backward over so many tokens, a multiply-add as two."""
+
+
+class CausalStudent(nn.Module):
+    """A causal model of transformers, plain or with LoRA adapters, as a student."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        lora: LoraRecipe | None = None,
+        seed: int = 0,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        """lora: adapters to train in place of the weights, drawn from `seed`."""
+        super().__init__()
+        self.shape = describe_model(model)  # of the plain model: adapters do not count
+        self._has_lora, self._recomputes = lora is not None, gradient_checkpointing
+        if lora is not None:
+            model = add_lora(model, lora, seed=seed)  # type: ignore[arg-type]
+        if gradient_checkpointing:  # the non-reentrant way: the other one cuts captured gradients
+            inner: Any = model
+            if hasattr(inner, "activation_checkpointing_enable"):  # transformers 5.2x renamed it
+                inner.activation_checkpointing_enable({"use_reentrant": False})
+            else:
+                inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            if lora is not None:
+                inner.enable_input_require_grads()
+        self.model = model
+
+    @classmethod
+    def load(cls, folder: Path, dtype: torch.dtype) -> CausalStudent:
+        """A saved student, as plain transformers loads it. Raises RunFolderError where it cannot be loaded."""
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise RunFolderError(
+                f"the trained student cannot be loaded ({str(error).strip().splitlines()[0]})",
+                place=str(folder),
+                fix=f"delete {folder.parent} and run `kvdistill train RECIPE` again",
+            ) from None
+        return cls(model)
+
+    def forward(
+        self,
+        input_ids_BT: Tensor,
+        mask_BT: Tensor,
+        *,
+        layers: Sequence[int] | None = None,
+        queries: bool = False,
+        keys: RopeFrame = "unrotated",
+    ) -> StudentOutput:
+        """As `Student.__call__`."""
+        positions_BT = positions_from_mask(mask_BT)
+        inputs = {
+            "input_ids": input_ids_BT,
+            "attention_mask": mask_BT.long(),
+            "position_ids": positions_BT,
+            "use_cache": False,
+        }
+        if layers is None:
+            return StudentOutput(self.model(**inputs).logits, None)
+        with capture_kv(self.model, layers=layers, queries=queries) as captured:
+            logits_BTV = self.model(**inputs).logits
+        kv = captured.kv(mask_BT, positions_BT)
+        return StudentOutput(logits_BTV, kv if keys == "rotated" else unrotate_keys(kv, self.model))
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        eos_id: int,
+        pad_id: int,
+        max_new_tokens: int,
+        batch_size: int,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[list[int]]:
+        """As `Student.generate`."""
+        return generate_greedy(
+            self.model,
+            prompts,
+            eos_id=eos_id,
+            pad_id=pad_id,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            progress=progress,
+        )
+
+    def score(
+        self, rows: Sequence[Sequence[int]], counted: Sequence[Sequence[bool]], *, pad_id: int, batch_size: int
+    ) -> list[float]:
+        """As `Student.score`."""
+        return segment_nll(self.model, rows, counted, pad_id=pad_id, batch_size=batch_size)
+
+    def save(self, folder: Path, tokenizer: Any) -> None:
+        """A folder that plain transformers loads: merged weights (safetensors), config, generation ids, tokenizer."""
+        model = merge_lora(self.model)
+        for config in (model.config, model.generation_config):
+            config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+            config.bos_token_id = tokenizer.bos_token_id
+        with replacing_folder(folder) as part:
+            model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
+
+    def flops(self, num_tokens: int, sum_squared_lengths: int) -> tuple[int, int]:
+        """As `Student.flops`. A backward pass is two forwards (one where the base weights are frozen under LoRA), and
+        one more where activations are recomputed."""
+        forward = forward_flops(self.shape, num_tokens, sum_squared_lengths)
+        return forward, forward * (1 if self._has_lora else 2) + (forward if self._recomputes else 0)
