@@ -1,8 +1,8 @@
 """The student: the one way in which training, fitting, matching, answering, evaluating and saving run it.
 
-`Student` is the protocol, `CausalStudent` the student that writes its reasoning: a causal model of transformers. Another
-kind (one that thinks in latents) is another class with the same methods; no caller changes. Knows no arm and no file
-layout.
+`Student` is the protocol, `CausalStudent` the student that writes its reasoning: a causal model of transformers.
+Another kind (one that thinks in latents) is another class with the same methods; no caller changes. Knows no arm and
+no layout of files.
 """
 
 from __future__ import annotations
