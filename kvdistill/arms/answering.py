@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from kvdistill.arms.student import Student
 from kvdistill.data.encode import Example
-from kvdistill.models.generate import generate_greedy
 
 
 def greedy_answers(
-    model: Any,
+    student: Student,
     tokenizer: Any,
     examples: Sequence[Example],
     *,
@@ -22,8 +22,7 @@ def greedy_answers(
     progress: Callable[[int, int], None] | None = None,
 ) -> list[tuple[str, int]]:
     """The greedy completion of each example's prompt as text, and its number of tokens, in the order given."""
-    answers = generate_greedy(
-        model,
+    answers = student.generate(
         [example.prompt_ids for example in examples],
         eos_id=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,

@@ -2,30 +2,29 @@
 
 The order is one list of example numbers for the whole training, a function of (seed, examples, steps, batch)
 only: every arm of a study sees the same examples in the same order, and resuming is skipping a prefix.
-Targets come from stored readers, or are left to the trainer, which runs the teachers (`online`).
+Targets come from stored readers, or are left to whoever runs the teachers (`Batch.with_targets`).
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from kvdistill.align import TimeWarper
 from kvdistill.align.layers import slots_with_all
 from kvdistill.align.tokens import same_tokens, token_map
-from kvdistill.arms.pairing import layer_sources_of
-from kvdistill.arms.texts import TeacherText, split_examples, teacher_texts
+from kvdistill.arms.texts import TeacherText
 from kvdistill.compress import kept_tokens
 from kvdistill.core.maps import SparseMap
-from kvdistill.core.recipe import ArmRecipe, Recipe
+from kvdistill.core.recipe import ArmRecipe
 from kvdistill.core.runtime import derive_seed
 from kvdistill.core.segments import ANSWER, PROMPT, REASONING
 from kvdistill.core.targets import ATTENTION, IMPORTANCE, REDUNDANCY, TeacherTargets
@@ -96,19 +95,75 @@ class ExampleNumbers(Dataset[int]):
 
 
 class FixedOrder(Sampler[int]):
+    """Example numbers in the order given."""
+
     def __init__(self, order: Sequence[int]) -> None:
         self._order = order
 
     def __len__(self) -> int:
         return len(self._order)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
         return iter(self._order)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B examples, right-padded to T student tokens, and what each teacher has for them. All dicts go by teacher.
+
+    segments_BT: segment codes (`core.segments`), 0 at padding. tasks: of each example.
+    teacher_inputs: ids and segments [B, S] that a teacher is to be run on; empty where targets are stored.
+    targets: what the teachers gave, their NLL counted per token of the student's text.
+    nll_scale: a teacher's completion tokens by the student's, for teachers that read their own tokens.
+    maps: from the teacher's tokens to the student's; a teacher without one has every token where the student has it.
+    kv_masks: student tokens that take part, [B, T], or [L', B, T] where layers keep different tokens.
+    token_weights: [L', B, T], mean 1 over the tokens that take part, where tokens weigh by the teacher's attention.
+    """
+
+    input_ids_BT: Int[Tensor, "B T"]
+    segments_BT: Int[Tensor, "B T"]
+    tasks: list[str]
+    teacher_inputs: dict[str, tuple[Int[Tensor, "B _"], Int[Tensor, "B _"]]] = field(default_factory=dict)
+    targets: dict[str, TeacherTargets] = field(default_factory=dict)
+    nll_scale: dict[str, Float[Tensor, " B"]] = field(default_factory=dict)
+    maps: dict[str, SparseMap] = field(default_factory=dict)
+    kv_masks: dict[str, Bool[Tensor, "B T"] | Bool[Tensor, "_ B T"]] = field(default_factory=dict)
+    token_weights: dict[str, Float[Tensor, "_ B T"]] = field(default_factory=dict)
+
+    @property
+    def mask_BT(self) -> Tensor:
+        """Real tokens."""
+        return self.segments_BT > 0
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same on `device`."""
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: moved(item) for name, item in value.items()}
+            if isinstance(value, tuple):
+                return tuple(moved(item) for item in value)
+            return value.to(device) if hasattr(value, "to") else value
+
+        return Batch(**{one.name: moved(getattr(self, one.name)) for one in fields(self)})
+
+    def with_targets(self, targets: Mapping[str, TeacherTargets]) -> Batch:
+        """The batch with what the teachers gave for it.
+
+        Tokenizers cut the same text into more or fewer pieces; what can be compared is how well the text is explained,
+        so NLL becomes nats per token of the student (`nll_scale`).
+        """
+        found = dict(targets)
+        for name, scale_B in self.nll_scale.items():
+            nll_B = found[name].nll_B
+            if nll_B is not None:
+                found[name] = replace(found[name], nll_B=nll_B * scale_B.to(nll_B.device))
+        return replace(self, teacher_inputs={}, targets=found)
 
 
 @dataclass
 class BatchMaker:
-    """Example numbers -> one right-padded batch: ids, segments, tasks, and per teacher targets, map and mask.
+    """Example numbers -> one `Batch`.
 
     readers: stored targets by teacher; empty for arms without teachers and for online teachers.
     texts: of teachers that read something of their own, row by row beside `examples`.
@@ -125,87 +180,92 @@ class BatchMaker:
     layers: Mapping[str, LayerSources] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._warper: TimeWarper | None = None
+        self._partner: list[int] | None = None
         if self.arm is not None:
             align = self.arm.align
             ratio, smoothness = ({str(k): v for k, v in x.items()} for x in (align.segment_ratio, align.smoothness))
             self._warper = TimeWarper(align.time, ratio, smoothness)
-        self._partner = (
-            mismatched_partner(len(self.examples), self.seed)
-            if self.arm is not None and self.arm.placebo and len(self.examples) > 1
-            else None
-        )
+            if self.arm.placebo and len(self.examples) > 1:
+                self._partner = mismatched_partner(len(self.examples), self.seed)
 
-    def __call__(self, numbers: Sequence[int]) -> dict[str, Any]:
+    def __call__(self, numbers: Sequence[int]) -> Batch:
         rows = [self.examples[i] for i in numbers]
         segments_BT = right_padded([row.segments for row in rows], 0)
-        batch: dict[str, Any] = {
-            "input_ids": right_padded([row.input_ids for row in rows], self.pad_id),
-            "segments": segments_BT,
-            "tasks": [row.task for row in rows],
-        }
+        batch = Batch(
+            right_padded([row.input_ids for row in rows], self.pad_id), segments_BT, [row.task for row in rows]
+        )
         arm = self.arm
-        if arm is None or not arm.teachers or not (arm.needs_kv or arm.needs_logits):
+        if arm is None or not (arm.needs_kv or arm.needs_logits):
             return batch
         others = numbers if self._partner is None else [self._partner[i] for i in numbers]
+        given: dict[str, tuple[Tensor, Tensor]] = {}
         if not self.readers:
-            batch["teacher_inputs"] = {name: self._teacher_input(name, others) for name in arm.teachers}
-        batch["targets"] = {name: self._read(reader, others) for name, reader in self.readers.items()}
-        if arm.fuse.fusion_strategy == "competence":
-            self._scale_nll(batch, others)
-        if arm.needs_kv:
-            self._align(batch, arm, numbers, others)
-        return batch
+            for name in arm.teachers:
+                text = self.texts.get(name)
+                read = [(self.examples if text is None else text.examples)[i] for i in others]
+                ids_BS = right_padded([row.input_ids for row in read], self.pad_id if text is None else text.pad_id)
+                given[name] = ids_BS, right_padded([row.segments for row in read], 0)
+        asks = {
+            "kv": arm.needs_kv,
+            "logits": arm.needs_logits,
+            "queries": arm.needs_queries,
+            "scores": arm.needs_scores,
+        }
+        targets = {name: reader.read(others, **asks) for name, reader in self.readers.items()}
+        theirs = {name: segments for name, (_, segments) in given.items()}
+        theirs |= {name: target.segments_BS for name, target in targets.items()}
+        scale: dict[str, Tensor] = {}
+        if arm.fuse.fusion_strategy == "competence" and self.texts:
+            # the teacher explains the mismatched text
+            mine = (
+                segments_BT if self._partner is None else right_padded([self.examples[i].segments for i in others], 0)
+            )
+            num_B = in_segments(mine, (REASONING, ANSWER)).sum(1).clamp_min(1)
+            scale = {n: in_segments(theirs[n], (REASONING, ANSWER)).sum(1) / num_B for n in theirs if n in self.texts}
+        batch = replace(batch, teacher_inputs=given, nll_scale=scale)
+        if targets:
+            batch = batch.with_targets(targets)
+        return self._aligned(batch, theirs, numbers, others) if arm.needs_kv else batch
 
-    def _read(self, reader: TargetReader, others: Sequence[int]) -> TeacherTargets:
-        arm = self.arm
-        assert arm is not None
-        return reader.read(
-            others, kv=arm.needs_kv, logits=arm.needs_logits, queries=arm.needs_queries, scores=arm.needs_scores
-        )
-
-    def _teacher_input(self, name: str, others: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """ids and segments [B, S] that an online teacher is run on."""
-        text = self.texts.get(name)
-        rows = [(text.examples if text is not None else self.examples)[i] for i in others]
-        ids = right_padded([row.input_ids for row in rows], text.pad_id if text is not None else self.pad_id)
-        return ids, right_padded([row.segments for row in rows], 0)
-
-    def _scale_nll(self, batch: dict[str, Any], others: Sequence[int]) -> None:
-        """Adds nll_scale: by teacher that reads its own tokens, its completion tokens by the student's, [B].
-
-        Tokenizers cut the same text into more or fewer pieces; what can be compared is how well the text is explained:
-        NLL per token of the student. Targets from the store are scaled here, those of online teachers when they come.
-        """
-        mine = batch["segments"]
-        if self._partner is not None:  # the teacher explains the mismatched text
-            mine = right_padded([self.examples[i].segments for i in others], 0)
-        batch["nll_scale"] = {}
-        for name in (name for name in batch["targets"] or batch["teacher_inputs"] if name in self.texts):
-            stored = batch["targets"].get(name)
-            theirs = stored.segments_BS if stored is not None else batch["teacher_inputs"][name][1]
-            scale_B = num_completion_tokens(theirs) / num_completion_tokens(mine).clamp_min(1)
-            batch["nll_scale"][name] = scale_B
-            if stored is not None:
-                batch["targets"][name] = scaled_nll(stored, scale_B)
-
-    def _align(self, batch: dict[str, Any], arm: ArmRecipe, numbers: Sequence[int], others: Sequence[int]) -> None:
-        """Adds, by teacher: maps (where they change anything), kv_masks (student tokens that take part) and
-        token_weights (where tokens weigh by attention)."""
-        segments_BT: Tensor = batch["segments"]
-        wanted_BT = in_segments(segments_BT, KV_SEGMENTS[arm.loss.kv_on])
-        batch |= {"maps": {}, "kv_masks": {}, "token_weights": {}}
-        for name in arm.teachers:
-            target = batch["targets"].get(name)
-            theirs_BS = target.segments_BS if target is not None else batch["teacher_inputs"][name][1]
-            mapping = self._time_map(name, theirs_BS, segments_BT, numbers, others)
-            mapping = self._compressed(name, mapping, theirs_BS, target, others)
-            mask = wanted_BT if mapping is None else wanted_BT & self._mask(name, mapping, target)
-            batch["kv_masks"][name] = mask
+    def _aligned(
+        self, batch: Batch, theirs: Mapping[str, Tensor], numbers: Sequence[int], others: Sequence[int]
+    ) -> Batch:
+        """The batch with maps (where they change anything), kv_masks and token_weights (where tokens weigh)."""
+        assert self.arm is not None
+        wanted_BT = in_segments(batch.segments_BT, KV_SEGMENTS[self.arm.loss.kv_on])
+        maps: dict[str, SparseMap] = {}
+        masks: dict[str, Tensor] = {}
+        weights: dict[str, Tensor] = {}
+        for name in self.arm.teachers:
+            target = batch.targets.get(name)
+            mapping = self._time_map(name, theirs[name], batch.segments_BT, numbers, others)
+            mapping = self._compressed(name, mapping, theirs[name], target, others)
+            mask = wanted_BT
             if mapping is not None:
-                batch["maps"][name] = mapping
-            if arm.loss.attention_weighted:
-                batch["token_weights"][name] = self._token_weights(name, mapping, target, mask)
+                maps[name] = mapping
+                behind = mapping.mask()
+                mask = wanted_BT & (behind if behind.ndim == 2 else slots_with_all(behind, self._places(name, target)))
+            masks[name] = mask
+            if self.arm.loss.attention_weighted:
+                weights[name] = self._token_weights(name, mapping, target, mask)
+        return replace(batch, maps=maps, kv_masks=masks, token_weights=weights)
+
+    def _time_map(
+        self, name: str, theirs_BS: Tensor, mine_BT: Tensor, numbers: Sequence[int], others: Sequence[int]
+    ) -> SparseMap | None:
+        """From the teacher's tokens to the student's; None where every token stands where it stands."""
+        text = self.texts.get(name)
+        if text is None or text.own is None or self._warper.mode != "pad":
+            return self._warper.map(theirs_BS, mine_BT)
+        theirs, mine = [text.spans(i) for i in others], [text.student_spans(i) for i in numbers]
+        sides = []
+        for part in (0, 1):
+            for rows, width in ((theirs, theirs_BS.shape[1]), (mine, mine_BT.shape[1])):
+                padded = rows[0][part].new_zeros(len(rows), width, *rows[0][part].shape[1:])
+                for place, row in zip(padded, rows, strict=True):
+                    place[: len(row[part])] = row[part]
+                sides.append(padded if padded.is_floating_point() else padded.long())
+        return None if same_tokens(*sides) else token_map(*sides)
 
     def _compressed(
         self,
@@ -220,25 +280,19 @@ class BatchMaker:
         compress = self.arm.compress
         if compress.kv_compression == "full":  # tokens that stand where they stand need no map
             return None if mapping is None else mapping.masked_source(theirs_BS > 0)
-        scores = None if target is None or target.scores_BSMRG is None else _selection_scores(target.scores_BSMRG)
+        scores = None
+        if compress.kv_compression == "r-kv" and target is not None and target.scores_BSMRG is not None:
+            scores = target.scores_BSMRG[:, :, :, [IMPORTANCE, REDUNDANCY]].permute(2, 0, 3, 4, 1)
         kept = kept_tokens(
             compress.kv_compression,
             theirs_BS,
             compress.keep,
-            scores=scores if compress.kv_compression == "r-kv" else None,
+            scores=scores,
             keys_B=[derive_seed(self.seed, "compress", name, self.examples[i].doc_hash) for i in others],
             importance_share=compress.importance_share,
         )
         mapping = SparseMap.identity(theirs_BS.shape[1]) if mapping is None else mapping
         return mapping.masked_source(kept & (theirs_BS > 0))
-
-    def _mask(self, name: str, mapping: SparseMap, target: TeacherTargets | None) -> Tensor:
-        """Student tokens with something behind them: [B, T], or [L', B, T] where layers keep different tokens.
-
-        A student layer that reads several teacher layers takes part where all of them kept the token.
-        """
-        mask = mapping.mask()
-        return mask if mask.ndim == 2 else slots_with_all(mask, self._places(name, target))
 
     def _places(self, name: str, target: TeacherTargets | None) -> list[list[tuple[int, float]]]:
         """For each student layer, where its teacher layers stand among the captured ones, and their shares."""
@@ -254,89 +308,18 @@ class BatchMaker:
         paid_MBS = target.scores_BSMRG[:, :, :, ATTENTION].mean(-1).permute(2, 0, 1)
         rows = []
         for row in self._places(name, target):
-            here = [
-                paid_MBS[place] * share
-                if mapping is None
-                else mapping.of_layer(place).apply(paid_MBS[place] * share, 1)
-                for place, share in row
-            ]
+            here = [paid_MBS[place] * share for place, share in row]
+            if mapping is not None:
+                here = [mapping.of_layer(place).apply(x, 1) for x, (place, _) in zip(here, row, strict=True)]
             rows.append(torch.stack(here).sum(0))
         return normalise_token_weights(torch.stack(rows), mask)
 
-    def _time_map(
-        self, name: str, theirs_BS: Tensor, mine_BT: Tensor, numbers: Sequence[int], others: Sequence[int]
-    ) -> SparseMap | None:
-        """From the teacher's tokens to the student's; None where every token stands where it stands."""
-        assert self._warper is not None
-        text = self.texts.get(name)
-        if text is None or text.own is None or self._warper.mode != "pad":
-            return self._warper.map(theirs_BS, mine_BT)
-        theirs, mine = [text.spans(i) for i in others], [text.student_spans(i) for i in numbers]
-        sides = [
-            _padded([row[part] for row in rows], width)
-            for part in (0, 1)
-            for rows, width in ((theirs, theirs_BS.shape[1]), (mine, mine_BT.shape[1]))
-        ]
-        return None if same_tokens(*sides) else token_map(*sides)
 
-
-def arm_batches(
-    recipe: Recipe,
-    run: Path,
-    arm: ArmRecipe,
-    split: str,
-    pad_id: int,
-    readers: Mapping[str, TargetReader],
-    seed: int = 0,
-) -> BatchMaker:
-    """Batches of one arm over the examples of a split whose targets are captured, with all that its teachers read."""
-    layers = layer_sources_of(recipe, run, arm) if arm.needs_scores else {}
-    texts = teacher_texts(recipe, run, arm, split)
-    return BatchMaker(split_examples(recipe, run, split), pad_id, arm, readers, seed, texts, layers)
-
-
-def num_completion_tokens(segments_BT: Tensor) -> Tensor:
-    return in_segments(segments_BT, (REASONING, ANSWER)).sum(1)
-
-
-def scaled_nll(targets: TeacherTargets, scale_B: Tensor | None) -> TeacherTargets:
-    """Targets whose NLL is per token of the student's text; None where teacher and student read the same tokens."""
-    if scale_B is None or targets.nll_B is None:
-        return targets
-    return replace(targets, nll_B=targets.nll_B * scale_B.to(targets.nll_B.device))
-
-
-def _selection_scores(scores_BSMRG: Tensor) -> Tensor:
-    """Importance and redundancy as `compress` takes them: [M, B, 2, G, S]."""
-    return scores_BSMRG[:, :, :, [IMPORTANCE, REDUNDANCY]].permute(2, 0, 3, 4, 1)
-
-
-def _padded(rows: Sequence[Tensor], width: int) -> Tensor:
-    """[B, width, …], 0 behind each row."""
-    out = rows[0].new_zeros(len(rows), width, *rows[0].shape[1:])
-    for place, row in zip(out, rows, strict=True):
-        place[: len(row)] = row
-    return out if out.is_floating_point() else out.long()
-
-
-def token_counts(batch: Mapping[str, Any], arm: ArmRecipe | None) -> Tensor:
+def token_counts(batch: Batch, arm: ArmRecipe | None) -> Tensor:
     """Tokens that each loss term averages over, in this batch: [cross-entropy, kv of teacher 1, …] as float64."""
-    segments_BT: Tensor = batch["segments"]
-    codes = CE_SEGMENTS[arm.loss.ce_on] if arm is not None else CE_SEGMENTS["reasoning+answer"]
-    counts = [in_segments(segments_BT[:, 1:], codes).sum().double()]
+    codes = CE_SEGMENTS[arm.loss.ce_on if arm is not None else "reasoning+answer"]
+    counts = [in_segments(batch.segments_BT[:, 1:], codes).sum().double()]
     for name in arm.teachers if arm is not None and arm.needs_kv else ():
-        mask = batch["kv_masks"][name]
-        num_layers = 1 if mask.ndim == 2 else mask.shape[0]
-        counts.append(mask.sum().double() / num_layers)
+        mask = batch.kv_masks[name]
+        counts.append(mask.sum().double() / (1 if mask.ndim == 2 else mask.shape[0]))
     return torch.stack(counts)
-
-
-def moved_to(value: Any, device: torch.device) -> Any:
-    """A batch, or any part of it, on `device`: tensors, maps and targets move, the rest is kept."""
-    if hasattr(value, "to"):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {name: moved_to(item, device) for name, item in value.items()}
-    if isinstance(value, tuple):
-        return tuple(moved_to(item, device) for item in value)
-    return value

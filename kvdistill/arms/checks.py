@@ -2,70 +2,73 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from kvdistill.arms.pairing import check_pair, shape_of_student, shape_of_teacher, shared_size
-from kvdistill.arms.sources import teacher_place, teacher_recipe
-from kvdistill.arms.texts import has_own_tokenizer, load_teacher_tokenizer, teacher_manifest
-from kvdistill.arms.tokenizers import check_same_tokenizer, check_saved_tokenizer
-from kvdistill.core.config import arm_recipe
+from transformers import AutoTokenizer
+
+from kvdistill.arms.arm import Arm
+from kvdistill.arms.experiment import Experiment
+from kvdistill.arms.pairing import check_pair
+from kvdistill.arms.teacher import Teacher
 from kvdistill.core.errors import AlignmentError, ModelError, RecipeError
+from kvdistill.core.files import write_json
 from kvdistill.core.progress import Progress, silent
-from kvdistill.core.recipe import ArmRecipe, Recipe, TeacherRecipe
-from kvdistill.models import ModelShape
+from kvdistill.core.recipe import ScratchRecipe
+from kvdistill.data.encode import Example
+
+COMPARED_EXAMPLES = 200
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
-def check_models(recipe: Recipe, run: Path, progress: Progress = silent) -> None:
+def check_models(experiment: Experiment, progress: Progress = silent) -> None:
     """Raises ModelError (missing folders, weights, sizes, a scratch teacher that is not causal), RecipeError (layers
     outside a model), AlignmentError (what an arm cannot bring together). Data is prepared.
     """
-    shape_of_student(recipe, run)
+    recipe, teachers = experiment.recipe, experiment.teachers
+    _ = experiment.student_shape
     if recipe.student.path is not None:
-        check_same_tokenizer(run, recipe.student.path, "student")
+        check_same_tokenizer(experiment, recipe.student.path, "student")
     elif recipe.student.scratch is not None:
-        check_saved_tokenizer(run, recipe.student.scratch, "student")
-    for number, teacher in enumerate(recipe.teachers):
-        shape = _described_teacher(recipe, run, teacher.name)
-        if teacher.scratch is not None:
-            _check_trainable(shape.kind, teacher.scratch.architecture, teacher_place(recipe, teacher.name))
-            tokenizer = load_teacher_tokenizer(run, teacher)
-            check_saved_tokenizer(run, teacher.scratch, teacher_place(recipe, teacher.name), tokenizer)
-        progress("check", number + 1, len(recipe.teachers))
-    for arm_name in recipe.arms:
-        arm = arm_recipe(recipe, arm_name)
-        for name in arm.teachers if arm.needs_kv or arm.needs_logits else ():
-            _check_gives(recipe, run, arm_name, arm, name)
-            _check_pair(recipe, run, arm_name, arm, teacher_recipe(recipe, name))
-        if arm.needs_kv and arm.align.match_in == "shared":
-            _check_shared_size(recipe, run, arm_name, arm)
+        check_saved_tokenizer(experiment, recipe.student.scratch, "student", experiment.tokenizer)
+    for number, teacher in enumerate(teachers.values()):
+        try:
+            kind = teacher.shape.kind
+        except ModelError as error:  # what is wrong inside a model knows the model's name, not whose it is
+            if error.place.startswith(teacher.place):
+                raise
+            raise ModelError(error.what, place=f"{teacher.place}: {error.place}", fix=error.fix) from None
+        scratch = teacher.recipe.scratch
+        if scratch is not None:
+            if kind != "decoder":
+                raise ModelError(
+                    f"{scratch.architecture} is an {kind}: it cannot be trained on the spot to continue a text from "
+                    "left to right",
+                    place=f"{teacher.place}.scratch.architecture",
+                    fix="choose a causal architecture (qwen2, llama, gpt2, …), or give a pretrained one with `path`",
+                )
+            check_saved_tokenizer(experiment, scratch, teacher.place, teacher.tokenizer)
+        progress("check", number + 1, len(teachers))
+    for name in recipe.arms:
+        arm = experiment.arm(name, recipe.seeds[0])
+        for teacher in arm.teachers.values() if arm.uses_teachers else ():
+            _check_gives(arm, teacher)
+            _check_meets(arm, teacher)
+        if arm.recipe.needs_kv and arm.recipe.align.match_in == "shared":
+            try:
+                _ = arm.shared_size
+            except AlignmentError as error:
+                raise AlignmentError(error.what, place=f"arms.{name}: {error.place}", fix=error.fix) from None
 
 
-def _described_teacher(recipe: Recipe, run: Path, name: str) -> ModelShape:
-    place = teacher_place(recipe, name)
-    try:
-        return shape_of_teacher(recipe, run, name)
-    except ModelError as error:  # what is wrong inside a model knows the model's name, not whose it is
-        if error.place.startswith(place):
-            raise
-        raise ModelError(error.what, place=f"{place}: {error.place}", fix=error.fix) from None
-
-
-def _check_trainable(kind: str, architecture: str, place: str) -> None:
-    """A scratch teacher learns to continue texts, as its students do."""
-    if kind != "decoder":
-        raise ModelError(
-            f"{architecture} is an {kind}: it cannot be trained on the spot to continue a text from left to right",
-            place=f"{place}.scratch.architecture",
-            fix="choose a causal architecture (qwen2, llama, gpt2, …), or give a pretrained one with `path`",
-        )
-
-
-def _check_gives(recipe: Recipe, run: Path, arm_name: str, arm: ArmRecipe, name: str) -> None:
+def _check_gives(arm: Arm, teacher: Teacher) -> None:
     """An encoder gives keys and values. It predicts no next token: no logits, and no NLL to tell competence by. What
     computes attention in a way of its own gives logits, and no keys and values."""
-    shape = shape_of_teacher(recipe, run, name)
-    kind, place = shape.kind, f"arms.{arm_name} with teacher {name!r}"
-    if arm.needs_kv and not shape.is_captured:
+    shape, place = teacher.shape, f"arms.{arm.name} with teacher {teacher.name!r}"
+    kind = shape.kind
+    if arm.recipe.needs_kv and not shape.is_captured:
         raise ModelError(
             f"{shape.family}: its attention bypasses transformers' attention interface, so that its keys and values "
             "cannot be recorded",
@@ -75,13 +78,13 @@ def _check_gives(recipe: Recipe, run: Path, arm_name: str, arm: ArmRecipe, name:
         )
     if kind == "decoder":
         return
-    if arm.needs_logits:
+    if arm.recipe.needs_logits:
         raise AlignmentError(
             f"this teacher is an {kind} and predicts no next token: it has no logits to distil",
             place=f"{place}: loss.logit_weight",
             fix="set loss.logit_weight: 0 for this arm, or name causal teachers",
         )
-    if arm.fuse.fusion_strategy == "competence":
+    if arm.recipe.fuse.fusion_strategy == "competence":
         raise AlignmentError(
             f"competence asks how likely a teacher finds the gold text, and this one is an {kind}: it has no NLL",
             place=f"{place}: fuse.fusion_strategy",
@@ -89,49 +92,103 @@ def _check_gives(recipe: Recipe, run: Path, arm_name: str, arm: ArmRecipe, name:
         )
 
 
-def _check_shared_size(recipe: Recipe, run: Path, arm_name: str, arm: ArmRecipe) -> None:
-    try:
-        shared_size(recipe, run, arm)
-    except AlignmentError as error:
-        raise AlignmentError(error.what, place=f"arms.{arm_name}: {error.place}", fix=error.fix) from None
-
-
-def _check_pair(recipe: Recipe, run: Path, arm_name: str, arm: ArmRecipe, teacher: TeacherRecipe) -> None:
-    place = f"arms.{arm_name} with teacher {teacher.name!r}"
-    manifest = teacher_manifest(run, teacher)
-    if arm.needs_logits and manifest is not None and manifest["own_text"]:
-        own = "its own tokenizer" if has_own_tokenizer(run, teacher) else "its own chains"
+def _check_meets(arm: Arm, teacher: Teacher) -> None:
+    """Whether the texts and layers that this teacher has are such that the arm can bring them to the student's."""
+    place, texts, recipe = f"arms.{arm.name} with teacher {teacher.name!r}", teacher.texts, arm.recipe
+    own_tokenizer, own_chains = texts["tokenizer"] is not None, texts["own_text"] and not texts["one_text"]
+    if recipe.needs_logits and texts["own_text"]:
+        own = "its own tokenizer" if own_tokenizer else "its own chains"
         raise AlignmentError(
             f"logits can be distilled from a teacher that reads the student's tokens; this one has {own}",
             place=f"{place}: loss.logit_weight",
             fix="set loss.logit_weight: 0 for this arm, or name other teachers",
         )
-    if not arm.needs_kv:
+    if not recipe.needs_kv:
         return
-    if has_own_tokenizer(run, teacher) and arm.align.time == "pad" and arm.align.keys == "rotated":
+    if own_tokenizer and recipe.align.time == "pad" and recipe.align.keys == "rotated":
         raise AlignmentError(
             "a token of the student reads several of this teacher's, and rotated keys cannot be averaged",
             place=f"{place}: align.keys",
             fix="set align.keys: unrotated",
         )
-    if manifest is not None and manifest["own_text"] and not manifest["one_text"] and arm.align.time == "pad":
+    if own_chains and recipe.align.time == "pad":
         raise AlignmentError(
             "align.time: pad is for one text, and this teacher has chains of its own (traces)",
             place=f"{place}: align.time",
             fix="set align.time: segment (or proportional)",
         )
-    if (
-        arm.fuse.fusion_strategy == "competence"
-        and manifest is not None
-        and manifest["own_text"]
-        and not manifest["one_text"]
-    ):
+    if own_chains and recipe.fuse.fusion_strategy == "competence":
         raise AlignmentError(
             "competence compares how well teachers explain one text, and this teacher has chains of its own (traces)",
             place=f"{place}: fuse.fusion_strategy",
             fix="set fuse.fusion_strategy: fixed or similarity",
         )
     try:
-        check_pair(recipe, run, arm, teacher.name)
+        check_pair(recipe, teacher)
     except RecipeError as error:
         raise RecipeError(error.what, place=f"{place}: {error.place}", fix=error.fix) from None
+
+
+# -- tokenizers: compared by what they do, never by their size or by how they are written down ---------
+
+
+def load_model_tokenizer(path: str, place: str) -> Any:
+    """The tokenizer beside a model's weights. Raises ModelError where there is none."""
+    folder = Path(path).expanduser()
+    if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
+        # transformers would make an empty one up
+        raise ModelError(f"{path} has no tokenizer", place=place, fix="keep the tokenizer files beside the weights")
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"no tokenizer ({first})", place=place, fix="keep the tokenizer files beside the weights"
+        ) from None
+
+
+def check_same_tokenizer(experiment: Experiment, path: str, place: str) -> None:
+    """Raise unless a pretrained model cuts text exactly as the run does (compared as tokenizers, never by size)."""
+    theirs = load_model_tokenizer(path, place)
+    if difference := tokenizer_difference(experiment.tokenizer, theirs, experiment.split("train")[:COMPARED_EXAMPLES]):
+        raise AlignmentError(
+            f"this model's tokenizer differs from data.tokenizer: {difference}",
+            place=place,
+            fix="set data.tokenizer to the student's own, and data.trim_vocabulary: false with a pretrained student",
+        )
+
+
+def check_saved_tokenizer(experiment: Experiment, scratch: ScratchRecipe, place: str, ours: Any) -> None:
+    """Raise where a model of this family, saved beside the tokenizer, would come back with another one.
+
+    transformers 5 replaces the tokenizer class of some families (qwen2) on loading, whatever
+    was saved.
+    """
+    with tempfile.TemporaryDirectory(dir=experiment.run, prefix=".check-") as folder:
+        ours.save_pretrained(folder)
+        write_json(Path(folder) / "config.json", {"model_type": scratch.architecture})
+        theirs = AutoTokenizer.from_pretrained(folder)
+    if difference := tokenizer_difference(ours, theirs, experiment.split("train")[:COMPARED_EXAMPLES]):
+        raise AlignmentError(
+            f"transformers would load this tokenizer differently beside a {scratch.architecture} model ({difference})",
+            place=f"{place}.scratch.architecture",
+            fix="choose another architecture for it, for example qwen3 or llama",
+        )
+
+
+def tokenizer_difference(ours: Any, theirs: Any, examples: Sequence[Example]) -> str | None:
+    """The first thing two tokenizers disagree on: a piece's number, or how one of these texts is cut. None: they agree.
+
+    Compared by what they do, not by how they are written down: transformers rebuilds some families' files on loading.
+    Pieces that only they have do not matter; none of our texts uses them.
+    """
+    their_pieces = theirs.get_vocab()
+    for piece, number in ours.get_vocab().items():
+        if their_pieces.get(piece) != number:
+            return f"piece {piece!r} is {number} here and {their_pieces.get(piece)} there"
+    for example in examples:
+        for text in (example.prompt, example.reasoning):
+            here, there = (t(text, add_special_tokens=False)["input_ids"] for t in (ours, theirs))
+            if here != there:
+                return f"{text[:40]!r} is cut into {len(here)} pieces here and {len(there)} there"
+    return None

@@ -17,14 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from kvdistill.align import AlignedKV, MapProjectionAligner, attention_sources, attention_targets
-from kvdistill.arms.batches import CE_SEGMENTS, in_segments
+from kvdistill.arms.batches import CE_SEGMENTS, Batch, in_segments
+from kvdistill.arms.student import Student, StudentOutput
 from kvdistill.core.kv import KV
-from kvdistill.core.maps import SparseMap
 from kvdistill.core.recipe import ArmRecipe
-from kvdistill.core.targets import TeacherTargets
 from kvdistill.fuse import Fusion, fuse_caches
 from kvdistill.losses import QKV, build_distance, cross_entropy, logit_divergence, masked_token_mean, prediction_mask
-from kvdistill.models import capture_kv, positions_from_mask, rotate_keys, unrotate_keys
+from kvdistill.models import rotate_keys
 
 
 @dataclass
@@ -41,22 +40,12 @@ class DistillOutput:
     weights: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class _KVStep:
-    """What all KV terms of a batch share. masks, token_weights: by teacher. counts: as `token_counts`."""
-
-    masks: Mapping[str, Tensor]
-    token_weights: Mapping[str, Tensor]
-    counts: Tensor
-    kv_weight: float
-
-
 class Distiller(nn.Module):
-    """student: a causal model. aligners, fusion: of the arm's teachers; None for an arm without any."""
+    """student: what learns. aligners, fusion: of the arm's teachers; None for an arm without any."""
 
     def __init__(
         self,
-        student: nn.Module,
+        student: Student,
         arm: ArmRecipe | None = None,
         aligners: Mapping[str, MapProjectionAligner] | None = None,
         fusion: Fusion | None = None,
@@ -67,7 +56,7 @@ class Distiller(nn.Module):
         """frames: by teacher, its targets to the frame they are compared in. rotations: by teacher, how keys and
         queries turn in the space the two meet in, where attention is compared; unset: as the student turns them."""
         super().__init__()
-        self.student = student
+        self.student: Any = student  # an nn.Module, whatever its kind
         self.arm = arm
         self.teachers = list(arm.teachers) if arm is not None else []
         self.fusion = fusion
@@ -78,180 +67,163 @@ class Distiller(nn.Module):
         assert all(a.student_layers == self.student_layers for a in self.aligners.values())
         self._distance = build_distance(arm.loss) if arm is not None and arm.needs_kv else None
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        segments: Tensor,
-        counts: Tensor,
-        kv_weight: float = 0.0,
-        targets: Mapping[str, TeacherTargets] | None = None,
-        maps: Mapping[str, SparseMap] | None = None,
-        kv_masks: Mapping[str, Tensor] | None = None,
-        token_weights: Mapping[str, Tensor] | None = None,
-        **_unused: Any,
-    ) -> DistillOutput:
-        """input_ids, segments [B, T], right-padded. counts: what each term's sum is divided by (`token_counts`).
+    def forward(self, batch: Batch, counts: Tensor, kv_weight: float = 0.0) -> DistillOutput:
+        """One step's loss.
 
-        targets, maps, kv_masks, token_weights: by teacher, as `BatchMaker` makes them.
+        Args:
+            batch: with targets of every teacher of the arm.
+            counts: what each term's sum is divided by (`token_counts`), float32.
+            kv_weight: of the KV terms at this step.
         """
         arm = self.arm
-        mask_BT = segments > 0
         needs_kv = arm is not None and arm.needs_kv
-        logits_BTV, kv = self._run_student(input_ids, mask_BT, capture=needs_kv)
-        codes = CE_SEGMENTS[arm.loss.ce_on if arm is not None else "reasoning+answer"]
-        supervised_BT = in_segments(segments, codes)
-        ce = cross_entropy(logits_BTV, input_ids, supervised_BT, counts[0])
+        logits_BTV, kv = self._run_student(batch, capture=needs_kv)
+        supervised_BT = self._supervised(batch)
+        ce = cross_entropy(logits_BTV, batch.input_ids_BT, supervised_BT, counts[0])
         ce_weight = arm.loss.ce_weight if arm is not None else 1.0
         out = DistillOutput(loss=ce_weight * ce, terms={"ce": (ce.detach(), ce_weight, ce_weight * ce.detach())})
         if arm is None or not (needs_kv or arm.needs_logits):
             return out
-        targets, maps = targets or {}, maps or {}
-        sources = self._sources(kv) if needs_kv else {}
-        out.weights = self.router_weights(targets, sources, mask_BT)
-        if needs_kv:
-            step = _KVStep(kv_masks or {}, token_weights or {}, counts, kv_weight)
-            if arm.compares_attention:
-                self._add_attention_terms(out, kv, targets, maps, step)
-            else:
-                aligned = {n: self._target_channels(n, targets[n].kv, maps.get(n)) for n in self.teachers}
-                self._add_kv_terms(out, sources, aligned, step)
+        sources: dict[str, AlignedKV] = {}
+        if kv is not None:  # gathered once, since the aligners of an arm take the same layers
+            flat = self.aligner(self.teachers[0]).student_channels(kv)
+            sources = {n: self.aligner(n).project(flat) for n in self.teachers}
+        out.weights = self.router_weights(batch, sources)
+        if kv is not None and arm.compares_attention:
+            self._add_attention_terms(out, kv, batch, counts, kv_weight)
+        elif kv is not None:
+            self._add_kv_terms(out, sources, batch, counts, kv_weight)
         if arm.needs_logits:
-            self._add_logit_terms(out, logits_BTV, targets, supervised_BT, counts[0])
+            self._add_logit_terms(out, logits_BTV, batch, supervised_BT, counts[0])
         return out
 
     @torch.no_grad()
-    def cross_entropy_only(self, input_ids: Tensor, segments: Tensor, counts: Tensor) -> Tensor:
+    def cross_entropy_only(self, batch: Batch, counts: Tensor) -> Tensor:
         """Cross-entropy of a batch without any teacher: what learning curves compare train and validation by."""
-        logits_BTV, _ = self._run_student(input_ids, segments > 0, capture=False)
-        codes = CE_SEGMENTS[self.arm.loss.ce_on if self.arm is not None else "reasoning+answer"]
-        supervised_BT = in_segments(segments, codes)
-        return cross_entropy(logits_BTV, input_ids, supervised_BT, counts[0])
+        logits_BTV, _ = self._run_student(batch, capture=False)
+        return cross_entropy(logits_BTV, batch.input_ids_BT, self._supervised(batch), counts[0])
 
     @torch.no_grad()
-    def match(
-        self, input_ids: Tensor, segments: Tensor, target: KV, name: str, time: SparseMap | None
-    ) -> tuple[AlignedKV, AlignedKV]:
+    def match(self, batch: Batch, name: str) -> tuple[AlignedKV, AlignedKV]:
         """Student and teacher `name` in the space they meet in, for match figures: two [L, B, T, C] pairs."""
-        _, kv = self._run_student(input_ids, segments > 0, capture=True)
+        _, kv = self._run_student(batch, capture=True)
         assert kv is not None
-        return self._aligner(name).sources(kv), self._target_channels(name, target, time)
+        return self.aligner(name).sources(kv), self._target_channels(name, batch)
 
-    def _target_channels(self, name: str, kv: KV | None, time: SparseMap | None) -> AlignedKV:
-        assert kv is not None
-        return self._aligner(name).targets(self._frames[name](kv) if name in self._frames else kv, time)[0]
-
-    def _sources(self, kv: KV | None) -> dict[str, AlignedKV]:
-        """The student in every teacher's space; gathered once, since the aligners of an arm take the same layers."""
-        assert kv is not None
-        flat = self._aligner(self.teachers[0]).student_channels(kv)
-        return {n: self._aligner(n).project(flat) for n in self.teachers}
-
-    def _aligner(self, name: str) -> MapProjectionAligner:
+    def aligner(self, name: str) -> MapProjectionAligner:
+        """Of one teacher."""
         return self.aligners[str(self.teachers.index(name))]  # type: ignore[return-value]
 
-    def _run_student(self, input_ids: Tensor, mask_BT: Tensor, *, capture: bool) -> tuple[Tensor, KV | None]:
-        positions_BT = positions_from_mask(mask_BT)
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": mask_BT.long(),
-            "position_ids": positions_BT,
-            "use_cache": False,
-        }
-        if not capture:
-            return self.student(**inputs).logits, None
-        queries = self.arm is not None and self.arm.compares_attention
-        with capture_kv(self.student, layers=self.student_layers, queries=queries) as captured:
-            logits_BTV = self.student(**inputs).logits
-        kv = captured.kv(mask_BT, positions_BT)
-        assert self.arm is not None
-        return logits_BTV, kv if self.arm.align.keys == "rotated" else unrotate_keys(kv, self.student)
+    def rotation(self, name: str) -> Callable[[KV], KV]:
+        """How keys and queries turn in the space that the student and this teacher meet in."""
+        return self._rotations.get(name, lambda kv: rotate_keys(kv, self.student.model))
 
-    def router_weights(
-        self, targets: Mapping[str, TeacherTargets], sources: Mapping[str, AlignedKV], mask_BT: Tensor
-    ) -> Tensor:
-        """Weight of each teacher, [N, L or 1, B, T or 1], without gradient."""
+    def _supervised(self, batch: Batch) -> Tensor:
+        """Tokens that cross-entropy (and logit distillation) learns to predict."""
+        return in_segments(batch.segments_BT, CE_SEGMENTS[self.arm.loss.ce_on if self.arm else "reasoning+answer"])
+
+    def _target_channels(self, name: str, batch: Batch) -> AlignedKV:
+        kv = batch.targets[name].kv
+        assert kv is not None
+        kv = self._frames[name](kv) if name in self._frames else kv
+        return self.aligner(name).targets(kv, batch.maps.get(name))[0]
+
+    def _run_student(self, batch: Batch, *, capture: bool) -> StudentOutput:
+        if not capture:
+            return self.student(batch.input_ids_BT, batch.mask_BT)
+        assert self.arm is not None
+        return self.student(
+            batch.input_ids_BT,
+            batch.mask_BT,
+            layers=self.student_layers,
+            queries=self.arm.compares_attention,
+            keys=self.arm.align.keys,
+        )
+
+    def router_weights(self, batch: Batch, sources: Mapping[str, AlignedKV]) -> Tensor:
+        """Weight of each teacher, [N, L or 1, B, T or 1], without gradient.
+
+        Args:
+            batch: with targets.
+            sources: by teacher the student in its space; read where weights depend on it.
+        """
         assert self.fusion is not None
+        mask_BT = batch.mask_BT
         given: dict[str, Any] = {"mask_BT": mask_BT}
         if "nll_BN" in self.fusion.needs:
-            given["nll_BN"] = torch.stack([targets[n].nll_B for n in self.teachers], dim=1)  # type: ignore[misc]
+            given["nll_BN"] = torch.stack([batch.targets[n].nll_B for n in self.teachers], dim=1)  # type: ignore[misc]
         if "query_N_LBTC" in self.fusion.needs:
-            given["query_N_LBTC"] = [self._aligner(n).unstandardised_keys(sources[n]) for n in self.teachers]
+            given["query_N_LBTC"] = [self.aligner(n).unstandardised_keys(sources[n]) for n in self.teachers]
         return self.fusion.weights(mask_BT.shape[0], mask_BT.device, **given)
 
     def _add_kv_terms(
-        self,
-        out: DistillOutput,
-        sources: Mapping[str, AlignedKV],
-        aligned: Mapping[str, AlignedKV],
-        step: _KVStep,
+        self, out: DistillOutput, sources: Mapping[str, AlignedKV], batch: Batch, counts: Tensor, kv_weight: float
     ) -> None:
+        """Keys and values, each teacher by itself, or all fused into one cache."""
         assert self.arm is not None and self._distance is not None and out.weights is not None
-        sides = (("k", 0, self.arm.loss.k_weight), ("v", 1, self.arm.loss.v_weight))
-        names = self.teachers
-        for side, place, side_weight in sides:
+        distance, names = self._distance, self.teachers
+        aligned = {name: self._target_channels(name, batch) for name in names}
+
+        def between(source: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+            return distance(source, target, mask) if distance.needs_mask else distance(source, target)
+
+        for side, place, side_weight in (("k", 0, self.arm.loss.k_weight), ("v", 1, self.arm.loss.v_weight)):
             if side_weight == 0:
                 continue
             if self.arm.fuse.fuse_at == "kv":  # where all sources are the student's own channels
-                masks = [step.masks[n] for n in names]
+                masks = [batch.kv_masks[n] for n in names]
                 fused, mask_BT = fuse_caches([aligned[n][place] for n in names], masks, out.weights)
-                distance_LBT = self._between(sources[names[0]][place], fused, mask_BT)
-                raw = masked_token_mean(distance_LBT, mask_BT, None, step.counts[1 : 1 + len(names)].max())
-                self._add(out, f"kv/fused/{side}", raw, step.kv_weight * side_weight, raw)
+                distance_LBT = between(sources[names[0]][place], fused, mask_BT)
+                raw = masked_token_mean(distance_LBT, mask_BT, None, counts[1 : 1 + len(names)].max())
+                self._add(out, f"kv/fused/{side}", raw, kv_weight * side_weight, raw)
                 continue
-            for number, name in enumerate(names):
-                distance_LBT = self._between(sources[name][place], aligned[name][place], step.masks[name])
-                self._add_routed(out, f"kv/{name}/{side}", distance_LBT, number, step, side_weight)
+            for name in names:
+                distance_LBT = between(sources[name][place], aligned[name][place], batch.kv_masks[name])
+                self._add_routed(out, name, side, distance_LBT, batch, counts, kv_weight * side_weight)
 
-    def _between(self, source: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-        assert self._distance is not None
-        return self._distance(source, target, mask) if self._distance.needs_mask else self._distance(source, target)
-
-    def _add_attention_terms(
-        self,
-        out: DistillOutput,
-        kv: KV | None,
-        targets: Mapping[str, TeacherTargets],
-        maps: Mapping[str, SparseMap],
-        step: _KVStep,
-    ) -> None:
+    def _add_attention_terms(self, out: DistillOutput, kv: KV, batch: Batch, counts: Tensor, kv_weight: float) -> None:
         """Keys, values and queries of both sides in one distance, rotated in the space they meet in."""
-        assert kv is not None and self._distance is not None
-        for number, name in enumerate(self.teachers):
-            theirs = targets[name].kv
+        assert self._distance is not None
+        for name in self.teachers:
+            theirs = batch.targets[name].kv
             assert theirs is not None
-            aligner, rotate = self._aligner(name), self._rotations.get(name, self._rotate_as_student)
+            aligner, rotate = self.aligner(name), self.rotation(name)
             source = attention_sources(aligner, kv, theirs, rotate)
-            target = attention_targets(aligner, kv, theirs, maps.get(name), rotate)
-            distance_LBT = self._distance(QKV(*source), QKV(*target), step.masks[name])
-            self._add_routed(out, f"kv/{name}/attention", distance_LBT, number, step, 1.0)
-
-    def _rotate_as_student(self, kv: KV) -> KV:
-        return rotate_keys(kv, self.student)
+            target = attention_targets(aligner, kv, theirs, batch.maps.get(name), rotate)
+            distance_LBT = self._distance(QKV(*source), QKV(*target), batch.kv_masks[name])
+            self._add_routed(out, name, "attention", distance_LBT, batch, counts, kv_weight * 1.0)
 
     def _add_routed(
-        self, out: DistillOutput, term: str, distance_LBT: Tensor, number: int, step: _KVStep, weight: float
+        self,
+        out: DistillOutput,
+        name: str,
+        side: str,
+        distance_LBT: Tensor,
+        batch: Batch,
+        counts: Tensor,
+        weight: float,
     ) -> None:
         """One teacher's term: with the router's weight and the tokens' in the loss, with the tokens' in the log."""
         assert out.weights is not None
-        name, count = self.teachers[number], step.counts[1 + number]
-        mask, tokens = step.masks[name], step.token_weights.get(name)
-        router = out.weights[number]
+        number = self.teachers.index(name)
+        count, router = counts[1 + number], out.weights[number]
+        mask, tokens = batch.kv_masks[name], batch.token_weights.get(name)
         routed = masked_token_mean(distance_LBT, mask, router if tokens is None else router * tokens, count)
         raw = masked_token_mean(distance_LBT.detach(), mask, tokens, count)
-        self._add(out, term, raw, step.kv_weight * weight, routed)
+        self._add(out, f"kv/{name}/{side}", raw, weight, routed)
 
     def _add_logit_terms(
         self,
         out: DistillOutput,
         logits_BTV: Tensor,
-        targets: Mapping[str, TeacherTargets],
+        batch: Batch,
         supervised_BT: Tensor,
         num_tokens: Tensor,
     ) -> None:
         assert self.arm is not None and out.weights is not None
         predicts_BT = prediction_mask(supervised_BT)
         for number, name in enumerate(self.teachers):
-            target = targets[name]
+            target = batch.targets[name]
             assert target.topk_index_BSK is not None and target.topk_logprob_BSK is not None
             weight_BT = out.weights[number].mean(0)  # over layers
             divergence_N = logit_divergence(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,20 +22,18 @@ import torch
 from torch import Tensor
 
 from kvdistill.align.layers import cka_map, layer_sources, read_layer_similarity
-from kvdistill.arms.batches import BatchMaker, moved_to
-from kvdistill.arms.identity import model_identities, similarity_path
-from kvdistill.arms.running import load_teacher
-from kvdistill.arms.texts import load_tokenizer_of, split_examples, teacher_texts
+from kvdistill.arms.arm import Arm
+from kvdistill.arms.experiment import Experiment
+from kvdistill.arms.teacher import Teacher
 from kvdistill.core.cka import CKAAccumulator
-from kvdistill.core.config import arm_recipe
 from kvdistill.core.errors import AlignmentError, KVDistillError
 from kvdistill.core.files import read_json, replacing, sha256_of, write_json
 from kvdistill.core.layout import folder_lock, layers_folder
 from kvdistill.core.maps import SparseMap
 from kvdistill.core.progress import Progress, silent
-from kvdistill.core.recipe import AlignRecipe, ArmRecipe, CompressRecipe, Recipe
-from kvdistill.core.runtime import derive_seed, pick_device
-from kvdistill.models import capture_kv, find_backbone, load_model, model_kind, positions_from_mask, unrotate_keys
+from kvdistill.core.recipe import ArmRecipe, CompressRecipe
+from kvdistill.core.runtime import derive_seed
+from kvdistill.models import capture_kv, find_backbone, model_kind, positions_from_mask, unrotate_keys
 
 FORMAT = 1  # that `align.cka_layers` reads
 BATCH_TEXTS = 8  # all layers of two models at once: small batches
@@ -52,143 +51,125 @@ class Pairs(NamedTuple):
     mask_BT: Tensor
 
 
-def map_layers(recipe: Recipe, run: Path, progress: Progress = silent) -> dict[str, Any]:
-    """Measure every teacher of the recipe. Returns per teacher its file, figures, number of vectors, and map.
+def map_layers(experiment: Experiment, progress: Progress = silent) -> None:
+    """Measure every teacher of the recipe.
 
     Raises AlignmentError naming model and layer where features do not vary or there are too few common tokens,
     RecipeError for more layers (`align.cka_top_k`) than a teacher has.
     """
-    done: dict[str, Any] = {}
-    with folder_lock(layers_folder(run), wait=True):
-        for number, teacher in enumerate(recipe.teachers):
-            name = teacher.name
-            found = _known(recipe, run, name) or _measure(recipe, run, name, progress, number)
+    align, folder = experiment.recipe.align, layers_folder(experiment.run)
+    settings = {"top_k": align.cka_top_k, "monotone": align.cka_monotone}
+    with folder_lock(folder, wait=True):
+        for number, teacher in enumerate(experiment.teachers.values()):
+            measuring = _Measuring(teacher)
+            found = measuring.known() or measuring.measure(
+                lambda done, number=number: progress("map-layers", number + done, len(experiment.teachers))
+            )
             similarities = {kind: torch.tensor(rows, dtype=torch.float64) for kind, rows in found["similarity"].items()}
-            maps = {kind: _chosen(recipe.align, matrix, name) for kind, matrix in similarities.items()}
-            figures = _draw(layers_folder(run) / name, similarities, maps, found)
-            settings = {"top_k": recipe.align.cka_top_k, "monotone": recipe.align.cka_monotone}
-            layer_maps = {kind: _as_words(mapping) for kind, mapping in maps.items()}
-            write_json(similarity_path(run, name), found | {"settings": settings, "layer_map": layer_maps})
-            done[name] = {
-                "file": str(similarity_path(run, name)),
-                "figures": [str(figure) for figure in figures],
-                "num_vectors": found["num_vectors"],
-                "layer_map": layer_maps[recipe.align.cka_on],
+            try:
+                maps = {kind: cka_map(one, align.cka_top_k, align.cka_monotone) for kind, one in similarities.items()}
+            except AlignmentError as error:
+                place = f"teacher {teacher.name} and the student"
+                raise AlignmentError(error.what, place=place, fix=error.fix) from None
+            _draw(folder / teacher.name, similarities, maps, found)
+            rows = {kind: layer_sources(mapping, range(mapping.n_out)) for kind, mapping in maps.items()}
+            layer_maps = {  # student layer -> [[teacher layer, weight], …]
+                kind: {str(layer): [[m, round(w, 6)] for m, w in pairs] for layer, pairs in enumerate(sources)}
+                for kind, sources in rows.items()
             }
-            progress("map-layers", number + 1, len(recipe.teachers))
-    return done
+            write_json(teacher.similarity_path, found | {"settings": settings, "layer_map": layer_maps})
+            progress("map-layers", number + 1, len(experiment.teachers))
 
 
-def _kinds(recipe: Recipe, name: str) -> list[str]:
-    """What is measured: what the recipe's alignment asks for, and what its arms do."""
-    arms = [arm_recipe(recipe, arm) for arm in recipe.arms]
-    wanted = {arm.align.cka_on for arm in arms if name in arm.teachers and arm.align.layers == "cka"}
-    return sorted({recipe.align.cka_on} | wanted)
+class _Measuring:
+    """How alike one teacher's layers and the student's are: known from its file, or measured."""
 
+    def __init__(self, teacher: Teacher) -> None:
+        self.teacher, self.experiment = teacher, teacher.experiment
+        arms = [arm for arm in self.experiment.arms.values() if teacher.name in arm.teachers]
+        align = self.experiment.recipe.align
+        # what the recipe's alignment asks for, and what its arms do
+        self.kinds = sorted({align.cka_on} | {arm.align.cka_on for arm in arms if arm.align.layers == "cka"})
 
-def _texts(recipe: Recipe, run: Path) -> list[int]:
-    """Numbers of the training examples that are read."""
-    num_examples = len(split_examples(recipe, run, "train"))
-    generator = torch.Generator().manual_seed(derive_seed(recipe.data.seed, "map-layers"))
-    return sorted(torch.randperm(num_examples, generator=generator)[: recipe.align.cka_texts].tolist())
+    @cached_property
+    def arm(self) -> Arm:
+        """The teacher beside the student, all tokens, nothing compressed, run now."""
+        recipe = self.experiment.recipe
+        changes = {"kv_weight": 1.0, "kv_on": "all", "logit_weight": 0.0, "attention_weighted": False}
+        made = ArmRecipe(
+            teachers=[self.teacher.name],
+            align=recipe.align,
+            compress=CompressRecipe(),
+            fuse=recipe.fuse,
+            loss=recipe.loss.model_copy(update=changes),
+        )
+        return Arm(self.experiment, made, recipe.seeds[0])
 
+    @cached_property
+    def numbers(self) -> list[int]:
+        """Of the training examples that are read."""
+        recipe = self.experiment.recipe
+        generator = torch.Generator().manual_seed(derive_seed(recipe.data.seed, "map-layers"))
+        num_examples = len(self.experiment.examples("train"))
+        return sorted(torch.randperm(num_examples, generator=generator)[: recipe.align.cka_texts].tolist())
 
-def _measured_on(recipe: Recipe, run: Path, name: str) -> dict[str, Any]:
-    """All that similarities depend on beside the models."""
-    batches, align = _batch_maker(recipe, run, name), recipe.align
-    read = [batches.examples, *(text.examples for text in batches.texts.values())]
-    rows = [[[e.doc_hash, e.style, len(e.input_ids)] for e in (side[i] for side in read)] for i in _texts(recipe, run)]
-    time = {"mode": align.time, "segment_ratio": dict(align.segment_ratio), "smoothness": dict(align.smoothness)}
-    return {"texts": sha256_of(rows), "num_texts": len(rows), "time": time}
+    def measured_on(self) -> dict[str, Any]:
+        """All that similarities depend on beside the models."""
+        text, align = self.teacher.text("train"), self.experiment.recipe.align
+        read = [self.experiment.examples("train"), *([] if text is None else [text.examples])]
+        rows = [[[e.doc_hash, e.style, len(e.input_ids)] for e in (side[i] for side in read)] for i in self.numbers]
+        time = {"mode": align.time, "segment_ratio": dict(align.segment_ratio), "smoothness": dict(align.smoothness)}
+        return {"texts": sha256_of(rows), "num_texts": len(rows), "time": time}
 
+    def known(self) -> dict[str, Any] | None:
+        """What the file holds, where it is of the same models and texts and has all that is wanted."""
+        path = self.teacher.similarity_path
+        try:
+            found = read_json(path)
+            sizes = found["teacher"]["num_layers"], found["student"]["num_layers"]
+            for kind in self.kinds:
+                matrix = read_layer_similarity(path, *sizes, on=kind, **self.teacher.identities)
+                if not bool(matrix.isfinite().all()):
+                    return None
+            return found if found["measured_on"] == self.measured_on() else None
+        except (KVDistillError, KeyError, TypeError, AttributeError):  # missing, torn or of others: measured anew
+            return None
 
-def _known(recipe: Recipe, run: Path, name: str) -> dict[str, Any] | None:
-    """What the file holds, where it is of the same models and texts and has all that is wanted."""
-    path = similarity_path(run, name)
-    try:
-        found = read_json(path)
-        sizes = found["teacher"]["num_layers"], found["student"]["num_layers"]
-        who = model_identities(recipe, run, name)
-        for kind in _kinds(recipe, name):
-            matrix = read_layer_similarity(path, *sizes, on=kind, teacher=who["teacher"], student=who["student"])
-            if not bool(matrix.isfinite().all()):
-                return None
-        same = found["measured_on"] == _measured_on(recipe, run, name)
-    except (KVDistillError, KeyError, TypeError, AttributeError):  # missing, torn or of others: measured anew
-        return None
-    return found if same else None
+    def measure(self, progress: Any) -> dict[str, Any]:
+        sides = f"teacher {self.teacher.name}", "the student"
+        sums = {kind: CKAAccumulator(names=sides) for kind in self.kinds}
+        num_batches = -(-len(self.numbers) // BATCH_TEXTS)
+        for done, pairs in enumerate(self._paired_batches()):
+            for kind in self.kinds:
+                x, y = pairs.teacher[kind].flatten(1, 2), pairs.student[kind].flatten(1, 2)
+                sums[kind].update(x, y, pairs.mask_BT.flatten())
+            progress((done + 1) / (num_batches + 1))
+        matrices = {kind: sums[kind].matrix() for kind in self.kinds}
+        first, identities = matrices[self.kinds[0]], self.teacher.identities
+        return {
+            "format": FORMAT,
+            "what": "linear CKA with the unbiased HSIC estimator; rows: student layers, columns: teacher layers",
+            "teacher": {"name": self.teacher.name, "num_layers": first.shape[1], "identity": identities["teacher"]},
+            "student": {"name": "student", "num_layers": first.shape[0], "identity": identities["student"]},
+            "measured_on": self.measured_on(),
+            "num_vectors": sums[self.kinds[0]].num_vectors,
+            "similarity": {kind: matrix.tolist() for kind, matrix in matrices.items()},
+        }
 
-
-def _measure(recipe: Recipe, run: Path, name: str, progress: Progress, number: int) -> dict[str, Any]:
-    kinds = _kinds(recipe, name)
-    sides = f"teacher {name}", "the student"
-    sums = {kind: CKAAccumulator(names=sides) for kind in kinds}
-    num_batches = -(-len(_texts(recipe, run)) // BATCH_TEXTS)
-    batches = _paired_batches(recipe, run, name, pick_device(recipe.hardware.device), kinds)
-    for done, pairs in enumerate(batches):
-        for kind in kinds:
-            x, y = pairs.teacher[kind].flatten(1, 2), pairs.student[kind].flatten(1, 2)
-            sums[kind].update(x, y, pairs.mask_BT.flatten())
-        progress("map-layers", number + (done + 1) / (num_batches + 1), len(recipe.teachers))
-    matrices = {kind: sums[kind].matrix() for kind in kinds}
-    first, identities = matrices[kinds[0]], model_identities(recipe, run, name)
-    return {
-        "format": FORMAT,
-        "what": "linear CKA with the unbiased HSIC estimator; rows: student layers, columns: teacher layers",
-        "teacher": {"name": name, "num_layers": first.shape[1], "identity": identities["teacher"]},
-        "student": {"name": "student", "num_layers": first.shape[0], "identity": identities["student"]},
-        "measured_on": _measured_on(recipe, run, name),
-        "num_vectors": sums[kinds[0]].num_vectors,
-        "similarity": {kind: matrix.tolist() for kind, matrix in matrices.items()},
-    }
-
-
-def _chosen(align: AlignRecipe, similarity_LM: Tensor, name: str) -> SparseMap:
-    try:
-        return cka_map(similarity_LM, align.cka_top_k, align.cka_monotone)
-    except AlignmentError as error:
-        raise AlignmentError(error.what, place=f"teacher {name} and the student", fix=error.fix) from None
-
-
-def _as_words(mapping: SparseMap) -> dict[str, list[list[float]]]:
-    """student layer -> [[teacher layer, weight], …]"""
-    sources = layer_sources(mapping, range(mapping.n_out))
-    return {str(layer): [[m, round(w, 6)] for m, w in pairs] for layer, pairs in enumerate(sources)}
-
-
-# -- both models on the same texts --------------------------------------------------------------------
-
-
-def _batch_maker(recipe: Recipe, run: Path, name: str) -> BatchMaker:
-    """Batches of one teacher beside the student, all tokens, nothing compressed."""
-    loss = recipe.loss.model_copy(update={"kv_weight": 1.0, "kv_on": "all", "logit_weight": 0.0})
-    arm = ArmRecipe(
-        teachers=[name], placebo=False, align=recipe.align, compress=CompressRecipe(), fuse=recipe.fuse, loss=loss
-    )
-    examples = split_examples(recipe, run, "train")
-    texts = teacher_texts(recipe, run, arm, "train")
-    return BatchMaker(examples, load_tokenizer_of(run).pad_token_id, arm, texts=texts)
-
-
-def _paired_batches(
-    recipe: Recipe, run: Path, name: str, device: torch.device, kinds: Sequence[str]
-) -> Iterator[Pairs]:
-    """Both models' states at paired positions: the teacher's go through the time map where there is one."""
-    batches, numbers = _batch_maker(recipe, run, name), _texts(recipe, run)
-    teacher = load_teacher(recipe, run, name, device)
-    vocab_size, seed = len(load_tokenizer_of(run)), derive_seed(recipe.seeds[0], "student")  # as training starts it
-    student = load_model(recipe.student, vocab_size=vocab_size, seed=seed, place="student").to(device)  # type: ignore[arg-type]
-    for start in range(0, len(numbers), BATCH_TEXTS):
-        batch = moved_to(batches(numbers[start : start + BATCH_TEXTS]), device)
-        teacher_ids, teacher_segments = batch["teacher_inputs"][name]
-        theirs = _states(teacher, teacher_ids, teacher_segments, kinds)
-        mine = _states(student, batch["input_ids"], batch["segments"], kinds)
-        mapping: SparseMap | None = batch["maps"].get(name)
-        if mapping is not None:
-            theirs = {
-                kind: torch.stack([mapping.apply(x_BSC, 1) for x_BSC in states]) for kind, states in theirs.items()
-            }
-        yield Pairs(theirs, mine, batch["kv_masks"][name])
+    def _paired_batches(self) -> Iterator[Pairs]:
+        """Both models' states at paired positions: the teacher's go through the time map where there is one."""
+        maker, name = self.arm.batches("train", stored=False), self.teacher.name
+        teacher, student = self.teacher.load(), self.arm.initial_model.to(self.arm.device)  # type: ignore[arg-type]
+        for start in range(0, len(self.numbers), BATCH_TEXTS):
+            batch = maker(self.numbers[start : start + BATCH_TEXTS]).to(self.arm.device)
+            theirs = _states(teacher, *batch.teacher_inputs[name], self.kinds)
+            mine = _states(student, batch.input_ids_BT, batch.segments_BT, self.kinds)
+            mapping: SparseMap | None = batch.maps.get(name)
+            if mapping is not None:
+                theirs = {
+                    kind: torch.stack([mapping.apply(x_BSC, 1) for x_BSC in states]) for kind, states in theirs.items()
+                }
+            yield Pairs(theirs, mine, batch.kv_masks[name])
 
 
 @torch.no_grad()

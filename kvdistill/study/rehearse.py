@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from kvdistill.align import parse_layer_range
-from kvdistill.arms.texts import load_teacher_tokenizer, load_tokenizer_of
+from kvdistill.arms.experiment import Experiment
 from kvdistill.core.config import arm_recipe, make_recipe, run_folder
 from kvdistill.core.errors import DataError
 from kvdistill.core.layout import folder_lock
@@ -137,8 +137,8 @@ def _with_small_models(small: Recipe, folder: Path, configs: dict[str, PreTraine
         if section["path"] is not None:
             target = folder / "models" / name.replace(" ", "-")
             of = next((t for t in small.teachers if f"teacher {t.name}" == name), None)
-            run = folder / "run"
-            tokenizer = load_tokenizer_of(run) if of is None else load_teacher_tokenizer(run, of)
+            experiment = Experiment(small, folder / "run")
+            tokenizer = experiment.tokenizer if of is None else experiment.teachers[of.name].tokenizer
             _save_random(configs[name], target, tokenizer, section["dtype"])
             section["path"] = str(target)
     return make_recipe(tree)

@@ -136,15 +136,16 @@ def profile_alignment(recipe: Recipe, progress: Progress, *, arm: str | None) ->
         waves = plan(recipe, run, wanted=[(name, recipe.seeds[0]) for name in profiled])
         run_waves(recipe, [(name, jobs) for name, jobs in waves if jobs and name not in ("fit", "students")], progress)
         prepare_process(recipe.hardware.threads)  # as a worker would be, for the same times
+        from kvdistill.arms.experiment import Experiment
         from kvdistill.study.profile import profile_alignment as profile
         from kvdistill.study.profile import refuse_broken_targets
 
         try:
             run_waves(recipe, [(name, jobs) for name, jobs in waves if jobs and name == "fit"], progress)
         except RuntimeError:  # a fit of NaN fails in linear algebra: say where the NaN comes from
-            refuse_broken_targets(recipe, run, profiled)
+            refuse_broken_targets(Experiment(recipe, run), profiled)
             raise
-        result["profiles"] = profile(recipe, run, profiled, progress)
+        result["profiles"] = profile(Experiment(recipe, run), profiled, progress)
     return result | {"files": [str(profile_folder(run) / f"{name}.json") for name in profiled]}
 
 

@@ -7,6 +7,7 @@ so that a killed study never leaves a writer behind.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -171,26 +172,8 @@ def stage_function(verb: str) -> Callable[..., Any]:
         return _prepare
     if verb == "check":
         return _check
-    if verb == "train_teacher":
-        from kvdistill.stages.train import train_teacher
-
-        return train_teacher
-    if verb == "map_layers":
-        from kvdistill.stages.layers import map_layers
-
-        return map_layers
-    if verb == "capture":
-        from kvdistill.stages.capture import capture
-
-        return capture
-    if verb == "fit":
-        from kvdistill.stages.fit import fit
-
-        return fit
-    if verb == "train_student":
-        from kvdistill.stages.train import train_student
-
-        return train_student
+    if verb in ("train_teacher", "map_layers", "capture", "fit", "train_student"):
+        return functools.partial(_of_experiment, verb)
     if verb == "evaluate":
         from kvdistill.stages.evaluate import evaluate
 
@@ -198,6 +181,34 @@ def stage_function(verb: str) -> Callable[..., Any]:
     if verb == "student":
         return _train_and_evaluate
     raise ValueError(verb)
+
+
+def _of_experiment(verb: str, recipe: Any, run: Path, *words: Any, progress: Progress = silent) -> None:
+    from kvdistill.arms.experiment import Experiment
+
+    experiment = Experiment(recipe, run)
+    if verb == "train_teacher":
+        from kvdistill.stages.train import train_teacher
+
+        train_teacher(experiment.teachers[words[0]], progress)
+    elif verb == "map_layers":
+        from kvdistill.stages.layers import map_layers
+
+        map_layers(experiment, progress)
+    elif verb == "capture":
+        from kvdistill.stages.capture import capture
+
+        capture(experiment.teachers[words[0]], progress)
+    elif verb == "fit":
+        from kvdistill.stages.fit import fit
+
+        for done, (arm, seed) in enumerate(words[0]):
+            fit(experiment.arm(arm, seed))
+            progress("fit", done + 1, len(words[0]))
+    else:
+        from kvdistill.stages.train import train_student
+
+        train_student(experiment.arm(words[0], words[1]), progress)
 
 
 def _prepare(recipe: Any, run: Path, progress: Progress) -> None:
@@ -219,8 +230,9 @@ def _prepare(recipe: Any, run: Path, progress: Progress) -> None:
 def _check(recipe: Any, run: Path, progress: Progress = silent) -> None:
     """Models, and the data of public evaluations: before anything is trained."""
     from kvdistill.arms.checks import check_models
+    from kvdistill.arms.experiment import Experiment
 
-    check_models(recipe, run, progress)
+    check_models(Experiment(recipe, run), progress)
     if recipe.evaluate.tasks:
         from kvdistill.stages.evaluate.public import check_public
 

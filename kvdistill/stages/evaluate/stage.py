@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvdistill.arms.answering import greedy_answers
+from kvdistill.arms.student import CausalStudent
 from kvdistill.core.errors import RunFolderError
 from kvdistill.core.files import write_json, write_text
 from kvdistill.core.layout import arm_folder, evaluated_mark, trained_mark
@@ -75,7 +76,7 @@ def answer(model: Any, tokenizer: Any, examples: list[Example], recipe: Recipe, 
     """One record per example: greedy prediction, whether it is right, and the NLL of the gold answer tokens."""
     watch = Stopwatch()
     answers = greedy_answers(
-        model,
+        CausalStudent(model),
         tokenizer,
         examples,
         max_new_tokens=recipe.evaluate.max_new_tokens,

@@ -16,9 +16,8 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from kvdistill.align.tokens import token_coverage
-from kvdistill.arms.sources import teacher_place
-from kvdistill.arms.texts import load_tokenizer_of, may_have_own_text, own_table_path, spans_path
-from kvdistill.arms.tokenizers import COMPARED_EXAMPLES, load_model_tokenizer, tokenizer_difference
+from kvdistill.arms.checks import COMPARED_EXAMPLES, load_model_tokenizer, tokenizer_difference
+from kvdistill.arms.texts import load_tokenizer_of, may_have_own_text, own_table_path, spans_path, teacher_place
 from kvdistill.core.errors import AlignmentError, DataError
 from kvdistill.core.files import read_json, replacing_folder, sha256_file, write_json, write_tensors
 from kvdistill.core.layout import teacher_texts_folder

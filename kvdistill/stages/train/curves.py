@@ -13,15 +13,14 @@ from typing import Any
 import torch
 
 from kvdistill.arms.answering import greedy_answers
-from kvdistill.arms.batches import BatchMaker, arm_batches, moved_to, token_counts
+from kvdistill.arms.arm import Arm
+from kvdistill.arms.batches import BatchMaker, token_counts
 from kvdistill.arms.distiller import Distiller
-from kvdistill.arms.targets import open_targets
+from kvdistill.arms.student import Student
 from kvdistill.arms.texts import spread
 from kvdistill.core.files import append_json_line
-from kvdistill.core.recipe import ArmRecipe, Recipe
 from kvdistill.data.answers import is_correct
 from kvdistill.data.encode import Example
-from kvdistill.data.tables import read_split
 
 BATCH = 64
 
@@ -29,28 +28,26 @@ BATCH = 64
 class LearningCurve:
     """Points of one run's learning curve. `point(step, distiller)` measures and logs at the recipe's steps."""
 
-    def __init__(self, recipe: Recipe, run: Path, arm: ArmRecipe, tokenizer: Any, log_file: Path, seed: int) -> None:
-        self._train = recipe.train
-        self._tokenizer, self._log_file, self._arm = tokenizer, log_file, arm
-        self._max_new_tokens = recipe.evaluate.max_new_tokens
-        uses_targets = arm.needs_kv or arm.needs_logits
-        readers = {n: open_targets(recipe, run, n, "val") for n in arm.teachers} if uses_targets else {}
-        pad_id = tokenizer.pad_token_id
-        self._val = arm_batches(recipe, run, arm, "val", pad_id, readers, seed)
-        self._chosen = spread(self._val.examples, recipe.train.eval_examples)
+    def __init__(self, arm: Arm, log_file: Path) -> None:
+        self._arm, self._log_file, train = arm, log_file, arm.experiment.recipe.train
+        self._val = arm.batches("val")
+        self._chosen = spread(self._val.examples, train.eval_examples)
         # the training side has stored targets only where the store is used; its likelihood is enough for the gap
-        self._seen = BatchMaker(read_split(run, "train"), pad_id)
-        self._seen_chosen = spread(self._seen.examples, recipe.train.eval_examples)
+        self._seen = BatchMaker(arm.experiment.split("train"), arm.experiment.tokenizer.pad_token_id)
+        self._seen_chosen = spread(self._seen.examples, train.eval_examples)
 
     def point(self, step: int, distiller: Distiller) -> None:
-        every = self._train.eval_every
-        if step != self._train.steps and (every == 0 or step % every):
+        """Measure and append a row to the log, where this step is one of the recipe's."""
+        recipe = self._arm.experiment.recipe
+        every = recipe.train.eval_every
+        if step != recipe.train.steps and (every == 0 or step % every):
             return
         was_training = distiller.training
         distiller.eval()
         val: dict[str, Any] = self._losses(distiller, self._val, self._chosen)
         examples = [self._val.examples[i] for i in self._chosen]
-        by_task = accuracy_by_task(distiller.student, self._tokenizer, examples, self._max_new_tokens)
+        tokenizer = self._arm.experiment.tokenizer
+        by_task = accuracy_by_task(distiller.student, tokenizer, examples, recipe.evaluate.max_new_tokens)
         val |= {"accuracy_by_task": by_task, "accuracy": sum(by_task.values()) / max(1, len(by_task))}
         train = self._losses(distiller, self._seen, self._seen_chosen, plain=True)
         append_json_line(self._log_file, {"step": step, "val": val, "train": train})
@@ -61,24 +58,17 @@ class LearningCurve:
         self, distiller: Distiller, batches: BatchMaker, chosen: Sequence[int], *, plain: bool = False
     ) -> dict[str, float | None]:
         """Mean cross-entropy, and the mean of the raw KV terms (over teachers, K and V), per token."""
-        device = next(distiller.parameters()).device
+        arm = self._arm.recipe.model_copy(update={"teachers": []}) if plain else self._arm.recipe
         sums: dict[str, float] = {}
         tokens = 0.0
         for start in range(0, len(chosen), BATCH):
             batch = batches(chosen[start : start + BATCH])
-            counts = (
-                token_counts(batch, self._arm if not plain else self._arm.model_copy(update={"teachers": []}))
-                .float()
-                .clamp_min(1)
-                .to(device)
-            )
-            moved = moved_to(batch, device)
+            counts = token_counts(batch, arm).float().clamp_min(1).to(self._arm.device)
+            batch = batch.to(self._arm.device)
             if plain:
-                terms = {"ce": distiller.cross_entropy_only(moved["input_ids"], moved["segments"], counts)}
+                terms = {"ce": distiller.cross_entropy_only(batch, counts)}
             else:
-                terms = {
-                    name: raw for name, (raw, _, _) in distiller(**moved, counts=counts, kv_weight=1.0).terms.items()
-                }
+                terms = {name: raw for name, (raw, _, _) in distiller(batch, counts, kv_weight=1.0).terms.items()}
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * float(counts[0])
             tokens += float(counts[0])
@@ -87,9 +77,11 @@ class LearningCurve:
         return {"ce": means["ce"], "nll": means["ce"], "kv_loss": sum(kv) / len(kv) if kv else None}
 
 
-def accuracy_by_task(model: Any, tokenizer: Any, examples: Sequence[Example], max_new_tokens: int) -> dict[str, float]:
+def accuracy_by_task(
+    student: Student, tokenizer: Any, examples: Sequence[Example], max_new_tokens: int
+) -> dict[str, float]:
     """Share of greedy answers that are right, per task."""
-    answers = greedy_answers(model, tokenizer, examples, max_new_tokens=max_new_tokens, batch_size=2 * BATCH)
+    answers = greedy_answers(student, tokenizer, examples, max_new_tokens=max_new_tokens, batch_size=2 * BATCH)
     right: dict[str, list[bool]] = {}
     for example, (text, _) in zip(examples, answers, strict=True):
         right.setdefault(example.task, []).append(is_correct(example.task, text, example.answer))

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,12 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from kvdistill.arms.batches import BatchMaker, ExampleNumbers, FixedOrder, scaled_nll, token_counts
+from kvdistill.arms.batches import Batch, BatchMaker, ExampleNumbers, FixedOrder, token_counts
 from kvdistill.arms.distiller import Distiller, DistillOutput
 from kvdistill.core.errors import TrainingStopped
 from kvdistill.core.files import append_json_line, keep_json_lines
 from kvdistill.core.recipe import ArmRecipe, OptimiserRecipe, TrainRecipe
 from kvdistill.core.runtime import Stopwatch
-from kvdistill.core.targets import TeacherTargets
 from kvdistill.fuse.routing_record import RoutingRecord
 from kvdistill.losses import kv_weight_at
 from kvdistill.stages.train.checkpoint import (
@@ -39,7 +38,6 @@ from kvdistill.stages.train.checkpoint import (
 )
 
 SCHEDULES = {"cosine": "cosine_with_min_lr", "linear": "linear", "constant": "constant_with_warmup"}
-TeacherRun = Callable[[Tensor, Tensor], TeacherTargets]
 
 
 def training_arguments(recipe: OptimiserRecipe, folder: Path, *, seed: int, cpu: bool) -> TrainingArguments:
@@ -80,9 +78,9 @@ def training_arguments(recipe: OptimiserRecipe, folder: Path, *, seed: int, cpu:
 class DistillTrainer(Trainer):
     """Trains a `Distiller` over a fixed order of examples.
 
-    order: example numbers for the whole training. run_teachers: online teachers by name. tensorboard: folder for its
-    event files (transformers' own place for them is among the checkpoints, which do not stay).
-    on_step(step, trainer): called after every optimiser step (learning curves, progress).
+    order: example numbers for the whole training. run_teachers: gives a batch the targets of online teachers.
+    tensorboard: folder for its event files (transformers' own place for them is among the checkpoints, which do not
+    stay). on_step(step, trainer): called after every optimiser step (learning curves, progress).
     """
 
     def __init__(
@@ -93,7 +91,7 @@ class DistillTrainer(Trainer):
         order: Sequence[int],
         *,
         arm: ArmRecipe | None = None,
-        run_teachers: Mapping[str, TeacherRun] | None = None,
+        run_teachers: Callable[[Batch], Batch] | None = None,
         log_file: Path,
         projector_lr_scale: float = 1.0,
         tensorboard: Path | None = None,
@@ -102,7 +100,7 @@ class DistillTrainer(Trainer):
     ) -> None:
         self._order = order
         self._arm = arm
-        self._run_teachers = dict(run_teachers or {})
+        self._run_teachers = run_teachers
         self._log_file = log_file
         self._projector_lr_scale, self._tensorboard = projector_lr_scale, tensorboard
         self._sums: dict[str, list[float]] = {}
@@ -137,7 +135,7 @@ class DistillTrainer(Trainer):
         if not batches:
             return batches, torch.ones(1)
         counts = torch.stack([token_counts(batch, self._arm) for batch in batches]).sum(0)
-        real = torch.stack([(batch["segments"] > 0).sum() for batch in batches]).sum()
+        real = torch.stack([(batch.segments_BT > 0).sum() for batch in batches]).sum()
         both = torch.cat([real[None].to(counts), counts]).to(device=device, dtype=torch.float32)
         if self.args.world_size > 1:
             both = self.accelerator.gather(both[None]).sum(0)
@@ -170,24 +168,27 @@ class DistillTrainer(Trainer):
 
     # -- loss ---------------------------------------------------------------------------------
 
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return inputs.to(self.args.device)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not asked of the batch: the ledger counts by closed form (`ledger.py`)."""
+        return 0
+
     def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        if self._run_teachers:
-            given, scale = inputs.pop("teacher_inputs"), inputs.get("nll_scale", {})
-            inputs["targets"] = {
-                name: scaled_nll(run(*given[name]), scale.get(name)) for name, run in self._run_teachers.items()
-            }
+        batch: Batch = inputs if self._run_teachers is None else self._run_teachers(inputs)
         kv_weight = 0.0
         if self._arm is not None and self._arm.needs_kv:
             loss_recipe = self._arm.loss
             kv_weight = kv_weight_at(
                 self.state.global_step, self.args.max_steps, loss_recipe.kv_weight, loss_recipe.kv_warmup
             )
-        out: DistillOutput = model(**inputs, counts=num_items_in_batch, kv_weight=kv_weight)
+        out: DistillOutput = model(batch, counts=num_items_in_batch, kv_weight=kv_weight)
         self._watch(out)
         if self._routing is not None and out.weights is not None:
-            self._routing.add(out.weights, inputs["segments"] > 0, inputs["tasks"])
+            self._routing.add(out.weights, batch.mask_BT, batch.tasks)
         loss = out.loss * self.args.world_size  # ranks are averaged, counts are global
         return (loss, out) if return_outputs else loss
 

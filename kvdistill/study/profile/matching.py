@@ -17,45 +17,46 @@ from typing import Any
 import torch
 
 from kvdistill.align import AlignedKV, RidgeFit
+from kvdistill.arms.arm import Arm
 from kvdistill.arms.batches import BatchMaker
-from kvdistill.arms.running import teacher_rotation
 from kvdistill.core.errors import AlignmentError
 from kvdistill.core.runtime import derive_seed
 from kvdistill.match import FIGURES, TeacherMatch
-from kvdistill.study.profile.setting import Setting
 
 FIT_TEXTS, HELD_OUT_TEXTS = 256, 64
 Map = Callable[[AlignedKV], AlignedKV]  # student channels -> the space the two meet in
 
 
-def match_figures(setting: Setting, progress: Callable[[float], None]) -> dict[str, Any]:
+def match_figures(arm: Arm, progress: Callable[[float], None]) -> dict[str, Any]:
     """{"teachers": {name: {"matched", "mismatched": {"start", "linear": {"k", "v": figures}}}}}, texts, and how."""
     teachers: dict[str, Any] = {}
-    names = setting.arm.teachers
+    names = arm.recipe.teachers
     for place, name in enumerate(names):
         teachers[name] = {}
         for number, texts in enumerate(("matched", "mismatched")):
-            found, how = _figures(setting, name, mismatched=texts == "mismatched")
+            found, how = _figures(arm, name, mismatched=texts == "mismatched")
             teachers[name] |= {texts: found, "linear": how}
             progress((2 * place + number + 1) / (2 * len(names)))
     return {
-        "texts": sum(map(len, setting.held_out_numbers(HELD_OUT_TEXTS))),
-        "fit_texts": sum(map(len, setting.calibration_numbers(FIT_TEXTS))),
+        "texts": sum(map(len, arm.held_out_numbers(HELD_OUT_TEXTS))),
+        "fit_texts": sum(map(len, arm.calibration_numbers(FIT_TEXTS))),
         "teachers": teachers,
     }
 
 
 @torch.no_grad()
-def _figures(setting: Setting, name: str, *, mismatched: bool) -> tuple[dict[str, Any], str]:
-    aligner = setting.aligner(name)
-    linear, how = _linear_map(setting, name, setting.maker("train", mismatched))
+def _figures(arm: Arm, name: str, *, mismatched: bool) -> tuple[dict[str, Any], str]:
+    aligner = arm.distiller.aligner(name)
+    linear, how = _linear_map(arm, name, arm.batches("train", mismatched=mismatched))
     maps: dict[str, Map] = {"start": aligner.project, "linear": linear}
-    num_layers, seed = len(aligner.student_layers), derive_seed(setting.seed, "profile", "match")
+    num_layers, seed = len(aligner.student_layers), derive_seed(arm.seed, "profile", "match")
     meters = {when: TeacherMatch(num_layers, seed=seed) for when in maps}
-    numbers = setting.held_out_numbers(HELD_OUT_TEXTS)
-    for batch, teacher, student in setting.pairs(setting.maker("val", mismatched), numbers, name):
-        target, _ = aligner.targets(teacher, batch["maps"].get(name))
-        channels, mask = aligner.student_channels(student), batch["kv_masks"][name]
+    numbers = arm.held_out_numbers(HELD_OUT_TEXTS)
+    for batch, teacher, student in arm.pairs(
+        arm.distiller.student, arm.batches("val", mismatched=mismatched), numbers, name
+    ):
+        target, _ = aligner.targets(teacher, batch.maps.get(name))
+        channels, mask = aligner.student_channels(student), batch.kv_masks[name]
         for when, mapped in maps.items():
             source = mapped(channels)
             meters[when].keys.add(source.k, target.k, mask)
@@ -71,31 +72,31 @@ def _figures(setting: Setting, name: str, *, mismatched: bool) -> tuple[dict[str
     return found, how
 
 
-def _linear_map(setting: Setting, name: str, maker: BatchMaker) -> tuple[Map, str]:
+def _linear_map(arm: Arm, name: str, maker: BatchMaker) -> tuple[Map, str]:
     """The fit, and in words what was fitted."""
-    aligner = setting.aligner(name)
-    numbers = setting.calibration_numbers(FIT_TEXTS)
+    aligner = arm.distiller.aligner(name)
+    numbers = arm.calibration_numbers(FIT_TEXTS)
     if aligner.recipe.match_in == "teacher":
         fitted = copy.deepcopy(aligner)
         rotate = None
         if aligner.recipe.ridge_on == "attention":
-            rotate = teacher_rotation(setting.recipe, name, setting.device)
-        pairs = setting.pairs(maker, numbers, name)
+            rotate = arm.teachers[name].rotation()
+        pairs = arm.pairs(arm.distiller.student, maker, numbers, name)
         try:
-            fitted.fit_projector(((theirs, mine, batch["maps"].get(name)) for batch, theirs, mine in pairs), rotate)
+            fitted.fit_projector(((theirs, mine, batch.maps.get(name)) for batch, theirs, mine in pairs), rotate)
             return fitted.project, f"ridge fit of the arm's own {type(fitted.proj_k).__name__}"
         except AlignmentError as error:
             why = f" (the arm's own projector takes none: {error.what})"
     else:
         why = f" (the arm meets in space {aligner.recipe.match_in!r})"
-    return _full_matrix(setting, name, maker), f"ridge fit of one full matrix a layer{why}"
+    return _full_matrix(arm, name, maker), f"ridge fit of one full matrix a layer{why}"
 
 
-def _full_matrix(setting: Setting, name: str, maker: BatchMaker) -> Map:
-    aligner = setting.aligner(name)
+def _full_matrix(arm: Arm, name: str, maker: BatchMaker) -> Map:
+    aligner = arm.distiller.aligner(name)
     fits: list[RidgeFit] = []
-    for batch, teacher, student in setting.pairs(maker, setting.calibration_numbers(FIT_TEXTS), name):
-        target, mask = aligner.targets(teacher, batch["maps"].get(name))
+    for batch, teacher, student in arm.pairs(arm.distiller.student, maker, arm.calibration_numbers(FIT_TEXTS), name):
+        target, mask = aligner.targets(teacher, batch.maps.get(name))
         source = aligner.student_channels(student)
         if not fits:
             fits = [RidgeFit(x.shape[-1], y.shape[-1], len(x)) for x, y in zip(source, target, strict=True)]

@@ -11,7 +11,6 @@ so that the first stage with a non-finite value is where it came from. Repairs n
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,11 +18,11 @@ from torch import Tensor
 
 from kvdistill.align import attention_sources, attention_targets
 from kvdistill.align.channels import floored_std
-from kvdistill.arms.batches import KV_SEGMENTS, in_segments, token_counts
-from kvdistill.arms.targets import open_targets
+from kvdistill.arms.arm import Arm
+from kvdistill.arms.batches import KV_SEGMENTS, Batch, in_segments, token_counts
+from kvdistill.arms.teacher import Teacher
 from kvdistill.core.kv import KV
-from kvdistill.core.recipe import Recipe
-from kvdistill.study.profile.setting import Setting
+from kvdistill.study.profile.shapes import first_batches
 
 _CAPTURED = "teacher, as captured"
 FP16_MAX = torch.finfo(torch.float16).max
@@ -130,28 +129,28 @@ class Stages:
         return [{"stage": s, "teacher": of, "what": what, **m.figures()} for (s, of, what), m in self._meters.items()]
 
 
-def number_figures(setting: Setting, num_batches: int) -> dict[str, Any]:
+def number_figures(arm: Arm, num_batches: int) -> dict[str, Any]:
     """{"stages": in order, "terms", "gradients", "empty", "first_non_finite", "says"}; see `StageMeter.figures`."""
     stages, terms, gradients = Stages(), _Terms(), _Gradients()
-    empty: dict[str, dict[str, int]] = {name: {"tokens": 0, "empty": 0} for name in setting.arm.teachers}
-    maker = setting.maker("train")
-    for numbers in setting.training_numbers(num_batches):
-        batch = setting.load(maker, numbers)
+    empty: dict[str, dict[str, int]] = {name: {"tokens": 0, "empty": 0} for name in arm.recipe.teachers}
+    maker = arm.batches("train")
+    for numbers in first_batches(arm, num_batches):
+        batch = arm.load(maker, numbers)
         with torch.no_grad():
-            _add_sides(stages, setting, batch)
-        _add_step(terms, gradients, setting, batch)
-        wanted_BT = in_segments(batch["segments"], KV_SEGMENTS[setting.arm.loss.kv_on])
+            _add_sides(stages, arm, batch)
+        _add_step(terms, gradients, arm, batch)
+        wanted_BT = in_segments(batch.segments_BT, KV_SEGMENTS[arm.recipe.loss.kv_on])
         for name, count in empty.items():
-            mask = batch["kv_masks"][name]
+            mask = batch.kv_masks[name]
             wanted = wanted_BT.expand_as(mask)
             count["tokens"] += int(wanted.sum())
             count["empty"] += int((wanted & ~mask).sum())
     rows = stages.rows()
     first = _first_non_finite(rows, terms.found, gradients.rows())
     if first is not None and first["stage"] in ("target", "source"):
-        first = _in_what_was_fitted(setting, rows) or first  # a fit reads other texts than these
+        first = _in_what_was_fitted(arm, rows) or first  # a fit reads other texts than these
     return {
-        "texts": num_batches * setting.recipe.train.batch_size,
+        "texts": num_batches * arm.experiment.recipe.train.batch_size,
         "stages": rows,
         "terms": terms.found,
         "gradients": gradients.rows(),
@@ -161,21 +160,21 @@ def number_figures(setting: Setting, num_batches: int) -> dict[str, Any]:
     }
 
 
-def _add_sides(stages: Stages, setting: Setting, batch: dict[str, Any]) -> None:
-    student = setting.student_kv(batch)
-    theirs = {name: setting.teacher_kv(batch, name) for name in setting.arm.teachers}
+def _add_sides(stages: Stages, arm: Arm, batch: Batch) -> None:
+    student = arm.student_kv(arm.distiller.student, batch)
+    theirs = {name: arm.teacher_kv(batch, name) for name in arm.recipe.teachers}
     for name, kv in theirs.items():
         stages.add(_CAPTURED, name, _token_major(kv), kv.mask_BT, kv.layers)
-    layers, masks, maps = student.layers, batch["kv_masks"], batch["maps"]
+    layers, masks, maps = student.layers, batch.kv_masks, batch.maps
     for name, kv in theirs.items():
-        mapped, _ = setting.aligner(name).teacher_channels(kv, maps.get(name), standardise=False)
+        mapped, _ = arm.distiller.aligner(name).teacher_channels(kv, maps.get(name), standardise=False)
         stages.add("after time and layer map", name, mapped._asdict(), masks[name], layers)
     for name, kv in theirs.items():
-        stages.add("target", name, _target(setting, name, student, kv, maps.get(name)), masks[name], layers)
-    real_BT = batch["segments"] > 0
+        stages.add("target", name, _target(arm, name, student, kv, maps.get(name)), masks[name], layers)
+    real_BT = batch.mask_BT
     stages.add("student", None, _token_major(student), real_BT, layers)
     for name, kv in theirs.items():
-        stages.add("source", name, _source(setting, name, student, kv), masks[name], layers)
+        stages.add("source", name, _source(arm, name, student, kv), masks[name], layers)
 
 
 def _token_major(kv: KV) -> dict[str, list[Tensor]]:
@@ -183,23 +182,23 @@ def _token_major(kv: KV) -> dict[str, list[Tensor]]:
     return {what: [x.transpose(1, 2) for x in side] for what, side in sides.items()}
 
 
-def _target(setting: Setting, name: str, student: KV, teacher: KV, mapping: Any) -> dict[str, Tensor]:
-    aligner = setting.aligner(name)
-    if setting.arm.compares_attention:
-        return attention_targets(aligner, student, teacher, mapping, setting.rotations[name])._asdict()
+def _target(arm: Arm, name: str, student: KV, teacher: KV, mapping: Any) -> dict[str, Tensor]:
+    aligner = arm.distiller.aligner(name)
+    if arm.recipe.compares_attention:
+        return attention_targets(aligner, student, teacher, mapping, arm.distiller.rotation(name))._asdict()
     return aligner.targets(teacher, mapping)[0]._asdict()
 
 
-def _source(setting: Setting, name: str, student: KV, teacher: KV) -> dict[str, Tensor]:
-    aligner = setting.aligner(name)
-    if setting.arm.compares_attention:
-        return attention_sources(aligner, student, teacher, setting.rotations[name])._asdict()
+def _source(arm: Arm, name: str, student: KV, teacher: KV) -> dict[str, Tensor]:
+    aligner = arm.distiller.aligner(name)
+    if arm.recipe.compares_attention:
+        return attention_sources(aligner, student, teacher, arm.distiller.rotation(name))._asdict()
     return aligner.sources(student)._asdict()
 
 
-def first_broken_target(recipe: Recipe, run: Path, name: str) -> dict[str, Any] | None:
+def first_broken_target(teacher: Teacher) -> dict[str, Any] | None:
     """The first captured tensor of a teacher that is not finite: what, layer, example, count. Reads the whole store."""
-    reader = open_targets(recipe, run, name, "train" if recipe.capture.source == "store" else "val")
+    reader = teacher.targets("train" if teacher.experiment.recipe.capture.source == "store" else "val")
     for example in range(reader.num_examples):
         kv = reader.read([example], logits=False, scores=False).kv
         assert kv is not None
@@ -210,17 +209,17 @@ def first_broken_target(recipe: Recipe, run: Path, name: str) -> dict[str, Any] 
     return None
 
 
-def _in_what_was_fitted(setting: Setting, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def _in_what_was_fitted(arm: Arm, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """The first aligner whose statistics or projectors are not finite; or rather what they were fitted to, if it is it.
 
     rows: of all stages.
     """
-    for name in setting.arm.teachers:
-        state = setting.aligner(name).state_dict()
+    for name in arm.recipe.teachers:
+        state = arm.distiller.aligner(name).state_dict()
         broken = [key for key, tensor in state.items() if not bool(tensor.isfinite().all())]
         if not broken:
             continue
-        found = first_broken_target(setting.recipe, setting.run, name)
+        found = first_broken_target(arm.teachers[name])
         if found is not None:
             says = f"non-finite values begin in {_name({'stage': _CAPTURED, 'teacher': name, **found})}: "
             says += f"{found['count']:,} of them in layer {found['layer']} of example {found['example']}, "
@@ -275,13 +274,13 @@ class _Gradients:
         ]
 
 
-def _add_step(terms: _Terms, gradients: _Gradients, setting: Setting, batch: dict[str, Any]) -> None:
+def _add_step(terms: _Terms, gradients: _Gradients, arm: Arm, batch: Batch) -> None:
     """Loss and gradients at the full KV weight (after the warm-up), of one micro-batch, unclipped."""
-    distiller, arm = setting.distiller, setting.arm
+    distiller = arm.distiller
     distiller.train().zero_grad(set_to_none=True)
-    counts = token_counts(batch, arm).to(device=setting.device, dtype=torch.float32).clamp_min(1.0)
-    with torch.autocast(setting.device.type, torch.bfloat16, enabled=setting.recipe.train.bf16):
-        out = distiller(**batch, counts=counts, kv_weight=arm.loss.kv_weight)
+    counts = token_counts(batch, arm.recipe).to(device=arm.device, dtype=torch.float32).clamp_min(1.0)
+    with torch.autocast(arm.device.type, torch.bfloat16, enabled=arm.experiment.recipe.train.bf16):
+        out = distiller(batch, counts, kv_weight=arm.recipe.loss.kv_weight)
     for name, (raw, _, entered) in out.terms.items():
         terms.add(name, raw, entered)
     out.loss.backward()
@@ -289,7 +288,7 @@ def _add_step(terms: _Terms, gradients: _Gradients, setting: Setting, batch: dic
         if parameter.grad is not None:
             first, _, rest = name.partition(".")
             number, _, inner = rest.partition(".")
-            teacher = arm.teachers[int(number)] if first == "aligners" else None
+            teacher = arm.recipe.teachers[int(number)] if first == "aligners" else None
             gradients.add(teacher, inner if first == "aligners" else rest, parameter.grad)
     distiller.eval().zero_grad(set_to_none=True)
 

@@ -12,69 +12,66 @@ from torch import Tensor
 
 from kvdistill.align.time import segment_report
 from kvdistill.align.tokens import token_coverage
-from kvdistill.arms.batches import BatchMaker
-from kvdistill.arms.pairing import captured_top_k, captures_queries, captures_scores, needed_layers, pair
-from kvdistill.arms.sources import teacher_recipe
-from kvdistill.arms.targets import target_identity
-from kvdistill.arms.texts import read_examples
+from kvdistill.arms.arm import Arm
+from kvdistill.arms.batches import Batch, BatchMaker
 from kvdistill.core.files import read_json
-from kvdistill.core.layout import store_root
 from kvdistill.core.segments import SEGMENT_NAMES
 from kvdistill.models.generate import right_padded
-from kvdistill.store.shards import find_store
-from kvdistill.study.profile.setting import Setting
 
 
-def shape_figures(setting: Setting, num_batches: int) -> dict[str, Any]:
+def shape_figures(arm: Arm, num_batches: int) -> dict[str, Any]:
     """Sizes of the student and each teacher, and what the first batches of training hold."""
-    arm, recipe = setting.arm, setting.recipe
-    maker = setting.maker("train")
-    batches = [(numbers, setting.load(maker, numbers)) for numbers in setting.training_numbers(num_batches)]
-    student = pair(recipe, setting.run, arm, arm.teachers[0]).student
-    lengths = torch.cat([(batch["segments"] > 0).sum(1) for _, batch in batches])
+    maker, recipe = arm.batches("train"), arm.recipe
+    numbers = first_batches(arm, num_batches)
+    batches = [arm.load(maker, one) for one in numbers]
+    lengths = torch.cat([batch.mask_BT.sum(1) for batch in batches])
+    student = _sizes(arm.experiment.student_shape)
     return {
         "texts": len(lengths),
-        "student": {**_sizes(student), "layers_used": setting.distiller.student_layers, "tokens": _mean(lengths)},
+        "student": {**student, "layers_used": arm.distiller.student_layers, "tokens": _mean(lengths)},
         "meeting": {
-            "space": arm.align.match_in,
-            "keys": arm.align.keys,
-            "time": arm.align.time,
-            "layers": arm.align.layers,
-            "kv_compression": arm.compress.kv_compression,
-            "kv_on": arm.loss.kv_on,
+            "space": recipe.align.match_in,
+            "keys": recipe.align.keys,
+            "time": recipe.align.time,
+            "layers": recipe.align.layers,
+            "kv_compression": recipe.compress.kv_compression,
+            "kv_on": recipe.loss.kv_on,
         },
-        "teachers": {name: _teacher(setting, name, maker, batches) for name in arm.teachers},
+        "teachers": {name: _teacher(arm, name, maker, numbers, batches) for name in recipe.teachers},
     }
 
 
-def _teacher(setting: Setting, name: str, maker: BatchMaker, batches: list[Any]) -> dict[str, Any]:
-    recipe, run, aligner = setting.recipe, setting.run, setting.aligner(name)
-    sizes = pair(recipe, run, setting.arm, name).teacher
-    targets = [batch["targets"][name] for _, batch in batches]
-    lengths = torch.cat([(target.segments_BS > 0).sum(1) for target in targets])
+def first_batches(arm: Arm, num_batches: int) -> list[list[int]]:
+    """The examples of the first batches of training (round again where there are fewer)."""
+    size, order = arm.experiment.recipe.train.batch_size, arm.training_order(num_batches)
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _teacher(arm: Arm, name: str, maker: BatchMaker, numbers: list[list[int]], batches: list[Batch]) -> dict[str, Any]:
+    aligner, teacher = arm.distiller.aligner(name), arm.teachers[name]
+    targets = [batch.targets[name] for batch in batches]
     text = maker.texts.get(name)
-    projector = aligner.proj_k
-    width = projector.num_in if setting.arm.align.match_in == "student" else projector.num_out
-    if setting.arm.align.match_in == "student":
-        width = aligner.student_heads[0] * aligner.student_heads[1]
+    in_student = arm.recipe.align.match_in == "student"
+    missing: dict[str, int] = {}  # texts with a segment on one side only
+    for target, batch in zip(targets, batches, strict=True):
+        for what, count in segment_report(target.segments_BS, batch.segments_BT).items():
+            missing[what] = missing.get(what, 0) + count
     found: dict[str, Any] = {
-        **_sizes(sizes),
-        "tokens": _mean(lengths),
+        **_sizes(teacher.shape),
+        "tokens": _mean(torch.cat([(target.segments_BS > 0).sum(1) for target in targets])),
         "own_tokens": text is not None,
         "one_text": text is None or text.own is not None,
-        "channels": width,
+        "channels": aligner.student_heads[0] * aligner.student_heads[1] if in_student else aligner.proj_k.num_out,
         "layer_map": {
             layer: [[m, round(share, 6)] for m, share in row]
             for layer, row in zip(aligner.student_layers, aligner.sources_by_layer, strict=True)
         },
-        "captured": _captured(setting, name),
-        "taught": _taught([(batch["segments"], batch["kv_masks"][name]) for _, batch in batches]),
-        "segments": _missing_segments(
-            [(t.segments_BS, b["segments"]) for t, (_, b) in zip(targets, batches, strict=True)]
-        ),
+        "captured": _captured(arm, name),
+        "taught": _taught([(batch.segments_BT, batch.kv_masks[name]) for batch in batches]),
+        "segments": {what: count for what, count in missing.items() if count},
     }
-    if text is not None and text.own is not None and not setting.arm.placebo:
-        found["lost"] = _lost(text, [numbers for numbers, _ in batches])
+    if text is not None and text.own is not None and not arm.recipe.placebo:
+        found["lost"] = _lost(text, numbers)
     return found
 
 
@@ -96,24 +93,21 @@ def _mean(lengths: Tensor) -> float:
     return float(lengths.double().mean())
 
 
-def _captured(setting: Setting, name: str) -> dict[str, Any]:
+def _captured(arm: Arm, name: str) -> dict[str, Any]:
     """What of the teacher is captured; in the store: its bytes, over all tokens of its training texts."""
-    recipe, run = setting.recipe, setting.run
+    teacher, capture = arm.teachers[name], arm.experiment.recipe.capture
     found: dict[str, Any] = {
-        "source": recipe.capture.source,
-        "dtype": recipe.capture.dtype,
-        "layers": needed_layers(recipe, run, name),
-        "queries": captures_queries(recipe, name),
-        "scores": captures_scores(recipe, name),
-        "logits_top_k": captured_top_k(recipe, name),
+        "source": capture.source,
+        "dtype": capture.dtype,
+        "layers": teacher.layers,
+        "queries": teacher.queries,
+        "scores": teacher.scores,
+        "logits_top_k": teacher.top_k,
     }
-    if setting.is_online:
+    if arm.runs_online:
         return found
-    identity = target_identity(recipe, run, name, "train")
-    folder = find_store(store_root(run), "targets-train", name, identity, make="kvdistill capture RECIPE")
-    num_bytes = sum(shard["bytes"] for shard in read_json(folder / "manifest.json")["shards"])
-    examples = read_examples(recipe, run, "train", teacher_recipe(recipe, name))
-    num_tokens = sum(len(example.input_ids) for example in examples)
+    num_bytes = sum(shard["bytes"] for shard in read_json(teacher.target_folder("train") / "manifest.json")["shards"])
+    num_tokens = sum(len(example.input_ids) for example in teacher.examples("train"))
     return found | {"bytes": num_bytes, "tokens": num_tokens, "bytes_per_token": num_bytes / max(1, num_tokens)}
 
 
@@ -128,15 +122,6 @@ def _taught(sides: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
             total[name] += float(here_BT.sum())
             taught[name] += float((share_BT * here_BT).sum())
     return {name: taught[name] / total[name] if total[name] else None for name in names}
-
-
-def _missing_segments(sides: list[tuple[Tensor, Tensor]]) -> dict[str, int]:
-    """Texts with a segment on one side only."""
-    total: dict[str, int] = {}
-    for theirs_BS, mine_BT in sides:
-        for what, count in segment_report(theirs_BS, mine_BT).items():
-            total[what] = total.get(what, 0) + count
-    return {what: count for what, count in total.items() if count}
 
 
 def _lost(text: Any, batches: list[list[int]]) -> dict[str, float]:
@@ -161,18 +146,18 @@ def _lost(text: Any, batches: list[list[int]]) -> dict[str, float]:
     }
 
 
-def parameter_figures(setting: Setting) -> dict[str, Any]:
+def parameter_figures(arm: Arm) -> dict[str, Any]:
     """Numbers in the student and in each teacher's maps: learned, and saved with them but fixed."""
-    trained = sum(p.numel() for p in setting.distiller.student.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in setting.distiller.student.parameters())
+    trained = sum(p.numel() for p in arm.distiller.student.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in arm.distiller.student.parameters())
     return {
         "student": {"parameters": total, "trained": trained},
-        "teachers": {name: _projectors(setting, name) for name in setting.arm.teachers},
+        "teachers": {name: _projectors(arm, name) for name in arm.recipe.teachers},
     }
 
 
-def _projectors(setting: Setting, name: str) -> dict[str, Any]:
-    aligner = setting.aligner(name)
+def _projectors(arm: Arm, name: str) -> dict[str, Any]:
+    aligner = arm.distiller.aligner(name)
     modules = {what: getattr(aligner, what, None) for what in ("proj_k", "proj_v", "proj_q", "adapter_k", "adapter_v")}
     present = {what: module for what, module in modules.items() if module is not None}
     return {

@@ -22,9 +22,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from kvdistill.arms.batches import BatchMaker, moved_to, token_counts
+from kvdistill.arms.arm import Arm
+from kvdistill.arms.batches import BatchMaker, token_counts
 from kvdistill.arms.distiller import Distiller
-from kvdistill.study.profile.setting import Setting
+from kvdistill.study.profile.shapes import first_batches
 
 _WARM_UP = 2
 _OF_ALIGNER = {
@@ -133,23 +134,22 @@ class LiveTensors(TorchDispatchMode):
 class _Steps:
     """Training steps of one module on batches of one maker, one after another."""
 
-    def __init__(self, setting: Setting, distiller: Distiller, maker: BatchMaker) -> None:
-        self._setting, self._distiller, self._maker = setting, distiller, maker
+    def __init__(self, arm: Arm, distiller: Distiller, maker: BatchMaker) -> None:
+        self._arm, self._distiller, self._maker = arm, distiller, maker
         trained = [p for p in distiller.parameters() if p.requires_grad]
-        self._trained, train = trained, setting.recipe.train
+        self._trained, train = trained, arm.experiment.recipe.train
         self._optimizer = torch.optim.AdamW(trained, lr=0.0, betas=train.adam_betas, weight_decay=0.0)
 
     def step(self, numbers: list[int], clock: PartClock) -> None:
-        setting, train, device = self._setting, self._setting.recipe.train, self._setting.device
+        arm, train, device = self._arm, self._arm.experiment.recipe.train, self._arm.device
         with clock.part("reading"):
-            batch = moved_to(self._maker(numbers), device)
+            batch = self._maker(numbers).to(device)
         with clock.part("teacher_forward"):
-            batch = setting.run_teachers(batch)
-        arm = self._distiller.arm
-        counts = token_counts(batch, arm).to(device=device, dtype=torch.float32).clamp_min(1.0)
-        kv_weight = setting.arm.loss.kv_weight
+            batch = arm.run_teachers(batch)
+        counts = token_counts(batch, self._distiller.arm).to(device=device, dtype=torch.float32).clamp_min(1.0)
+        kv_weight = arm.recipe.loss.kv_weight
         with torch.autocast(device.type, torch.bfloat16, enabled=train.bf16):
-            loss = self._distiller(**batch, counts=counts, kv_weight=kv_weight).loss
+            loss = self._distiller(batch, counts, kv_weight=kv_weight).loss
         with clock.part("backward"):
             loss.backward()
         with clock.part("update"):
@@ -160,14 +160,14 @@ class _Steps:
 
     def whole(self, numbers: list[int]) -> float:
         """Seconds of a step, as it runs."""
-        clock, silent = PartClock(self._setting.device), PartClock(torch.device("cpu"))
+        clock, silent = PartClock(self._arm.device), PartClock(torch.device("cpu"))
         begun = clock.now()
         self.step(numbers, silent)
         return clock.now() - begun
 
     def parts(self, numbers: list[int]) -> dict[str, float]:
         """Seconds of each part of a step."""
-        clock = PartClock(self._setting.device)
+        clock = PartClock(self._arm.device)
         begun = clock.now()
         with clock.watching(self._distiller):
             self.step(numbers, clock)
@@ -175,7 +175,7 @@ class _Steps:
         return clock.seconds
 
     def peak_bytes(self, numbers: list[int]) -> int:
-        device = self._setting.device
+        device = self._arm.device
         silent = PartClock(torch.device("cpu"))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -189,18 +189,18 @@ class _Steps:
         return live.peak
 
 
-def step_figures(setting: Setting, num_steps: int) -> dict[str, Any]:
+def step_figures(arm: Arm, num_steps: int) -> dict[str, Any]:
     """Of the parts, the whole and cross-entropy alone: medians over `num_steps` steps in milliseconds; peak bytes.
 
     Of whole steps the fastest too: what a machine with other work says beside its median.
     """
-    numbers = setting.training_numbers(3)
-    plain_arm = setting.arm.model_copy(update={"teachers": []})
-    taught = _Steps(setting, setting.distiller.train(), setting.maker("train"))
+    numbers = first_batches(arm, 3)
+    plain_arm = arm.recipe.model_copy(update={"teachers": []})
+    taught = _Steps(arm, arm.distiller.train(), arm.batches("train"))
     plain = _Steps(
-        setting,
-        Distiller(setting.distiller.student, plain_arm).train(),
-        BatchMaker(setting.maker("train").examples, setting.pad_id),
+        arm,
+        Distiller(arm.distiller.student, plain_arm).train(),
+        BatchMaker(arm.batches("train").examples, arm.experiment.tokenizer.pad_token_id),
     )
     whole: dict[str, list[float]] = {"taught": [], "plain": []}
     parts: list[dict[str, float]] = []
@@ -214,9 +214,9 @@ def step_figures(setting: Setting, num_steps: int) -> dict[str, Any]:
                 whole[kind].append(taken)
     step_ms, plain_ms = (1000 * statistics.median(whole[kind]) for kind in ("taught", "plain"))
     peak, plain_peak = (steps.peak_bytes(numbers[0]) for steps in (taught, plain))
-    on_gpu = setting.device.type == "cuda"
+    on_gpu = arm.device.type == "cuda"
     return {
-        "batch_size": setting.recipe.train.batch_size,
+        "batch_size": arm.experiment.recipe.train.batch_size,
         "steps": num_steps,
         "parts_ms": {name: 1000 * statistics.median(one[name] for one in parts) for name in PARTS},
         "whole_ms": step_ms,

@@ -1,0 +1,302 @@
+"""An arm with a seed: whatever fitting, training, matching, profiling and evaluating ask about it, asked of one object.
+
+Its recipe says what it does, its experiment holds what it shares with the others. Loads and reads when it is asked;
+what a stage computes of it (fits, weights) is written by the stage.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvdistill.align import MapProjectionAligner
+from kvdistill.arms.batches import Batch, BatchMaker, data_order
+from kvdistill.arms.distiller import Distiller
+from kvdistill.arms.pairing import Pairing, pair
+from kvdistill.arms.student import CausalStudent, Student
+from kvdistill.arms.teacher import Teacher, run_teacher
+from kvdistill.arms.texts import spread
+from kvdistill.core.errors import AlignmentError
+from kvdistill.core.kv import KV
+from kvdistill.core.layout import arm_folder, fit_root
+from kvdistill.core.recipe import ArmRecipe
+from kvdistill.core.runtime import derive_seed
+from kvdistill.core.targets import TeacherTargets
+from kvdistill.fuse import build_fusion
+from kvdistill.store.packed import TargetReader
+from kvdistill.store.shards import StoreReader, find_store
+
+if TYPE_CHECKING:
+    from kvdistill.arms.experiment import Experiment
+
+FIT_KIND = "aligner"
+
+
+class Arm:
+    """experiment: recipe and run folder. recipe: the arm's, complete. name: in the study; empty for a made-up arm."""
+
+    def __init__(self, experiment: Experiment, recipe: ArmRecipe, seed: int, name: str = "") -> None:
+        self.experiment, self.recipe, self.seed, self.name = experiment, recipe, seed, name
+        self.teachers: dict[str, Teacher] = {teacher: experiment.teachers[teacher] for teacher in recipe.teachers}
+        self.device = experiment.device
+        self.uses_teachers = recipe.needs_kv or recipe.needs_logits
+        self._readers: dict[str, dict[str, TargetReader]] = {}  # by split: checked once
+        self._running: dict[str, Callable[[Tensor, Tensor], TeacherTargets]] = {}
+
+    @property
+    def folder(self) -> Path:
+        """Where training and evaluation leave what they make."""
+        return arm_folder(self.experiment.run, self.name, self.seed)
+
+    @property
+    def runs_online(self) -> bool:
+        """Whether its teachers run while it trains, and only held-out targets are stored."""
+        return self.experiment.recipe.capture.source == "online"
+
+    def alone(self, name: str) -> Arm:
+        """The same arm with one of its teachers and its own texts: what is fitted to that teacher."""
+        return Arm(self.experiment, self.recipe.model_copy(update={"teachers": [name], "placebo": False}), self.seed)
+
+    # -- student beside teachers --------------------------------------------------------------------------
+
+    @cached_property
+    def pairings(self) -> dict[str, Pairing]:
+        """By teacher whose keys and values are matched."""
+        return {name: pair(self.recipe, self.teachers[name]) for name in self.recipe.teachers if self.recipe.needs_kv}
+
+    @property
+    def shared_size(self) -> int:
+        """Channels of the arm's shared space: as asked, else those of its narrowest model.
+
+        Raises AlignmentError where a model is narrower than what is asked for.
+        """
+        shapes = {name: teacher.shape for name, teacher in self.teachers.items()}
+        shapes["the student"] = self.experiment.student_shape  # no teacher can have this name
+        widths = {name: shape.num_kv_heads * shape.head_size for name, shape in shapes.items()}
+        narrowest = min(widths, key=widths.__getitem__)
+        asked = self.recipe.align.shared_size
+        if (asked or 0) > widths[narrowest]:
+            raise AlignmentError(
+                f"{asked} shared channels, but {narrowest!r} has {widths[narrowest]}",
+                place="align.shared_size",
+                fix=f"1 to {widths[narrowest]}, or leave it out",
+            )
+        return asked or widths[narrowest]
+
+    def new_aligner(self, name: str) -> MapProjectionAligner:
+        """The aligner to one teacher, with its seeded initial projector and nothing fitted yet."""
+        sizes = self.pairings[name]
+        teacher, student = sizes.teacher, sizes.student
+        return MapProjectionAligner(
+            self.recipe.align,
+            (teacher.num_layers, teacher.num_kv_heads, teacher.head_size),
+            (student.num_layers, student.num_kv_heads, student.head_size),
+            sizes.student_layers,
+            seed=derive_seed(self.seed, "aligner", name),
+            layer_map=sizes.mapping,
+            query_heads=(teacher.num_heads, student.num_heads) if self.recipe.compares_attention else None,
+            shared_size=self.shared_size if self.recipe.align.match_in == "shared" else None,
+        )
+
+    # -- fits ---------------------------------------------------------------------------------------------
+
+    def fit_identity(self, name: str) -> dict[str, Any]:
+        """Everything that the fit to one teacher depends on."""
+        arm, align = self.recipe, self.recipe.align
+        similarity = arm.fuse.fusion_strategy == "similarity"
+        trained = align.match_in == "teacher" if align.train_projector is None else align.train_projector
+        # a closed-form projector is fitted against the student's own initial keys and values
+        needs_student = align.init == "ridge" or not trained
+        mapping = self.pairings[name].mapping
+        shared = self.teachers.values() if align.match_in == "shared" else ()
+        return {
+            **self.teachers[name].target_identity("train"),
+            "align": align.model_dump(mode="json"),
+            "layer_map": [mapping.index.tolist(), mapping.weight.tolist()],
+            "together": {teacher.name: teacher.target_identity("train") for teacher in shared},
+            "attention": arm.compares_attention,
+            "distill_layers": arm.loss.distill_layers,
+            "compress": arm.compress.model_dump(mode="json"),
+            "kv_on": arm.loss.kv_on,
+            "student": self.experiment.recipe.student.model_dump(mode="json"),
+            "seed": self.seed if needs_student or (similarity and align.match_in != "teacher") else None,
+            "prototype": [arm.fuse.prototype, arm.fuse.num_prototypes] if similarity else None,
+        }
+
+    def fitted(self, name: str) -> StoreReader:
+        """What `fit` left for one teacher. Raises StoreError where it is not there.
+
+        Shard 0: `aligner.*`, and `prototypes` for similarity. extra: what it noted of the calibration texts.
+        """
+        identity = self.fit_identity(name)
+        return StoreReader(
+            find_store(fit_root(self.experiment.run), FIT_KIND, name, identity, make="kvdistill fit RECIPE")
+        )
+
+    # -- texts and targets --------------------------------------------------------------------------------
+
+    def batches(
+        self, split: str, *, mismatched: bool | None = None, seed: int | None = None, stored: bool = True
+    ) -> BatchMaker:
+        """Batches of the examples whose targets are captured, with all that the arm's teachers read and gave.
+
+        Args:
+            split: `train` (as training reads it) or `val`.
+            mismatched: teachers' texts of other examples, whatever the arm says; unset: as it says.
+            seed: of mismatches and random compression; unset: the arm's.
+            stored: with the targets in the store, where the arm reads any; else teachers are to be run.
+        """
+        arm = self.recipe if mismatched is None else self.recipe.model_copy(update={"placebo": mismatched})
+        stored = stored and self.uses_teachers and (split != "train" or not self.runs_online)
+        if stored and split not in self._readers:
+            self._readers[split] = {name: teacher.targets(split) for name, teacher in self.teachers.items()}
+        texts = {name: teacher.text(split) for name, teacher in self.teachers.items()}
+        return BatchMaker(
+            self.experiment.examples(split),
+            self.experiment.tokenizer.pad_token_id,
+            arm,
+            self._readers[split] if stored else {},
+            self.seed if seed is None else seed,
+            {name: text for name, text in texts.items() if text is not None},
+            {name: one.sources for name, one in self.pairings.items()} if arm.needs_scores else {},
+        )
+
+    def load(self, batches: BatchMaker, numbers: Sequence[int]) -> Batch:
+        """One batch on the device, with targets."""
+        return self.run_teachers(batches(numbers).to(self.device))
+
+    def run_teachers(self, batch: Batch) -> Batch:
+        """The batch with targets, where teachers run online; else as it is."""
+        if not batch.teacher_inputs:
+            return batch
+        for name in batch.teacher_inputs.keys() - self._running.keys():
+            self._running[name] = self._online(self.teachers[name])
+        return batch.with_targets({name: self._running[name](*given) for name, given in batch.teacher_inputs.items()})
+
+    def _online(self, teacher: Teacher) -> Callable[[Tensor, Tensor], TeacherTargets]:
+        """A function (ids, segments) -> targets that runs the teacher now, and only as far as this arm needs."""
+        model, arm = teacher.load(), self.recipe
+        layers = teacher.layers if arm.needs_kv else []
+        top_k = teacher.top_k if arm.needs_logits else 0
+
+        def run_now(ids_BS: Tensor, segments_BS: Tensor) -> TeacherTargets:
+            return run_teacher(
+                model,
+                ids_BS,
+                segments_BS,
+                layers=layers,
+                dtype=self.experiment.recipe.capture.dtype,
+                want_nll=arm.fuse.fusion_strategy == "competence",
+                top_k=top_k,
+                queries=arm.needs_queries,
+            )
+
+        return run_now
+
+    def training_order(self, num_batches: int | None = None) -> list[int]:
+        """Example numbers for the whole training (of all ranks), or for its first batches; the same for every arm."""
+        train = self.experiment.recipe.train
+        if num_batches is None:
+            num_batches = train.steps * train.accumulation * int(os.environ.get("WORLD_SIZE", 1))
+        num_examples = len(self.experiment.split("train"))
+        return data_order(num_examples, num_batches * train.batch_size, derive_seed(self.seed, "data"))
+
+    def calibration_numbers(self, most: int | None = None) -> list[list[int]]:
+        """The training examples that aligners are fitted on, or the first `most` of them, in batches."""
+        generator = torch.Generator().manual_seed(derive_seed(self.experiment.recipe.data.seed, "calibration"))
+        order = torch.randperm(len(self.experiment.split("train")), generator=generator).tolist()
+        return self._in_batches(order[: self.recipe.align.calibration_examples][:most])
+
+    def held_out_numbers(self, most: int) -> list[list[int]]:
+        """Of `batches("val")`, evenly over the tasks, in batches."""
+        most = min(most, self.experiment.recipe.evaluate.match_examples)
+        return self._in_batches(spread(self.experiment.examples("val"), most))
+
+    def _in_batches(self, numbers: Sequence[int]) -> list[list[int]]:
+        size = self.experiment.recipe.capture.batch_size  # nothing here keeps a graph
+        return [list(numbers[start : start + size]) for start in range(0, len(numbers), size)]
+
+    # -- both sides ---------------------------------------------------------------------------------------
+
+    @cached_property
+    def frames(self) -> dict[str, Callable[[KV], KV]]:
+        """By teacher: targets come unrotated; where the arm compares rotated keys, this turns them as it does."""
+        rotated = self.recipe.align.keys == "rotated"
+        return {name: teacher.rotation() if rotated else _as_it_is for name, teacher in self.teachers.items()}
+
+    def teacher_kv(self, batch: Batch, name: str) -> KV:
+        """A teacher's keys and values for a batch, in the frame in which they are compared."""
+        kv = batch.targets[name].kv
+        assert kv is not None
+        return self.frames[name](kv)
+
+    def student_kv(self, student: Student, batch: Batch) -> KV:
+        """The student's, without graph; with queries where the arm compares attention."""
+        layers = next(iter(self.pairings.values())).student_layers
+        with torch.no_grad():
+            kv = student(
+                batch.input_ids_BT,
+                batch.mask_BT,
+                layers=layers,
+                queries=self.recipe.compares_attention,
+                keys=self.recipe.align.keys,
+            ).kv
+        assert kv is not None
+        return kv
+
+    def pairs(
+        self, student: Student, batches: BatchMaker, numbers: Sequence[Sequence[int]], name: str
+    ) -> Iterator[tuple[Batch, KV, KV]]:
+        """Batch after batch: (batch, teacher's KV, student's KV)."""
+        for chosen in numbers:
+            batch = self.load(batches, chosen)
+            yield batch, self.teacher_kv(batch, name), self.student_kv(student, batch)
+
+    # -- what learns --------------------------------------------------------------------------------------
+
+    @cached_property
+    def initial_model(self) -> PreTrainedModel:
+        """The student's model as training starts it. `distiller` goes on with this very one."""
+        return self.experiment.initial_model(self.seed)
+
+    @cached_property
+    def distiller(self) -> Distiller:
+        """Student (with adapters where asked for), fitted aligners and fusion, ready to train, on the device."""
+        recipe = self.experiment.recipe.student
+        student = CausalStudent(
+            self.initial_model,
+            lora=recipe.lora,
+            seed=derive_seed(self.seed, "lora"),
+            gradient_checkpointing=recipe.gradient_checkpointing,
+        ).to(self.device)
+        if not self.uses_teachers:
+            return Distiller(student, self.recipe.model_copy(update={"teachers": []}))
+        in_teacher = self.recipe.compares_attention and self.recipe.align.match_in == "teacher"
+        aligners: dict[str, MapProjectionAligner] = {}
+        prototypes: list[Tensor] = []
+        rotations: dict[str, Callable[[KV], KV]] = {}
+        layers: tuple[int, ...] = ()
+        for name, pairing in self.pairings.items():
+            tensors: Mapping[str, Tensor] = self.fitted(name).shards[0]
+            aligner = self.new_aligner(name)
+            fitted = {k.removeprefix("aligner."): v for k, v in tensors.items() if "." in k}
+            aligner.load_state_dict({**aligner.state_dict(), **fitted})
+            aligners[name], layers = aligner.to(self.device), pairing.student_layers
+            if in_teacher:
+                rotations[name] = self.teachers[name].rotation()
+            if "prototypes" in tensors:
+                prototypes.append(tensors["prototypes"].to(self.device))
+        fusion = build_fusion(self.recipe.fuse, self.recipe.teachers, max(1, len(layers)), prototypes or None)
+        frames = self.frames if self.recipe.needs_kv else {}
+        return Distiller(student, self.recipe, aligners, fusion, layers, frames, rotations)
+
+
+def _as_it_is(kv: KV) -> KV:
+    return kv

@@ -1,0 +1,304 @@
+"""A teacher of a study: what it is, what it reads, what the arms want of it, what it gave, and how it is run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from kvdistill.arms.pairing import pair, shape_of
+from kvdistill.arms.texts import (
+    SPAN_NAMES,
+    PickedRows,
+    SpanTable,
+    TeacherText,
+    may_have_own_text,
+    own_table_path,
+    own_tokenizer_folder,
+    spans_path,
+    teacher_place,
+)
+from kvdistill.compress import rkv_layer_scores
+from kvdistill.core.errors import RunFolderError
+from kvdistill.core.files import open_tensors, read_json, sha256_file, sha256_of, write_json
+from kvdistill.core.kv import KV
+from kvdistill.core.layout import (
+    data_folder,
+    layers_folder,
+    store_root,
+    teacher_folder,
+    teacher_texts_folder,
+    trained_mark,
+)
+from kvdistill.core.recipe import ArmRecipe, ModelRecipe, TeacherRecipe
+from kvdistill.core.runtime import DTYPES
+from kvdistill.core.segments import ANSWER
+from kvdistill.core.targets import TeacherTargets
+from kvdistill.data.encode import Example
+from kvdistill.data.tables import check_file, read_table
+from kvdistill.losses import answer_attention
+from kvdistill.models import ModelShape, auto_class, load_model, model_config, rotate_keys, teacher_forward
+from kvdistill.store.packed import TargetReader
+from kvdistill.store.shards import find_store
+
+if TYPE_CHECKING:
+    from kvdistill.arms.experiment import Experiment
+
+
+class Teacher:
+    """One teacher of an experiment, by its name. Asks the disk when it is asked; loads weights only in `load`."""
+
+    def __init__(self, experiment: Experiment, name: str) -> None:
+        self.experiment, self.name, self._run = experiment, name, experiment.run
+        self.recipe: TeacherRecipe = next(t for t in experiment.recipe.teachers if t.name == name)
+        self.place = teacher_place(experiment.recipe, name)  # in errors
+
+    # -- what it reads ------------------------------------------------------------------------------------
+
+    @cached_property
+    def texts(self) -> dict[str, Any]:
+        """What `prepare` found about its texts: own_text, one_text, tokenizer, files. Raises RunFolderError."""
+        if not may_have_own_text(self.recipe):
+            return {"own_text": False, "one_text": True, "tokenizer": None}
+        path = teacher_texts_folder(self._run, self.name) / "manifest.json"
+        if not path.is_file():
+            raise RunFolderError(
+                f"the texts of teacher {self.name!r} are not prepared",
+                place=str(path),
+                fix="run `kvdistill prepare` first",
+            )
+        return dict(read_json(path))
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Of what this teacher reads; the run's where it has none of its own."""
+        folder = own_tokenizer_folder(self._run, self.name)
+        if self.texts["own_text"] and folder.is_dir():
+            return AutoTokenizer.from_pretrained(folder)
+        return self.experiment.tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        own = self.texts["tokenizer"]
+        return self.experiment.vocab_size if own is None else int(own["size"])
+
+    def lessons(self, split: str) -> Sequence[Example]:
+        """The whole split as this teacher reads it: what it is trained and tested on."""
+        if not self.texts["own_text"]:
+            return self.experiment.split(split)
+        path = own_table_path(self._run, self.name, split)
+        return read_table(path, self.texts["files"][path.name])
+
+    def text(self, split: str) -> TeacherText | None:
+        """Its own texts for `Experiment.examples(split)`, or None where it reads what the student reads."""
+        if not self.texts["own_text"]:
+            return None
+        theirs, numbers = self.lessons(split), self.experiment.numbers(split)
+        assert len(theirs) == len(self.experiment.split(split)), (
+            "texts of teachers stand row by row beside the student's"
+        )
+        tables: list[SpanTable | None] = [None, None]
+        if self.texts["one_text"]:
+            path = spans_path(self._run, self.name, split)
+            check_file(path, self.texts["files"][path.name])
+            tensors = open_tensors(path)
+            tables = [SpanTable(*(tensors[f"{side}.{name}"] for name in SPAN_NAMES)) for side in ("own", "students")]
+        return TeacherText(PickedRows(theirs, numbers), int(self.texts["pad_id"]), tables[0], tables[1], numbers)
+
+    def examples(self, split: str) -> Sequence[Example]:
+        """`Experiment.examples(split)` as this teacher reads them."""
+        text = self.text(split)
+        return self.experiment.examples(split) if text is None else text.examples
+
+    # -- which model it is --------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> ModelShape:
+        return shape_of(self.recipe, self.vocab_size, self.place)
+
+    @property
+    def source(self) -> ModelRecipe:
+        """Where its weights are: its own path, or the run folder when it is trained on the spot.
+
+        Raises RunFolderError where it is not trained yet.
+        """
+        path = self.recipe.path
+        if self.recipe.scratch is not None:
+            folder = teacher_folder(self._run, self.name)
+            if not trained_mark(folder).exists():
+                raise RunFolderError(
+                    f"teacher {self.name!r} is not trained yet",
+                    place=str(folder),
+                    fix="run `kvdistill teach RECIPE` first",
+                )
+            path = str(folder / "model")
+        options = self.recipe.model_dump(include={"dtype", "attention", "trust_remote_code"})
+        return ModelRecipe(path=path, **options)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of its weight files; a hub model's commit. Noted in the run folder against size and time."""
+        source = self.source
+        assert source.path is not None
+        folder = Path(source.path).expanduser()
+        if not folder.is_dir():
+            config = model_config(source, 1, self.place)
+            return f"hub:{source.path}@{getattr(config, '_commit_hash', None)}"
+        files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
+        stamp = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+        note = teacher_folder(self._run, self.name) / "fingerprint.json"
+        if note.exists() and (known := read_json(note))["stamp"] == stamp:
+            return str(known["sha256"])
+        digest = sha256_of([[f.name, sha256_file(f)] for f in files])
+        write_json(note, {"stamp": stamp, "sha256": digest})
+        return digest
+
+    @property
+    def identities(self) -> dict[str, str]:
+        """What a file of layer similarities is of: `teacher` by its weights, `student` by its source and first seed."""
+        recipe = self.experiment.recipe
+        student = recipe.student.model_dump(mode="json", include={"path", "scratch", "dtype"})
+        seed = recipe.seeds[0] if recipe.student.scratch is not None else None
+        return {"teacher": self.fingerprint, "student": sha256_of({"student": student, "seed": seed})}
+
+    @property
+    def similarity_path(self) -> Path:
+        """Where `map-layers` leaves how alike the student's layers and this teacher's are."""
+        return layers_folder(self._run) / f"{self.name}.json"
+
+    # -- what the arms want of it -------------------------------------------------------------------------
+
+    @cached_property
+    def _arms(self) -> list[ArmRecipe]:
+        return [arm for arm in self.experiment.arms.values() if self.name in arm.teachers]
+
+    @property
+    def layers(self) -> list[int]:
+        """Its layers that any arm matches, ascending; none where only its logits are used."""
+        needed: set[int] = set()
+        for arm in self._arms:
+            if arm.needs_kv:
+                needed.update(pair(arm, self).teacher_layers)
+        return sorted(needed)
+
+    @property
+    def top_k(self) -> int:
+        """Logits per token that the store keeps: none where no arm distils this teacher's logits."""
+        wanted = any(arm.needs_logits for arm in self._arms)
+        return self.experiment.recipe.capture.logits_top_k if wanted else 0
+
+    @property
+    def queries(self) -> bool:
+        """Whether an arm compares this teacher's attention: keys and values are not enough then."""
+        return any(arm.needs_queries for arm in self._arms)
+
+    @property
+    def scores(self) -> bool:
+        """Whether an arm asks which of its tokens this teacher finds important."""
+        return any(arm.needs_scores for arm in self._arms)
+
+    # -- what it gave -------------------------------------------------------------------------------------
+
+    def target_identity(self, split: str) -> dict[str, Any]:
+        """Everything that captured targets depend on: weights, tokenizer, texts, layers, options."""
+        capture = self.experiment.recipe.capture
+        manifest = self.texts if self.texts["tokenizer"] else read_json(data_folder(self._run) / "manifest.json")
+        return {
+            "teacher": self.fingerprint,
+            "tokenizer": str(manifest["tokenizer"]["fingerprint"]),
+            "texts": sha256_of([[e.doc_hash, e.style, len(e.input_ids)] for e in self.examples(split)]),
+            "layers": self.layers,
+            "dtype": capture.dtype,
+            "logits_top_k": self.top_k,
+            "attention": self.recipe.attention,
+            "teacher_dtype": self.recipe.dtype,
+            **({"queries": True} if self.queries else {}),
+            **({"scores": True} if self.scores else {}),
+        }
+
+    def target_folder(self, split: str) -> Path:
+        """Where its captured targets are. A StoreError says what differs."""
+        identity = self.target_identity(split)
+        return find_store(
+            store_root(self._run), f"targets-{split}", self.name, identity, make="kvdistill capture RECIPE"
+        )
+
+    def targets(self, split: str) -> TargetReader:
+        """Its captured targets. A StoreError says what differs, or which shard is broken."""
+        return TargetReader(self.target_folder(split))
+
+    # -- how it is run ------------------------------------------------------------------------------------
+
+    def load(self) -> PreTrainedModel:
+        """The model on the experiment's device, frozen, in eval mode."""
+        model = load_model(self.source, vocab_size=self.vocab_size, seed=0, place=self.place)
+        return model.requires_grad_(False).eval().to(self.experiment.device)  # type: ignore[arg-type]
+
+    def rotation(self) -> Callable[[KV], KV]:
+        """Keys and queries turned as it turns them, at the positions that the KV carries; without its weights."""
+        config = model_config(self.recipe, 1, self.place)
+        small = copy.deepcopy(config)  # one layer and one word: all that is needed of it is the rotary module
+        small.num_hidden_layers, small.vocab_size = 1, 1
+        if getattr(small, "layer_types", None):
+            small.layer_types = small.layer_types[:1]
+        model = auto_class(small).from_config(small).to(self.experiment.device)
+        if getattr(config, "layer_types", None):
+            model.config.layer_types = config.layer_types  # which layer turns in which way is still asked by its number
+        return lambda kv: rotate_keys(kv, model)
+
+
+def run_teacher(
+    model: PreTrainedModel,
+    input_ids_BS: Tensor,
+    segments_BS: Tensor,
+    *,
+    layers: Sequence[int],
+    dtype: str,
+    want_nll: bool = True,
+    top_k: int = 0,
+    queries: bool = False,
+    scores: bool = False,
+) -> TeacherTargets:
+    """Targets of one batch straight from the model, rounded to `dtype` as the store would.
+
+    queries: with the KV. scores: what the teacher's attention says of each token (`token_scores`).
+    """
+    out = teacher_forward(
+        model,
+        input_ids_BS,
+        segments_BS > 0,
+        segments_BS,
+        layers=list(layers) or None,
+        want_kv=bool(layers),
+        want_nll=want_nll,
+        want_logits_top_k=top_k,
+        want_queries=queries,
+        scorer=token_scores if scores else None,
+    )
+    if out.kv is not None and out.kv.keys[0].dtype != DTYPES[dtype]:
+        return replace(out, kv=out.kv.map_layers(lambda x: x.to(DTYPES[dtype])))
+    return out
+
+
+def token_scores(kv: KV, segments_BS: Tensor) -> Tensor:
+    """Of every token, in every layer and KV head [B, S, M, 3, G]: importance and redundancy (R-KV, over the reasoning
+    tokens), and the attention that the answer pays to it (mean over query heads; over all tokens).
+
+    kv: as attention sees it, with queries.
+    """
+    queries = list(kv.queries)
+    if kv.scaling is not None:  # both functions divide by sqrt(size), as most models do
+        factors = [one * key.shape[-1] ** 0.5 for one, key in zip(kv.scaling, kv.keys, strict=True)]
+        queries = [q * factor for q, factor in zip(queries, factors, strict=True)]
+    rkv_MB2GS = rkv_layer_scores(queries, kv.keys, segments_BS)
+    q, k = (torch.stack([x.transpose(1, 2) for x in side]) for side in (queries, kv.keys))
+    paid_MBS = answer_attention(q, k, segments_BS == ANSWER, kv.mask_BT)
+    paid_MB1GS = paid_MBS[:, :, None, None].expand(-1, -1, 1, kv.keys[0].shape[1], -1)
+    return torch.cat([rkv_MB2GS, paid_MB1GS], dim=2).permute(1, 4, 0, 2, 3)
