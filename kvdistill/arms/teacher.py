@@ -161,7 +161,7 @@ class Teacher:
         return digest
 
     @property
-    def identities(self) -> dict[str, str]:
+    def identities(self) -> dict[str, Any]:
         """What a file of layer similarities is of: `teacher` by its weights, `student` by its source and first seed."""
         recipe = self.experiment.recipe
         student = recipe.student.model_dump(mode="json", include={"path", "scratch", "dtype"})

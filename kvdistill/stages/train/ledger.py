@@ -34,7 +34,7 @@ def training_ledger(
     forward, backward = distiller.student.flops(tokens, squares)
     used = arm.teachers if arm.uses_teachers else {}
     teachers = {name: _teacher_flops(arm, teacher, order) for name, teacher in used.items()}
-    amortised = dict(teachers)
+    amortised: dict[str, float] = {**teachers}
     if not arm.runs_online:  # shared by the runs of the study that read this teacher's stored targets
         arms = [one for one in arm.experiment.arms.values() if one.needs_kv or one.needs_logits]
         sharers = {name: len(recipe.seeds) * sum(name in one.teachers for one in arms) for name in teachers}

@@ -112,7 +112,7 @@ class DistillTrainer(Trainer):
             model=model,
             args=args,
             train_dataset=ExampleNumbers(len(batches.examples)),
-            data_collator=batches,
+            data_collator=batches,  # type: ignore[arg-type]  # a Batch where it expects a dict
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)  # progress is ours to show

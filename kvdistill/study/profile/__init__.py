@@ -11,6 +11,7 @@ Reads what prepare, capture and fit left; writes `profile/ARM.json` and nothing 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,8 +43,8 @@ def profile_alignment(
     seed = experiment.recipe.seeds[0]
     for number, name in enumerate(arms):
 
-        def step(part: float, number: int = number) -> None:
-            progress("profile-alignment", number * _PARTS + part, len(arms) * _PARTS)
+        def step(part: int, parts: int = 0, done: float = 0.0, *, number: int = number) -> None:
+            progress("profile-alignment", number * _PARTS + part + parts * done, len(arms) * _PARTS)
 
         step(0)
         seed_everything(derive_seed(seed, "profile"))
@@ -63,7 +64,7 @@ def profile_alignment(
         figures["numbers"] = number_figures(arm, BATCHES)
         step(2)
         if figures["numbers"]["first_non_finite"] is None:
-            figures["match"] = match_figures(arm, lambda done, step=step: step(2 + 2 * done))
+            figures["match"] = match_figures(arm, partial(step, 2, 2))
         else:  # a fit of NaN is a NaN
             figures["match"] = {"skipped": "there are non-finite values: see numbers"}
         step(4)

@@ -10,6 +10,7 @@ so that the first stage with a non-finite value is where it came from. Repairs n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -161,39 +162,34 @@ def number_figures(arm: Arm, num_batches: int) -> dict[str, Any]:
 
 
 def _add_sides(stages: Stages, arm: Arm, batch: Batch) -> None:
-    student = arm.student_kv(arm.distiller.student, batch)
+    """Both sides of a batch, stage by stage, in the order of the data."""
+    distiller, compares = arm.distiller, arm.recipe.compares_attention
+    student = arm.student_kv(distiller.student, batch)
     theirs = {name: arm.teacher_kv(batch, name) for name in arm.recipe.teachers}
     for name, kv in theirs.items():
         stages.add(_CAPTURED, name, _token_major(kv), kv.mask_BT, kv.layers)
     layers, masks, maps = student.layers, batch.kv_masks, batch.maps
     for name, kv in theirs.items():
-        mapped, _ = arm.distiller.aligner(name).teacher_channels(kv, maps.get(name), standardise=False)
+        mapped, _ = distiller.aligner(name).teacher_channels(kv, maps.get(name), standardise=False)
         stages.add("after time and layer map", name, mapped._asdict(), masks[name], layers)
     for name, kv in theirs.items():
-        stages.add("target", name, _target(arm, name, student, kv, maps.get(name)), masks[name], layers)
-    real_BT = batch.mask_BT
-    stages.add("student", None, _token_major(student), real_BT, layers)
+        aligner, mapping = distiller.aligner(name), maps.get(name)
+        target: Any = aligner.targets(kv, mapping)[0] if not compares else None
+        if compares:
+            target = attention_targets(aligner, student, kv, mapping, distiller.rotation(name))
+        stages.add("target", name, target._asdict(), masks[name], layers)
+    stages.add("student", None, _token_major(student), batch.mask_BT, layers)
     for name, kv in theirs.items():
-        stages.add("source", name, _source(arm, name, student, kv), masks[name], layers)
+        aligner = distiller.aligner(name)
+        source: Any = aligner.sources(student) if not compares else None
+        if compares:
+            source = attention_sources(aligner, student, kv, distiller.rotation(name))
+        stages.add("source", name, source._asdict(), masks[name], layers)
 
 
 def _token_major(kv: KV) -> dict[str, list[Tensor]]:
     sides = {"k": kv.keys, "v": kv.values, "q": kv.queries}
     return {what: [x.transpose(1, 2) for x in side] for what, side in sides.items()}
-
-
-def _target(arm: Arm, name: str, student: KV, teacher: KV, mapping: Any) -> dict[str, Tensor]:
-    aligner = arm.distiller.aligner(name)
-    if arm.recipe.compares_attention:
-        return attention_targets(aligner, student, teacher, mapping, arm.distiller.rotation(name))._asdict()
-    return aligner.targets(teacher, mapping)[0]._asdict()
-
-
-def _source(arm: Arm, name: str, student: KV, teacher: KV) -> dict[str, Tensor]:
-    aligner = arm.distiller.aligner(name)
-    if arm.recipe.compares_attention:
-        return attention_sources(aligner, student, teacher, arm.distiller.rotation(name))._asdict()
-    return aligner.sources(student)._asdict()
 
 
 def first_broken_target(teacher: Teacher) -> dict[str, Any] | None:
@@ -243,7 +239,7 @@ class _Terms:
     def add(self, name: str, raw: Tensor, entered: Tensor) -> None:
         row = self.found.setdefault(name, {"raw": 0.0, "weighted": 0.0, "non_finite": 0})
         values = float(raw), float(entered)
-        if not all(map(_is_finite, values)):
+        if not all(map(math.isfinite, values)):
             row["non_finite"] += 1
         row["raw"], row["weighted"] = (max(a, b) for a, b in zip((row["raw"], row["weighted"]), values, strict=True))
 
@@ -298,10 +294,6 @@ def _add_step(terms: _Terms, gradients: _Gradients, arm: Arm, batch: Batch) -> N
 _WHAT = {"k": "keys", "v": "values", "q": "queries"}
 
 
-def _is_finite(value: float) -> bool:
-    return value - value == 0
-
-
 def _name(row: Mapping[str, Any]) -> str:
     """A stage for people: `teacher 'one': keys as captured`."""
     of = f" of teacher {row['teacher']!r}" if row["teacher"] else ""
@@ -345,8 +337,5 @@ def _nearest(rows: Sequence[Mapping[str, Any]]) -> str:
     says = f"no NaN found; the nearest to overflow: {_name(row)} reach {row['largest']:.4g} ({where}), "
     if row["stage"] == "gradient":
         says = says.replace(" reach ", " reaches ")
-    return says + f"{_percent(row['of_fp16'])} of what fp16 can hold"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2g}%" if share < 1 else f"{share:.3g} times"
+    share = row["of_fp16"]
+    return says + (f"{100 * share:.2g}%" if share < 1 else f"{share:.3g} times") + " of what fp16 can hold"
