@@ -10,7 +10,7 @@ from typing import Any
 
 from lm_eval.api.model import LM
 
-from kvdistill.data.evaluations import EVALUATIONS
+from kvdistill.data.sets import EVALUATIONS
 from kvdistill.stages.evaluate.suite import Exams
 
 MEMBERS = {member.name: (one, member) for one in EVALUATIONS.values() for member in one.all_members}

@@ -28,9 +28,9 @@ from kvdistill.core.errors import DataError
 from kvdistill.core.quoting import at_line, missing, quoted, shown
 from kvdistill.core.recipe import DataRecipe, TaskRecipe
 from kvdistill.data.fields import text_field
+from kvdistill.data.sets import TASKS, find_task
 from kvdistill.data.sources import files, read_rows
 from kvdistill.data.sources.rows import RawRow
-from kvdistill.data.tasks import TASKS, find_task
 
 ROW = {"question": "How many?", "reasoning": "Two and two.", "answer": "4"}
 GOOD = json.dumps(ROW).encode() + b"\n"

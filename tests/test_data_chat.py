@@ -31,8 +31,8 @@ from kvdistill.core.errors import DataError
 from kvdistill.data.chat import chat_messages, chat_tokenizer, write_chat
 from kvdistill.data.encode import encode_row, encode_rows
 from kvdistill.data.problems import Problem, Row, write_plain
-from kvdistill.data.tasks.generated import CHAIN
-from kvdistill.data.tasks.gsm8k import extract
+from kvdistill.data.sets import TASKS
+from kvdistill.data.sets.gsm8k import extract
 
 
 def rendered(tokenizer: Any, row: Row, **options: Any) -> str:
@@ -52,9 +52,9 @@ def test_the_user_asks_with_one_line_of_instruction() -> None:
 
 
 def test_a_generated_problem_is_asked_by_its_own_form() -> None:
-    row = write_chat(CHAIN.write(Problem("chain", "1", "3+4-2", "7", "5"), "cot"), characters(CHATML))
+    row = write_chat(TASKS["chain"].write(Problem("chain", "1", "3+4-2", "7", "5"), "cot"), characters(CHATML))
     assert row.prompt == "<|im_start|>user\n3+4-2:<|im_end|>\n<|im_start|>assistant\n"
-    assert row.text == row.prompt + "7=5<|im_end|>" and CHAIN.extract(row.completion) == "5"
+    assert row.text == row.prompt + "7=5<|im_end|>" and TASKS["chain"].extract(row.completion) == "5"
 
 
 @pytest.mark.parametrize("style", ["cot", "direct"])

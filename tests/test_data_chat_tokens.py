@@ -30,7 +30,7 @@ from kvdistill.arms.answering import greedy_answers
 from kvdistill.data.chat import chat_messages, chat_tokenizer, write_chat
 from kvdistill.data.encode import Example, encode_row, encode_rows, texts_of
 from kvdistill.data.problems import Problem, Row, write_plain
-from kvdistill.data.tasks.gsm8k import extract
+from kvdistill.data.sets.gsm8k import extract
 from kvdistill.data.tokenizers import character_tokenizer, trim_tokenizer
 
 

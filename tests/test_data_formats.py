@@ -22,9 +22,9 @@ from kvdistill.core.files import sha256_file
 from kvdistill.core.recipe import DataRecipe, TaskRecipe
 from kvdistill.data import sources
 from kvdistill.data.problems import Problem
+from kvdistill.data.sets import TASKS, Loaded, arc_challenge, gsm8k, hotpotqa, math, math23k, strategyqa, svamp
 from kvdistill.data.sources import find, read_rows
 from kvdistill.data.sources.rows import RawRow
-from kvdistill.data.tasks import TASKS, Loaded, arc_challenge, gsm8k, hotpotqa, math, math23k, strategyqa, svamp
 
 Row = dict[str, str]
 ROWS = [

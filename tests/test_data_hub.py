@@ -17,8 +17,8 @@ import pytest
 from kvdistill.core.errors import DataError
 from kvdistill.core.recipe import DataRecipe, TaskRecipe
 from kvdistill.data.problems import Problem
+from kvdistill.data.sets import TASKS
 from kvdistill.data.sources import hub
-from kvdistill.data.tasks import TASKS
 
 HTTP: Any = sys.modules[huggingface_hub.errors.HTTPError.__module__.partition(".")[0]]  # the client's own client
 

@@ -21,10 +21,10 @@ from kvdistill.data.answers import check_answers
 from kvdistill.data.latex import fold_latex
 from kvdistill.data.leaks import find_leaks
 from kvdistill.data.problems import Problem
+from kvdistill.data.sets import TASKS, arc_challenge, hotpotqa, math, math23k, strategyqa, svamp
 from kvdistill.data.sources import RawRow, read_rows
 from kvdistill.data.splits import load_splits
 from kvdistill.data.tables import read_manifest, read_split
-from kvdistill.data.tasks import TASKS, arc_challenge, hotpotqa, math, math23k, strategyqa, svamp
 from kvdistill.stages.prepare import prepare
 
 NEW = ("svamp", "strategyqa", "math23k", "math", "arc_challenge", "hotpotqa")

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvdistill.core.errors import DataError
-from kvdistill.data.synthetic import CHAIN, PRODUCT, AbstractFamily, ChainFamily, ProductFamily
+from kvdistill.data.sets.generated import AbstractFamily, ChainFamily, ProductFamily
 
+CHAIN, PRODUCT = ChainFamily(), ProductFamily()  # the sizes that the built-in study uses
 SMALL = [ChainFamily(num_steps=2, max_value=5, max_step=3), ProductFamily(min_factor=2, max_factor=4)]
 
 

@@ -13,8 +13,9 @@ from kvdistill.core.recipe import DataRecipe
 from kvdistill.data import sources
 from kvdistill.data.answers import is_correct
 from kvdistill.data.problems import Problem, write_plain
+from kvdistill.data.sets import TASKS
+from kvdistill.data.sets.gsm8k import read_row
 from kvdistill.data.splits import load_multi_task_dataset, load_splits, share_out
-from kvdistill.data.tasks.gsm8k import GSM8K, read_row
 
 ROW = {"question": "How many?", "reasoning": "Two and two.", "answer": "4"}
 
@@ -52,9 +53,9 @@ def test_gsm8k_text_is_as_written_here() -> None:
     answer = "She sold 48/2 = <<48/2=24>>24 clips.\nIn all 48+24 = <<48+24=72>>1,072.\n#### 1,072"
     row = sources.RawRow({"question": " How many? ", "answer": answer}, "f:1", 1)
     problem = read_row(row, "train-1")
-    written = GSM8K.write(problem, "cot")
+    written = TASKS["gsm8k"].write(problem, "cot")
     assert written.text == ("Question: How many?\nAnswer: She sold 48/2 = 24 clips.\nIn all 48+24 = 1,072. #### 1072")
-    assert GSM8K.write(problem, "direct").text == "Question: How many?\nFinal answer: #### 1072"
+    assert TASKS["gsm8k"].write(problem, "direct").text == "Question: How many?\nFinal answer: #### 1072"
     assert [written.text[a:b] for a, b in written.spans.values()] == [written.prompt, written.reasoning, written.answer]
 
 

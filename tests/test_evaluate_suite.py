@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from kvdistill.core.errors import DataError, ModelError, RecipeError, RunFolderError
 from kvdistill.core.files import read_json_lines
-from kvdistill.data.evaluations import EVALUATIONS
+from kvdistill.data.sets import EVALUATIONS
 from kvdistill.data.tokenizers import character_tokenizer
 from kvdistill.stages.evaluate.exams import SuiteOptions
 from kvdistill.stages.evaluate.harness import HarnessExam, quiet_harness

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvdistill.data.evaluations import EVALUATIONS, Member
-from kvdistill.data.evaluations.base import fixed_order
-from kvdistill.data.evaluations.bbh import KINDS
-from kvdistill.data.evaluations.letters import ALPHABET, read_letter, write_lettered
+from kvdistill.data.sets import EVALUATIONS, Member
+from kvdistill.data.sets.base import fixed_order
+from kvdistill.data.sets.bbh import KINDS
+from kvdistill.data.sets.letters import ALPHABET, read_letter, write_lettered
 
 EQUAL, NOT = True, False
 POLAR = "\\left( 3, \\frac{\\pi}{2} \\right)"

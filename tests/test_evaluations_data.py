@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 
 from kvdistill.data import splits
-from kvdistill.data.evaluations import (
+from kvdistill.data.leaks import question_hash
+from kvdistill.data.sets import (
     EVALUATIONS,
     Evaluation,
     Member,
     evaluation_questions,
     missing_evaluations,
 )
-from kvdistill.data.evaluations.bbh import KINDS
-from kvdistill.data.leaks import question_hash
+from kvdistill.data.sets.bbh import KINDS
 
 # Rows of ../shared/data by member (BBH below: 250 each but three).
 COUNTS = {

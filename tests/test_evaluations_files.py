@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from kvdistill.core.errors import DataError
-from kvdistill.data.evaluations import EVALUATIONS, Evaluation, Member, find_evaluation, missing_evaluations, rows
+from kvdistill.data.sets import EVALUATIONS, Evaluation, Member, find_evaluation, missing_evaluations, published
 from kvdistill.data.sources import RawRow
 
 # ---- names, missing files, the hub
@@ -80,7 +80,7 @@ def test_hub_rows_go_through_the_same_checks(monkeypatch: pytest.MonkeyPatch) ->
         return iter([RawRow(columns, f"{path}:{split}:1", 1)])
 
     cmmlu = EVALUATIONS["cmmlu"].pinned("abc")
-    monkeypatch.setattr(rows, "read_hub", read_hub)
+    monkeypatch.setattr(published, "read_hub", read_hub)
     member = next(member for member in cmmlu.members(None) if member.name == "cmmlu_logical")
     (row,) = cmmlu.load(member, None, "test")
     assert asked == [("haonan-li/cmmlu", "logical", "test", "abc")] and cmmlu.hub_revision == "abc"
@@ -214,12 +214,12 @@ def member_named(name: str) -> tuple[Evaluation, Member]:
 @pytest.mark.parametrize(("name", "changed", "message"), BAD)
 def test_a_bad_row_is_named(name: str, changed: dict[str, Any], message: str) -> None:
     evaluation, member = member_named(name)
-    source = evaluation.rows
-    assert isinstance(source, rows.PublishedRows)
-    source.read(member, RawRow(GOOD[name], "file:1", 1))  # the good one passes
+    source = evaluation.data
+    assert isinstance(source, published.Published) and source.columns is not None
+    source.columns(member, RawRow(GOOD[name], "file:1", 1))  # the good one passes
     columns = {key: value for key, value in {**GOOD[name], **changed}.items() if value is not ABSENT}
     with pytest.raises(DataError) as caught:
-        source.read(member, RawRow(columns, "file:7", 7))
+        source.columns(member, RawRow(columns, "file:7", 7))
     assert caught.value.place == "file:7" and message in caught.value.what and caught.value.fix
 
 

@@ -1,7 +1,7 @@
 """Problems, their written form, splits, tokenizers and answers.
 
-    tasks/        one small file a task: where its rows are, what their fields mean, how it writes answers
-    synthetic.py  the built-in families of generated problems
+    sets/         one small file a data set: where its rows are, what they mean, how answers are written and read
+    sources/      rows from files and the hub, with the place of every row
     splits.py     rows -> train / val / test, by problem
     leaks.py      the same question in two splits
     chat.py       a problem through a tokenizer's chat template

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from kvdistill.data.checker import Verdict
 from kvdistill.data.latex import compare_latex_pairs, same_latex
-from kvdistill.data.tasks import JSONL, TASKS
+from kvdistill.data.sets import find_rules
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Checked:
 
 def extract_answer(task: str, completion: str) -> str | None:
     """The marked answer of a generated text in the task's normal form, or None where nothing is marked."""
-    return TASKS.get(task, JSONL).extract(completion)
+    return find_rules(task).extract(completion)
 
 
 def is_correct(task: str, completion: str, gold: str) -> bool:
@@ -38,7 +38,7 @@ def is_correct(task: str, completion: str, gold: str) -> bool:
 
 def check_answers(task: str, pairs: Sequence[tuple[str, str]]) -> list[Checked]:
     """Many (completion, gold) of one task; LaTeX answers in one go, with those on which there is no verdict."""
-    rules = TASKS.get(task, JSONL)
+    rules = find_rules(task)
     answers = [rules.extract(completion) for completion, _ in pairs]
     marked = [(answer, gold) for answer, (_, gold) in zip(answers, pairs, strict=True) if answer is not None]
     if rules.same is same_latex:

@@ -95,3 +95,25 @@ def texts_field(row: RawRow, column: str, *, inside: str = "") -> list[str]:
         )
     each = (RawRow({name: value}, row.place, row.number) for value in values)
     return [text_field(one, name) for one in each]
+
+
+def text_column(row: RawRow, column: str) -> str:
+    """The text of a column as published (not stripped), a number as it is written. DataError where it is missing,
+    empty or something else.
+    """
+    stripped = text_field(row, column, number_too=True)
+    value = row.columns[column]
+    return value if isinstance(value, str) else stripped
+
+
+def gold_column(row: RawRow, column: str, *, fix: str = "") -> str:
+    """The stripped text of the column with the gold answer; DataError `no gold answers` where it is not there."""
+    value = row.columns.get(column)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        state = "is empty" if column in row.columns else "is missing"
+        raise DataError(
+            f"no gold answers: column {quoted(column)} {state}",
+            place=row.place,
+            fix=fix or "nothing can be scored without them: use a split whose answers are published",
+        )
+    return text_column(row, column).strip()

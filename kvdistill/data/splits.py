@@ -23,9 +23,9 @@ from kvdistill.data.leaks import question_hash
 from kvdistill.data.mix import Available, mix, share_out
 from kvdistill.data.near import NearIndex
 from kvdistill.data.problems import SPLITS, Problem, Row, Split, Style
+from kvdistill.data.sets import TASKS, Loaded, Task, find_task
 from kvdistill.data.sources import Source
 from kvdistill.data.spool import Selection, Spool, spool_beside
-from kvdistill.data.tasks import TASKS, Loaded, Task, find_task
 
 HELD_OUT_SHARE = 0.3  # of a pool
 # Test is dealt first, so that asking for more training problems leaves the held-out ones as they were.

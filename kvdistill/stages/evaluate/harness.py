@@ -1,6 +1,6 @@
 """Exams from lm-eval's own definitions: its prompts, its few-shot examples, its requests, its metrics.
 
-The definition is the YAML file of the installed lm-eval; rows come from `kvdistill.data.evaluations` in the columns
+The definition is the YAML file of the installed lm-eval; rows come from `kvdistill.data.sets` in the columns
 that it expects. Whether an answer is right is decided by our rules; lm-eval's metrics stand beside them in the record.
 Knows no model.
 """
@@ -25,8 +25,8 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from kvdistill.core.errors import RecipeError
 from kvdistill.core.files import sha256_of
 from kvdistill.core.runtime import derive_seed
-from kvdistill.data.evaluations.base import Evaluation, Member
 from kvdistill.data.leaks import question_hash
+from kvdistill.data.sets import Evaluation, Member
 from kvdistill.stages.evaluate.exams import AbstractExam, Judgement, Mode, Question, Render, SuiteOptions
 from kvdistill.stages.evaluate.plain import gold_request, token_limit_note
 

@@ -17,8 +17,8 @@ from kvdistill.core.files import sha256_of
 from kvdistill.core.runtime import derive_seed
 from kvdistill.data.answers import extract_answer, is_correct
 from kvdistill.data.encode import Example
-from kvdistill.data.evaluations.base import Evaluation, Lettered, Member
 from kvdistill.data.leaks import question_hash
+from kvdistill.data.sets import Evaluation, Lettered, Member
 from kvdistill.stages.evaluate.exams import AbstractExam, Judgement, Question, Render, SuiteOptions
 
 DEFAULT_NEW_TOKENS = 256

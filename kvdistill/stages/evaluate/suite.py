@@ -17,8 +17,7 @@ from typing import Any
 from kvdistill.core.errors import DataError
 from kvdistill.core.files import write_json
 from kvdistill.core.progress import Progress, silent
-from kvdistill.data.evaluations import EVALUATIONS, find_evaluation
-from kvdistill.data.evaluations.base import Evaluation, Member
+from kvdistill.data.sets import EVALUATIONS, Evaluation, Member, find_evaluation
 from kvdistill.stages.evaluate.exams import AbstractExam, Judgement, Question, Render, SuiteOptions
 from kvdistill.stages.evaluate.harness import HarnessExam
 from kvdistill.stages.evaluate.own import RunTest

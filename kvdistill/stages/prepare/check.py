@@ -1,6 +1,6 @@
 """What is learned from against what is held out: the leak check of a whole data section, and its report.
 
-Knows where the public evaluations come from (`data/evaluations`); knows no tokenizer and no run folder.
+Knows where the public evaluations come from (`data/sets`); knows no tokenizer and no run folder.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 from kvdistill.core.errors import DataError
 from kvdistill.core.progress import Progress
 from kvdistill.core.recipe import Recipe
-from kvdistill.data.evaluations import (
+from kvdistill.data.leaks import LEARNED, LeakReport, find_leaks, question_hash, refuse_leaks
+from kvdistill.data.sets import (
     EVALUATIONS,
     evaluation_questions,
     find_evaluation,
     missing_evaluations,
     questions_of,
 )
-from kvdistill.data.leaks import LEARNED, LeakReport, find_leaks, question_hash, refuse_leaks
 from kvdistill.data.splits import Splits, load_splits
 
 _MOST_SHOWN = 1000  # pairs in the report; all are counted

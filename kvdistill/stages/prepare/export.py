@@ -16,8 +16,8 @@ from kvdistill.core.recipe import Recipe
 from kvdistill.data.chat import write_chat
 from kvdistill.data.export import FORMATS, export_row
 from kvdistill.data.problems import SPLITS, Problem
+from kvdistill.data.sets import find_rules
 from kvdistill.data.tables import read_split
-from kvdistill.data.tasks import JSONL, TASKS
 from kvdistill.data.tokenizers import load_tokenizer
 
 
@@ -40,7 +40,7 @@ def export(recipe: Recipe, run: Path, form: str, progress: Progress) -> list[str
                 problem = Problem(
                     example.task, example.id, example.question, example.reasoning, example.answer, example.language
                 )
-                row = TASKS.get(example.task, JSONL).write(problem, example.style)  # type: ignore[arg-type]
+                row = find_rules(example.task).write(problem, example.style)  # type: ignore[arg-type]
                 if tokenizer is not None:
                     row = write_chat(row, tokenizer, system_prompt=system)
                 file.write(json.dumps(export_row(row, form), ensure_ascii=False) + "\n")

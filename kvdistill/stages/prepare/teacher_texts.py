@@ -28,9 +28,9 @@ from kvdistill.data.encode import Example, encode_rows, texts_of
 from kvdistill.data.leaks import question_hash
 from kvdistill.data.problems import SPLITS, Problem, Row, Style
 from kvdistill.data.row_spans import row_spans
+from kvdistill.data.sets import find_rules
 from kvdistill.data.sources.jsonl import read_jsonl
 from kvdistill.data.tables import MANIFEST, SplitWriter, read_manifest, read_split
-from kvdistill.data.tasks import JSONL, TASKS
 from kvdistill.data.tokenizers import fingerprint_tokenizer, load_tokenizer, trim_tokenizer
 
 _CHUNK = 1000  # rows
@@ -187,7 +187,7 @@ class _Texts:
     def _row(
         self, example: Example, split: str, tokenizer: PreTrainedTokenizerFast, traces: Mapping[str, str] | None
     ) -> Row:
-        rules = TASKS.get(example.task, JSONL)
+        rules = find_rules(example.task)
         reasoning = example.reasoning
         if traces is not None and example.style == "cot":
             own = traces.get(example.doc_hash)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from kvdistill.core.errors import DataError
 from kvdistill.core.quoting import quoted
-from kvdistill.data.evaluations.base import Evaluation
-from kvdistill.data.evaluations.letters import ALPHABET, read_label
-from kvdistill.data.evaluations.rows import Member, PublishedRows, gold_column, text_column
+from kvdistill.data.fields import gold_column, text_column
 from kvdistill.data.latex import last_boxed
+from kvdistill.data.sets.base import DataSet, Evaluation, Member, RowDict
+from kvdistill.data.sets.letters import ALPHABET, read_label
+from kvdistill.data.sets.published import Layout, Published
 from kvdistill.data.sources import RawRow
 from kvdistill.data.values import fold_width, leading_number, normalise_text, same_number
 
@@ -114,7 +114,7 @@ KINDS: Mapping[str, AnswerKind] = {
 }
 
 
-def read_row(member: Member, row: RawRow) -> dict[str, Any]:
+def read_columns(member: Member, row: RawRow) -> RowDict:
     """Columns `input` and `target`. DataError for a target of another kind than the task's, or not offered."""
     asked, target = text_column(row, "input"), gold_column(row, "target")
     kind = kind_of(member)
@@ -162,29 +162,30 @@ def extract(member: Member, completion: str) -> str | None:
     return first
 
 
-def _members() -> tuple[Member, ...]:
-    return tuple(Member(f"bbh_{name}", f"bbh/cot_fewshot/{name}.yaml", name, name) for name in KINDS)
-
-
-BBH = Evaluation(
+_DATA = Published(
     name="bbh",
-    title="BIG-Bench Hard",
-    language="en",
-    rows=PublishedRows(
-        hub="SaylorTwift/bbh",
-        members=_members(),
-        hub_splits={"test": "test"},
-        paths={"test": ("bbh/bbh/{}.json", "bbh/{}.json", "bbh/{}/test.parquet", "BIG-Bench-Hard/bbh/{}.json")},
-        read=read_row,
-        unpack=unpack,
+    hub="SaylorTwift/bbh",
+    layouts=tuple(
+        Layout(test=path)
+        for path in ("bbh/bbh/{}.json", "bbh/{}.json", "bbh/{}/test.parquet", "BIG-Bench-Hard/bbh/{}.json")
     ),
-    num_fewshot=3,
-    native="generation",
-    fewshot_from="definition",
-    splits={"test": "test"},
-    question=lambda row: str(row["input"]),
-    gold=lambda member, row: str(row["target"]),
-    extract=extract,
-    same=lambda member, answer, gold: kind_of(member).same(answer, gold),
-    published_gold=lambda member, row: f"So the answer is {row['target']}.",
+    members=tuple(Member(f"bbh_{name}", f"bbh/cot_fewshot/{name}.yaml", name, name) for name in KINDS),
+    columns=read_columns,
+    unpack=unpack,
+)
+BBH = DataSet(
+    evaluation=Evaluation(
+        name="bbh",
+        title="BIG-Bench Hard",
+        data=_DATA,
+        num_fewshot=3,
+        native="generation",
+        fewshot_from="definition",
+        splits={"test": "test"},
+        question=lambda row: str(row["input"]),
+        gold=lambda member, row: str(row["target"]),
+        extract=extract,
+        same=lambda member, answer, gold: kind_of(member).same(answer, gold),
+        published_gold=lambda member, row: f"So the answer is {row['target']}.",
+    )
 )

@@ -15,9 +15,11 @@ from typing import Any
 from kvdistill.core.errors import DataError
 from kvdistill.data.fields import text_field
 from kvdistill.data.problems import ANSWER_MARK, Problem, write_plain
+from kvdistill.data.sets.base import Task, extract_marked
+from kvdistill.data.sets.held_out import with_own_template
+from kvdistill.data.sets.published import Layout, Published
 from kvdistill.data.sources import RawRow
-from kvdistill.data.tasks.base import Layout, Published, Task
-from kvdistill.data.values import fold_width, normalise_number, normalise_text, text_after, unwrap
+from kvdistill.data.values import fold_width, normalise_number, normalise_text, unwrap
 
 _PUNCTUATION = re.compile(rf"(?!(?<=[0-9])\.[0-9])[{re.escape(string.punctuation)}]")
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
@@ -65,11 +67,6 @@ def _pairs(row: RawRow, column: str, second: str) -> list[tuple[str, Any]]:
     )
 
 
-def extract(completion: str) -> str | None:
-    """The rest of the line after the first `####`."""
-    return text_after(ANSWER_MARK, completion)
-
-
 def same(first: str, second: str) -> bool:
     first, second = unwrap(first), unwrap(second)
     numbers = normalise_number(first), normalise_number(second)
@@ -85,7 +82,7 @@ def _fold(text: str) -> str:
 
 
 _FOLDER = "hotpotqa"
-_SOURCE = Published(
+_DATA = Published(
     name="hotpotqa",
     hub="hotpotqa/hotpot_qa",
     hub_config="distractor",
@@ -96,6 +93,8 @@ _SOURCE = Published(
         Layout(pool=f"{_FOLDER}/dev_distractor_v1_first103.json"),
         Layout(pool=f"{_FOLDER}/distractor_hub_schema_first100.json"),
     ),
-    read=read_row,
+    problem=read_row,
 )
-HOTPOTQA = Task("hotpotqa", _SOURCE.load, write_plain, extract, same)
+HOTPOTQA = with_own_template(
+    Task("hotpotqa", _DATA.load, write_plain, extract_marked, same), "HotpotQA (closed book)", _DATA.hub
+)

@@ -13,8 +13,10 @@ from kvdistill.core.errors import DataError
 from kvdistill.core.quoting import quoted
 from kvdistill.data.fields import text_field
 from kvdistill.data.problems import ANSWER_MARK, Problem, write_plain
+from kvdistill.data.sets.base import Task
+from kvdistill.data.sets.held_out import with_own_template
+from kvdistill.data.sets.published import Layout, Published
 from kvdistill.data.sources import RawRow
-from kvdistill.data.tasks.base import Layout, Published, Task
 from kvdistill.data.values import leading_ratio, normalise_ratio, same_ratio, text_after
 
 _FLOAT_DIGITS = 12
@@ -72,11 +74,9 @@ def extract(completion: str) -> str | None:
 
 
 _FOLDER = "math23k"
-_SOURCE = Published(
+_DATA = Published(
     name="math23k",
     hub="Gxg/Math23K",
-    hub_config=None,
-    hub_splits={"train": "train", "test": "test"},
     layouts=(
         Layout(train=f"{_FOLDER}/math23k_train.json", test=f"{_FOLDER}/math23k_test.json"),
         Layout(
@@ -87,6 +87,8 @@ _SOURCE = Published(
         Layout(train=f"{_FOLDER}/mwptoolkit_validset.json", test=f"{_FOLDER}/mwptoolkit_testset.json"),
         Layout(pool=f"{_FOLDER}/math23k_test.json"),
     ),
-    read=read_row,
+    problem=read_row,
 )
-MATH23K = Task("math23k", _SOURCE.load, write_plain, extract, same_ratio)
+MATH23K = with_own_template(
+    Task("math23k", _DATA.load, write_plain, extract, same_ratio), "Math23K", _DATA.hub, language="zh"
+)

@@ -7,11 +7,10 @@ with Python's global `random`, so that the order depended on whatever ran before
 
 from __future__ import annotations
 
-from typing import Any
-
-from kvdistill.data.evaluations.base import Evaluation, fixed_order
-from kvdistill.data.evaluations.letters import Lettered, list_choices, read_letter, write_lettered
-from kvdistill.data.evaluations.rows import Member, PublishedRows, gold_column, text_column
+from kvdistill.data.fields import gold_column, text_column
+from kvdistill.data.sets.base import DataSet, Evaluation, Member, RowDict, fixed_order
+from kvdistill.data.sets.letters import list_choices, read_letter, write_lettered
+from kvdistill.data.sets.published import Layout, Published
 from kvdistill.data.sources import RawRow
 
 _WRONG = ("Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
@@ -19,7 +18,7 @@ _RIGHT = "Correct Answer"
 _CHOICES = ("choice1", "choice2", "choice3", "choice4")
 
 
-def read_row(member: Member, row: RawRow) -> dict[str, Any]:
+def read_columns(member: Member, row: RawRow) -> RowDict:
     """Columns `Question`, `Correct Answer`, `Incorrect Answer 1` to `3` -> `choice1` to `4`, and `answer` as `(C)`."""
     right = gold_column(row, _RIGHT)
     texts = [_tidy(text_column(row, column)) for column in _WRONG] + [_tidy(right)]
@@ -34,39 +33,36 @@ def _tidy(text: str) -> str:
     return text.strip().replace(" [title]", ". ").replace("  ", " ")
 
 
-def _choices(row: dict[str, Any]) -> list[str]:
+def _choices(row: RowDict) -> list[str]:
     return [row[name] for name in _CHOICES]
 
 
-def _lettered(member: Member, row: dict[str, Any]) -> Lettered:
-    return write_lettered(row["Question"], _choices(row), "ABCD".index(row["answer"][1]), "en")
-
-
-def _gpqa(name: str, config: str, title: str) -> Evaluation:
-    return Evaluation(
+def _gpqa(name: str, config: str, title: str) -> DataSet:
+    paths = ("gpqa/{}.csv", "gpqa/dataset/{}.csv", "gpqa/{}/train.parquet")
+    evaluation = Evaluation(
         name=name,
         title=title,
-        language="en",
-        rows=PublishedRows(
+        data=Published(
+            name=name,
             hub="Idavidrein/gpqa",
-            members=(Member(config, f"gpqa/zeroshot/{config}_zeroshot.yaml", config, config),),
             hub_splits={"test": "train"},  # the only one it has
-            paths={"test": ("gpqa/{}.csv", "gpqa/dataset/{}.csv", "gpqa/{}/train.parquet")},
-            read=read_row,
+            layouts=tuple(Layout(test=path) for path in paths),
+            members=(Member(config, f"gpqa/zeroshot/{config}_zeroshot.yaml", config, config),),
+            columns=read_columns,
         ),
-        num_fewshot=0,
         native="likelihood",
-        fewshot_from="none",
         splits={"train": "test"},
         question=lambda row: f"{row['Question']}\n{list_choices(_choices(row))}",
         stem=lambda row: str(row["Question"]),
         gold=lambda member, row: str(row["answer"][1]),
         extract=lambda member, completion: read_letter(completion),
-        same=lambda member, answer, gold: answer == gold,
         published_gold=lambda member, row: f" {row['answer']}",
-        lettered=_lettered,
+        lettered=lambda member, row: write_lettered(
+            row["Question"], _choices(row), "ABCD".index(row["answer"][1]), "en"
+        ),
         replaced=("process_docs",),
     )
+    return DataSet(evaluation=evaluation)
 
 
 GPQA = _gpqa("gpqa", "gpqa_main", "GPQA (main)")

@@ -12,16 +12,17 @@ from typing import Any
 
 from kvdistill.core.errors import DataError
 from kvdistill.core.quoting import quoted
-from kvdistill.data.evaluations.base import Evaluation, fixed_order
-from kvdistill.data.evaluations.letters import ALPHABET, Lettered, read_letter, write_lettered
-from kvdistill.data.evaluations.rows import Member, PublishedRows, gold_column, text_column
+from kvdistill.data.fields import gold_column, text_column
+from kvdistill.data.sets.base import DataSet, Evaluation, Member, RowDict, fixed_order
+from kvdistill.data.sets.letters import ALPHABET, Lettered, read_letter, write_lettered
+from kvdistill.data.sets.published import Layout, Published
 from kvdistill.data.sources import RawRow
 from kvdistill.data.values import normalise_text
 
 MC1, MC2 = "truthfulqa_mc1", "truthfulqa_mc2"
 
 
-def read_row(member: Member, row: RawRow) -> dict[str, Any]:
+def read_columns(member: Member, row: RawRow) -> RowDict:
     """Columns `question`, `mc1_targets` and `mc2_targets`, in either shape; or the columns of the publisher's table."""
     if "Best Answer" in row.columns:
         return _read_table_row(row)
@@ -30,7 +31,7 @@ def read_row(member: Member, row: RawRow) -> dict[str, Any]:
     return _checked(row, question, mc1, mc2)
 
 
-def _read_table_row(row: RawRow) -> dict[str, Any]:
+def _read_table_row(row: RawRow) -> RowDict:
     """Columns `Question`, `Best Answer`, `Correct Answers` and `Incorrect Answers` (separated by semicolons)."""
     question, best = text_column(row, "Question"), gold_column(row, "Best Answer")
     right = gold_column(row, "Correct Answers").split(";")
@@ -39,9 +40,7 @@ def _read_table_row(row: RawRow) -> dict[str, Any]:
     return _checked(row, question, [(best, 1), *false], [*((choice, 1) for choice in right), *false])
 
 
-def _checked(
-    row: RawRow, question: str, mc1: Iterable[tuple[str, int]], mc2: Iterable[tuple[str, int]]
-) -> dict[str, Any]:
+def _checked(row: RawRow, question: str, mc1: Iterable[tuple[str, int]], mc2: Iterable[tuple[str, int]]) -> RowDict:
     """Choices with text, each once, the true one of mc1 first; DataError for anything but one true and others false."""
     one, several = _with_text(mc1), _with_text(mc2)
     if sum(one.values()) != 1 or len(one) < 2:
@@ -87,19 +86,19 @@ def _targets(row: RawRow, column: str) -> list[tuple[str, int]]:
     return [(choice, int(label)) for choice, label in pairs]
 
 
-def _true(member: Member, row: dict[str, Any]) -> list[str]:
+def _true(member: Member, row: RowDict) -> list[str]:
     targets = row["mc2_targets" if member.name == MC2 else "mc1_targets"]
     return [choice for choice, label in zip(targets["choices"], targets["labels"], strict=True) if label]
 
 
-def _lettered(member: Member, row: dict[str, Any]) -> Lettered | None:
+def _lettered(member: Member, row: RowDict) -> Lettered | None:
     choices = row["mc1_targets"]["choices"]
     if member.name == MC2 or len(choices) > len(ALPHABET):
         return None
     return write_lettered(row["question"], choices, 0, "en", shown=fixed_order(row["question"], choices))
 
 
-def _gold(member: Member, row: dict[str, Any]) -> str:
+def _gold(member: Member, row: RowDict) -> str:
     lettered = _lettered(member, row)
     return lettered.gold if lettered else "\n".join(_true(member, row))
 
@@ -113,38 +112,38 @@ def _same(member: Member, answer: str, gold: str) -> bool:
     return normalise_text(answer) in [normalise_text(line) for line in gold.split("\n")]
 
 
-def _published_gold(member: Member, row: dict[str, Any]) -> str:
+def _published_gold(member: Member, row: RowDict) -> str:
     return f" {_true(member, row)[0]}" if member.name == MC2 else f" {_gold(member, row)}"
 
 
-TRUTHFULQA = Evaluation(
+_PATHS = (
+    "truthfulqa/mc_task.json",
+    "truthfulqa/data/mc_task.json",
+    "truthfulqa/multiple_choice/validation.parquet",
+    "truthfulqa/validation.jsonl",
+    "truthfulqa/TruthfulQA.csv",
+)
+_DATA = Published(
     name="truthfulqa",
-    title="TruthfulQA",
-    language="en",
-    rows=PublishedRows(
-        hub="truthfulqa/truthful_qa",
-        members=tuple(Member(name, f"truthfulqa/{name}.yaml", "multiple_choice") for name in (MC1, MC2)),
-        hub_splits={"test": "validation"},
-        paths={
-            "test": (
-                "truthfulqa/mc_task.json",
-                "truthfulqa/data/mc_task.json",
-                "truthfulqa/multiple_choice/validation.parquet",
-                "truthfulqa/validation.jsonl",
-                "truthfulqa/TruthfulQA.csv",
-            )
-        },
-        read=read_row,
-    ),
-    num_fewshot=0,
-    native="likelihood",
-    fewshot_from="none",
-    splits={"validation": "test"},
-    question=lambda row: str(row["question"]),
-    gold=_gold,
-    extract=_extract,
-    same=_same,
-    published_gold=_published_gold,
-    lettered=_lettered,
-    repeated=(MC2,),
+    hub="truthfulqa/truthful_qa",
+    hub_splits={"test": "validation"},
+    layouts=tuple(Layout(test=path) for path in _PATHS),
+    members=tuple(Member(name, f"truthfulqa/{name}.yaml", "multiple_choice") for name in (MC1, MC2)),
+    columns=read_columns,
+)
+TRUTHFULQA = DataSet(
+    evaluation=Evaluation(
+        name="truthfulqa",
+        title="TruthfulQA",
+        data=_DATA,
+        native="likelihood",
+        splits={"validation": "test"},
+        question=lambda row: str(row["question"]),
+        gold=_gold,
+        extract=_extract,
+        same=_same,
+        published_gold=_published_gold,
+        lettered=_lettered,
+        repeated=(MC2,),
+    )
 )

@@ -8,8 +8,10 @@ from kvdistill.core.errors import DataError
 from kvdistill.core.quoting import quoted
 from kvdistill.data.fields import text_field, texts_field
 from kvdistill.data.problems import ANSWER_MARK, Problem, write_plain
+from kvdistill.data.sets.base import Task
+from kvdistill.data.sets.held_out import with_own_template
+from kvdistill.data.sets.published import Layout, Published
 from kvdistill.data.sources import RawRow
-from kvdistill.data.tasks.base import Layout, Published, Task
 from kvdistill.data.values import fold_width, normalise_text, text_after, unwrap
 
 _TRUTH = {"true": True, "false": False}  # as tables without types write it
@@ -59,16 +61,14 @@ def extract(completion: str) -> str | None:
     return _WORDS[match[1]] if second is None or _WORDS[second["word"]] == _WORDS[match[1]] else answer
 
 
-def same(first: str, second: str) -> bool:
-    return normalise_text(first) == normalise_text(second)
-
-
-_SOURCE = Published(
+_DATA = Published(
     name="strategyqa",
     hub="ChilleD/StrategyQA",
-    hub_config=None,
-    hub_splits={"train": "train", "test": "test"},
     layouts=(Layout(train="strategyqa/train.json", test="strategyqa/dev.json"),),
-    read=read_row,
+    problem=read_row,
 )
-STRATEGYQA = Task("strategyqa", _SOURCE.load, write_plain, extract, same)
+STRATEGYQA = with_own_template(
+    Task("strategyqa", _DATA.load, write_plain, extract, lambda a, b: normalise_text(a) == normalise_text(b)),
+    "StrategyQA",
+    _DATA.hub,
+)

@@ -12,9 +12,11 @@ from kvdistill.core.errors import DataError
 from kvdistill.core.quoting import quoted
 from kvdistill.data.fields import text_field
 from kvdistill.data.problems import Problem, write_plain
+from kvdistill.data.sets.base import Task
+from kvdistill.data.sets.gsm8k import extract
+from kvdistill.data.sets.held_out import with_own_template
+from kvdistill.data.sets.published import Layout, Published
 from kvdistill.data.sources import RawRow
-from kvdistill.data.tasks.base import Layout, Published, Task
-from kvdistill.data.tasks.gsm8k import extract
 from kvdistill.data.values import normalise_number, same_number
 
 _WHOLE = re.compile(r"(?<=[0-9])\.0+(?![0-9])")
@@ -49,12 +51,10 @@ def _is_wrapped(equation: str) -> bool:
     return False
 
 
-_SOURCE = Published(
+_DATA = Published(
     name="svamp",
     hub="ChilleD/SVAMP",
-    hub_config=None,
-    hub_splits={"train": "train", "test": "test"},
     layouts=(Layout(pool="svamp/SVAMP.json"), Layout(pool="svamp/qwen_eval_test.jsonl")),
-    read=read_row,
+    problem=read_row,
 )
-SVAMP = Task("svamp", _SOURCE.load, write_plain, extract, same_number)
+SVAMP = with_own_template(Task("svamp", _DATA.load, write_plain, extract, same_number), "SVAMP", _DATA.hub)

@@ -5,12 +5,12 @@ C-Eval publishes no answers to its test split; as everywhere its validation spli
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
-from kvdistill.data.evaluations.base import Evaluation
-from kvdistill.data.evaluations.letters import Lettered, list_choices, read_letter, write_lettered
-from kvdistill.data.evaluations.rows import Member, PublishedRows, gold_among, gold_column, text_column
+from kvdistill.core.errors import DataError
+from kvdistill.core.quoting import quoted
+from kvdistill.data.fields import gold_column, text_column
+from kvdistill.data.sets.base import DataSet, Evaluation, Member, RowDict, Split
+from kvdistill.data.sets.letters import list_choices, read_letter, write_lettered
+from kvdistill.data.sets.published import Layout, Published
 from kvdistill.data.sources import RawRow
 
 _LETTERS = "ABCD"
@@ -41,100 +41,94 @@ _CEVAL = """
 """
 
 
-def read_row(member: Member, row: RawRow, *, question: str, answer: str, fix: str = "") -> dict[str, Any]:
-    """The columns named `question` and `answer` (A to D), and the choices `A`, `B`, `C` and `D`."""
-    gold = gold_among(row, gold_column(row, answer, fix=fix), _LETTERS, answer)
-    choices = {letter: text_column(row, letter) for letter in _LETTERS}
-    return {question: text_column(row, question), **choices, answer: gold}
-
-
 def _subjects(
     name: str,
     title: str,
+    subjects: str,
     *,
+    definition: str,
+    hub: str,
+    layouts: tuple[Layout, ...],
+    hub_test: str,
     question: str,
     answer: str,
-    rows: PublishedRows,
-    splits: dict[str, Any],
-) -> Evaluation:
-    def choices(row: dict[str, Any]) -> list[str]:
+    no_gold: str = "",
+) -> DataSet:
+    """Columns `question` and `answer` (A to D) by those names, and the choices `A`, `B`, `C` and `D`.
+
+    hub_test: the split that is scored. no_gold: what to do about rows without an answer.
+    """
+
+    def read_columns(member: Member, row: RawRow) -> RowDict:
+        gold = gold_column(row, answer, fix=no_gold)
+        if gold not in (*_LETTERS,):
+            raise DataError(
+                f"the gold answer {quoted(gold)} is not one of {', '.join(_LETTERS)}",
+                place=row.place,
+                fix=f"mend column {quoted(answer)}",
+            )
+        choices = {letter: text_column(row, letter) for letter in _LETTERS}
+        return {question: text_column(row, question), **choices, answer: gold}
+
+    def choices_of(row: RowDict) -> list[str]:
         return [row[letter].strip() for letter in _LETTERS]
 
-    def lettered(member: Member, row: dict[str, Any]) -> Lettered:
-        return write_lettered(row[question], choices(row), _LETTERS.index(row[answer]), "zh")
-
-    return Evaluation(
+    splits: dict[str, Split] = {"dev": "fewshot", hub_test: "test"}
+    evaluation = Evaluation(
         name=name,
         title=title,
         language="zh",
-        rows=rows,
+        data=Published(
+            name=name,
+            hub=hub,
+            hub_splits={"train": "dev", "test": hub_test},
+            layouts=layouts,
+            members=tuple(Member(f"{name}_{one}", definition.format(one), one, one) for one in subjects.split()),
+            columns=read_columns,
+        ),
         num_fewshot=5,
         native="likelihood",
         fewshot_from="rows",
         splits=splits,
-        question=lambda row: f"{row[question].strip()}\n{list_choices(choices(row))}",
+        question=lambda row: f"{row[question].strip()}\n{list_choices(choices_of(row))}",
         stem=lambda row: str(row[question]),
         gold=lambda member, row: str(row[answer]),
         extract=lambda member, completion: read_letter(completion),
-        same=lambda member, answer, gold: answer == gold,
         published_gold=lambda member, row: str(row[answer]),
-        lettered=lettered,
+        lettered=lambda member, row: write_lettered(row[question], choices_of(row), _LETTERS.index(row[answer]), "zh"),
     )
+    return DataSet(evaluation=evaluation)
 
-
-def _members(evaluation: str, subjects: str, definition: str) -> tuple[Member, ...]:
-    return tuple(Member(f"{evaluation}_{name}", definition.format(name), name, name) for name in subjects.split())
-
-
-_read_cmmlu = partial(read_row, question="Question", answer="Answer")
-_read_ceval = partial(
-    read_row,
-    question="question",
-    answer="answer",
-    fix="C-Eval publishes none for its test split: give val/SUBJECT_val.csv",
-)
 
 CMMLU = _subjects(
     "cmmlu",
     "CMMLU",
+    _CMMLU,
+    definition="cmmlu/cmmlu_{}.yaml",
+    hub="haonan-li/cmmlu",
+    layouts=(
+        Layout(train="cmmlu/dev/{}.csv", test="cmmlu/test/{}.csv"),
+        Layout(train="cmmlu/data/dev/{}.csv", test="cmmlu/data/test/{}.csv"),
+        Layout(train="cmmlu/{}/dev.parquet", test="cmmlu/{}/test.parquet"),
+    ),
+    hub_test="test",
     question="Question",
     answer="Answer",
-    splits={"dev": "fewshot", "test": "test"},
-    rows=PublishedRows(
-        hub="haonan-li/cmmlu",
-        members=_members("cmmlu", _CMMLU, "cmmlu/cmmlu_{}.yaml"),
-        hub_splits={"test": "test", "fewshot": "dev"},
-        paths={
-            "test": ("cmmlu/test/{}.csv", "cmmlu/data/test/{}.csv", "cmmlu/{}/test.parquet"),
-            "fewshot": ("cmmlu/dev/{}.csv", "cmmlu/data/dev/{}.csv", "cmmlu/{}/dev.parquet"),
-        },
-        read=_read_cmmlu,
-    ),
 )
 CEVAL = _subjects(
     "ceval",
     "C-Eval (val)",
+    _CEVAL,
+    definition="ceval/ceval-valid_{}.yaml",
+    hub="ceval/ceval-exam",
+    layouts=(
+        Layout(train="ceval/dev/{0}_dev.csv", test="ceval/val/{0}_val.csv"),
+        Layout(train="ceval/dev/{0}.csv", test="ceval/val/{0}.csv"),
+        Layout(train="ceval/formal_ceval/dev/{0}_dev.csv", test="ceval/formal_ceval/val/{0}_val.csv"),
+        Layout(train="ceval/{0}/dev.parquet", test="ceval/{0}/val.parquet"),
+    ),
+    hub_test="val",
     question="question",
     answer="answer",
-    splits={"dev": "fewshot", "val": "test"},
-    rows=PublishedRows(
-        hub="ceval/ceval-exam",
-        members=_members("ceval", _CEVAL, "ceval/ceval-valid_{}.yaml"),
-        hub_splits={"test": "val", "fewshot": "dev"},
-        paths={
-            "test": (
-                "ceval/val/{0}_val.csv",
-                "ceval/val/{0}.csv",
-                "ceval/formal_ceval/val/{0}_val.csv",
-                "ceval/{0}/val.parquet",
-            ),
-            "fewshot": (
-                "ceval/dev/{0}_dev.csv",
-                "ceval/dev/{0}.csv",
-                "ceval/formal_ceval/dev/{0}_dev.csv",
-                "ceval/{0}/dev.parquet",
-            ),
-        },
-        read=_read_ceval,
-    ),
+    no_gold="C-Eval publishes none for its test split: give val/SUBJECT_val.csv",
 )

@@ -21,9 +21,9 @@ from kvdistill.core.quoting import missing, quoted
 from kvdistill.core.recipe import DataRecipe, TaskRecipe
 from kvdistill.data.fields import text_field
 from kvdistill.data.problems import ANSWER_MARK, Problem, write_plain
+from kvdistill.data.sets.base import DataSet, Loaded, Task, extract_marked
 from kvdistill.data.sources import Column, RawRow, file_source, read_csv, read_json_objects, read_jsonl, read_parquet
-from kvdistill.data.tasks.base import Loaded, Task
-from kvdistill.data.values import same_value, text_after
+from kvdistill.data.values import same_value
 
 _FIELDS = ("id", "question", "reasoning", "answer", "language")
 _OPTIONAL = ("id", "language")
@@ -226,15 +226,7 @@ def _short(id: str) -> int:
     return int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "big")
 
 
-def extract(completion: str) -> str | None:
-    """The rest of the line after the first `####`."""
-    return text_after(ANSWER_MARK, completion)
-
-
-def _own(name: str) -> Task:
-    return Task(name, load, write_plain, extract, same_value, published=False)
-
-
-JSONL = _own("jsonl")
-CSV = _own("csv")
-PARQUET = _own("parquet")
+JSONL, CSV, PARQUET = (
+    DataSet(Task(name, load, write_plain, extract_marked, same_value, published=False))
+    for name in ("jsonl", "csv", "parquet")
+)

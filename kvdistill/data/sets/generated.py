@@ -1,8 +1,8 @@
-"""Families of generated problems: `ChainFamily` (sums and differences) and `ProductFamily` (two products).
+"""The built-in tasks `chain` (sums and differences) and `product` (two products): made from the seed, not downloaded.
 
 Every family numbers its problems 0 … count()-1 and can write down any of them. Drawing numbers without replacement
 makes problems that are unique by construction and uniform over the family. Rearrangements of one problem (3*4+5*6 and
-6*5+4*3) never stand on both sides of a split. Knows no split by name and no tokenizer.
+6*5+4*3) never stand on both sides of a split. Written `3*4+5*6:12,30=42`; style direct asks with `?` in place of `:`.
 
     chain    question 12+7-5      reasoning 19      answer 14
     product  question 3*4+5*6     reasoning 12,30   answer 42
@@ -14,12 +14,19 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import final
 
 from kvdistill.core.errors import DataError
+from kvdistill.core.recipe import DataRecipe, TaskRecipe
 from kvdistill.core.runtime import derive_seed
-from kvdistill.data.problems import Problem
+from kvdistill.data.problems import Problem, Row, Style
+from kvdistill.data.sets.base import DataSet, Loaded, Task
+from kvdistill.data.sources import Source
+from kvdistill.data.values import normalise_number, same_number, text_after
+
+_MARK = "="
+_ENDINGS: dict[Style, str] = {"cot": ":", "direct": "?"}
 
 
 class AbstractFamily(ABC):
@@ -144,11 +151,6 @@ class ProductFamily(AbstractFamily):
         return a + size * (b + size * (c + size * d))
 
 
-# The sizes that the built-in study uses.
-CHAIN = ChainFamily()
-PRODUCT = ProductFamily()
-
-
 def _draw_numbers(total: int, count: int, seed: int) -> Iterator[int]:
     """`count` different numbers below `total`: a Fisher–Yates shuffle that remembers only what it moved."""
     stream = random.Random(seed)
@@ -157,3 +159,38 @@ def _draw_numbers(total: int, count: int, seed: int) -> Iterator[int]:
         j = stream.randrange(i, total)
         yield moved.get(j, j)
         moved[j] = moved.get(i, i)
+
+
+def load_generated(task: TaskRecipe, data: DataRecipe, *, family: AbstractFamily) -> Loaded:
+    """As many different problems as all splits need together, held-out ones first, so that they cannot overlap."""
+    if task.file is not None:
+        raise DataError(
+            f"`file` does not go with the built-in task {family.name}",
+            place="data.tasks",
+            fix="use name: jsonl for a file",
+        )
+    problems = family.draw(task.test + task.val, task.train + task.teach, data.seed)
+    return Loaded(problems, [Source(family.name, "generated", repr(family))], in_order=True)
+
+
+def write_symbols(problem: Problem, style: Style) -> Row:
+    """`3*4+5*6:` `12,30` `=42`; style direct asks with `?` in place of `:`."""
+    reasoning = problem.reasoning if style == "cot" else ""
+    return Row(problem, style, problem.question + _ENDINGS[style], reasoning, _MARK + problem.answer)
+
+
+def extract_symbols(completion: str) -> str | None:
+    """All that follows the first `=`; text after the number is kept and makes the answer wrong."""
+    answer = text_after(_MARK, completion, to_line_end=False)
+    return (normalise_number(answer) or answer) if answer is not None else None
+
+
+def _generated(family: AbstractFamily) -> DataSet:
+    load = partial(load_generated, family=family)
+    return DataSet(
+        Task(family.name, load, write_symbols, extract_symbols, same_number, published=False, generated=True)
+    )
+
+
+# The sizes that the built-in study uses.
+CHAIN, PRODUCT = _generated(ChainFamily()), _generated(ProductFamily())
