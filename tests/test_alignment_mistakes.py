@@ -66,8 +66,8 @@ def encoder(folder: Path, name: str) -> list[dict[str, Any]]:
     return teachers({"path": str(folder / name), "tokenizer": str(folder / name)})
 
 
-def refused(monkeypatch: Any, folder: Path, *parts: str, waves: Any = no_training, **changes: Any) -> None:
-    assert_one_message(invoke(monkeypatch, "run", write_recipe(folder, **changes), waves=waves), *parts)
+def refused(monkeypatch: Any, folder: Path, *parts: str, work: Any = no_training, **changes: Any) -> None:
+    assert_one_message(invoke(monkeypatch, "run", write_recipe(folder, **changes), work=work), *parts)
 
 
 # -- tokenizers ------------------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ def test_what_is_noted_while_the_teacher_runs_needs_a_store(tmp_path, monkeypatc
         tmp_path,
         "capture.source: store",
         "arms.noted",
-        waves=no_work,
+        work=no_work,
         capture={"source": "online"},
         arms={"noted": changes},
     )
