@@ -18,7 +18,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_recipe import SEED, environment, invoke, rows_of, run_waves_here, tiny_recipe, tiny_tree
+from kvdistill.arms.running import load_teacher, run_teacher
+from kvdistill.arms.sources import teacher_recipe
+from kvdistill.arms.targets import open_targets
+from tiny_recipe import SEED, environment, invoke, made_ready, rows_of, tiny_recipe, tiny_tree
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     BertConfig,
@@ -31,9 +34,6 @@ from transformers import (
 from kvdistill.arms.batches import BatchMaker, arm_batches, token_counts
 from kvdistill.arms.distiller import Distiller, DistillOutput
 from kvdistill.arms.pairing import needed_layers
-from kvdistill.arms.running import load_teacher, run_teacher
-from kvdistill.arms.sources import teacher_recipe
-from kvdistill.arms.targets import open_targets
 from kvdistill.arms.texts import load_tokenizer_of, read_examples, teacher_text
 from kvdistill.core.config import arm_recipe
 from kvdistill.core.files import sha256_file
@@ -46,7 +46,6 @@ from kvdistill.models import describe_model
 from kvdistill.stages.fit import initial_student
 from kvdistill.stages.prepare import prepare
 from kvdistill.stages.train import build_distiller, online_teacher
-from kvdistill.study.run import claim_run_folder, plan
 
 quiet_libraries()
 set_threads(1)  # as the driver of killed trainings: same sums, same bits
@@ -143,17 +142,6 @@ def write_traces(folder: Path) -> None:
     rows = [row for split in ("train", "val") for row in read_split(run, split)]
     texts = [{"question": r.question, "reasoning": f"1,2,{r.reasoning}"} for r in rows]
     (folder / "traces.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
-
-
-READY = ("prepare", "check", "teachers", "layers", "capture", "fit")
-
-
-def made_ready(recipe: Recipe, run: Path, *stages: str) -> None:
-    """Everything before training, or these stages."""
-    claim_run_folder(recipe, run)
-    for stage in stages or READY:
-        waves = plan(recipe, run)
-        run_waves_here(recipe, [(name, jobs) for name, jobs in waves if name == stage], None)
 
 
 class Study:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from kvdistill.arms.identity import similarity_path
 from safetensors.torch import load_file
 from test_alignment_arms import made_ready, save_encoders, word_piece_tokenizer
 from tiny_models import tiny_model
@@ -33,7 +34,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from kvdistill.arms.identity import similarity_path
 from kvdistill.core.cka import CKAAccumulator
 from kvdistill.core.files import write_json
 from kvdistill.core.recipe import LossRecipe
@@ -66,8 +66,8 @@ def encoder(folder: Path, name: str) -> list[dict[str, Any]]:
     return teachers({"path": str(folder / name), "tokenizer": str(folder / name)})
 
 
-def refused(monkeypatch: Any, folder: Path, *parts: str, waves: Any = no_training, **changes: Any) -> None:
-    assert_one_message(invoke(monkeypatch, "run", write_recipe(folder, **changes), waves=waves), *parts)
+def refused(monkeypatch: Any, folder: Path, *parts: str, work: Any = no_training, **changes: Any) -> None:
+    assert_one_message(invoke(monkeypatch, "run", write_recipe(folder, **changes), work=work), *parts)
 
 
 # -- tokenizers ------------------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ def test_what_is_noted_while_the_teacher_runs_needs_a_store(tmp_path, monkeypatc
         tmp_path,
         "capture.source: store",
         "arms.noted",
-        waves=no_work,
+        work=no_work,
         capture={"source": "online"},
         arms={"noted": changes},
     )

@@ -10,9 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_recipe import ARMS, SEED, assert_one_message, call, copy_base, invoke, no_work, rows_of, write_recipe
+from tiny_recipe import (
+    ARMS,
+    SEED,
+    assert_one_message,
+    call,
+    copy_base,
+    invoke,
+    no_work,
+    rows_of,
+    tiny_recipe,
+    write_recipe,
+)
 
 from kvdistill.core.files import sha256_file
+from kvdistill.stages.table import Job
 
 VERBS = ["demo", "run", "prepare", "teach", "capture", "fit", "train", "evaluate", "report", "doctor"]
 
@@ -52,9 +64,9 @@ def test_wrong_usage_is_exit_code_2(monkeypatch, words):
 
 def test_the_parent_of_a_study_does_not_import_torch(studied):
     script = (
-        "import sys\nimport kvdistill.study.run, kvdistill.study.workers, kvdistill.core.config\n"
+        "import sys\nimport kvdistill.study.run, kvdistill.study.folder, kvdistill.core.config\n"
         "from kvdistill.core.config import load_recipe\n"
-        f"kvdistill.study.run.check_run_folder(load_recipe({str(studied / 'tiny.yaml')!r}), "
+        f"kvdistill.study.folder.check_run_folder(load_recipe({str(studied / 'tiny.yaml')!r}), "
         f"__import__('pathlib').Path({str(studied / 'run')!r}))\nassert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
@@ -84,7 +96,7 @@ def times_of(run: Path) -> dict[Path, int]:
 
 def test_the_same_command_again_does_nothing(studied, monkeypatch):
     before = times_of(studied / "run")
-    answer = invoke(monkeypatch, "run", studied / "tiny.yaml", waves=no_work)
+    answer = invoke(monkeypatch, "run", studied / "tiny.yaml", work=no_work)
     assert answer.code == 0 and "already finished" in answer.out
     assert before == times_of(studied / "run")
 
@@ -120,7 +132,7 @@ def test_only_one_arm_and_seed(tmp_path, monkeypatch):
 
 
 def test_the_data_may_lie_elsewhere_and_the_title_may_change(studied, monkeypatch):
-    answer = invoke(monkeypatch, "run", studied / "tiny.yaml", "title=Another", "hardware.workers=3", waves=no_work)
+    answer = invoke(monkeypatch, "run", studied / "tiny.yaml", "title=Another", "hardware.workers=3", work=no_work)
     assert answer.code == 0 and "already finished" in answer.out
 
 
@@ -132,11 +144,11 @@ def test_doctor_and_the_module_run_as_processes():
 
 
 def test_a_bug_of_ours_is_not_dressed_up_as_the_users(studied, tmp_path, monkeypatch):
-    def broken(recipe: Any, waves: Any, progress: Any) -> None:
+    def broken(recipe: Any, jobs: Any, progress: Any, **options: Any) -> None:
         raise ZeroDivisionError("ours")
 
     with pytest.raises(ZeroDivisionError):
-        invoke(monkeypatch, "run", write_recipe(tmp_path), waves=broken)
+        invoke(monkeypatch, "run", write_recipe(tmp_path), work=broken)
 
 
 @pytest.mark.parametrize(
@@ -144,21 +156,26 @@ def test_a_bug_of_ours_is_not_dressed_up_as_the_users(studied, tmp_path, monkeyp
     [("0,2,5", ["0", "2", "5"], 3), ("", [], None), ("-1", [], None), ("GPU-a,GPU-b", ["GPU-a", "GPU-b"], 2)],
 )
 def test_one_worker_per_visible_gpu(monkeypatch, named, gpus, workers):
-    from kvdistill.study.workers import num_workers, visible_gpus
+    from kvdistill.core.recipe import HardwareRecipe
+    from kvdistill.study.local import num_workers, visible_gpus
+
+    def workers_for(num_jobs: int, **hardware: Any) -> int:
+        jobs = [Job(f"teach:{n}", "teach", {}, (), 1.0, None) for n in range(num_jobs)]
+        return num_workers(HardwareRecipe(**hardware), jobs)
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
     assert visible_gpus() == gpus
     cores = len(os.sched_getaffinity(0))
-    assert num_workers(0, 100, "auto") == (workers or cores)
-    assert num_workers(0, 1, "auto") == 1 and num_workers(2, 100, "auto") == 2 and num_workers(0, 100, "cpu") == cores
+    assert workers_for(100) == (workers or cores)
+    assert workers_for(1) == 1 and workers_for(100, workers=2) == 2 and workers_for(100, device="cpu") == cores
 
 
-def test_every_worker_sees_a_gpu_of_its_own(monkeypatch):
+def test_every_worker_sees_a_gpu_of_its_own(tmp_path, monkeypatch):
     """Which one it took is told by the environment; no GPU is needed to ask."""
-    from kvdistill.study.workers import Workers
+    from kvdistill.study.local import Workers
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,7")
-    with Workers(2, 1) as pool:
+    with Workers(2, tiny_recipe(tmp_path)) as pool:
         seen = {pool._pool.submit(_own_gpu).result(60) for _ in range(12)}
     assert seen <= {"3", "7"} and seen
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kvdistill.arms.tokenizers import check_saved_tokenizer
 from tiny_recipe import (
     ARMS,
     SEED,
@@ -27,10 +28,10 @@ from tiny_recipe import (
     write_recipe,
 )
 
-from kvdistill.arms.tokenizers import check_saved_tokenizer
 from kvdistill.core.errors import KVDistillError, TrainingStopped
-from kvdistill.core.layout import folder_lock
 from kvdistill.core.recipe import ScratchRecipe
+from kvdistill.stages.table import Job
+from kvdistill.study.folder import claimed
 
 
 def tasks(**changes: Any) -> list[dict[str, Any]]:
@@ -68,21 +69,21 @@ def path_teacher(path: object) -> list[dict[str, Any]]:
     ],
 )
 def test_mistakes_in_the_recipe(tmp_path, monkeypatch, words, parts):
-    answer = invoke(monkeypatch, "run", write_recipe(tmp_path), *words, waves=no_work)
+    answer = invoke(monkeypatch, "run", write_recipe(tmp_path), *words, work=no_work)
     assert_one_message(answer, *parts)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_recipe_that_is_not_there_names_the_nearest(tmp_path, monkeypatch):
     path = write_recipe(tmp_path)
-    assert_one_message(invoke(monkeypatch, "run", path.with_name("tinny.yaml"), waves=no_work), "'tiny.yaml'")
+    assert_one_message(invoke(monkeypatch, "run", path.with_name("tinny.yaml"), work=no_work), "'tiny.yaml'")
 
 
 @pytest.mark.parametrize("verb", ["run", "prepare", "teach", "capture", "fit", "train", "evaluate", "report"])
 def test_every_verb_says_it_alike_and_in_json(tmp_path, monkeypatch, verb):
     path = write_recipe(tmp_path)
-    assert_one_message(invoke(monkeypatch, verb, path, "train.stesp=3", waves=no_work), "'train.stesp'")
-    answer = invoke(monkeypatch, verb, path, "train.stesp=3", "--json", waves=no_work)
+    assert_one_message(invoke(monkeypatch, verb, path, "train.stesp=3", work=no_work), "'train.stesp'")
+    answer = invoke(monkeypatch, verb, path, "train.stesp=3", "--json", work=no_work)
     assert answer.code == 2 and answer.err == ""
     error = json.loads(answer.out)  # one object and nothing else
     assert error.keys() == {"error", "place", "fix"} and all(error.values()) and "train.stesp" in error["error"]
@@ -94,10 +95,10 @@ def test_every_verb_says_it_alike_and_in_json(tmp_path, monkeypatch, verb):
 @pytest.mark.parametrize("path", ["./no/such/model", "/no/such/model"])
 def test_models_that_are_not_there_are_found_before_anything_is_done(tmp_path, monkeypatch, path):
     recipe = write_recipe(tmp_path, teachers=path_teacher(path))
-    answer = invoke(monkeypatch, "run", recipe, waves=no_work)
+    answer = invoke(monkeypatch, "run", recipe, work=no_work)
     assert_one_message(answer, f"there is no folder {path}", "teachers.0 (one).path", "hub id")
     recipe = write_recipe(tmp_path, student={"path": path, "scratch": None})
-    answer = invoke(monkeypatch, "run", recipe, waves=no_work)
+    answer = invoke(monkeypatch, "run", recipe, work=no_work)
     assert_one_message(answer, f"there is no folder {path}", "student.path")
     assert not (tmp_path / "run").exists()
 
@@ -108,15 +109,15 @@ def test_model_folders_without_their_files_are_found_before_training(tmp_path, m
     shutil.copytree(whole, broken)
     (broken / "config.json").unlink()
     recipe = write_recipe(tmp_path, teachers=path_teacher(broken))
-    assert_one_message(invoke(monkeypatch, "run", recipe, waves=no_work), "has no config.json", "teachers.0 (one)")
+    assert_one_message(invoke(monkeypatch, "run", recipe, work=no_work), "has no config.json", "teachers.0 (one)")
     shutil.copy(whole / "config.json", broken)
     os.rename(broken / "model.safetensors", broken / "pytorch_model.bin")
-    answer = invoke(monkeypatch, "run", recipe, waves=no_training)
+    answer = invoke(monkeypatch, "run", recipe, work=no_training)
     assert_one_message(answer, "only pickled ones, which are never loaded", "teachers.0 (one)")
     os.rename(broken / "pytorch_model.bin", broken / "model.safetensors")
     (broken / "tokenizer.json").unlink()
     (broken / "tokenizer_config.json").unlink()
-    assert_one_message(invoke(monkeypatch, "run", recipe, waves=no_training), "no tokenizer", "teachers.0 (one)")
+    assert_one_message(invoke(monkeypatch, "run", recipe, work=no_training), "no tokenizer", "teachers.0 (one)")
 
 
 def test_a_student_with_another_tokenizer_is_found_before_training(tmp_path, monkeypatch):
@@ -129,7 +130,7 @@ def test_a_student_with_another_tokenizer_is_found_before_training(tmp_path, mon
     vocab[one], vocab[two] = vocab[two], vocab[one]
     (other / "tokenizer.json").write_text(json.dumps(rules))
     recipe = write_recipe(tmp_path, student={"path": str(other), "scratch": None})
-    answer = invoke(monkeypatch, "run", recipe, waves=no_training)
+    answer = invoke(monkeypatch, "run", recipe, work=no_training)
     assert_one_message(answer, "tokenizer differs", "student")
     recipe = write_recipe(tmp_path, teachers=path_teacher(other))
     assert invoke(monkeypatch, "prepare", recipe).code == 0
@@ -140,7 +141,7 @@ def test_a_student_with_another_tokenizer_is_found_before_training(tmp_path, mon
 def test_a_tokenizer_that_would_not_survive_saving_is_found_before_training(tmp_path, monkeypatch, data_root):
     """transformers loads a GPT-2 tokenizer beside a qwen2 model as another one; beside a llama model it does not."""
     data = {"tokenizer": "root:gpt2", "root": str(data_root), "trim_vocabulary": True, "max_length": 64}
-    answer = invoke(monkeypatch, "run", write_recipe(tmp_path, data=data), waves=no_training)
+    answer = invoke(monkeypatch, "run", write_recipe(tmp_path, data=data), work=no_training)
     assert_one_message(answer, "load this tokenizer differently", "student.scratch.architecture", "llama")
     for architecture in ("llama", "qwen3", "gpt2"):
         check_saved_tokenizer(tmp_path / "run", ScratchRecipe(architecture=architecture), "student")
@@ -160,11 +161,11 @@ def test_a_tokenizer_that_would_not_survive_saving_is_found_before_training(tmp_
     ],
 )
 def test_layers_and_sizes_outside_a_model_are_found_before_training(tmp_path, monkeypatch, changes, parts):
-    answer = invoke(monkeypatch, "run", write_recipe(tmp_path, **changes), waves=no_training)
+    answer = invoke(monkeypatch, "run", write_recipe(tmp_path, **changes), work=no_training)
     assert_one_message(answer, *parts)
     assert not (tmp_path / "run/teachers").exists()
     with pytest.raises(AssertionError, match="began before"):  # mended, the same folder goes on to training
-        invoke(monkeypatch, "run", write_recipe(tmp_path), waves=no_training)
+        invoke(monkeypatch, "run", write_recipe(tmp_path), work=no_training)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +184,7 @@ def test_layer_map_files_that_do_not_fit_are_found_before_training(tmp_path, mon
     if content is not None:
         file.write_text(content)
     arms = {"x": {"align": {"layers": "explicit", "layer_map": str(file)}}}
-    answer = invoke(monkeypatch, "run", write_recipe(tmp_path, arms=arms), waves=no_training)
+    answer = invoke(monkeypatch, "run", write_recipe(tmp_path, arms=arms), work=no_training)
     assert_one_message(answer, part, str(file), "arms.x")
     assert not (tmp_path / "run/teachers").exists()
 
@@ -209,7 +210,7 @@ def test_a_broken_row_is_named_by_file_and_line(tmp_path, monkeypatch, row, part
     file = tmp_path / "own.jsonl"
     file.write_text("\n".join([GOOD % 1, GOOD % 2, row, GOOD % 3]) + "\n")
     changes = {"data": {"tasks": tasks(name="jsonl", file=str(file))}, "teachers": teachers(train_on=["own"])}
-    answer = invoke(monkeypatch, "run", write_recipe(tmp_path, **changes), waves=no_training)
+    answer = invoke(monkeypatch, "run", write_recipe(tmp_path, **changes), work=no_training)
     assert_one_message(answer, f"{file}:3", part)
     assert not (tmp_path / "run/data").exists()
 
@@ -218,15 +219,15 @@ def test_empty_splits_files_and_tasks(tmp_path, monkeypatch):
     file = tmp_path / "own.jsonl"
     changes = {"data": {"tasks": tasks(name="jsonl", file=str(file))}, "teachers": teachers(train_on=["own"])}
     recipe = write_recipe(tmp_path, **changes)
-    assert_one_message(invoke(monkeypatch, "run", recipe, waves=no_training), "file not found", str(file))
+    assert_one_message(invoke(monkeypatch, "run", recipe, work=no_training), "file not found", str(file))
     file.write_text("")
-    assert_one_message(invoke(monkeypatch, "run", recipe, waves=no_training), "no rows", str(file))
+    assert_one_message(invoke(monkeypatch, "run", recipe, work=no_training), "no rows", str(file))
     file.write_text((GOOD % 1) + "\n")
-    assert_one_message(invoke(monkeypatch, "run", recipe, waves=no_training), "split", "is empty", "own")
+    assert_one_message(invoke(monkeypatch, "run", recipe, work=no_training), "split", "is empty", "own")
     recipe = write_recipe(tmp_path, data={"max_length": 3})  # nothing was made yet: the folder takes the mended recipe
-    assert_one_message(invoke(monkeypatch, "run", recipe, waves=no_training), "longer than 3 tokens", "data.max_length")
+    assert_one_message(invoke(monkeypatch, "run", recipe, work=no_training), "longer than 3 tokens", "data.max_length")
     recipe = write_recipe(tmp_path, data={"tasks": tasks(name="chian")}, teachers=teachers(train_on=["chian"]))
-    assert_one_message(invoke(monkeypatch, "run", recipe, waves=no_training), "'chian'", "did you mean 'chain'?")
+    assert_one_message(invoke(monkeypatch, "run", recipe, work=no_training), "'chian'", "did you mean 'chain'?")
     recipe = write_recipe(tmp_path, data={"tasks": tasks(train=0)})
     answer = invoke(monkeypatch, "run", recipe)
     assert_one_message(answer, "no training examples of chain", "teachers.0 (one)")
@@ -335,7 +336,7 @@ def test_a_run_folder_of_another_recipe_names_the_key(tmp_path, monkeypatch, ove
     run, recipe = ready_to_train(tmp_path)
     (run / "arms" / "fixed" / f"seed-{SEED}").mkdir(parents=True)
     before = (run / "recipe.json").read_bytes()
-    answer = invoke(monkeypatch, "run", recipe, override, waves=no_work)
+    answer = invoke(monkeypatch, "run", recipe, override, work=no_work)
     assert_one_message(answer, "another recipe", part, str(run), "run_dir")
     assert (run / "recipe.json").read_bytes() == before
 
@@ -343,14 +344,14 @@ def test_a_run_folder_of_another_recipe_names_the_key(tmp_path, monkeypatch, ove
 def test_new_arms_and_seeds_are_welcome_in_a_run_folder(tmp_path, monkeypatch):
     begun: list[str] = []
 
-    def note(recipe: Any, waves: Any, progress: Any) -> None:
-        begun.extend(job.name for _, jobs in waves for job in jobs)
+    def note(recipe: Any, jobs: Any, progress: Any, **options: Any) -> None:
+        begun.extend(job.id for job in jobs)
         raise TrainingStopped("enough", place="here", fix="none")
 
     run, recipe = ready_to_train(tmp_path)
     (run / "arms" / "fixed" / f"seed-{SEED}").mkdir(parents=True)
-    invoke(monkeypatch, "run", recipe, "seeds=[7,8]", "arms.new.teachers=[two]", waves=note)
-    assert "new seed 8" in begun and "fixed seed 8" in begun and "teacher one" not in begun
+    invoke(monkeypatch, "run", recipe, "seeds=[7,8]", "arms.new.teachers=[two]", work=note)
+    assert "train:new:8" in begun and "train:fixed:8" in begun and "teach:one" not in begun
 
 
 def test_a_folder_that_is_no_run_folder_is_left_alone(tmp_path, monkeypatch):
@@ -359,23 +360,26 @@ def test_a_folder_that_is_no_run_folder_is_left_alone(tmp_path, monkeypatch):
     (mine / "thesis.tex").write_text("x")
     recipe = write_recipe(tmp_path)
     for verb in ("run", "train", "report"):
-        answer = invoke(monkeypatch, verb, recipe, f"run_dir={mine}", waves=no_work)
+        answer = invoke(monkeypatch, verb, recipe, f"run_dir={mine}", work=no_work)
         assert_one_message(answer, "holds files but no recipe.json", str(mine), "run_dir")
     assert os.listdir(mine) == ["thesis.tex"]
-    answer = invoke(monkeypatch, "run", recipe, f"run_dir={mine / 'thesis.tex'}", waves=no_work)
+    answer = invoke(monkeypatch, "run", recipe, f"run_dir={mine / 'thesis.tex'}", work=no_work)
     assert_one_message(answer, "a file, not a folder", "thesis.tex")
-    answer = invoke(monkeypatch, "run", recipe, "run_dir=/proc/no/run", waves=no_work)
+    answer = invoke(monkeypatch, "run", recipe, "run_dir=/proc/no/run", work=no_work)
     assert_one_message(answer, "cannot write here", "/proc/no/run")
 
 
 def test_two_commands_at_once_in_one_run_folder(tmp_path, monkeypatch):
+    """A second one that wants something else of what is being made is refused; more seeds are welcome."""
     run, recipe = ready_to_train(tmp_path)
     before = (run / "recipe.json").read_bytes()
-    with folder_lock(run, wait=False):
+    with claimed(tiny_recipe(run, arms=ARMS), run):
         for words in (["run"], ["train"], ["report"], ["capture"]):
-            answer = invoke(monkeypatch, *words, recipe, "seeds=[8]", waves=no_work)
-            assert_one_message(answer, "another command is working", str(run))
-    assert (run / "recipe.json").read_bytes() == before  # the second one changed nothing
+            answer = invoke(monkeypatch, *words, recipe, "arms.fixed.loss.kv_weight=1", work=no_work)
+            assert_one_message(answer, "another command is working", "arms.fixed.loss.kv_weight", str(run))
+        assert (run / "recipe.json").read_bytes() == before  # the second one changed nothing
+        with pytest.raises(AssertionError, match="work began"):
+            invoke(monkeypatch, "run", recipe, "seeds=[8]", work=no_work)
 
 
 def test_unknown_arms_and_seeds(tmp_path, monkeypatch):
@@ -455,15 +459,16 @@ def test_a_full_disk_faked_at_the_lowest_layer(tmp_path, monkeypatch, writer):
     assert train(monkeypatch, recipe).code == 0
 
 
-def test_a_full_disk_in_a_worker_is_the_same_message(monkeypatch):
-    from kvdistill.study import workers
+def test_a_full_disk_in_a_worker_is_the_same_message(tmp_path, monkeypatch):
+    from kvdistill.study import local
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(workers, "stage_function", lambda verb: fail)
+    monkeypatch.setattr(local, "perform", fail)
+    monkeypatch.setattr(local, "_RECIPE", tiny_recipe(tmp_path))
     with pytest.raises(TrainingStopped, match="disk is full"):
-        workers._do("student", "fixed seed 7", ())
+        local._do(Job("train:fixed:7", "train", {}, (), 1.0, None))
 
 
 def test_errors_survive_the_way_back_from_a_worker():

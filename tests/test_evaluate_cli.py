@@ -16,7 +16,7 @@ from tiny_recipe import SEED, assert_one_message, environment, invoke, no_traini
 from tiny_recipe import write_recipe as write_tiny
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from kvdistill.cli.evaluation_text import evaluation_table
+from kvdistill.cli.tables import evaluation_table
 from kvdistill.core.config import make_options
 from kvdistill.core.errors import RecipeError
 from kvdistill.data.tokenizers import character_tokenizer
@@ -300,7 +300,7 @@ def test_a_study_evaluates_its_students_publicly(data_root, tmp_path, monkeypatc
 @pytest.mark.parametrize("name", ["gsm8", "gpqa"])
 def test_a_study_finds_mistakes_in_its_evaluations_before_training(data_root, tmp_path, monkeypatch, name):
     recipe = write_tiny(tmp_path, data={"root": str(data_root)}, evaluate={"tasks": [name]})
-    answer = invoke(monkeypatch, "run", recipe, waves=no_training)
+    answer = invoke(monkeypatch, "run", recipe, work=no_training)
     assert_one_message(answer, "'gsm8k'" if name == "gsm8" else "gpqa")
 
 

@@ -81,4 +81,4 @@ def test_report_needs_no_torch() -> None:
 
 
 def test_orchestration_needs_no_torch() -> None:
-    assert "torch" not in loaded_after("import kvdistill.study.run, kvdistill.study.workers")
+    assert "torch" not in loaded_after("import kvdistill.study.run, kvdistill.study.local, kvdistill.stages.table")

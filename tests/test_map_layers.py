@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_cka import slow_cka
-from tiny_recipe import run_waves_here, tiny_recipe, tiny_tree
+from tiny_recipe import made_ready, tiny_recipe, tiny_tree
 from transformers import AutoModelForCausalLM
 
 from kvdistill.align.layers import layer_map
@@ -36,13 +36,9 @@ def recipe_of(run: Path, **align: object) -> Recipe:
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
     """Data and taught teachers: all that this stage reads."""
-    from kvdistill.study.run import claim_run_folder, plan
-
     run = tmp_path_factory.mktemp("layers") / "run"
     recipe = tiny_recipe(run, arms={"ce": {"teachers": []}, "fixed": {}})
-    claim_run_folder(recipe, run)
-    for stage in ("prepare", "teachers"):
-        run_waves_here(recipe, [(name, jobs) for name, jobs in plan(recipe, run) if name == stage], None)
+    made_ready(recipe, run, "teach")
     return run
 
 

@@ -10,18 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from kvdistill.stages.train.matching import match_on_held_out
+from kvdistill.study.profile.setting import Setting, open_setting
 from tiny_recipe import SEED, assert_one_message, invoke, no_work, write_recipe
 
-from kvdistill.cli.profile_text import layer_lines, profile_lines
-from kvdistill.cli.summary_text import as_text
+from kvdistill.cli.tables import as_text, layer_lines, profile_lines
 from kvdistill.core.config import arm_recipe, load_recipe
 from kvdistill.core.files import write_json
 from kvdistill.core.recipe import Recipe
 from kvdistill.stages.fit import initial_student, make_aligner
-from kvdistill.stages.train.matching import match_on_held_out
 from kvdistill.store.packed import TargetReader
 from kvdistill.study.profile.numbers import FP16_MAX, StageMeter, number_figures
-from kvdistill.study.profile.setting import Setting, open_setting
 from kvdistill.study.profile.shapes import _lost
 from kvdistill.study.profile.timing import PARTS, LiveTensors, PartClock
 
@@ -102,12 +101,12 @@ def test_again_it_changes_its_own_file_only_and_trains_nothing(profiled, monkeyp
 
 
 def test_unknown_arm_names_the_nearest(profiled, monkeypatch):
-    answer = invoke(monkeypatch, "profile-alignment", profiled[0] / "tiny.yaml", "--arm", "fixd", waves=no_work)
+    answer = invoke(monkeypatch, "profile-alignment", profiled[0] / "tiny.yaml", "--arm", "fixd", work=no_work)
     assert_one_message(answer, "there is no arm 'fixd'", "fixed")
 
 
 def test_an_arm_without_kv_alone_is_said_and_nothing_runs(profiled, monkeypatch):
-    answer = invoke(monkeypatch, "profile-alignment", profiled[0] / "tiny.yaml", "--arm", "ce", waves=no_work)
+    answer = invoke(monkeypatch, "profile-alignment", profiled[0] / "tiny.yaml", "--arm", "ce", work=no_work)
     assert answer.code == 0 and "ce: it has no teachers" in answer.out
 
 
@@ -432,5 +431,5 @@ def test_map_layers_measures_prints_and_leaves_its_files(profiled, monkeypatch):
 
 def test_map_layers_without_teachers_is_refused(tmp_path, monkeypatch):
     path = write_recipe(tmp_path, arms={"ce": {"teachers": []}})
-    answer = invoke(monkeypatch, "map-layers", path, "teachers=[]", waves=no_work)
+    answer = invoke(monkeypatch, "map-layers", path, "teachers=[]", work=no_work)
     assert_one_message(answer, "there is no teacher whose layers could be mapped", "name at least one")

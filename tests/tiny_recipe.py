@@ -118,14 +118,14 @@ def write_recipe(folder: Path, **changes: Any) -> Path:
     return path
 
 
-def run_waves_here(recipe: Recipe, waves: Any, progress: Any) -> None:
-    """In place of `study.run_waves`: the same jobs in this process, in order."""
+def run_jobs_here(recipe: Recipe, jobs: Any, progress: Any, **options: Any) -> None:
+    """In place of `study.run_jobs`: the same jobs in this process, one after another, without a word."""
     from kvdistill.core.progress import silent
-    from kvdistill.study.workers import stage_function
+    from kvdistill.core.runtime import quiet_libraries
+    from kvdistill.study.local import run_jobs
 
-    for _, jobs in waves:
-        for job in jobs:
-            stage_function(job.verb)(*job.arguments, progress=silent)
+    quiet_libraries()  # as a worker does
+    run_jobs(recipe, jobs, silent, here=True)
 
 
 class Answer:
@@ -138,31 +138,31 @@ class Answer:
         return f"exit {self.code}\nstdout: {self.out}\nstderr: {self.err}"
 
 
-def invoke(monkeypatch: Any, *words: object, waves: Any = run_waves_here) -> Answer:
+def invoke(monkeypatch: Any, *words: object, work: Any = run_jobs_here) -> Answer:
     """`kvdistill WORDS…` in this process; anything but a clean exit is raised as it is."""
     from typer.testing import CliRunner
 
     import kvdistill.study.run
     from kvdistill.cli.app import app
 
-    monkeypatch.setattr(kvdistill.study.run, "run_waves", waves)
+    monkeypatch.setattr(kvdistill.study.run, "run_jobs", work)
     result = CliRunner().invoke(app, [str(word) for word in words])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return Answer(result.exit_code, result.stdout, result.stderr)
 
 
-def no_work(recipe: Recipe, waves: Any, progress: Any) -> None:
-    """In place of `study.run_waves` where nothing may run: a mistake must be found before any job."""
+def no_work(recipe: Recipe, jobs: Any, progress: Any, **options: Any) -> None:
+    """In place of `study.run_jobs` where nothing may run: a mistake must be found before any job."""
     raise AssertionError("work began before the mistake was found")
 
 
-def no_training(recipe: Recipe, waves: Any, progress: Any) -> None:
-    """In place of `study.run_waves` where preparing and checking may run, and nothing after them."""
-    for name, jobs in waves:
-        if jobs and name not in ("prepare", "check"):
-            raise AssertionError(f"{name} began before the mistake was found")
-        run_waves_here(recipe, [(name, jobs)], progress)
+def no_training(recipe: Recipe, jobs: Any, progress: Any, **options: Any) -> None:
+    """In place of `study.run_jobs` where preparing and checking may run, and nothing after them."""
+    run_jobs_here(recipe, [job for job in jobs if job.verb in ("prepare", "check")], progress)
+    for job in jobs:
+        if job.verb not in ("prepare", "check"):
+            raise AssertionError(f"{job.id} began before the mistake was found")
 
 
 def assert_one_message(answer: Answer, *parts: str) -> None:
@@ -202,13 +202,17 @@ def base_run() -> Path:
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     run = root / "run"
     recipe = tiny_recipe(run, arms=ARMS)
-    from kvdistill.study.run import claim_run_folder, plan
+    made_ready(recipe, run)
+    return run
+
+
+def made_ready(recipe: Recipe, run: Path, *goals: str) -> None:
+    """Everything before training, or these stages and what comes before them."""
+    from kvdistill.study.folder import claim_run_folder
+    from kvdistill.study.plan import plan
 
     claim_run_folder(recipe, run)
-    for stage in ("prepare", "check", "teachers", "capture", "fit"):
-        waves = plan(recipe, run)  # anew: what is left to do shows only when the stages before are done
-        run_waves_here(recipe, [(name, jobs) for name, jobs in waves if name == stage], None)
-    return run
+    run_jobs_here(recipe, plan(recipe, run, goals or ("teach", "fit")), None)
 
 
 def copy_base(folder: Path) -> Path:

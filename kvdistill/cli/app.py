@@ -5,6 +5,7 @@ Imports only typer at start, so that `--help` is instant; everything else is imp
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Callable
@@ -40,7 +41,7 @@ def demo(overrides: Overrides = None, as_json: Json = False) -> None:
     """The built-in study on generated problems: two specialist teachers, one student, one page."""
     from kvdistill.core.builtin import recipes_folder
 
-    _study(str(recipes_folder() / "demo.yaml"), overrides, as_json)
+    _with_recipe(str(recipes_folder() / "demo.yaml"), overrides, as_json, "run.run_study")
 
 
 @app.command()
@@ -54,18 +55,13 @@ def run(
     ] = False,
 ) -> None:
     """Every stage of a study; the same command again goes on where it stopped."""
-    if dry_run:
-        from kvdistill.study.rehearse import dry_run as rehearse
-
-        _stage(recipe, overrides, as_json, lambda made, progress: rehearse(made, progress))
-        return
-    _study(recipe, overrides, as_json)
+    _with_recipe(recipe, overrides, as_json, "rehearse.dry_run" if dry_run else "run.run_study")
 
 
 @app.command()
 def prepare(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
     """Step 1: Problems into tokenised, fingerprinted, leak-checked splits."""
-    _study(recipe, overrides, as_json, "prepare")
+    _with_recipe(recipe, overrides, as_json, "run.run_study", verb="prepare")
 
 
 @app.command()
@@ -81,12 +77,7 @@ def validate(
     with exit code 2 where a leak is left. `data.leaks=drop` in the recipe, or --fix here, takes them out of training.
     """
 
-    def work(made: Any, progress: Any) -> dict[str, Any]:
-        from kvdistill.study.run import validate_data
-
-        return validate_data(made, progress, fix=fix)
-
-    result = _stage(recipe, overrides, as_json, work)
+    result = _with_recipe(recipe, overrides, as_json, "run.validate_data", fix=fix)
     if result["leaks"]["num_leaks"]:
         raise typer.Exit(2)
 
@@ -101,19 +92,13 @@ def export(
     as_json: Json = False,
 ) -> None:
     """The prepared splits as JSONL for other trainers, in the run folder under data/export/."""
-
-    def work(made: Any, progress: Any) -> dict[str, Any]:
-        from kvdistill.study.run import export_data
-
-        return export_data(made, progress, form)
-
-    _stage(recipe, overrides, as_json, work)
+    _with_recipe(recipe, overrides, as_json, "run.export_data", form=form)
 
 
 @app.command()
 def teach(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
     """Step 2: Train the recipe's scratch teachers (teachers with a path need nothing here)."""
-    _study(recipe, overrides, as_json, "teachers")
+    _with_recipe(recipe, overrides, as_json, "run.run_study", verb="teach")
 
 
 @app.command("map-layers")
@@ -125,25 +110,19 @@ def map_layers(recipe: RecipeArgument, overrides: Overrides = None, as_json: Jso
     but for rotation and scale, 0 has nothing in common. `align.cka_on` is what is compared: keys, values or hidden
     states. A student with random weights says little about what its layers will come to mean; then prefer ratio.
     """
-
-    def work(made: Any, progress: Any) -> dict[str, Any]:
-        from kvdistill.study.run import map_layers as run_map_layers
-
-        return run_map_layers(made, progress)
-
-    _stage(recipe, overrides, as_json, work)
+    _with_recipe(recipe, overrides, as_json, "run.map_layers")
 
 
 @app.command()
 def capture(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
     """Step 3: Run each teacher once over the texts and keep its keys and values in the store."""
-    _study(recipe, overrides, as_json, "capture")
+    _with_recipe(recipe, overrides, as_json, "run.run_study", verb="capture")
 
 
 @app.command()
 def fit(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
     """Step 4: Channel statistics, closed-form projectors and prototypes from the captured targets."""
-    _study(recipe, overrides, as_json, "fit")
+    _with_recipe(recipe, overrides, as_json, "run.run_study", verb="fit")
 
 
 @app.command("profile-alignment")
@@ -161,13 +140,7 @@ def profile_alignment(
     reached there too); and stage by stage the largest value, dead channels, and the first that is not finite.
     The tables again, with figures for each layer, in the run folder under profile/ARM.json.
     """
-
-    def work(made: Any, progress: Any) -> dict[str, Any]:
-        from kvdistill.study.run import profile_alignment as profile
-
-        return profile(made, progress, arm=arm)
-
-    _stage(recipe, overrides, as_json, work)
+    _with_recipe(recipe, overrides, as_json, "run.profile_alignment", arm=arm)
 
 
 @app.command()
@@ -179,13 +152,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Step 5: Train students: all arms and seeds, or one (also under torchrun, for one run on several GPUs)."""
-
-    def work(made: Any, progress: Any) -> dict[str, Any]:
-        from kvdistill.study.run import train_runs
-
-        return train_runs(made, progress, arm=arm, seed=seed)
-
-    _stage(recipe, overrides, as_json, work)
+    _with_recipe(recipe, overrides, as_json, "run.run_arms", verb="train", arm=arm, seed=seed)
 
 
 @app.command()
@@ -218,21 +185,12 @@ def evaluate(
     }
     is_recipe = target.endswith((".yaml", ".yml")) or Path(target).is_file()
 
-    def students(made: Any, progress: Any) -> dict[str, Any]:
-        from kvdistill.study.run import evaluate_runs
-
-        return evaluate_runs(made, progress, arm=arm, seed=seed)
-
     def model() -> dict[str, Any]:
-        from kvdistill.core.progress import TerminalProgress, silent
         from kvdistill.stages.evaluate import evaluate_model
 
-        bars = None if as_json else TerminalProgress()
-        try:
-            return evaluate_model(target, overrides or (), flags=flags, out=out, progress=bars or silent)
-        finally:
-            if bars is not None:
-                bars.close()
+        return _with_bars(
+            as_json, lambda bars: evaluate_model(target, overrides or (), flags=flags, out=out, progress=bars)
+        )
 
     def mixed_up() -> dict[str, Any]:
         from kvdistill.core.errors import RecipeError
@@ -245,7 +203,7 @@ def evaluate(
     if is_recipe and (out is not None or any(value is not None for value in flags.values())):
         _guarded(mixed_up, as_json)
     elif is_recipe:
-        _stage(target, overrides, as_json, students)
+        _with_recipe(target, overrides, as_json, "run.run_arms", verb="evaluate", arm=arm, seed=seed)
     elif arm is not None or seed is not None:
         _guarded(mixed_up, as_json)
     else:
@@ -255,7 +213,7 @@ def evaluate(
 @app.command()
 def report(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
     """Step 7: Statistics, figures and the page from the records (no GPU, no model)."""
-    _study(recipe, overrides, as_json, "report")
+    _with_recipe(recipe, overrides, as_json, "run.run_study", verb="report")
 
 
 @app.command()
@@ -281,32 +239,32 @@ def doctor(as_json: Json = False) -> None:
 # -- how every verb runs ------------------------------------------------------------------------------
 
 
-def _study(recipe: str, overrides: list[str] | None, as_json: bool, *stages: str) -> None:
-    def work(made: Any, progress: Any) -> dict[str, Any]:
-        from kvdistill.study.run import run_study
-
-        return run_study(made, progress, stages=stages)
-
-    _stage(recipe, overrides, as_json, work)
-
-
-def _stage(
-    recipe: str, overrides: list[str] | None, as_json: bool, work: Callable[[Any, Any], dict[str, Any]]
+def _with_recipe(
+    recipe: str, overrides: list[str] | None, as_json: bool, function: str, **options: Any
 ) -> dict[str, Any]:
-    def load_and_work() -> dict[str, Any]:
+    """Load the recipe, call `function` (`module.name` in `kvdistill.study`) with it, and print what it returns."""
+
+    def work() -> dict[str, Any]:
         from kvdistill.core.config import load_recipe
-        from kvdistill.core.progress import TerminalProgress, silent
 
         made = load_recipe(recipe, overrides or ())
-        if as_json:
-            return work(made, silent)
-        bars = TerminalProgress()
-        try:
-            return work(made, bars)
-        finally:
-            bars.close()
+        module, _, name = function.partition(".")
+        call = getattr(importlib.import_module(f"kvdistill.study.{module}"), name)
+        return _with_bars(as_json, lambda progress: call(made, progress, **options))
 
-    return _guarded(load_and_work, as_json)
+    return _guarded(work, as_json)
+
+
+def _with_bars(as_json: bool, work: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    from kvdistill.core.progress import TerminalProgress, silent
+
+    if as_json:
+        return work(silent)
+    bars = TerminalProgress()
+    try:
+        return work(bars)
+    finally:
+        bars.close()
 
 
 def _guarded(work: Callable[[], dict[str, Any]], as_json: bool) -> dict[str, Any]:
@@ -333,7 +291,7 @@ def _guarded(work: Callable[[], dict[str, Any]], as_json: bool) -> dict[str, Any
     if as_json:
         print(json.dumps(result, ensure_ascii=False))
     else:
-        from kvdistill.cli.summary_text import as_text
+        from kvdistill.cli.tables import as_text
 
         print(as_text(result))
     return result

@@ -62,3 +62,7 @@ class TrainingStopped(KVDistillError):
 
 class StatisticsRefused(KVDistillError):
     """A comparison that would not mean anything: unpaired, too few seeds, budgets apart."""
+
+
+class JobsFailed(KVDistillError):
+    """Several jobs of a study failed, each for its own reason; `exit_code` is that of the first."""

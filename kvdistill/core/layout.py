@@ -12,17 +12,22 @@ runs/NAME/
                    records.jsonl, evaluated.json, checkpoints/}
   profile/ARM.json               what `profile-alignment` measured
   figures/  statistical_results.json  summary.json  report.html
+  .lock  .locks/                 held while a command plans, and while a job is done
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from kvdistill.core.errors import RunFolderError
 from kvdistill.core.files import disk_full_error
+
+LOCK, LOCKS = ".lock", ".locks"  # of a folder that one process works in; of a run folder's jobs
 
 
 def tokenizer_folder(run: Path) -> Path:
@@ -70,21 +75,38 @@ def evaluated_mark(folder: Path) -> Path:
     return folder / "evaluated.json"
 
 
-@contextmanager
-def folder_lock(folder: Path, *, wait: bool) -> Iterator[None]:
+def locks_folder(run: Path) -> Path:
+    """A file for each job, locked while somebody does it; and `working`, shared by all commands that are at work."""
+    return run / LOCKS
+
+
+def folder_lock(folder: Path, *, wait: bool) -> AbstractContextManager[None]:
     """Only one process works in `folder`. `wait`: until the other one ends; else RunFolderError at once."""
+    return file_lock(folder / LOCK, wait=wait)
+
+
+@contextmanager
+def file_lock(path: Path, *, wait: bool, shared: bool = False) -> Iterator[None]:
+    """Hold the lock `path`, a file that is made where it is missing and never written to; it ends with the process.
+
+    wait: until nobody else holds it; else RunFolderError at once. shared: others may hold it too, if shared as well.
+    A link in its place is refused: what it points to is not ours.
+    """
+    folder = path.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        opened = open(folder / ".lock", "w")  # noqa: SIM115 (closed below; only the opening is guarded)
+        opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         if full := disk_full_error(error, folder):
             raise full from error
+        if error.errno == errno.ELOOP:
+            raise RunFolderError("the lock is a link", place=str(path), fix="delete the link") from None
         raise RunFolderError(
             f"cannot write here ({error.strerror})", place=str(folder), fix="give another folder with run_dir=…"
         ) from None
-    with opened as file:
+    with open(opened, "rb"):
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(opened, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise RunFolderError(
                 "another command is working in this run folder", place=str(folder), fix="wait for it, or stop it first"

@@ -27,49 +27,49 @@ from kvdistill.data.tokenizers import load_tokenizer
 from kvdistill.models import ModelShape, auto_class, check_model_exists, describe_config, forward_flops
 from kvdistill.models.published import published_config
 from kvdistill.stages.prepare import prepare
-from kvdistill.study.workers import stage_function
+from kvdistill.study.local import run_jobs
+from kvdistill.study.plan import plan
 
 DEPTH = 2
 GIB = 1 << 30
 
 
 def dry_run(recipe: Recipe, progress: Progress) -> dict[str, Any]:
-    """Rehearse every stage and return {"stages", "models", "needs", "notes"} for the terminal."""
+    """Do the whole graph of jobs with small models, one seed, and return {"rehearsed", "needs", "notes"}."""
     quiet_libraries()
     folder = run_folder(recipe) / "dry-run"
     notes: list[str] = []
     with folder_lock(folder, wait=False):
         try:
             configs = _true_configs(recipe, notes)
-            _check_layers(recipe, configs)
+            depth = configs["student"].num_hidden_layers
+            for arm in recipe.arms:
+                parse_layer_range(
+                    arm_recipe(recipe, arm).loss.distill_layers, depth, f"arms.{arm}: loss.distill_layers"
+                )
             small = _prepared(recipe, folder, notes, progress)
             small = _with_small_models(small, folder, configs)
-            stages = _rehearse(small, folder / "run", progress)
+            jobs = plan(small, folder / "run", ("teach", "evaluate"))
+            run_jobs(small, jobs, progress, what="dry run", here=True)
             needs = _needs(recipe, configs)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-    return {"rehearsed": stages, "needs": needs, "notes": notes}
+    return {"rehearsed": [job.id.replace(":", " ") for job in jobs], "needs": needs, "notes": notes}
+
+
+def _sources(recipe: Recipe) -> dict[str, ModelRecipe]:
+    return {"student": recipe.student} | {f"teacher {t.name}": t for t in recipe.teachers}
 
 
 def _true_configs(recipe: Recipe, notes: list[str]) -> dict[str, PreTrainedConfig]:
     """Configuration of the student and every teacher at their true size."""
-    sources: dict[str, ModelRecipe] = {"student": recipe.student}
-    sources |= {f"teacher {t.name}": t for t in recipe.teachers}
     configs = {}
-    for name, source in sources.items():
+    for name, source in _sources(recipe).items():
         known = published_config(source.path or "")  # first: a hub that does not answer costs minutes of retries
         configs[name] = known or check_model_exists(source, name)
         if known is not None:
             notes.append(f"{name}: sizes as published for {source.path}; the weights were not looked for")
     return configs
-
-
-def _check_layers(recipe: Recipe, configs: dict[str, PreTrainedConfig]) -> None:
-    for arm in recipe.arms:
-        made = arm_recipe(recipe, arm)
-        parse_layer_range(
-            made.loss.distill_layers, configs["student"].num_hidden_layers, f"arms.{arm}: loss.distill_layers"
-        )
 
 
 def _prepared(recipe: Recipe, folder: Path, notes: list[str], progress: Progress) -> Recipe:
@@ -158,37 +158,13 @@ def _save_random(config: PreTrainedConfig, target: Path, tokenizer: Any, dtype: 
     tokenizer.save_pretrained(target)
 
 
-def _rehearse(small: Recipe, run: Path, progress: Progress) -> list[str]:
-    """All stages in this process, one seed. Returns what was done."""
-    done = ["prepare"]
-    seed = small.seeds[0]
-    for teacher in small.teachers:
-        if teacher.scratch is not None:
-            stage_function("train_teacher")(small, run, teacher.name, progress=progress)
-            done.append(f"teach {teacher.name}")
-    arms = [arm_recipe(small, arm) for arm in small.arms]
-    if any(arm.needs_kv and arm.align.layers == "cka" and arm.align.layer_map is None for arm in arms):
-        stage_function("map_layers")(small, run, progress=progress)
-        done.append("map layers")
-    for teacher in small.teachers:
-        stage_function("capture")(small, run, teacher.name, progress=progress)
-        done.append(f"capture {teacher.name}")
-    stage_function("fit")(small, run, [(arm, seed) for arm in small.arms], progress=progress)
-    done.append("fit")
-    for arm in small.arms:
-        stage_function("train_student")(small, run, arm, seed, progress=progress)
-        stage_function("evaluate")(small, run, arm, seed, progress=progress)
-        done.append(f"train and evaluate {arm}")
-    return done
-
-
 def _needs(recipe: Recipe, configs: dict[str, PreTrainedConfig]) -> dict[str, str]:
     """What the real run needs, from the true sizes."""
     needs: dict[str, str] = {}
     shapes: dict[str, ModelShape] = {}
     for name, config in configs.items():
         shape = shapes[name] = describe_config(config)
-        source = recipe.student if name == "student" else _teacher(recipe, name)
+        source = _sources(recipe)[name]
         size = torch.empty(0, dtype=DTYPES[source.dtype]).element_size()
         gib = shape.num_parameters * size / GIB
         kv_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_size * size
@@ -219,7 +195,3 @@ def _store_size(recipe: Recipe, shapes: dict[str, ModelShape], student: ModelSha
     )
     upper = problems * recipe.data.max_length * per_token / GIB
     return f"at most {upper:.1f} GiB ({per_token / 1000:.1f} kB per token, {problems} problems)"
-
-
-def _teacher(recipe: Recipe, name: str) -> ModelRecipe:
-    return next(t for t in recipe.teachers if f"teacher {t.name}" == name)

@@ -14,10 +14,11 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvdistill.arms.answering import greedy_answers
+from kvdistill.arms.arm import Arm
 from kvdistill.arms.student import CausalStudent
 from kvdistill.core.errors import RunFolderError
 from kvdistill.core.files import write_json, write_text
-from kvdistill.core.layout import arm_folder, evaluated_mark, trained_mark
+from kvdistill.core.layout import evaluated_mark, trained_mark
 from kvdistill.core.progress import Progress, silent
 from kvdistill.core.recipe import Recipe
 from kvdistill.core.runtime import DTYPES, Stopwatch, pick_device
@@ -28,9 +29,9 @@ from kvdistill.data.tables import read_split
 from kvdistill.models.generate import segment_nll
 
 
-def evaluate(recipe: Recipe, run: Path, arm: str, seed: int, progress: Progress = silent) -> None:
+def evaluate(of: Arm, progress: Progress = silent) -> None:
     """Answer and score every test problem with one trained student. Returns at once where that is done."""
-    folder = arm_folder(run, arm, seed)
+    recipe, run, arm, seed, folder = of.experiment.recipe, of.experiment.run, of.name, of.seed, of.folder
     if evaluated_mark(folder).exists():
         return
     if not trained_mark(folder).exists():

@@ -1,4 +1,7 @@
-"""What `profile-alignment` and `map-layers` found, as tables of at most 100 columns. Knows their results, no torch."""
+"""A command's result, in words for the terminal: tables of at most 100 columns, text from data made harmless first.
+
+Knows the results of `kvdistill.study`'s functions and of `evaluate MODEL`, which are plain data; no torch.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,163 @@ _STAGES = {
 _SPACES = {"teacher": "each teacher's space", "student": "the student's space", "shared": "a space shared by all"}
 
 
+def as_text(result: Mapping[str, Any]) -> str:
+    """A short table for a study, the tables of what else is in it, and a line per other entry."""
+    lines: list[str] = []
+    summary = result.get("summary") or {}
+    arms = summary.get("arms") or {}
+    if arms:
+        width = max(len(printable(name)) for name in arms)
+        for name, arm in arms.items():
+            lines.append(f"  {printable(name):<{width}}  {_points(arm.get('mean'))} ± {_points(arm.get('std'))}")
+        for row in summary.get("comparisons") or []:
+            if row.get("verdict"):
+                lines.append(
+                    f"  {printable(row['arm'])} against {printable(row['baseline'])}: {printable(row['verdict'])}"
+                )
+    shown = {
+        "data": _data_table,
+        "leaks": _leak_lines,
+        "evaluations": evaluation_table,
+        "layers": layer_lines,
+        "profiles": profile_lines,
+    }
+    for key, as_lines in shown.items():
+        lines += as_lines(result[key]) if key in result else []
+    for key, value in result.items():
+        if key in ("summary", *shown):
+            continue
+        name = key.replace("_", " ")
+        if isinstance(value, list):
+            lines += [f"{name}:", *(f"  {printable(item)}" for item in value)]
+        elif isinstance(value, Mapping):
+            lines += [f"{name}:"] if value else []
+            lines += [f"  {printable(inner)}: {printable(item)}" for inner, item in value.items()]
+        else:
+            lines.append(f"{name}: {printable(value)}")
+    return "\n".join(lines)
+
+
+# -- data, and leaks in it ----------------------------------------------------------------------------
+
+_SPLITS = ("train", "val", "test", "teach")
+_SHOWN_PAIRS = 10
+
+
+def _data_table(data: Mapping[str, Any]) -> list[str]:
+    """Rows by task, style and split; what was left out; what teachers read that the student does not; fingerprint."""
+    rows = [
+        [task, style, *(n.get(s, 0) for s in _SPLITS)] for task, st in data["table"].items() for style, n in st.items()
+    ]
+    total = ["", "all", *(sum(row[2 + i] for row in rows) for i in range(len(_SPLITS)))]
+    lines = _table(
+        [["task", "style", *_SPLITS], *([printable(cell) for cell in row] for row in [*rows, total])], left=2
+    )
+    for what, words in (("too_long", "longer than data.max_length"), ("dropped", "leaks, taken out of training")):
+        left_out = {task: sum(n.get(what, 0) for n in splits.values()) for task, splits in data["tasks"].items()}
+        if any(left_out.values()):
+            named = ", ".join(f"{printable(task)} {number}" for task, number in left_out.items() if number)
+            lines.append(f"left out, {words}: {named}")
+    for name, found in data.get("teachers", {}).items():
+        own, lost = found["tokenizer"], found["lost"]
+        reads = [f"own tokenizer ({own['size']:,} pieces)"] if own else []
+        reads += ["own chains"] if found["own_chains"] else []
+        line = f"teacher {printable(name)}: {', '.join(reads)}"
+        if lost:
+            line += f"; of the student's text {_points(lost['characters']).strip()} % of the characters and "
+            line += f"{_points(lost['tokens']).strip()} % of the tokens have nothing behind them"
+            line += f" ({lost['examples']:,} whole examples)" if lost["examples"] else ""
+        lines.append(line)
+    return [*lines, f"fingerprint: {data['fingerprint']['all']}"]
+
+
+def _leak_lines(leaks: Mapping[str, Any]) -> list[str]:
+    """What was held against what, the counts, and the first pairs with both texts."""
+    learned = sum(leaks["problems"].get(split, 0) for split in ("train", "teach", "val"))
+    against = ", ".join(f"{printable(name)} {count:,}" for name, count in leaks["held_against"]["evaluations"].items())
+    lines = [
+        f"held {learned:,} problems that are learned from against val, test" + (f" and {against}" if against else "")
+    ]
+    if leaks["evaluations_not_at_hand"]:
+        lines.append(f"not held against (not at hand): {', '.join(leaks['evaluations_not_at_hand'])}")
+    for pair in leaks["leaks"][:_SHOWN_PAIRS]:
+        for place, text in ((pair["first"], pair["question"]), (pair["second"], pair["other"])):
+            where = " / ".join(printable(place[part]) for part in ("split", "task", "id"))
+            text = printable(" ".join(text.split()))
+            text = text if len(text) <= 100 else text[:99] + "…"
+            lines.append(f"  {pair['kind']:<5} {pair['similarity']:.2f}  {where}: {text}")
+    if leaks["num_pairs_found"] > _SHOWN_PAIRS:
+        lines.append(f"  … {leaks['num_pairs_found'] - _SHOWN_PAIRS:,} more pairs in the report")
+    lines += [f"pairs, {kind}: {number:,}" for kind, number in leaks["pairs_by_kind"].items()]
+    dropped = sum(sum(tasks.values()) for tasks in leaks["dropped"].values())
+    if dropped:
+        lines.append(f"taken out of what is learned from: {dropped:,} problems")
+    if leaks["num_variants"]:
+        lines.append(f"the same sentences with other numbers (no leak): {leaks['num_variants']:,} pairs")
+    lines.append(f"leaks left: {leaks['num_leaks']:,}")
+    return lines
+
+
+# -- evaluations --------------------------------------------------------------------------------------
+
+_HEADER = ("evaluation", "asked", "n", "score", "lm-eval", "in", "out", "passes", "s", "cut", "lost")
+_WIDEST_NAME = 15
+_LEGEND = (
+    "score: percent by our answer rules ± standard error; lm-eval: its own metric, percent",
+    "in, out: tokens; passes: forward passes; s: seconds; each per question",
+    "cut: questions whose prompt did not fit; lost: characters that the tokenizer cannot write",
+)
+
+
+def evaluation_table(results: Mapping[str, Any]) -> list[str]:
+    """Lines: a row per evaluation (and per member where one of them is the score), the macro average, what to know."""
+    rows: list[Sequence[str]] = [_HEADER]
+    notes: list[str] = []
+    for name, found in results["evaluations"].items():
+        rows.append(_row(name, found))
+        members = found.get("members") or {}
+        if found.get("scored_by"):
+            rows += [_row(f" {member}", figures) for member, figures in members.items()]
+            notes.append(f"{name} is scored by {found['scored_by']}")
+        elif len(members) > 1:
+            notes.append(f"{name}: mean over the questions of {len(members)} members (each in results.json)")
+        notes += [f"{name}: {note}" for note in found.get("notes", ())]
+        if not found["complete"]:
+            notes.append(f"{name}: not finished, and not in the average")
+    macro, counted = results["macro_average"], results["in_macro_average"]
+    if macro is not None:
+        rows.append((f"mean of {len(counted)}", "", "", _percent(macro), *[""] * (len(_HEADER) - 4)))
+    return [*_table(rows, left=2, indent=""), *(printable(note) for note in notes), *_LEGEND]
+
+
+def _row(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
+    name = printable(name)
+    name = name if len(name) <= _WIDEST_NAME else name[: _WIDEST_NAME - 1] + "…"
+    if found.get("score") is None:
+        return (name, "", str(found["questions"]), *["–"] * (len(_HEADER) - 3))
+    shots = found["style"].removeprefix("fewshot-")
+    asked = f"{shots}-shot" if shots.isdecimal() else found["style"]
+    seconds = found["seconds"]
+    return (
+        name,
+        f"{asked} {'choice' if found['mode'] == 'likelihood' else 'text'}",
+        f"{found['questions']}",
+        f"{_percent(found['score'])}±{_percent(found['stderr'])}",
+        _percent(found["metrics"].get(found["metric"])),
+        *("–" if found[key] is None else f"{found[key]:.0f}" for key in ("tokens_in", "tokens_out", "forward_passes")),
+        "–" if seconds is None else f"{seconds:.2f}" if seconds >= 0.01 else f"{seconds:.4f}",
+        _percent(found["truncated"], 0),
+        _percent(found["unspelled"], 0),
+    )
+
+
+def _percent(share: float | None, digits: int = 1) -> str:
+    return "–" if share is None else f"{100 * share:.{digits}f}" + ("%" if digits == 0 else "")
+
+
+# -- layers and alignment -----------------------------------------------------------------------------
+
+
 def layer_lines(layers: Mapping[str, Any]) -> list[str]:
     """map-layers: per teacher what was measured, a row per student layer, and the files."""
     lines: list[str] = []
@@ -51,7 +211,8 @@ def profile_lines(profiles: Mapping[str, Any]) -> list[str]:
     for name, profile in profiles.items():
         placebo = ", on mismatched texts" if profile["placebo"] else ""
         teachers = ", ".join(printable(teacher) for teacher in profile["teachers"])
-        threads = "" if profile["device"] != "cpu" else f", {_count(profile['threads'], 'thread')}"
+        threads = f", {profile['threads']} thread" + ("" if profile["threads"] == 1 else "s")
+        threads = threads if profile["device"] == "cpu" else ""
         head = f"{printable(name)} "
         lines += [""] if lines else []
         lines.append(head + "─" * max(0, WIDTH - len(head)))
@@ -80,7 +241,11 @@ def _shapes(profile: Mapping[str, Any]) -> list[str]:
         widths = str(next(iter(channels.values())))
     lines += _said(f"meet in {_SPACES[meeting['space']]}{keys}; channels: {widths}; time: {meeting['time']}")
     for name, teacher in shapes["teachers"].items():
-        lines += _said(f"{printable(name)}: {_layer_words(teacher['layer_map'], meeting['layers'])}")
+        pairs = []  # shares only where there are several
+        for layer, sources in teacher["layer_map"].items():
+            said = " + ".join(f"{m}" if len(sources) == 1 else f"{m} ({share:.0%})" for m, share in sources)
+            pairs.append(f"{layer}←{said}")
+        lines += _said(f"{printable(name)}: layers by {meeting['layers']}, student←teacher: {', '.join(pairs)}")
     lines += _taught(shapes)
     return lines
 
@@ -96,15 +261,6 @@ def _size_row(name: str, shape: Mapping[str, Any]) -> list[str]:
         f"{shape['vocabulary']:,}",
         f"{shape['tokens']:.1f}",
     ]
-
-
-def _layer_words(layer_map: Mapping[str, Sequence[Sequence[float]]], how: str) -> str:
-    """Student layer <- teacher layers; shares only where there are several."""
-    rows = []
-    for layer, sources in layer_map.items():
-        said = " + ".join(f"{m}" if len(sources) == 1 else f"{m} ({share:.0%})" for m, share in sources)
-        rows.append(f"{layer}←{said}")
-    return f"layers by {how}, student←teacher: {', '.join(rows)}"
 
 
 def _taught(shapes: Mapping[str, Any]) -> list[str]:
@@ -189,7 +345,8 @@ def _match(profile: Mapping[str, Any]) -> list[str]:
                 figures = [mine["r2"], mine["centred_cosine"], *(mine[f"retrieval_{x}"] for x in ("top1", "chance"))]
                 figures += [mine["cosine"], other["r2"], other["retrieval_top1"], other["cosine"]]
                 first = f"{_short(name)}, {what}" if when == "start" else ""
-                rows.append([first, said, *map(_figure, figures)])
+                shown = ["–" if x is None else f"{x:.2f}" if x > -100 else f"{x:.0f}" for x in figures]
+                rows.append([first, said, *shown])
     head = f"match on {match['texts']} held-out texts, student untrained (linear: fitted on {match['fit_texts']} texts)"
     hows: dict[str, list[str]] = {}
     for name, teacher in match["teachers"].items():
@@ -258,19 +415,17 @@ def _stage_row(stage: str, of: str | None, found: Sequence[Mapping[str, Any]]) -
 # -- words and figures --------------------------------------------------------------------------------
 
 
-def _table(rows: Sequence[Sequence[str]], left: int, words: Sequence[int] = ()) -> list[str]:
+def _table(rows: Sequence[Sequence[str]], left: int, words: Sequence[int] = (), indent: str = "  ") -> list[str]:
     """Columns side by side: the first `left` and those of `words` to the left, figures to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    is_word = [i < left or i in words or (i == len(widths) - 1 and _is_words(rows, i)) for i in range(len(widths))]
+    last = len(widths) - 1
+    said_last = any(row[last][:1].isalpha() for row in rows[1:])
+    is_word = [i < left or i in words or (i == last and said_last) for i in range(len(widths))]
     lines = []
     for row in rows:
         cells = zip(row, widths, is_word, strict=True)
-        lines.append("  " + "  ".join(c.ljust(w) if word else c.rjust(w) for c, w, word in cells).rstrip())
+        lines.append(indent + "  ".join(c.ljust(w) if word else c.rjust(w) for c, w, word in cells).rstrip())
     return lines
-
-
-def _is_words(rows: Sequence[Sequence[str]], column: int) -> bool:
-    return any(row[column][:1].isalpha() for row in rows[1:])
 
 
 def _said(text: str) -> list[str]:
@@ -282,18 +437,14 @@ def _short(name: str, length: int = 16) -> str:
     return name if len(name) <= length else "…" + name[1 - length :]
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")
+def _points(value: object) -> str:
+    return f"{100 * value:5.1f}" if isinstance(value, int | float) else "    –"
 
 
 def _share(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{100 * value:.0f}%" if value in (0, 1) else f"{100 * value:.1f}%"
-
-
-def _figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}" if value > -100 else f"{value:.0f}"
 
 
 def _largest(value: float | None) -> str:

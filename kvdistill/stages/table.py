@@ -1,0 +1,179 @@
+"""The one table of stages: verb -> function, what a job of it is about, what comes before it, its cost and its mark.
+
+    prepare ─▶ check ─▶ teach ─▶ map-layers ─▶ capture ─▶ fit ─▶ train ─▶ evaluate ─▶ report
+
+A study is a graph of `Job`s (`study/plan.py`). Whoever does one, a pool of workers, a rehearsal or a launcher, calls
+`perform`. Importing this loads no stage and no torch; a job's stage is imported when it is done.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from kvdistill.core.config import arm_recipe
+from kvdistill.core.layout import arm_folder, evaluated_mark, file_lock, locks_folder, teacher_folder, trained_mark
+from kvdistill.core.progress import Progress, silent
+from kvdistill.core.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call of a stage, as plain data: strings and numbers, so that JSON can carry it.
+
+    id: `VERB`, `VERB:TEACHER` or `VERB:ARM:SEED`.
+    arguments: `run`, the folder, and what the job is about: `teacher`, or `arm` and `seed`.
+    after: ids of the jobs that must be done before.
+    cost: for order and the time to go; about one training step of a student without teachers.
+    mark: a file below the run folder that says it is done; None where the stage looks for itself.
+    """
+
+    id: str
+    verb: str
+    arguments: Mapping[str, str | int]
+    after: tuple[str, ...]
+    cost: float
+    mark: str | None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A row of the table.
+
+    function: `module:name`, called with what it takes and `progress`.
+    needs: verbs whose jobs, of the same teacher, arm and seed, come first.
+    cost: of a job, from the recipe and what the job is about. about: `teacher`, or `arm` and `seed`.
+    takes: `recipe` (and the run folder), the `experiment` that both make, or its `teacher` or `arm` of the job.
+    mark: from the run folder and what the job is about. alone: its jobs share folders, so one is done at a time.
+    """
+
+    function: str
+    needs: tuple[str, ...]
+    cost: Callable[..., float]
+    about: tuple[str, ...] = ()
+    mark: Callable[..., Path] | None = None
+    alone: bool = False
+    takes: Literal["recipe", "experiment", "teacher", "arm"] = "recipe"
+
+
+def _rows(recipe: Recipe) -> int:
+    return recipe.data.total or sum(task.train for task in recipe.data.tasks)
+
+
+def _training_cost(recipe: Recipe, arm: str, seed: int) -> float:
+    made = arm_recipe(recipe, arm)
+    return recipe.train.steps * ((1 + 0.25 * len(made.teachers)) if made.needs_kv or made.needs_logits else 1.0)
+
+
+ARM = ("arm", "seed")
+STAGES: dict[str, Stage] = {
+    "prepare": Stage("kvdistill.stages.prepare:prepare", (), lambda recipe: 10 + _rows(recipe) / 200),
+    "check": Stage("kvdistill.stages.table:check", ("prepare",), lambda recipe: 10.0, takes="experiment"),
+    "teach": Stage(
+        "kvdistill.stages.train:train_teacher",
+        ("check",),
+        lambda recipe, teacher: float(next(t.optimiser.steps for t in recipe.teachers if t.name == teacher)),
+        about=("teacher",),
+        mark=lambda run, teacher: trained_mark(teacher_folder(run, teacher)),
+        takes="teacher",
+    ),
+    "map-layers": Stage(
+        "kvdistill.stages.layers:map_layers",
+        ("check", "teach"),
+        lambda recipe: 5.0 * len(recipe.teachers),
+        takes="experiment",
+    ),
+    "capture": Stage(
+        "kvdistill.stages.capture:capture",
+        ("check", "teach", "map-layers"),
+        lambda recipe, teacher: 5 + _rows(recipe) / (3 * recipe.train.batch_size),
+        about=("teacher",),
+        takes="teacher",
+    ),
+    "fit": Stage(
+        "kvdistill.stages.fit:fit",
+        ("check", "map-layers", "capture"),
+        lambda recipe, arm, seed: 1 + recipe.align.calibration_examples / recipe.train.batch_size / 3,
+        about=ARM,
+        takes="arm",
+        alone=True,  # arms and seeds that align alike share a fit
+    ),
+    "train": Stage(
+        "kvdistill.stages.train:train_student",
+        ("check", "fit"),
+        _training_cost,
+        about=ARM,
+        takes="arm",
+        mark=lambda run, arm, seed: trained_mark(arm_folder(run, arm, seed)),
+    ),
+    "evaluate": Stage(
+        "kvdistill.stages.evaluate:evaluate",
+        ("check", "train"),
+        lambda recipe, arm, seed: 0.05 * recipe.train.steps,
+        about=ARM,
+        takes="arm",
+        mark=lambda run, arm, seed: evaluated_mark(arm_folder(run, arm, seed)),
+    ),
+    "report": Stage("kvdistill.stages.report:report", ("evaluate",), lambda recipe: 10.0),
+}
+
+
+def perform(job: Job, recipe: Recipe, progress: Progress = silent) -> None:
+    """Do a job in this process. Where another process is at it, wait for that one, and see then whether it is done.
+
+    Raises KVDistillError for whatever a user can mend.
+    """
+    stage, run = STAGES[job.verb], Path(str(job.arguments["run"]))
+    if job.verb == "prepare":
+        progress = _prepare_progress(progress)
+    module, _, name = stage.function.partition(":")
+    lock = locks_folder(run) / (job.verb if stage.alone else job.id)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))  # of a torchrun: training has one lock for all, held by the first
+    with file_lock(lock, wait=True) if ranks == 1 else nullcontext():
+        if ranks > 1 or job.mark is None or not (run / job.mark).exists():
+            function = getattr(importlib.import_module(module), name)
+            function(*_subject(stage, job, recipe, run), progress=progress)
+
+
+def _subject(stage: Stage, job: Job, recipe: Recipe, run: Path) -> tuple[Any, ...]:
+    """What the stage's function takes, made from a job's plain arguments."""
+    if stage.takes == "recipe":
+        return recipe, run
+    from kvdistill.arms.experiment import Experiment  # imports torch
+
+    experiment = Experiment(recipe, run)
+    if stage.takes == "experiment":
+        return (experiment,)
+    if stage.takes == "teacher":
+        return (experiment.teachers[str(job.arguments["teacher"])],)
+    return (experiment.arm(str(job.arguments["arm"]), int(job.arguments["seed"])),)
+
+
+def check(experiment: Any, progress: Progress = silent) -> None:
+    """Models, and the data of public evaluations: before anything is trained."""
+    from kvdistill.arms.checks import check_models
+
+    check_models(experiment, progress)
+    if experiment.recipe.evaluate.tasks:
+        from kvdistill.stages.evaluate.public import check_public
+
+        check_public(experiment.recipe, experiment.run)
+
+
+def _prepare_progress(progress: Progress) -> Progress:
+    """The phases of `prepare` as one bar."""
+    parts = {"loading tasks": 0.2, "reading evaluations": 0.3, "checking for leaks": 0.2, "encoding train": 0.2}
+    rest = (1 - sum(parts.values())) / 3  # encoding of the other splits
+    begins: dict[str, float] = {}
+
+    def report(what: str, done: float, total: float) -> None:
+        part = parts.get(what, rest)
+        begin = begins.setdefault(what, sum(parts.get(earlier, rest) for earlier in begins))
+        progress("prepare", min(1.0, begin + part * done / total) if total else begin, 1.0)
+
+    return report

@@ -1,0 +1,218 @@
+"""A run folder: whether a recipe may work in it, what differs, and what is in it. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from kvdistill.core.config import arm_recipe, recipe_hash
+from kvdistill.core.errors import ModelError, RunFolderError
+from kvdistill.core.files import read_json, sha256_of, write_json
+from kvdistill.core.layout import (
+    LOCK,
+    LOCKS,
+    arm_folder,
+    data_folder,
+    evaluated_mark,
+    file_lock,
+    folder_lock,
+    layers_folder,
+    locks_folder,
+)
+from kvdistill.core.provenance import machine_facts, package_versions
+from kvdistill.core.recipe import Recipe
+
+# sections a finished model depends on: a run folder made with others is refused
+_BASE = ("data", "teachers", "student", "capture", "train", "evaluate")
+
+
+@contextmanager
+def claimed(recipe: Recipe, run: Path) -> Iterator[None]:
+    """Work in this run folder with this recipe. Others may too, at the same time, if they want the same but for arms
+    and seeds: each job has a lock of its own (`stages.table.perform`), and the folder's is held while it is claimed.
+    """
+    check_run_folder(recipe, run)  # before the first lock, which leaves a file behind
+    with ExitStack() as working:
+        with folder_lock(run, wait=True):
+            claim_run_folder(recipe, run)
+            working.enter_context(file_lock(locks_folder(run) / "working", wait=True, shared=True))
+        yield
+
+
+def claim_run_folder(recipe: Recipe, run: Path) -> None:
+    """Write `recipe.json`, or refuse a folder whose models another recipe made. New arms and seeds are welcome.
+
+    While others work in the folder, their recipe counts for what they have not made yet, too.
+    """
+    try:
+        with file_lock(locks_folder(run) / "working", wait=False):
+            others = False
+    except RunFolderError:
+        others = True
+    check_run_folder(recipe, run, others=others)
+    path, mine = run / "recipe.json", recipe.model_dump(mode="json")
+    if not path.exists() or read_json(path) != mine:
+        write_json(path, mine)
+
+
+def check_run_folder(recipe: Recipe, run: Path, *, others: bool = False) -> None:
+    """Refuse, before anything is written, a folder that is not ours, and model folders that are not there.
+
+    others: whether another command is working in it.
+    """
+    models = [("student", recipe.student.path)]
+    models += [(f"teachers.{i} ({t.name})", t.path) for i, t in enumerate(recipe.teachers)]
+    for place, given in models:  # what can be seen without loading anything; the rest is the `check` job's
+        if given is None or not (given.startswith((".", "/", "~")) or given.count("/") > 1):
+            continue  # scratch, or what may be a hub id
+        folder = Path(given).expanduser()
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                f"{given} has no config.json" if folder.is_dir() else f"there is no folder {given}",
+                place=f"{place}.path",
+                fix="give a folder with config.json and *.safetensors, or a hub id like Qwen/Qwen2.5-0.5B",
+            )
+    path = run / "recipe.json"
+    if path.exists():
+        theirs = read_json(path)
+        differing = difference(theirs, recipe, run)
+        if differing is not None:
+            raise RunFolderError(
+                f"this run folder was made with another recipe: {differing} differs",
+                place=str(run),
+                fix="give another folder (run_dir=…), or delete this one to start over",
+            )
+        differing = difference(theirs, recipe, run, planned=True) if others else None
+        if differing is not None:
+            raise RunFolderError(
+                f"another command is working in this run folder with another recipe: {differing} differs",
+                place=str(run),
+                fix="wait for it, or stop it first; or give another folder (run_dir=…)",
+            )
+    elif run.exists() and (not run.is_dir() or any(entry.name not in (LOCK, LOCKS) for entry in run.iterdir())):
+        what = "this folder holds files but no recipe.json" if run.is_dir() else "this is a file, not a folder"
+        raise RunFolderError(what, place=str(run), fix="give an empty or new folder with run_dir=…")
+
+
+def difference(theirs: Any, recipe: Recipe, run: Path, *, planned: bool = False) -> str | None:
+    """The first key in which the folder's recipe differs where something that is there depends on it, or None.
+
+    So a mistake that was found before the first model was trained can be mended in the recipe and run again.
+    planned: as if everything that the folder's recipe asks for were there.
+    """
+    sections = ["data"] if (data_folder(run) / "manifest.json").exists() else []
+    if planned or any((run / made).exists() for made in ("teachers", "store", "fit", "arms")):
+        sections = list(_BASE)
+    old_base, new_base = _base_of(theirs), _base_of(recipe.model_dump(mode="json"))
+    differing = _first_difference({s: old_base[s] for s in sections}, {s: new_base[s] for s in sections})
+    if differing is not None:
+        return differing
+    shared = [arm for arm in recipe.arms if arm in theirs.get("arms", {})]
+    shared = [arm for arm in shared if planned or list((run / "arms" / arm).glob("seed-*"))]
+    if not shared:
+        return None
+    try:
+        old = Recipe.model_validate(theirs)
+    except ValueError:
+        return "its form (it was written by another version of kvdistill)"
+    for arm in shared:
+        then, now = arm_recipe(old, arm).model_dump(mode="json"), arm_recipe(recipe, arm).model_dump(mode="json")
+        if then != now:
+            return _first_difference(then, now, f"arms.{arm}")
+    return None
+
+
+def _base_of(tree: Mapping[str, Any]) -> dict[str, Any]:
+    base = {key: tree.get(key) for key in _BASE}
+    # where a copy lies changes nothing, and the manifest knows whether leaks are in the data
+    base["data"] = {k: v for k, v in (base["data"] or {}).items() if k not in ("root", "leaks")}
+    return base
+
+
+def _first_difference(old: Any, new: Any, where: str = "") -> str | None:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in sorted({*old, *new}):
+            found = _first_difference(old.get(key), new.get(key), f"{where}.{key}" if where else str(key))
+            if found:
+                return found
+        return None
+    if old == new:
+        return None
+    return f"{where} ({json.dumps(old, ensure_ascii=False)[:60]} there, {json.dumps(new, ensure_ascii=False)[:60]} now)"
+
+
+def is_finished(recipe: Recipe, run: Path) -> bool:
+    mark = run / "study.json"
+    if not mark.exists() or not (run / "report.html").exists() or not (run / "summary.json").exists():
+        return False
+    if read_json(mark).get("recipe") != recipe_hash(recipe) or not (data_folder(run) / "manifest.json").exists():
+        return False
+    return all(evaluated_mark(arm_folder(run, arm, seed)).exists() for arm in recipe.arms for seed in recipe.seeds)
+
+
+def result_of(run: Path) -> dict[str, Any]:
+    """What a finished study shows: where the page is, and the summary."""
+    summary = read_json(run / "summary.json") if (run / "summary.json").exists() else {}
+    page = {"page": str(run / "report.html")} if (run / "report.html").exists() else {}
+    return {"run": str(run), **page, "summary": summary}
+
+
+def layer_maps(recipe: Recipe, run: Path) -> dict[str, Any]:
+    """What `map-layers` left, by teacher: its file and figures, how many vectors were compared, and the map."""
+    found: dict[str, Any] = {}
+    for teacher in recipe.teachers:
+        stem = layers_folder(run) / teacher.name
+        file, *figures = (stem.with_name(stem.name + ending) for ending in (".json", ".png", ".svg"))
+        measured = read_json(file)
+        found[teacher.name] = {
+            "file": str(file),
+            "figures": [str(figure) for figure in figures],
+            "compared": recipe.align.cka_on,
+            "num_vectors": measured["num_vectors"],
+            "layer_map": measured["layer_map"][recipe.align.cka_on],
+            "similarity": measured["similarity"][recipe.align.cka_on],
+        }
+    return found
+
+
+def data_table(run: Path) -> dict[str, Any]:
+    """Rows by task, style and split, and the fingerprint, of data that is prepared; else nothing."""
+    path = data_folder(run) / "manifest.json"
+    if not path.exists():
+        return {}
+    manifest = read_json(path)
+    data = {"table": manifest["table"], "tasks": manifest["tasks"], "fingerprint": manifest["fingerprint"]}
+    own = {file.parent.name: read_json(file) for file in sorted(path.parent.glob("teachers/*/manifest.json"))}
+    data["teachers"] = {
+        name: {"tokenizer": found["tokenizer"], "own_chains": not found["one_text"], "lost": found["lost"]}
+        for name, found in own.items()
+        if found["own_text"]
+    }
+    return {"data": data}
+
+
+def add_provenance(run: Path, begun_wall: float, begun_cpu: float) -> None:
+    """Versions, machine, command, and the seconds of all calls so far, added up over resumptions."""
+    import resource
+
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = time.process_time() - begun_cpu + children.ru_utime + children.ru_stime
+    with folder_lock(run, wait=True):  # others may be adding theirs
+        path = run / "provenance.json"
+        before = read_json(path) if path.exists() else {}
+        made = {
+            "recipe_sha256": sha256_of(read_json(run / "recipe.json")),
+            "versions": package_versions(),
+            "machine": machine_facts(),
+            "command": " ".join(["kvdistill", *sys.argv[1:]]),
+            "started": before.get("started", time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(begun_wall))),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "seconds": before.get("seconds", 0.0) + time.time() - begun_wall,
+            "cpu_seconds": before.get("cpu_seconds", 0.0) + cpu,
+        }
+        write_json(path, made)

@@ -1,0 +1,77 @@
+"""What a study still has to do: a recipe and what lies in its run folder in, a graph of jobs out.
+
+    prepare ─▶ check ─▶ teach:T ─▶ map-layers ─▶ capture:T ─▶ fit:A:S ─▶ train:A:S ─▶ evaluate:A:S ─▶ report
+
+Pure but for looking whether marks are there. `run`, a dry run, the verbs of single stages and every launcher read
+the same graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kvdistill.core.config import arm_recipe
+from kvdistill.core.layout import arm_folder, evaluated_mark
+from kvdistill.core.recipe import Recipe
+from kvdistill.stages.table import STAGES, Job
+
+STUDY = ("teach", "evaluate", "report")  # what a whole study is after; everything else only comes before it
+Runs = Sequence[tuple[str, int]]
+
+
+def plan(
+    recipe: Recipe, run: Path, goals: Collection[str] = STUDY, *, before: bool = True, runs: Runs | None = None
+) -> list[Job]:
+    """The jobs that are left to do, each after those it waits for.
+
+    goals: verbs whose jobs are wanted.
+    before: with all that must be done before; else the user has done that, and only the check of the models and the
+        maps of layers come first.
+    runs: arms with seeds; unset: those that are not evaluated.
+    """
+    if runs is None:
+        runs = [(a, s) for s in recipe.seeds for a in recipe.arms]
+        runs = [pair for pair in runs if not evaluated_mark(arm_folder(run, *pair)).exists()]
+    arms = {name: arm_recipe(recipe, name) for name in recipe.arms}
+    used = {teacher for arm, _ in runs for teacher in arms[arm].teachers}
+    maps = any(a.needs_kv and a.align.layers == "cka" and a.align.layer_map is None for a in arms.values())
+    about: dict[str, list[dict[str, Any]]] = {
+        "teach": [{"teacher": t.name} for t in recipe.teachers if t.scratch is not None],
+        "map-layers": [{}] if maps or "map-layers" in goals else [],
+        "capture": [{"teacher": t.name} for t in recipe.teachers if t.name in used],
+        "fit": [{"arm": arm, "seed": seed} for arm, seed in runs if arms[arm].teachers],
+        "train": [{"arm": arm, "seed": seed} for arm, seed in runs],
+    }
+    about["evaluate"] = about["train"]
+    allowed = STAGES if before else {*goals, "check", "map-layers"}
+    jobs: dict[str, Job] = {}
+    for verb, stage in STAGES.items():
+        for mine in about.get(verb, [{}]) if verb in allowed else []:
+            reads = arms[mine["arm"]].teachers if "arm" in mine else [mine.get("teacher")]
+            after = [
+                job.id
+                for job in jobs.values()
+                if job.verb in stage.needs
+                and all(mine.get(key, value) == value for key, value in job.arguments.items() if key in ("arm", "seed"))
+                and (not {"arm", "teacher"} & mine.keys() or job.arguments.get("teacher") in (None, *reads))
+            ]
+            identity = ":".join([verb, *map(str, mine.values())])
+            mark = None if stage.mark is None else stage.mark(run, **mine).relative_to(run).as_posix()
+            cost = stage.cost(recipe, **mine)
+            jobs[identity] = Job(identity, verb, {"run": str(run), **mine}, tuple(after), cost, mark)
+    return _left_to_do(list(jobs.values()), run, goals)
+
+
+def _left_to_do(jobs: Sequence[Job], run: Path, goals: Collection[str]) -> list[Job]:
+    """Without the jobs whose mark is there, and those that no wanted job waits for any more."""
+    kept: list[Job] = []
+    awaited: set[str] = set()
+    for job in reversed(jobs):
+        if (job.verb in goals or job.id in awaited) and (job.mark is None or not (run / job.mark).exists()):
+            kept.append(job)
+            awaited |= {*job.after}
+    there = {job.id for job in kept}
+    return [replace(job, after=tuple(other for other in job.after if other in there)) for job in reversed(kept)]
