@@ -193,7 +193,7 @@ class Arm:
                 segments_BS,
                 layers=layers,
                 dtype=self.experiment.recipe.capture.dtype,
-                want_nll=arm.fuse.fusion_strategy == "competence",
+                want_nll=arm.needs_nll,
                 top_k=top_k,
                 queries=arm.needs_queries,
             )

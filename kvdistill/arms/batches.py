@@ -215,7 +215,7 @@ class BatchMaker:
         theirs = {name: segments for name, (_, segments) in given.items()}
         theirs |= {name: target.segments_BS for name, target in targets.items()}
         scale: dict[str, Tensor] = {}
-        if arm.fuse.fusion_strategy == "competence" and self.texts:
+        if arm.needs_nll and self.texts:
             # the teacher explains the mismatched text
             mine = (
                 segments_BT if self._partner is None else right_padded([self.examples[i].segments for i in others], 0)

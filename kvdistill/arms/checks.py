@@ -84,7 +84,7 @@ def _check_gives(arm: Arm, teacher: Teacher) -> None:
             place=f"{place}: loss.logit_weight",
             fix="set loss.logit_weight: 0 for this arm, or name causal teachers",
         )
-    if arm.recipe.fuse.fusion_strategy == "competence":
+    if arm.recipe.needs_nll:
         raise AlignmentError(
             f"competence asks how likely a teacher finds the gold text, and this one is an {kind}: it has no NLL",
             place=f"{place}: fuse.fusion_strategy",
@@ -117,7 +117,7 @@ def _check_meets(arm: Arm, teacher: Teacher) -> None:
             place=f"{place}: align.time",
             fix="set align.time: segment (or proportional)",
         )
-    if own_chains and recipe.fuse.fusion_strategy == "competence":
+    if own_chains and recipe.needs_nll:
         raise AlignmentError(
             "competence compares how well teachers explain one text, and this teacher has chains of its own (traces)",
             place=f"{place}: fuse.fusion_strategy",

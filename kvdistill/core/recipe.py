@@ -377,6 +377,11 @@ class ArmRecipe(Section):
         return self.needs_kv and (self.compares_attention or self.align.ridge_on == "attention")
 
     @property
+    def needs_nll(self) -> bool:
+        """How well each teacher explains the gold text: for weights by competence."""
+        return bool(self.teachers) and self.fuse.fusion_strategy == "competence"
+
+    @property
     def needs_scores(self) -> bool:
         """What the teacher's own attention says of each of its tokens: for r-kv, and for weighing tokens."""
         return self.needs_kv and (self.compress.kv_compression == "r-kv" or self.loss.attention_weighted)

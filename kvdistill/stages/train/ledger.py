@@ -66,7 +66,7 @@ def _teacher_flops(arm: Arm, teacher: Teacher, order: Sequence[int]) -> int:
     tokens, squares = batch_geometry([lengths[i] for i in order] if arm.runs_online else lengths)
     layers = teacher.layers
     # what predicts no next token always stops at the highest layer needed; others where nobody asks for more
-    stops = arm.runs_online and not recipe.needs_logits and recipe.fuse.fusion_strategy != "competence"
+    stops = arm.runs_online and not recipe.needs_logits and not recipe.needs_nll
     if layers and (stops or shape.kind != "decoder"):
         return capture_flops(shape, tokens, squares, max(layers))
     return forward_flops(shape, tokens, squares)
