@@ -108,24 +108,11 @@ def _check_pair(recipe: Recipe, run: Path, arm_name: str, arm: ArmRecipe, teache
         )
     if not arm.needs_kv:
         return
-    if has_own_tokenizer(run, teacher) and arm.align.time == "pad" and arm.align.keys == "rotated":
-        raise AlignmentError(
-            "a token of the student reads several of this teacher's, and rotated keys cannot be averaged",
-            place=f"{place}: align.keys",
-            fix="set align.keys: unrotated",
-        )
-    if manifest is not None and manifest["own_text"] and not manifest["one_text"] and arm.align.time == "pad":
-        raise AlignmentError(
-            "align.time: pad is for one text, and this teacher has chains of its own (traces)",
-            place=f"{place}: align.time",
-            fix="set align.time: segment (or proportional)",
-        )
-    if (
-        arm.fuse.fusion_strategy == "competence"
-        and manifest is not None
-        and manifest["own_text"]
-        and not manifest["one_text"]
-    ):
+    own_chains = manifest is not None and manifest["own_text"] and not manifest["one_text"]
+    own_tokenizer = has_own_tokenizer(run, teacher)
+    for key, what, fix in arm.align.time_mistakes(own_tokenizer=own_tokenizer, own_chains=own_chains):
+        raise AlignmentError(what, place=f"{place}: {key}", fix=fix)
+    if arm.fuse.fusion_strategy == "competence" and own_chains:
         raise AlignmentError(
             "competence compares how well teachers explain one text, and this teacher has chains of its own (traces)",
             place=f"{place}: fuse.fusion_strategy",
