@@ -132,7 +132,15 @@ class SharedSpaceFit:
             fits, space.correlation[layer] = layer_fits(mean_C, covariance_CC, self._moments.slices, weights, l2)
             for name, fit in zip(self.num_channels, fits, strict=True):
                 space.adapter(name).set_layer(layer, fit)
-        space.is_fitted, space.reason = True, self._reason(spare)
+        space.is_fitted, said = True, []
+        if self.num_tokens < TOKENS_PER_CHANNEL * sum(self.num_channels.values()):
+            said.append(
+                f"fitted on {self.num_tokens} tokens, fewer than {TOKENS_PER_CHANNEL} per channel: part of the "
+                "agreement on them is chance"
+            )
+        if spare:
+            said.append(f"fewer independent channels than {self.size} ({', '.join(spare)}): the rest of Z is 0 there")
+        space.reason = "; ".join(said)
         return space
 
     def _rank(self, layer: int, mean_C: Tensor, covariance_CC: Tensor, drop_spare: bool) -> int:
@@ -162,18 +170,6 @@ class SharedSpaceFit:
             )
         self.history.append(history)
         return weights
-
-    def _reason(self, spare: list[str]) -> str:
-        said = []
-        most = TOKENS_PER_CHANNEL * sum(self.num_channels.values())
-        if self.num_tokens < most:
-            said.append(
-                f"fitted on {self.num_tokens} tokens, fewer than {TOKENS_PER_CHANNEL} per channel: part of the "
-                "agreement on them is chance"
-            )
-        if spare:
-            said.append(f"fewer independent channels than {self.size} ({', '.join(spare)}): the rest of Z is 0 there")
-        return "; ".join(said)
 
 
 def fit_trained(
