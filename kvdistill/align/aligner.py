@@ -86,7 +86,7 @@ class MapProjectionAligner(nn.Module):
         self.student_layers = list(range(L)) if student_layers is None else list(student_layers)
         mapping = recipe_map(recipe.layers, M, L, recipe.layer_map) if layer_map is None else layer_map
         check_layers(mapping, M, L, self.student_layers)
-        self._sources = layer_sources(mapping, self.student_layers)
+        self.sources_by_layer = layer_sources(mapping, self.student_layers)  # (teacher layer, share) pairs
         self.teacher_layers = needed_teacher_layers(mapping, self.student_layers)
         for key, what, fix in recipe.time_mistakes():
             raise RecipeError(what, place=key, fix=fix)
@@ -137,11 +137,6 @@ class MapProjectionAligner(nn.Module):
         )
 
     @property
-    def sources_by_layer(self) -> list[list[tuple[int, float]]]:
-        """For each student layer that takes part its (teacher layer, share) pairs."""
-        return self._sources
-
-    @property
     def num_parameters(self) -> int:
         modules = [self.proj_k, self.proj_v, *([self.proj_q] if self.proj_q is not None else [])]
         if self.is_shared:
@@ -164,11 +159,9 @@ class MapProjectionAligner(nn.Module):
         flat, mask_BT = self.teacher_channels(teacher_kv, time_mapping)
         if self.recipe.match_in == "teacher":
             return flat, mask_BT
-        if self.is_shared:
-            with torch.no_grad():
-                return AlignedKV(self.adapter_k(flat.k), self.adapter_v(flat.v)), mask_BT
-        with torch.set_grad_enabled(self.is_trained and torch.is_grad_enabled()):
-            return AlignedKV(self.proj_k(flat.k), self.proj_v(flat.v)), mask_BT
+        of_k, of_v = (self.adapter_k, self.adapter_v) if self.is_shared else (self.proj_k, self.proj_v)
+        with torch.set_grad_enabled(self.is_trained and not self.is_shared and torch.is_grad_enabled()):
+            return AlignedKV(of_k(flat.k), of_v(flat.v)), mask_BT
 
     def sources(self, student_kv: KV) -> AlignedKV:
         """What the student offers, [L', B, T, C], with its graph; layers are found by their numbers."""
@@ -193,7 +186,7 @@ class MapProjectionAligner(nn.Module):
         if time_mapping is not None:
             check_time(time_mapping, mask, teacher_kv.num_layers)
             time_mapping = time_mapping.masked_source(mask)
-            rows = [[(places[layer], share) for layer, share in row] for row in self._sources]
+            rows = [[(places[layer], share) for layer, share in row] for row in self.sources_by_layer]
             mask = slots_with_all(time_mapping.mask(), rows)
         on = standardise and self.recipe.standardise
         k = self._map_teacher(teacher_kv.keys, places, time_mapping, (self.k_scale, self.k_shift) if on else None)
@@ -249,8 +242,8 @@ class MapProjectionAligner(nn.Module):
         if time_mapping is not None:  # whole tokens (all heads) are copied at once
             here_BTGE = {m: time_mapping.of_layer(places[m]).apply(x, 1) for m, x in here_BTGE.items()}
         B, T = here_BTGE[self.teacher_layers[0]].shape[:2]
-        out = torch.empty(len(self._sources), B, T, G, E, device=tensors[0].device)
-        for row, sources in enumerate(self._sources):
+        out = torch.empty(len(self.sources_by_layer), B, T, G, E, device=tensors[0].device)
+        for row, sources in enumerate(self.sources_by_layer):
             layer, share = sources[0]
             x = here_BTGE[layer]
             if len(sources) > 1:
@@ -332,7 +325,7 @@ class MapProjectionAligner(nn.Module):
             given, wanted = (student, teacher) if self.recipe.match_in == "teacher" else (teacher, student)
             attention = None
             if fit.needs_attention:
-                attention = teacher_attention(teacher_kv, self._sources, time_mapping, rotate)
+                attention = teacher_attention(teacher_kv, self.sources_by_layer, time_mapping, rotate)
             fit.update(given, wanted, mask_BT, attention)
         fit.finish()
         if of_queries is not None and q is not None:

@@ -31,13 +31,9 @@ class ProjectorFit:
         self._recipe, self._projectors, self._teacher_heads = recipe, projectors, teacher_heads
         one = projectors[0]
         self.needs_attention = recipe.ridge_on == "attention"
-        self._plain: list[RidgeFit] = []
-        self._read: list[AttentionRidgeFit] = []
-        for kind in ("keys", "values"):
-            if self.needs_attention:
-                self._read.append(AttentionRidgeFit(kind, one.num_in, one.out_heads, one.out_size, one.num_rows))
-            else:
-                self._plain.append(RidgeFit(one.num_in, one.num_out, one.num_rows))
+        plain, reading = ([], ["keys", "values"]) if self.needs_attention else (["keys", "values"], [])
+        self._plain = [RidgeFit(one.num_in, one.num_out, one.num_rows) for _ in plain]
+        self._read = [AttentionRidgeFit(k, one.num_in, one.out_heads, one.out_size, one.num_rows) for k in reading]
 
     @torch.no_grad()
     def update(

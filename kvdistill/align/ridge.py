@@ -130,8 +130,7 @@ class RidgeFit:
         layers (R = 1) or one for each; each part is a fit of its own, and its weights elsewhere are 0. Unset: all.
         Raises RecipeError for l2 <= 0 and AlignmentError where a layer saw no real token.
         """
-        if not l2 > 0:
-            raise RecipeError(f"l2 = {l2}", place="align.ridge_l2", fix="give a penalty above 0, e.g. 0.01")
+        check_penalty(l2)
         if not bool((self._count > 0).all()):
             raise AlignmentError("ridge fit of no tokens", fix="calibrate on at least one example")
         # x'x and x'y of centred x and y, per unit of weight
@@ -156,6 +155,11 @@ class RidgeFit:
     def mean_in(self) -> Float[Tensor, "L 1 I"]:
         """The mean of the input channels so far, fp64."""
         return (self._around + self._sum / self._count[:, None])[:, None, : self.num_in]
+
+
+def check_penalty(l2: float) -> None:
+    if not l2 > 0:
+        raise RecipeError(f"l2 = {l2}", place="align.ridge_l2", fix="give a penalty above 0, e.g. 0.01")
 
 
 def read_heads(heads_HG: Float[Tensor, "H G"], in_size: int) -> Bool[Tensor, "1 G I"]:

@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from kvdistill.align.ridge import check_penalty
 from kvdistill.align.shared.gcca import whiteners
 from kvdistill.align.shared.moments import PairedMoments, numerical_rank, require_same_tokens
-from kvdistill.core.errors import AlignmentError, RecipeError
+from kvdistill.core.errors import AlignmentError
 
 DEAD_SHARE = 1e-10
 
@@ -183,7 +184,7 @@ class SharedSpace(nn.Module):
         Raises AlignmentError where the name is taken, nothing known comes with it, tokens differ or are too few;
         RecipeError for l2 <= 0.
         """
-        require_penalty(l2)
+        check_penalty(l2)
         if name in self.num_channels:
             raise AlignmentError(f"the shared space has a model {name!r} already", fix="give the new one its own name")
         if not self.is_fitted:
@@ -258,11 +259,6 @@ def layer_fits(
     variance = zz.diagonal(dim1=1, dim2=3).diagonal(dim1=0, dim2=1)  # [Z, N]
     pairs = (zz.sum((0, 2)).diagonal() - variance.sum(1)) / (N * (N - 1))
     return fits, torch.where((variance > 0.5).all(1), pairs, torch.nan)
-
-
-def require_penalty(l2: float) -> None:
-    if not l2 > 0:
-        raise RecipeError(f"l2 = {l2}", place="align.ridge_l2", fix="give a penalty above 0, e.g. 0.01")
 
 
 def require_enough_tokens(num_tokens: int, num_channels: Mapping[str, int]) -> None:
