@@ -26,7 +26,7 @@ masked. Knows segment codes, keys and queries; no model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -63,17 +63,25 @@ def kept_tokens(
             f"{mode} with keep = {keep}", place="compress.keep", fix="say how many reasoning tokens to keep"
         )
     reasoning_BS, num = segments_BS == REASONING, keep or 0
-    if mode == "r-kv":
+    if mode == "full":
+        stays = reasoning_BS
+    elif mode == "none":
+        stays = torch.zeros_like(reasoning_BS)
+    elif mode == "right":
+        stays = reasoning_BS.long().flip(1).cumsum(1).flip(1) <= num
+    elif mode == "crop":
+        stays = reasoning_BS.long().cumsum(1) <= num
+    elif mode == "uniform":
+        stays = _spread(reasoning_BS, num)
+    elif mode == "random":
+        stays = _drawn(reasoning_BS, num, keys_B)
+    else:
         if scores is None:
             raise AlignmentError(
                 "r-kv without scores: it ranks tokens by the teacher's keys and the answer's queries",
                 fix="capture the teacher with its queries and give `rkv_layer_scores`",
             )
         stays = kept_by_layer(scores, num, importance_share)
-    elif mode == "random":
-        stays = _drawn(reasoning_BS, num, keys_B)
-    else:
-        stays = _MODES[mode](reasoning_BS, num)
     return (segments_BS != PADDING) & (~reasoning_BS | stays)
 
 
@@ -108,6 +116,8 @@ def rkv_layer_scores(
     to_answer = selection_map(answer_BS, max(1, int(answers_B.max())))
     live_BN = to_reasoning.mask()
     share_BA = to_answer.mask() / answers_B.clamp_min(1)[:, None]
+    has_answer_B = share_BA.sum(1) > 0
+    even_BN = live_BN / live_BN.sum(1, keepdim=True).clamp_min(1)
     layers, room = [], _Room()
     asked, answered = _common_slice(reasoning_BS), _common_slice(answer_BS)
     for query_BQSE, key_BGSE in zip(queries, keys, strict=True):
@@ -117,7 +127,9 @@ def rkv_layer_scores(
         query_BQAE = (to_answer.apply(query, 2) if answered is None else query[:, :, answered]).float()
         size = key_BGNE.shape[-1] ** -0.5 if scaling is None else scaling
         logits_BGAN, mean_BGN = _logits_and_cosines(query_BQAE * size, key_BGNE, num_B, room)
-        importance = _importance(logits_BGAN, live_BN, share_BA)
+        share_BGAN = _masked_softmax(logits_BGAN, live_BN[:, None, None])
+        answered_BGN = (share_BA[:, None, None] @ share_BGAN).squeeze(2)
+        importance = torch.where(has_answer_B[:, None, None], answered_BGN, even_BN[:, None])
         layers.append(torch.stack([importance, _masked_softmax(-mean_BGN, live_BN[:, None])], dim=1))
     packed_MB2GN = torch.stack(layers)
     scores = packed_MB2GN.new_zeros(*packed_MB2GN.shape[:-1], segments_BS.shape[1])
@@ -173,16 +185,6 @@ def _logits_and_cosines(
     own_BGN = (length_BGN > 0).float()  # cosine of a key to itself; 0 for a key of zeros
     mean_BGN = (asked[:, :, -1] * shrink_BGN - own_BGN) / (num_B - 1).clamp_min(1)[:, None, None]
     return asked[:, :, :-1].unflatten(2, (Q // G, A)).amax(2), mean_BGN
-
-
-def _importance(logits_BGAN: Tensor, live_BN: Tensor, share_BA: Tensor) -> Float[Tensor, "B G N"]:
-    share_BGAN = _masked_softmax(logits_BGAN, live_BN[:, None, None])
-    answered_BGN = (share_BA[:, None, None] @ share_BGAN).squeeze(2)
-    has_answer_B = share_BA.sum(1) > 0
-    if bool(has_answer_B.all()):
-        return answered_BGN
-    even_BN = live_BN / live_BN.sum(1, keepdim=True).clamp_min(1)
-    return torch.where(has_answer_B[:, None, None], answered_BGN, even_BN[:, None])
 
 
 def _masked_softmax(logits: Tensor, live: Tensor) -> Tensor:
@@ -265,27 +267,10 @@ def selection_map(kept: Bool[Tensor, "*lead S"], num_slots: int) -> SparseMap:
     return SparseMap.take(index, kept.shape[-1], live)
 
 
-# -- the modes that need nothing but the text ----------------------------------------------------------------
+# -- uniform and random ----------------------------------------------------------------
 
 
-def _all(reasoning_BS: Tensor, keep: int) -> Tensor:
-    return reasoning_BS
-
-
-def _none(reasoning_BS: Tensor, keep: int) -> Tensor:
-    return torch.zeros_like(reasoning_BS)
-
-
-def _last(reasoning_BS: Tensor, keep: int) -> Tensor:
-    from_here_BS = reasoning_BS.long().flip(1).cumsum(1).flip(1)
-    return reasoning_BS & (from_here_BS <= keep)
-
-
-def _first(reasoning_BS: Tensor, keep: int) -> Tensor:
-    return reasoning_BS & (reasoning_BS.long().cumsum(1) <= keep)
-
-
-def _even(reasoning_BS: Tensor, keep: int) -> Tensor:
+def _spread(reasoning_BS: Tensor, keep: int) -> Tensor:
     count_B = reasoning_BS.sum(1)
     rank_BK = evenly_spread(count_B, count_B.clamp(max=keep), keep)
     live_BK = torch.arange(keep, device=count_B.device) < count_B[:, None]
@@ -306,12 +291,3 @@ def _drawn(reasoning_BS: Tensor, keep: int, keys_B: Tensor | Sequence[int] | Non
         order = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))
         drawn_BS[b, places[order[:keep]]] = True
     return drawn_BS.to(reasoning_BS.device)
-
-
-_MODES: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "full": _all,
-    "right": _last,
-    "crop": _first,
-    "uniform": _even,
-    "none": _none,
-}

@@ -48,9 +48,7 @@ class MatchMeter:
         self._target_mean_LC: Tensor | None = None
         self._source_mean_LC: Tensor | None = None
         self._deviation_L = torch.zeros(num_layers, dtype=torch.float64)  # SS_tot so far
-        self._pool_key_LP: Tensor | None = None
-        self._pool_source_LPC: Tensor | None = None
-        self._pool_target_LPC: Tensor | None = None
+        self._pool: tuple[Tensor, Tensor, Tensor] | None = None  # drawn keys [L, P], source and target [L, P, C]
 
     @torch.no_grad()
     def add(
@@ -109,14 +107,12 @@ class MatchMeter:
         key_N = torch.rand(mask_LN.shape[1], generator=self._generator, dtype=torch.float64)
         key_LN = key_N.to(mask_LN.device).expand(mask_LN.shape).masked_fill(~mask_LN, -1.0)
         key_LP, place_LP = key_LN.topk(min(self.pool_size, key_LN.shape[1]), dim=1)
-        source_LPC, target_LPC = _take_rows(source_LNC, place_LP), _take_rows(target_LNC, place_LP)
-        if self._pool_key_LP is not None and self._pool_source_LPC is not None and self._pool_target_LPC is not None:
-            key_LP = torch.cat([self._pool_key_LP, key_LP], dim=1)
-            source_LPC = torch.cat([self._pool_source_LPC, source_LPC], dim=1)
-            target_LPC = torch.cat([self._pool_target_LPC, target_LPC], dim=1)
+        drawn = key_LP, _take_rows(source_LNC, place_LP), _take_rows(target_LNC, place_LP)
+        if self._pool is not None:
+            key_LP, source_LPC, target_LPC = (torch.cat(both, dim=1) for both in zip(self._pool, drawn, strict=True))
             key_LP, place_LP = key_LP.topk(min(self.pool_size, key_LP.shape[1]), dim=1)
-            source_LPC, target_LPC = _take_rows(source_LPC, place_LP), _take_rows(target_LPC, place_LP)
-        self._pool_key_LP, self._pool_source_LPC, self._pool_target_LPC = key_LP, source_LPC, target_LPC
+            drawn = key_LP, _take_rows(source_LPC, place_LP), _take_rows(target_LPC, place_LP)
+        self._pool = drawn
 
     @torch.no_grad()
     def figures(self) -> dict[str, Any]:
@@ -139,11 +135,12 @@ class MatchMeter:
         count = float(self._count_L[layer])
         if count == 0 or self._target_mean_LC is None or self._source_mean_LC is None:
             return dict.fromkeys(FIGURES, math.nan) | {"tokens": 0, "pool": 0, "reason": "no real token"}
-        assert self._pool_key_LP is not None and self._pool_source_LPC is not None and self._pool_target_LPC is not None
-        real_P = self._pool_key_LP[layer] >= 0
-        source_PC = self._pool_source_LPC[layer][real_P].double() - self._source_mean_LC[layer]
-        raw_PC = self._pool_source_LPC[layer][real_P].double() - self._target_mean_LC[layer]
-        target_PC = self._pool_target_LPC[layer][real_P].double() - self._target_mean_LC[layer]
+        assert self._pool is not None
+        key_P, pooled_source_PC, pooled_target_PC = (part[layer] for part in self._pool)
+        real_P = key_P >= 0
+        source_PC = pooled_source_PC[real_P].double() - self._source_mean_LC[layer]
+        raw_PC = pooled_source_PC[real_P].double() - self._target_mean_LC[layer]
+        target_PC = pooled_target_PC[real_P].double() - self._target_mean_LC[layer]
         deviation = float(self._deviation_L[layer])
         mean_square = float(self._target_mean_LC[layer].square().sum()) + deviation / count
         out: dict[str, Any] = {

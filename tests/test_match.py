@@ -123,11 +123,11 @@ def test_pool_is_bounded_uniform_and_seeded() -> None:
         meter = MatchMeter(1, pool_size=50, seed=seed)
         for at in (slice(0, 1), slice(1, 12), slice(12, 20)):
             meter.add(target[:, at] + 1, target[:, at], mask_BT[at])
-        assert meter._pool_target_LPC is not None
-        seen[meter._pool_target_LPC[0, :, 0].long()] += 1
+        assert meter._pool is not None
+        seen[meter._pool[2][0, :, 0].long()] += 1
         if seed == 0:
             assert meter.figures()["pool"] == 50 and meter.figures()["tokens"] == 200
-            assert len(set(meter._pool_target_LPC[0, :, 0].tolist())) == 50
+            assert len(set(meter._pool[2][0, :, 0].tolist())) == 50
     assert seen.sum() == 200 * 50  # mean 50 a token, binomial deviation 6
     assert seen.min() > 20 and seen.max() < 80
     assert abs(float(seen[:10].mean() - seen[-80:].mean())) < 8  # early and late batches alike

@@ -2,7 +2,7 @@
 
     tokens.py    which teacher tokens stand behind each student token, by characters (other tokenizers)
     time.py      the same by place: index, pad, proportional, segment
-    layers.py    which teacher layers stand behind each student layer; cka_layers.py: by similarity
+    layers.py    which teacher layers stand behind each student layer
     heads/       projectors between heads and head sizes; ridge.py, attention.py, fitting.py: their closed forms
     channels.py  channel statistics
     shared/      one space for models of any architecture

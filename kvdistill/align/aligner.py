@@ -28,7 +28,8 @@ from kvdistill.align.channels import ChannelAccumulator, KVStatistics
 from kvdistill.align.checks import check_heads, check_layers, check_time, find_layers, require_queries
 from kvdistill.align.fitting import ProjectorFit, hand_over
 from kvdistill.align.heads import AbstractHeadProjector, KVDimensionProjector, make_projector
-from kvdistill.align.layers import layer_map, layer_sources, needed_teacher_layers, slots_with_all
+from kvdistill.align.layers import layer_map as recipe_map
+from kvdistill.align.layers import layer_sources, needed_teacher_layers, slots_with_all
 from kvdistill.align.ridge import RidgeFit
 from kvdistill.align.shared import SharedSpace
 from kvdistill.core.errors import AlignmentError, RecipeError
@@ -56,6 +57,8 @@ class MapProjectionAligner(nn.Module):
     k_shift: Tensor
     v_scale: Tensor
     v_shift: Tensor
+    proj_k: AbstractHeadProjector
+    proj_v: AbstractHeadProjector
 
     def __init__(
         self,
@@ -81,21 +84,19 @@ class MapProjectionAligner(nn.Module):
         (M, G, E), (L, H, D) = teacher_shape, student_shape
         self.recipe, self.teacher_heads, self.student_heads = recipe, (G, E), (H, D)
         self.student_layers = list(range(L)) if student_layers is None else list(student_layers)
-        mapping = _recipe_layer_map(recipe, M, L) if layer_map is None else layer_map
+        mapping = recipe_map(recipe.layers, M, L, recipe.layer_map) if layer_map is None else layer_map
         check_layers(mapping, M, L, self.student_layers)
-        self._sources = layer_sources(mapping, self.student_layers)
+        self.sources_by_layer = layer_sources(mapping, self.student_layers)  # (teacher layer, share) pairs
         self.teacher_layers = needed_teacher_layers(mapping, self.student_layers)
-        if recipe.keys == "rotated" and recipe.time in ("proportional", "segment"):
-            raise RecipeError(
-                f"rotated keys cannot be interpolated (align.time is {recipe.time}): neighbours differ in phase",
-                place="align.keys",
-                fix="use keys: unrotated, or time: pad or index",
-            )
+        for key, what, fix in recipe.time_mistakes():
+            raise RecipeError(what, place=key, fix=fix)
         in_teacher, self.is_shared = recipe.match_in == "teacher", recipe.match_in == "shared"
         self.is_trained = in_teacher if recipe.train_projector is None else recipe.train_projector
         self.needs_fit = recipe.init == "ridge" or not self.is_trained
         if self.is_shared:
-            self._make_adapters(min(G * E, H * D) if shared_size is None else shared_size)
+            Z, rows = min(G * E, H * D) if shared_size is None else shared_size, len(self.student_layers)
+            self.proj_k, self.proj_v = (KVDimensionProjector(H, D, 1, Z, rows, frozen=True) for _ in "kv")
+            self.adapter_k, self.adapter_v = (KVDimensionProjector(G, E, 1, Z, rows, frozen=True) for _ in "kv")
         else:
             ends = (H, D, G, E) if in_teacher else (G, E, H, D)
             self.proj_k, self.proj_v = (self._make_projector(ends, derive_seed(seed, kind)) for kind in "kv")
@@ -135,18 +136,6 @@ class MapProjectionAligner(nn.Module):
             frozen=not self.is_trained,
         )
 
-    def _make_adapters(self, size: int) -> None:
-        """Frozen maps of either side into Z channels: the teacher's and the student's own of a shared space."""
-        rows = len(self.student_layers)
-        (G, E), (H, D) = self.teacher_heads, self.student_heads
-        self.proj_k, self.proj_v = (KVDimensionProjector(H, D, 1, size, rows, frozen=True) for _ in "kv")
-        self.adapter_k, self.adapter_v = (KVDimensionProjector(G, E, 1, size, rows, frozen=True) for _ in "kv")
-
-    @property
-    def sources_by_layer(self) -> list[list[tuple[int, float]]]:
-        """For each student layer that takes part its (teacher layer, share) pairs."""
-        return self._sources
-
     @property
     def num_parameters(self) -> int:
         modules = [self.proj_k, self.proj_v, *([self.proj_q] if self.proj_q is not None else [])]
@@ -170,11 +159,9 @@ class MapProjectionAligner(nn.Module):
         flat, mask_BT = self.teacher_channels(teacher_kv, time_mapping)
         if self.recipe.match_in == "teacher":
             return flat, mask_BT
-        if self.is_shared:
-            with torch.no_grad():
-                return AlignedKV(self.adapter_k(flat.k), self.adapter_v(flat.v)), mask_BT
-        with torch.set_grad_enabled(self.is_trained and torch.is_grad_enabled()):
-            return AlignedKV(self.proj_k(flat.k), self.proj_v(flat.v)), mask_BT
+        of_k, of_v = (self.adapter_k, self.adapter_v) if self.is_shared else (self.proj_k, self.proj_v)
+        with torch.set_grad_enabled(self.is_trained and not self.is_shared and torch.is_grad_enabled()):
+            return AlignedKV(of_k(flat.k), of_v(flat.v)), mask_BT
 
     def sources(self, student_kv: KV) -> AlignedKV:
         """What the student offers, [L', B, T, C], with its graph; layers are found by their numbers."""
@@ -199,7 +186,7 @@ class MapProjectionAligner(nn.Module):
         if time_mapping is not None:
             check_time(time_mapping, mask, teacher_kv.num_layers)
             time_mapping = time_mapping.masked_source(mask)
-            rows = [[(places[layer], share) for layer, share in row] for row in self._sources]
+            rows = [[(places[layer], share) for layer, share in row] for row in self.sources_by_layer]
             mask = slots_with_all(time_mapping.mask(), rows)
         on = standardise and self.recipe.standardise
         k = self._map_teacher(teacher_kv.keys, places, time_mapping, (self.k_scale, self.k_shift) if on else None)
@@ -251,13 +238,12 @@ class MapProjectionAligner(nn.Module):
     ) -> Float[Tensor, "L B T C"]:
         # Each layer is read once and written once, standardised, to its place in the result: no stack, no second copy.
         G, E = self.teacher_heads if heads is None else heads
-        here_BTGE = {
-            layer: _token_major(tensors[place], None if time_mapping is None else time_mapping.of_layer(place))
-            for layer, place in places.items()
-        }
+        here_BTGE = {layer: tensors[place].transpose(1, 2) for layer, place in places.items()}
+        if time_mapping is not None:  # whole tokens (all heads) are copied at once
+            here_BTGE = {m: time_mapping.of_layer(places[m]).apply(x, 1) for m, x in here_BTGE.items()}
         B, T = here_BTGE[self.teacher_layers[0]].shape[:2]
-        out = torch.empty(len(self._sources), B, T, G, E, device=tensors[0].device)
-        for row, sources in enumerate(self._sources):
+        out = torch.empty(len(self.sources_by_layer), B, T, G, E, device=tensors[0].device)
+        for row, sources in enumerate(self.sources_by_layer):
             layer, share = sources[0]
             x = here_BTGE[layer]
             if len(sources) > 1:
@@ -325,29 +311,26 @@ class MapProjectionAligner(nn.Module):
         """
         assert not self.is_shared, "a shared space is fitted to all its models at once: set_adapters"
         self._require_statistics()
-        of_queries = None if self.proj_q is None else self._query_fit()
+        q = self.proj_q
+        of_queries = None if q is None else RidgeFit(q.num_in, q.num_out, q.num_rows)
         fit = ProjectorFit(self.recipe, (self.proj_k, self.proj_v), self.teacher_heads[0])
         for teacher_kv, student_kv, time_mapping in batches:
             teacher, mask_BT = self.teacher_channels(teacher_kv, time_mapping)
             student = self.student_channels(student_kv)
             if of_queries is not None:
-                q = self.student_queries(student_kv), self.teacher_queries(teacher_kv, time_mapping)
-                x, y = q if self.recipe.match_in == "teacher" else q[::-1]
+                sides = self.student_queries(student_kv), self.teacher_queries(teacher_kv, time_mapping)
+                x, y = sides if self.recipe.match_in == "teacher" else sides[::-1]
                 mask = mask_BT.expand(x.shape[:3])
                 of_queries.update(*((t[None] for t in (x, y, mask)) if self.recipe.share_layers else (x, y, mask)))
             given, wanted = (student, teacher) if self.recipe.match_in == "teacher" else (teacher, student)
             attention = None
             if fit.needs_attention:
-                attention = teacher_attention(teacher_kv, self._sources, time_mapping, rotate)
+                attention = teacher_attention(teacher_kv, self.sources_by_layer, time_mapping, rotate)
             fit.update(given, wanted, mask_BT, attention)
         fit.finish()
-        if of_queries is not None and self.proj_q is not None:
-            hand_over(of_queries, self.proj_q, self.recipe.ridge_l2)
+        if of_queries is not None and q is not None:
+            hand_over(of_queries, q, self.recipe.ridge_l2)
         self.is_fitted = True
-
-    def _query_fit(self) -> RidgeFit:
-        assert self.proj_q is not None
-        return RidgeFit(self.proj_q.num_in, self.proj_q.num_out, self.proj_q.num_rows)
 
     @torch.no_grad()
     def set_adapters(self, keys: SharedSpace, values: SharedSpace, teacher: str, student: str) -> None:
@@ -372,15 +355,5 @@ class MapProjectionAligner(nn.Module):
             )
 
 
-def _recipe_layer_map(recipe: AlignRecipe, M: int, L: int) -> SparseMap:
-    return layer_map(recipe.layers, M, L, recipe.layer_map)
-
-
 def _mark_loaded(aligner: nn.Module, _: object) -> None:
     aligner.has_statistics = aligner.is_fitted = True  # type: ignore[assignment]
-
-
-def _token_major(x_BGSE: Tensor, time_mapping: SparseMap | None) -> Tensor:
-    """[B, G, S, E] -> [B, T, G, E]: a view without a map; with one, whole tokens (all heads) are copied at once."""
-    x_BSGE = x_BGSE.transpose(1, 2)
-    return x_BSGE if time_mapping is None else time_mapping.apply(x_BSGE, 1)

@@ -105,8 +105,7 @@ def _each_attention(
     place = {layer: i for i, layer in enumerate(kv.layers)}
     for row in sources:
         mixed: Tensor | None = None
-        for layer, share in row:
-            i = place[layer]
+        for i, share in ((place[layer], share) for layer, share in row):
             scale = None if kv.scaling is None else kv.scaling[i]
             a_BQSS = attention_rows(kv.queries[i], kv.keys[i], kv.mask_BT, scale=scale) * share
             mixed = a_BQSS if mixed is None else mixed + a_BQSS

@@ -59,14 +59,12 @@ class KVStatistics:
     @staticmethod
     def from_tensors(tensors: Mapping[str, Tensor]) -> KVStatistics:
         """Back from `tensors()`; AlignmentError names what is missing."""
-        missing = [f"{kind}.{part}" for kind in ("keys", "values") for part in ("mean", "std")]
-        missing = [name for name in missing if name not in tensors]
+        names = [f"{kind}.{part}" for kind in ("keys", "values") for part in ("mean", "std")]
+        missing = [name for name in names if name not in tensors]
         if missing:
             raise AlignmentError(f"channel statistics lack {', '.join(missing)}", fix="collect them again")
-        return KVStatistics(
-            ChannelStatistics(tensors["keys.mean"], tensors["keys.std"]),
-            ChannelStatistics(tensors["values.mean"], tensors["values.std"]),
-        )
+        k_mean, k_std, v_mean, v_std = (tensors[name] for name in names)
+        return KVStatistics(ChannelStatistics(k_mean, k_std), ChannelStatistics(v_mean, v_std))
 
 
 @final

@@ -7,14 +7,14 @@ of all heads at once and of each head alone. Knows no models, layers' numbers or
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, final
+from typing import final
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvdistill.align.attention import AttentionRidgeFit, head_shares
-from kvdistill.align.heads import AbstractHeadProjector, ElasticProjector, ResidualProjector, spread_heads
+from kvdistill.align.heads import AbstractHeadProjector, spread_heads
 from kvdistill.align.ridge import RidgeFit, read_heads
 from kvdistill.core.recipe import AlignRecipe
 
@@ -31,13 +31,9 @@ class ProjectorFit:
         self._recipe, self._projectors, self._teacher_heads = recipe, projectors, teacher_heads
         one = projectors[0]
         self.needs_attention = recipe.ridge_on == "attention"
-        self._plain: list[RidgeFit] = []
-        self._read: list[AttentionRidgeFit] = []
-        for kind in ("keys", "values"):
-            if self.needs_attention:
-                self._read.append(AttentionRidgeFit(kind, one.num_in, one.out_heads, one.out_size, one.num_rows))
-            else:
-                self._plain.append(RidgeFit(one.num_in, one.num_out, one.num_rows))
+        plain, reading = ([], ["keys", "values"]) if self.needs_attention else (["keys", "values"], [])
+        self._plain = [RidgeFit(one.num_in, one.num_out, one.num_rows) for _ in plain]
+        self._read = [AttentionRidgeFit(k, one.num_in, one.out_heads, one.out_size, one.num_rows) for k in reading]
 
     @torch.no_grad()
     def update(
@@ -57,9 +53,10 @@ class ProjectorFit:
             return
         assert attention is not None
         for layer, a_BQTT in enumerate(attention):  # made once, read by K and by V
+            mask_BT = mask if mask.ndim == 2 else mask[layer]
             shares_QJ = head_shares(a_BQTT.shape[1], self._teacher_heads, self._projectors[0].out_heads)
             for reading, x, y in zip(self._read, given, wanted, strict=True):
-                reading.update_layer(0 if shared else layer, x[layer], y[layer], _of(mask, layer), a_BQTT, shares_QJ)
+                reading.update_layer(0 if shared else layer, x[layer], y[layer], mask_BT, a_BQTT, shares_QJ)
 
     def finish(self) -> None:
         """Solve, and hand the maps to the projectors (`hand_over`)."""
@@ -84,21 +81,5 @@ def hand_over(
     """
     weight, bias = fit.solve(l2, reads)
     projector.set_flat(weight.float(), bias.float())
-    missing_PIJE = (weight - _taken_over(projector).to(weight)).unflatten(2, (fit.mean_in.shape[1], -1))
-    bias = bias + torch.einsum("pji,pije->pje", fit.mean_in, missing_PIJE).flatten(1)
-    own: Any = projector.guess_bias if isinstance(projector, ResidualProjector) else projector.bias
-    own.copy_(bias)
-
-
-def _taken_over(projector: AbstractHeadProjector) -> Float[Tensor, "P I O"]:
-    """The weight, of `regressors`, that a projector made of the one it was just given by `set_flat`."""
-    if isinstance(projector, ResidualProjector):
-        return projector.guess_weight
-    if isinstance(projector, ElasticProjector):
-        R = projector.num_pairs
-        return projector.down[:, :, :R] @ projector.up[:, :R]
-    return projector.to_flat()[0]
-
-
-def _of(mask: Tensor, layer: int) -> Bool[Tensor, "B T"]:
-    return mask if mask.ndim == 2 else mask[layer]
+    missing_PIJE = (weight - projector.taken_weight().to(weight)).unflatten(2, (fit.mean_in.shape[1], -1))
+    projector.taken_bias().copy_(bias + torch.einsum("pji,pije->pje", fit.mean_in, missing_PIJE).flatten(1))

@@ -83,7 +83,9 @@ class RidgeFit:
         """Add rows to one layer: what `update` does for each. mask_N unset: every row is real."""
         if mask_N is not None and weight_N is not None:
             mask_N = mask_N & (weight_N > 0)
-        self._to_first(x_NI.device)
+        if self._sum.device != x_NI.device and not any(self._started):
+            for name in ("_count", "_sum", "_products", "_around"):
+                setattr(self, name, getattr(self, name).to(x_NI.device))
         chosen = None if mask_N is None else mask_N.nonzero()[:, 0]
         num_rows = x_NI.shape[0] if chosen is None else len(chosen)
         for start in range(0, num_rows, _BLOCK_ROWS):
@@ -92,12 +94,15 @@ class RidgeFit:
             self._add_block(layer, x_NI[rows], y_NO[rows], None if weight_N is None else weight_N[rows])
 
     def _add_block(self, layer: int, x_NI: Tensor, y_NO: Tensor, weight_N: Tensor | None) -> None:
-        I = self.num_in
-        xy_NC = self._empty_block(x_NI, y_NO)
+        I, dtype = self.num_in, torch.promote_types(torch.promote_types(x_NI.dtype, y_NO.dtype), torch.float32)
+        if self._block is None or self._block.dtype != dtype or self._block.device != x_NI.device:
+            self._block = torch.empty(_BLOCK_ROWS, I + self.num_out, dtype=dtype, device=x_NI.device)
+            self._rounding = max(self._rounding, torch.finfo(dtype).eps)
+        xy_NC = self._block[: x_NI.shape[0]]
         if not self._started[layer]:
             self._started[layer] = True
-            self._around[layer, :I] = _mean(x_NI).to(xy_NC.dtype)  # as rounded: what is taken off is added again
-            self._around[layer, I:] = _mean(y_NO).to(xy_NC.dtype)
+            self._around[layer, :I] = x_NI.double().mean(0).to(dtype)  # as rounded: what is taken off is added again
+            self._around[layer, I:] = y_NO.double().mean(0).to(dtype)
         around_C = self._around[layer].to(xy_NC.dtype)
         torch.sub(x_NI, around_C[:I], out=xy_NC[:, :I])
         torch.sub(y_NO, around_C[I:], out=xy_NC[:, I:])
@@ -115,18 +120,6 @@ class RidgeFit:
             self._products[layer, :half] += torch.mm(xy_NC[:, :half].T, xy_NC)
             self._products[layer, half:, half:] += torch.mm(xy_NC[:, half:I].T, xy_NC[:, half:])
 
-    def _empty_block(self, x_NI: Tensor, y_NO: Tensor) -> Tensor:
-        dtype = torch.promote_types(torch.promote_types(x_NI.dtype, y_NO.dtype), torch.float32)
-        if self._block is None or self._block.dtype != dtype or self._block.device != x_NI.device:
-            self._block = torch.empty(_BLOCK_ROWS, self.num_in + self.num_out, dtype=dtype, device=x_NI.device)
-            self._rounding = max(self._rounding, torch.finfo(dtype).eps)
-        return self._block[: x_NI.shape[0]]
-
-    def _to_first(self, device: torch.device) -> None:
-        if self._sum.device != device and not any(self._started):
-            for name in ("_count", "_sum", "_products", "_around"):
-                setattr(self, name, getattr(self, name).to(device))
-
     def solve(
         self, l2: float, reads: Bool[Tensor, "R J I"] | None = None
     ) -> tuple[Float[Tensor, "L I O"], Float[Tensor, "L O"]]:
@@ -137,11 +130,15 @@ class RidgeFit:
         layers (R = 1) or one for each; each part is a fit of its own, and its weights elsewhere are 0. Unset: all.
         Raises RecipeError for l2 <= 0 and AlignmentError where a layer saw no real token.
         """
-        if not l2 > 0:
-            raise RecipeError(f"l2 = {l2}", place="align.ridge_l2", fix="give a penalty above 0, e.g. 0.01")
+        check_penalty(l2)
         if not bool((self._count > 0).all()):
             raise AlignmentError("ridge fit of no tokens", fix="calibrate on at least one example")
-        xx, xy, mean_LC = self._centred()
+        # x'x and x'y of centred x and y, per unit of weight
+        I, half = self.num_in, self.num_in // 2
+        offset_LC = self._sum / self._count[:, None]
+        products = self._products / self._count[:, None, None] - offset_LC[:, :I, None] * offset_LC[:, None]
+        products[:, half:, :half] = products[:, :half, half:I].transpose(1, 2)
+        xx, xy, mean_LC = products[..., :I], products[..., I:], self._around + offset_LC
         if reads is None:
             weight = _solve(xx, xy, l2, self._rounding)
         else:
@@ -152,21 +149,17 @@ class RidgeFit:
                     read, part = reads_I.nonzero()[:, 0], slice(j * part_size, (j + 1) * part_size)
                     own_xx, own_xy = xx[layer, read][:, read], xy[layer, read, part]
                     weight[layer, read, part] = _solve(own_xx[None], own_xy[None], l2, self._rounding)[0]
-        bias = mean_LC[:, self.num_in :] - torch.einsum("li,lio->lo", mean_LC[:, : self.num_in], weight)
-        return weight, bias
+        return weight, mean_LC[:, I:] - torch.einsum("li,lio->lo", mean_LC[:, :I], weight)
 
     @property
     def mean_in(self) -> Float[Tensor, "L 1 I"]:
         """The mean of the input channels so far, fp64."""
         return (self._around + self._sum / self._count[:, None])[:, None, : self.num_in]
 
-    def _centred(self) -> tuple[Tensor, Tensor, Tensor]:
-        """x'x and x'y of centred x and y, per unit of weight, and the means of [x, y]."""
-        I, half = self.num_in, self.num_in // 2
-        mean_LC = self._sum / self._count[:, None]
-        products = self._products / self._count[:, None, None] - mean_LC[:, :I, None] * mean_LC[:, None]
-        products[:, half:, :half] = products[:, :half, half:I].transpose(1, 2)
-        return products[..., :I], products[..., I:], self._around + mean_LC
+
+def check_penalty(l2: float) -> None:
+    if not l2 > 0:
+        raise RecipeError(f"l2 = {l2}", place="align.ridge_l2", fix="give a penalty above 0, e.g. 0.01")
 
 
 def read_heads(heads_HG: Float[Tensor, "H G"], in_size: int) -> Bool[Tensor, "1 G I"]:
@@ -181,10 +174,6 @@ def _solve(xx: Tensor, xy: Tensor, l2: float, rounding: float) -> Tensor:
     penalty = torch.where(variance > 0, penalty, torch.ones_like(variance))  # constant inputs explain nothing
     regular = xx + penalty[:, None, None] * torch.eye(xx.shape[1], dtype=xx.dtype, device=xx.device)
     return torch.cholesky_solve(xy, torch.linalg.cholesky(regular))
-
-
-def _mean(x_NC: Tensor) -> Tensor:
-    return x_NC.double().mean(0)
 
 
 def _per_layer(x: Tensor, like: Tensor) -> list[Tensor]:

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, final
+from typing import NamedTuple, final, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -41,10 +41,10 @@ from torch.nn.functional import pad
 
 from kvdistill.core.errors import AlignmentError, RecipeError
 from kvdistill.core.maps import SparseMap, evenly_spread, members_first
+from kvdistill.core.recipe import RESAMPLING, TIME_ALIASES, TimeMode
 from kvdistill.core.segments import ANSWER, PADDING, PROMPT, REASONING, SEGMENT_NAMES
 
-MODES = ("index", "pad", "proportional", "segment")
-MODE_ALIASES = {"truncate": "index", "soft": "segment"}
+MODES = get_args(TimeMode)
 MAX_HALF_WIDTH = 8
 _SEGMENTS = (PROMPT, REASONING, ANSWER)
 
@@ -70,13 +70,28 @@ def time_map(
             fix="both sides need the same examples in the same order",
         )
     name, shape = resolve_time_mode(mode), _Shape.of(mode, ratio, smoothness)
-    if name in ("index", "pad"):
-        return _hard_map(source_segments_BS, target_segments_BT)
+    num_S, target_real_BT = source_segments_BS.shape[1], target_segments_BT != PADDING
+    if name not in RESAMPLING:
+        source_real_BS = source_segments_BS != PADDING
+        rank_BT = target_real_BT.long().cumsum(1) - 1
+        live_BT = target_real_BT & (rank_BT < source_real_BS.sum(1, keepdim=True))
+        return SparseMap.take(_place_of_rank(source_real_BS, rank_BT), num_S, live_BT)
     read_BS = _read_tokens(source_segments_BS, shape.ratio)
     wide_BT = _by_segment(shape.smoothness, target_segments_BT) if any(shape.smoothness) else None
     if name == "proportional":
-        return _stretch(read_BS, target_segments_BT != PADDING, wide_BT)
-    return _segment_map(source_segments_BS, target_segments_BT, read_BS, wide_BT)
+        return _stretch(read_BS, target_real_BT, wide_BT)
+    parts = [
+        _stretch(read_BS & (source_segments_BS == code), target_segments_BT == code, wide_BT) for code in _SEGMENTS
+    ]
+    # The three fill disjoint rows, so their sum is their union. Entries that are added, to have k in every row, have
+    # no weight and name a token that the row reads anyway.
+    k = max(part.index.shape[-1] for part in parts)
+    index, weight = torch.zeros_like(target_segments_BT)[..., None], torch.zeros((), device=read_BS.device)
+    for part in parts:
+        own, spare = part.index * part.mask()[..., None], k - part.index.shape[-1]
+        index = index + torch.cat([own, own[..., -1:].expand(*own.shape[:-1], spare)], dim=-1)
+        weight = weight + pad(part.weight, (0, spare))
+    return SparseMap(index, weight, num_S)
 
 
 def same_places(
@@ -123,10 +138,10 @@ def segment_report(source_segments_BS: Int[Tensor, "B S"], target_segments_BT: I
 
 def resolve_time_mode(mode: str) -> str:
     """The mode's own name for an alias; RecipeError for a word that is neither."""
-    name = MODE_ALIASES.get(mode, mode)
+    name = TIME_ALIASES.get(mode, mode)
     if name not in MODES:
         raise RecipeError(
-            f"unknown time mode {mode!r}", place="align.time", fix=f"one of {', '.join([*MODES, *MODE_ALIASES])}"
+            f"unknown time mode {mode!r}", place="align.time", fix=f"one of {', '.join([*MODES, *TIME_ALIASES])}"
         )
     return name
 
@@ -153,7 +168,7 @@ class _Shape(NamedTuple):
             tuple(float((given or {}).get(name, unset)) for name in SEGMENT_NAMES)
             for given, unset in ((ratio, 1.0), (smoothness, 0.0))
         )
-        if resolve_time_mode(mode) in ("index", "pad") and (min(ratios) < 1 or max(widths) > 0):
+        if resolve_time_mode(mode) not in RESAMPLING and (min(ratios) < 1 or max(widths) > 0):
             raise RecipeError(
                 f"time mode {mode} takes whole tokens: ratio and smoothness have no meaning",
                 place="align.segment_ratio" if min(ratios) < 1 else "align.smoothness",
@@ -163,28 +178,6 @@ class _Shape(NamedTuple):
 
 
 # -- the modes ----------------------------------------------------------------------------------------
-
-
-def _hard_map(source_BS: Tensor, target_BT: Tensor) -> SparseMap:
-    source_real_BS, target_real_BT = source_BS != PADDING, target_BT != PADDING
-    rank_BT = target_real_BT.long().cumsum(1) - 1
-    live_BT = target_real_BT & (rank_BT < source_real_BS.sum(1, keepdim=True))
-    return SparseMap.take(_place_of_rank(source_real_BS, rank_BT), source_BS.shape[1], live_BT)
-
-
-def _segment_map(source_BS: Tensor, target_BT: Tensor, read_BS: Tensor, wide_BT: Tensor | None) -> SparseMap:
-    parts = [_stretch(read_BS & (source_BS == code), target_BT == code, wide_BT) for code in _SEGMENTS]
-    # The three fill disjoint rows, so their sum is their union.
-    k = max(part.index.shape[-1] for part in parts)
-    index = sum(_repeat_last(part.index * part.mask()[..., None], k) for part in parts)
-    weight = sum(pad(part.weight, (0, k - part.weight.shape[-1])) for part in parts)
-    assert isinstance(index, Tensor) and isinstance(weight, Tensor)
-    return SparseMap(index, weight, source_BS.shape[1])
-
-
-def _repeat_last(index: Tensor, k: int) -> Tensor:
-    """The index with k entries a row: those that are added, without weight, name a token that the row reads anyway."""
-    return torch.cat([index, index[..., -1:].expand(*index.shape[:-1], k - index.shape[-1])], dim=-1)
 
 
 def _stretch(

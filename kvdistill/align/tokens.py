@@ -55,7 +55,11 @@ def token_map(
         )
     source = _Side.of(source_spans_BS2, source_roles_BS)
     target = _Side.of(target_spans_BT2, target_roles_BT)
-    otherwise_BT, chosen_BT = _tokens_without_characters(source, target)
+    otherwise_BT = (source_roles_BS != PADDING_ROLE).to(torch.uint8).argmax(1, keepdim=True).expand_as(target_roles_BT)
+    chosen_BT = torch.zeros_like(target_roles_BT, dtype=torch.bool)
+    for place_BT, live_BT in (*_by_role(source, target), *_by_place(source, target)):  # tokens without characters
+        otherwise_BT = torch.where(live_BT, place_BT, otherwise_BT)
+        chosen_BT = chosen_BT | live_BT
     index_BTK, shared_BTK = _overlaps(source, target, otherwise_BT)
     union_BTK = _gather(source.width_BS, index_BTK).add_(target.width_BS[..., None]).sub_(shared_BTK)
     weight_BTK = shared_BTK.div_(union_BTK.clamp_min_(_LEAST))
@@ -225,16 +229,6 @@ def _gather(x_BS: Tensor, index_BTK: Tensor) -> Tensor:
 _Choice = tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]  # a source token for each target token, and where it counts
 
 
-def _tokens_without_characters(source: _Side, target: _Side) -> _Choice:
-    """What those tokens read; any real token of the source where it does not count."""
-    found_BT = (source.roles_BS != PADDING_ROLE).to(torch.uint8).argmax(1, keepdim=True).expand_as(target.roles_BS)
-    counts_BT = torch.zeros_like(target.roles_BS, dtype=torch.bool)
-    for place_BT, live_BT in (*_by_role(source, target), *_by_place(source, target)):
-        found_BT = torch.where(live_BT, place_BT, found_BT)
-        counts_BT = counts_BT | live_BT
-    return found_BT, counts_BT
-
-
 def _by_role(source: _Side, target: _Side) -> list[_Choice]:
     """Special tokens: see the module's docstring."""
     chosen: list[_Choice] = []
@@ -255,18 +249,16 @@ def _by_place(source: _Side, target: _Side) -> list[_Choice]:
     if not (source.is_empty_BS.any() and target.is_empty_BS.any()):
         return []
     count_BS, count_BT = source.is_empty_BS.cumsum(1), target.is_empty_BS.cumsum(1)
-    places_BS, places_BT = (_places_in_order(side, count) for side, count in ((source, count_BS), (target, count_BT)))
+    places = []  # of either side's: where they stand, one after the other, and inf after the last
+    for side, count in ((source, count_BS), (target, count_BT)):
+        rank = torch.arange(count.shape[1], device=count.device).expand_as(count)
+        there = side.place_BS.gather(1, _place_of_rank(count, rank))
+        places.append(torch.where(rank < count[:, -1:], there, float("inf")))
+    places_BS, places_BT = places
     here_BT = target.place_BS.contiguous()
     rank_there_BT = count_BT - 1 - torch.searchsorted(places_BT, here_BT)
     rank_BT = (torch.searchsorted(places_BS, here_BT) + rank_there_BT).clamp(0, places_BS.shape[1] - 1)
     return [(_place_of_rank(count_BS, rank_BT), target.is_empty_BS & (places_BS.gather(1, rank_BT) == here_BT))]
-
-
-def _places_in_order(side: _Side, count_BS: Tensor) -> Tensor:
-    """Where the tokens without characters stand, one after the other, and inf after the last."""
-    rank_BS = torch.arange(count_BS.shape[1], device=count_BS.device).expand_as(count_BS)
-    place_BS = side.place_BS.gather(1, _place_of_rank(count_BS, rank_BS))
-    return torch.where(rank_BS < count_BS[:, -1:], place_BS, float("inf"))
 
 
 def _place_of_rank(count_BS: Int[Tensor, "B S"], rank_BT: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:

@@ -105,18 +105,8 @@ def _check_meets(arm: Arm, teacher: Teacher) -> None:
         )
     if not recipe.needs_kv:
         return
-    if own_tokenizer and recipe.align.time == "pad" and recipe.align.keys == "rotated":
-        raise AlignmentError(
-            "a token of the student reads several of this teacher's, and rotated keys cannot be averaged",
-            place=f"{place}: align.keys",
-            fix="set align.keys: unrotated",
-        )
-    if own_chains and recipe.align.time == "pad":
-        raise AlignmentError(
-            "align.time: pad is for one text, and this teacher has chains of its own (traces)",
-            place=f"{place}: align.time",
-            fix="set align.time: segment (or proportional)",
-        )
+    for key, what, fix in recipe.align.time_mistakes(own_tokenizer=own_tokenizer, own_chains=own_chains):
+        raise AlignmentError(what, place=f"{place}: {key}", fix=fix)
     if own_chains and recipe.needs_nll:
         raise AlignmentError(
             "competence compares how well teachers explain one text, and this teacher has chains of its own (traces)",

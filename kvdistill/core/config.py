@@ -45,7 +45,6 @@ FORMER_KEYS = {
     "router": "fuse.fusion_strategy",
     "total_steps": "train.steps",
 }
-_SAME_WORDS = {"truncate": "index", "soft": "segment"}  # align.time, in the original's words
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -136,9 +135,6 @@ def _check_data(data: DataRecipe, place: str) -> None:
 
 def make_recipe(tree: Mapping[str, Any], place: str = "recipe") -> Recipe:
     """Typed recipe from a plain mapping, with every cross-check that needs no model and no data."""
-    if isinstance(tree.get("align"), dict):
-        time = tree["align"].get("time")
-        tree = {**tree, "align": {**tree["align"], **({"time": _SAME_WORDS[time]} if time in _SAME_WORDS else {})}}
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
@@ -190,8 +186,6 @@ def arm_recipe(recipe: Recipe, arm: str, place: str = "recipe") -> ArmRecipe:
         over = changes.pop(section, None) or {}
         if not isinstance(over, dict):
             raise RecipeError(f"{section} is a section", place=where, fix=f"write {section}: {{key: value}}")
-        if section == "align" and over.get("time") in _SAME_WORDS:
-            over = {**over, "time": _SAME_WORDS[over["time"]]}
         tree[section] = {**getattr(recipe, section).model_dump(), **over}
     if changes:
         unknown = next(iter(changes))
@@ -252,8 +246,9 @@ def _check_arm(arm: ArmRecipe, teachers: list[str], where: str) -> None:
 def _combinations(arm: ArmRecipe) -> list[tuple[bool, str, str, str]]:
     """What does not go together: (is so, key, what is wrong, how to mend it)."""
     align, loss, fuse = arm.align, arm.loss, arm.fuse
-    joint, warps = arm.compares_attention, align.time in ("proportional", "segment")
+    joint = arm.compares_attention
     return [
+        *((True, *mistake) for mistake in align.time_mistakes()),
         (
             joint and align.match_in == "shared",
             "loss.kind",
@@ -283,12 +278,6 @@ def _combinations(arm: ArmRecipe) -> list[tuple[bool, str, str, str]]:
             "loss.kind",
             f"r-kv keeps other tokens in each layer, and {loss.kind} compares tokens with one another",
             "set compress.kv_compression to another mode, or loss.kind: mse",
-        ),
-        (
-            bool(align.segment_ratio or align.smoothness) and not warps,
-            "align.time",
-            f"align.segment_ratio and align.smoothness shape a resampling, and time: {align.time} does not resample",
-            "set align.time: segment (or proportional), or leave them out",
         ),
         (
             align.rank is not None and align.projection != "flat",

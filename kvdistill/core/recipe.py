@@ -20,6 +20,9 @@ Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Segment = Literal["prompt", "reasoning", "answer"]
 NonNegative = Annotated[float, Field(ge=0)]
+TimeMode = Literal["index", "pad", "proportional", "segment"]
+RESAMPLING = ("proportional", "segment")  # the time modes that average neighbouring tokens
+TIME_ALIASES = {"truncate": "index", "soft": "segment"}  # align.time, in the original's words
 
 
 class TaskRecipe(Section):
@@ -187,7 +190,7 @@ class AlignRecipe(Section):
     match_in: Literal["teacher", "student", "shared"] = Field(
         "teacher", description="which space the two meet in; shared: a common one, one frozen adapter per model"
     )
-    time: Literal["index", "pad", "proportional", "segment"] = Field(
+    time: TimeMode = Field(
         "pad", description="how positions correspond; pad: one text, by its characters where tokenizers differ"
     )
     segment_ratio: dict[Segment, Share] = Field(
@@ -225,6 +228,33 @@ class AlignRecipe(Section):
     standardise: bool = Field(True, description="teacher channels to mean 0, std 1 over the training tokens")
     keys: Literal["unrotated", "rotated"] = Field("unrotated", description="frame in which keys are compared")
     calibration_examples: Positive = 512
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _own_word(cls, word: object) -> object:
+        return TIME_ALIASES.get(word, word) if isinstance(word, str) else word
+
+    def time_mistakes(self, *, own_tokenizer: bool = False, own_chains: bool = False) -> list[tuple[str, str, str]]:
+        """What does not go with `time`, as (key, what is wrong, how to mend it): the one place where it is judged.
+
+        own_tokenizer: the teacher cuts texts otherwise than the student. own_chains: it reads texts of its own.
+        """
+        resamples, mistakes = self.time in RESAMPLING, []
+        if (self.segment_ratio or self.smoothness) and not resamples:
+            what = (
+                f"align.segment_ratio and align.smoothness shape a resampling, and time: {self.time} does not resample"
+            )
+            mistakes.append(("align.time", what, "set align.time: segment (or proportional), or leave them out"))
+        if self.keys == "rotated" and resamples:
+            what = f"rotated keys cannot be interpolated (align.time is {self.time}): neighbours differ in phase"
+            mistakes.append(("align.keys", what, "use keys: unrotated, or time: pad or index"))
+        if self.keys == "rotated" and self.time == "pad" and own_tokenizer:
+            what = "a token of the student reads several of this teacher's, and rotated keys cannot be averaged"
+            mistakes.append(("align.keys", what, "set align.keys: unrotated"))
+        if self.time == "pad" and own_chains:
+            what = "align.time: pad is for one text, and this teacher has chains of its own (traces)"
+            mistakes.append(("align.time", what, "set align.time: segment (or proportional)"))
+        return mistakes
 
 
 class CompressRecipe(Section):

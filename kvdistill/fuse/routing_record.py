@@ -49,11 +49,9 @@ class RoutingRecord:
             self._sums = layer_NL, entropy, count
         else:
             self._sums = self._sums[0] + layer_NL, self._sums[1] + entropy, self._sums[2] + count
-        if tasks is not None:
-            self._add_tasks(torch.cat([mean_NLB.mean(1), valid_B[None]]).T, tasks)
-
-    def _add_tasks(self, rows_BN1: Tensor, tasks: Sequence[str]) -> None:
-        """rows: a weight per teacher and, last, 1 where the example counts."""
+        if tasks is None:
+            return
+        rows_BN1 = torch.cat([mean_NLB.mean(1), valid_B[None]]).T  # a weight per teacher; last, 1 where it counts
         names = sorted(set(tasks))
         place_B = torch.tensor([names.index(task) for task in tasks], device=rows_BN1.device)
         sums = rows_BN1.new_zeros(len(names), rows_BN1.shape[1]).index_add_(0, place_B, rows_BN1)

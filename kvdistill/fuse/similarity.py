@@ -9,12 +9,13 @@ Axes: N teachers, L layers, B batch, T tokens, C channels (of teacher n), P prot
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from kvdistill.core.errors import AlignmentError, DataError
 
@@ -25,20 +26,11 @@ Prototype = Literal["mean", "first", "max", "k-means"]
 K_MEANS_ROUNDS = 50
 
 
-def _cosine(query: Tensor, prototypes: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(query, dim=-1) @ torch.nn.functional.normalize(prototypes, dim=-1).mT
-
-
-def _dot(query: Tensor, prototypes: Tensor) -> Tensor:
-    return query @ prototypes.mT / query.shape[-1] ** 0.5
-
-
-def _euclidean(query: Tensor, prototypes: Tensor) -> Tensor:
-    distance = torch.cdist(query, prototypes, compute_mode="donot_use_mm_for_euclid_dist")
-    return -distance / query.shape[-1] ** 0.5
-
-
-METRICS = {"cosine": _cosine, "dot": _dot, "euclidean": _euclidean}
+METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of queries [.., n, C] and prototypes [.., P, C]
+    "cosine": lambda q, p: normalize(q, dim=-1) @ normalize(p, dim=-1).mT,
+    "dot": lambda q, p: q @ p.mT / q.shape[-1] ** 0.5,
+    "euclidean": lambda q, p: -torch.cdist(q, p, compute_mode="donot_use_mm_for_euclid_dist") / q.shape[-1] ** 0.5,
+}
 
 
 def _pool_tokens(x_LBTC: Tensor, mask_BT: Tensor, how: str) -> Tensor:
@@ -86,19 +78,14 @@ def similarity_weights(
                 place="fuse.fusion_strategy: similarity",
                 fix="fit the prototypes in the space the student is projected to (match_in)",
             )
-        similarity.append(_similarity_to_one(query_LBTC, mask_BT, prototypes_LPC.float(), metric, grain))
+        if grain == "token":
+            clean_LNC = query_LBTC.float().masked_fill(~mask_BT[..., None], 0).flatten(1, 2)
+            nearest = METRICS[metric](clean_LNC, prototypes_LPC.float()).amax(-1).view(query_LBTC.shape[:3])
+        else:
+            pooled_LBC = _pool_tokens(query_LBTC, mask_BT, "mean")
+            nearest = METRICS[metric](pooled_LBC, prototypes_LPC.float()).amax(-1, keepdim=True)
+        similarity.append(nearest if grain == "layer" else nearest.mean(0, keepdim=True))
     return (torch.stack(similarity) / temperature).softmax(dim=0)
-
-
-def _similarity_to_one(query_LBTC: Tensor, mask_BT: Tensor, prototypes_LPC: Tensor, metric: str, grain: str) -> Tensor:
-    """[L, B, 1], [1, B, 1] or [1, B, T]: similarity to the nearest prototype of one teacher."""
-    L, B, T, _ = query_LBTC.shape
-    if grain == "token":
-        clean_LNC = query_LBTC.float().masked_fill(~mask_BT[..., None], 0).flatten(1, 2)
-        return METRICS[metric](clean_LNC, prototypes_LPC).amax(-1).view(L, B, T).mean(0, keepdim=True)
-    pooled_LBC = _pool_tokens(query_LBTC, mask_BT, "mean")
-    nearest_LB1 = METRICS[metric](pooled_LBC, prototypes_LPC).amax(-1, keepdim=True)
-    return nearest_LB1 if grain == "layer" else nearest_LB1.mean(0, keepdim=True)
 
 
 # -- prototypes -------------------------------------------------------------------------------

@@ -1,11 +1,11 @@
 """The terms of the loss: KV distances, cross entropy and logit distillation, each stating its reduction.
 
     tokens.py          two vectors per token: mse, smooth_l1, l1, mercator, hybrid, cosine
-    attention.py       attention rows and what they read: structural, attention_output (`blocks.py`: a block at a time)
+    attention.py       attention rows and what they read: structural, attention_output (`blocks.py`: a block at a time);
+                       token weights from the attention the teacher's answer pays
     representation.py  whole layers: cka
-    weights.py         token weights from the attention the teacher's answer pays
     logits.py          cross entropy and logit distillation
-    reduction.py       masks, weights and the division by a token count
+    base.py            what a distance takes and gives; masks, weights and the division by a token count
 
 A distance gives one number a token; the mask, the routing weights and the division by the number of tokens come
 after it (`masked_token_mean`). Every term is divided by a token count *given from outside*: the count over the
@@ -27,10 +27,16 @@ from __future__ import annotations
 
 from kvdistill.core.errors import RecipeError
 from kvdistill.core.recipe import LossRecipe
-from kvdistill.losses.attention import QKV, AbstractAttentionDistance, AttentionOutputKVLoss, StructuralKVLoss
-from kvdistill.losses.base import AbstractDistance
+from kvdistill.losses.attention import (
+    QKV,
+    AbstractAttentionDistance,
+    AttentionOutputKVLoss,
+    StructuralKVLoss,
+    answer_attention,
+    normalise_token_weights,
+)
+from kvdistill.losses.base import AbstractDistance, kv_weight_at, masked_token_mean
 from kvdistill.losses.logits import cross_entropy, logit_distillation, logit_divergence, prediction_mask
-from kvdistill.losses.reduction import kv_weight_at, masked_token_mean
 from kvdistill.losses.representation import CKAKVLoss
 from kvdistill.losses.tokens import (
     NORM_FLOOR_SQUARED,
@@ -42,7 +48,6 @@ from kvdistill.losses.tokens import (
     SmoothL1KVLoss,
     cosine_distance,
 )
-from kvdistill.losses.weights import answer_attention, normalise_token_weights
 
 __all__ = [
     "DISTANCES",

@@ -22,16 +22,10 @@ import torch
 from torch import Tensor
 
 from kvdistill.core.errors import AlignmentError
-from kvdistill.losses.reduction import accumulation_dtype
+from kvdistill.losses.base import accumulation_dtype
 
 ROWS = 64  # fewer save more of the upper triangle; below 64 the products slow down
 CHUNK_BYTES = 2 << 20  # a block of logits then stays in the cache between product and softmax
-
-
-def sample_chunks(num_samples: int, bytes_each: int, chunk_bytes: int) -> Iterator[slice]:
-    """Consecutive slices of at most `chunk_bytes`, one sample at least."""
-    step = max(1, chunk_bytes // max(1, bytes_each))
-    return (slice(start, min(start + step, num_samples)) for start in range(0, num_samples, step))
 
 
 @dataclass(frozen=True)
@@ -51,10 +45,11 @@ class AttentionBlocks:
     dtype: torch.dtype
 
     def chunks(self) -> Iterator[slice]:
-        """Slices of samples; one block of logits and one copy of the keys stay within the budget."""
-        T = self.mask_NT.shape[1]
+        """Slices of one sample or more; one block of logits and one copy of the keys stay within the budget."""
+        N, T = self.mask_NT.shape
         numbers = self.num_heads * T * max(self.group * min(ROWS, T), self.head_size)
-        return sample_chunks(self.mask_NT.shape[0], numbers * self.dtype.itemsize, self.chunk_bytes)
+        step = max(1, self.chunk_bytes // max(1, numbers * self.dtype.itemsize))
+        return (slice(start, min(start + step, N)) for start in range(0, N, step))
 
     def rows(self) -> Iterator[tuple[slice, int]]:
         """(the block's queries, the number of keys they may see)."""

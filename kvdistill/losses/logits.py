@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvdistill.losses.reduction import accumulation_dtype, at_least_one, token_weight
+from kvdistill.losses.base import accumulation_dtype, at_least_one, token_weight
 
 
 def prediction_mask(label_mask_BT: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
@@ -86,17 +86,13 @@ def logit_divergence(
     teacher_classes = teacher.to(student_classes.dtype)
     if index_NK.shape[-1] < student_logits_BTV.shape[-1]:
         student_classes = torch.cat([student_classes, rest_N1], dim=-1)
-        teacher_classes = torch.cat([teacher_classes, _log_rest(teacher_classes)], dim=-1)
+        left_N1 = 1 - teacher_classes.exp().sum(-1, keepdim=True)
+        log_left_N1 = left_N1.clamp_min(torch.finfo(left_N1.dtype).tiny).log()  # rounding may leave nothing: no NaN
+        teacher_classes = torch.cat([teacher_classes, log_left_N1], dim=-1)
     log_q = (student_classes / temperature).log_softmax(-1)
     log_p = (teacher_classes / temperature).log_softmax(-1)
     p = log_p.exp()
     return temperature**2 * torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)  # 0 log 0 is 0, not NaN
-
-
-def _log_rest(logprob_NK: Tensor) -> Tensor:
-    """log(1 - sum of the K probabilities) [N, 1]; where rounding leaves nothing, a log of 1e-38, not NaN."""
-    rest_N1 = 1 - logprob_NK.exp().sum(-1, keepdim=True)
-    return rest_N1.clamp_min(torch.finfo(rest_N1.dtype).tiny).log()
 
 
 class _TopAndRest(torch.autograd.Function):

@@ -16,9 +16,7 @@ from torch import Tensor
 
 from kvdistill.core.cka import linear_cka
 from kvdistill.core.errors import AlignmentError
-from kvdistill.core.recipe import LossRecipe
-from kvdistill.losses.base import AbstractDistance
-from kvdistill.losses.reduction import accumulation_dtype
+from kvdistill.losses.base import AbstractDistance, accumulation_dtype
 
 LEAST_TOKENS = 4  # the unbiased estimator divides by n - 3
 
@@ -33,10 +31,6 @@ class CKAKVLoss(AbstractDistance):
     """
 
     needs_mask = True
-
-    @classmethod
-    def from_recipe(cls, recipe: LossRecipe) -> CKAKVLoss:
-        return cls()
 
     def __call__(
         self, source: Float[Tensor, "L B T C"], target: Float[Tensor, "L B T D"], mask_BT: Bool[Tensor, "B T"]

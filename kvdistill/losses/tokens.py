@@ -1,6 +1,6 @@
 """Distances between two vectors per token: source and target [..., tokens, channels] in, one number a token out.
 
-Mask, routing weights and the division by the number of tokens come afterwards (`reduction.masked_token_mean`), so
+Mask, routing weights and the division by the number of tokens come afterwards (`base.masked_token_mean`), so
 that a new distance is one small class. Nothing is detached here: both sides get their gradient.
 
 Axes: L layers, B batch, T tokens, C channels (heads flattened), D size of one head.
@@ -19,8 +19,7 @@ from torch.nn import functional as F
 
 from kvdistill.core.errors import AlignmentError
 from kvdistill.core.recipe import LossRecipe
-from kvdistill.losses.base import AbstractDistance
-from kvdistill.losses.reduction import accumulation_dtype
+from kvdistill.losses.base import AbstractDistance, accumulation_dtype
 
 # Added to the mean square of a vector before its norm is used: a norm never falls below 1e-4 a channel, so
 # that direction and log-norm of a zero vector have a value and a gradient. Keys and values are 1e-2 and up.
@@ -120,13 +119,9 @@ class AbstractKVDistance(AbstractDistance):
     Finite, with a finite gradient, for zero vectors. Raises AlignmentError where the shapes differ.
     """
 
-    @classmethod
     @abstractmethod
-    def from_recipe(cls, recipe: LossRecipe) -> AbstractKVDistance:
-        """The distance with the settings of `recipe`."""
-
-    @abstractmethod
-    def _distance(self, source: Tensor, target: Tensor) -> Tensor: ...
+    def distance(self, source: Tensor, target: Tensor) -> Tensor:
+        """`__call__` without its check."""
 
     def __call__(
         self, source: Float[Tensor, "*lead T C"], target: Float[Tensor, "*lead T C"]
@@ -136,18 +131,14 @@ class AbstractKVDistance(AbstractDistance):
                 f"KV distance: source {tuple(source.shape)} and target {tuple(target.shape)}",
                 fix="align time, layers and channels first: both are [..., tokens, channels] of one shape",
             )
-        return self._distance(source, target)
+        return self.distance(source, target)
 
 
 @dataclass(frozen=True)
 class MSEKVLoss(AbstractKVDistance):
     """Squared difference, mean over channels."""
 
-    @classmethod
-    def from_recipe(cls, recipe: LossRecipe) -> MSEKVLoss:
-        return cls()
-
-    def _distance(self, source: Tensor, target: Tensor) -> Tensor:
+    def distance(self, source: Tensor, target: Tensor) -> Tensor:
         return _MeanSquare.apply(source, target)
 
 
@@ -161,7 +152,7 @@ class SmoothL1KVLoss(AbstractKVDistance):
     def from_recipe(cls, recipe: LossRecipe) -> SmoothL1KVLoss:
         return cls(beta=recipe.smooth_l1_beta)
 
-    def _distance(self, source: Tensor, target: Tensor) -> Tensor:
+    def distance(self, source: Tensor, target: Tensor) -> Tensor:
         dtype = accumulation_dtype(source, target)
         return _channel_mean(F.smooth_l1_loss(source.to(dtype), target.to(dtype), reduction="none", beta=self.beta))
 
@@ -170,11 +161,7 @@ class SmoothL1KVLoss(AbstractKVDistance):
 class L1KVLoss(AbstractKVDistance):
     """|d|, mean over channels; gradient 0 where d is 0."""
 
-    @classmethod
-    def from_recipe(cls, recipe: LossRecipe) -> L1KVLoss:
-        return cls()
-
-    def _distance(self, source: Tensor, target: Tensor) -> Tensor:
+    def distance(self, source: Tensor, target: Tensor) -> Tensor:
         dtype = accumulation_dtype(source, target)
         return _channel_mean(F.l1_loss(source.to(dtype), target.to(dtype), reduction="none"))
 
@@ -194,7 +181,7 @@ class MercatorKVLoss(AbstractKVDistance):
     def from_recipe(cls, recipe: LossRecipe) -> MercatorKVLoss:
         return cls(alpha=recipe.mercator_alpha, beta=recipe.mercator_beta)
 
-    def _distance(self, source: Tensor, target: Tensor) -> Tensor:
+    def distance(self, source: Tensor, target: Tensor) -> Tensor:
         dtype = accumulation_dtype(source, target)
         source, target = source.to(dtype), target.to(dtype)
         # Three products and their sums: a quarter of the time of F.cosine_similarity and two norms.
@@ -217,6 +204,6 @@ class HybridKVLoss(AbstractKVDistance):
     def from_recipe(cls, recipe: LossRecipe) -> HybridKVLoss:
         return cls(share=recipe.hybrid_share, mercator=MercatorKVLoss.from_recipe(recipe))
 
-    def _distance(self, source: Tensor, target: Tensor) -> Tensor:
+    def distance(self, source: Tensor, target: Tensor) -> Tensor:
         squared = _MeanSquare.apply(source, target)
         return self.share * squared + (1 - self.share) * self.mercator(source, target)

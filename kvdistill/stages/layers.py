@@ -35,7 +35,7 @@ from kvdistill.core.recipe import ArmRecipe, CompressRecipe
 from kvdistill.core.runtime import derive_seed
 from kvdistill.models import capture_kv, find_backbone, model_kind, positions_from_mask, unrotate_keys
 
-FORMAT = 1  # that `align.cka_layers` reads
+FORMAT = 1  # that `align.layers` reads
 BATCH_TEXTS = 8  # all layers of two models at once: small batches
 _INK, _WIDTH_INCHES = "#1c1c1c", 9.0
 

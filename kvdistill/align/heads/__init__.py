@@ -10,13 +10,11 @@ or a single row that all layers share.
   structured.py  HeadwiseMapProjector  a head mixer, then a map of the head size (shared or one per outgoing head)
   elastic.py     ElasticProjector      norm, then a small MLP over all heads; the only one that is not linear
   residual.py    ResidualProjector     a fixed first guess + gate · any of these
-  convert.py     `convert`, where two kinds can be the same function
-  choose.py      `make_projector`, from the recipe's words
+  choose.py      `make_projector`, from the recipe's words; `convert`, where two kinds can be the same function
 """
 
 from kvdistill.align.heads.base import AbstractHeadProjector
-from kvdistill.align.heads.choose import PROJECTORS, make_projector
-from kvdistill.align.heads.convert import convert
+from kvdistill.align.heads.choose import PROJECTORS, convert, make_projector
 from kvdistill.align.heads.elastic import ElasticProjector
 from kvdistill.align.heads.flat import KVDimensionProjector, LowRankProjector
 from kvdistill.align.heads.initial import make_matrix, spread_heads

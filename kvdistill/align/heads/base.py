@@ -17,6 +17,8 @@ class AbstractHeadProjector(nn.Module, ABC):
     Every tensor of its state has a leading layer axis P: one row per layer, or a single row that all layers share.
     """
 
+    bias: Tensor
+
     def __init__(
         self, in_heads: int, in_size: int, out_heads: int, out_size: int, num_layers: int, share_layers: bool
     ) -> None:
@@ -62,6 +64,14 @@ class AbstractHeadProjector(nn.Module, ABC):
     @abstractmethod
     def set_flat(self, weight_PIO: Float[Tensor, "P I O"], bias_PO: Float[Tensor, "P O"]) -> None:
         """Take over a flat map of `regressors` (from ridge, say): exactly, or the nearest this projector can be."""
+
+    def taken_weight(self) -> Float[Tensor, "P I O"]:
+        """What `set_flat` made of the weight it was given last: that weight, or the nearest this projector can be."""
+        return self.to_flat()[0]
+
+    def taken_bias(self) -> Float[Tensor, "P O"]:
+        """The tensor of its state that holds the bias of `set_flat`."""
+        return self.bias
 
     def regressors(self, x: Float[Tensor, "L *N I"]) -> Float[Tensor, "L *N I"]:
         """What `set_flat` is a linear map of: x itself, but for projectors that normalise first."""

@@ -1,17 +1,21 @@
-"""From the recipe's words (`align.projection`, `rank`, …) to a projector."""
+"""From the recipe's words (`align.projection`, `rank`, …) to a projector, and from one kind to another."""
 
 from __future__ import annotations
 
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from kvdistill.align.heads.base import AbstractHeadProjector
 from kvdistill.align.heads.elastic import ElasticProjector
 from kvdistill.align.heads.flat import KVDimensionProjector, LowRankProjector
 from kvdistill.align.heads.residual import ResidualProjector
 from kvdistill.align.heads.structured import HeadwiseMapProjector
-from kvdistill.core.errors import RecipeError
+from kvdistill.core.errors import AlignmentError, RecipeError
 from kvdistill.core.runtime import derive_seed
 
+TOLERANCE = 1e-5
 PROJECTORS: dict[str, type[KVDimensionProjector] | type[HeadwiseMapProjector] | type[ElasticProjector]] = {
     "flat": KVDimensionProjector,
     "structured": HeadwiseMapProjector,
@@ -59,7 +63,15 @@ def make_projector(
         guess = HeadwiseMapProjector if projection == "structured" else KVDimensionProjector
         guess_weight_PIO, _ = guess(*ends, num_layers, **options).to_flat()
         options |= {"init": "xavier", "seed": derive_seed(seed, "correction")}
-    made = _plain(projection, ends, num_layers, per_head, rank, hidden, options)
+    made: AbstractHeadProjector
+    if projection == "structured":
+        made = HeadwiseMapProjector(*ends, num_layers, per_head=per_head, **options)
+    elif projection == "elastic":
+        made = ElasticProjector(*ends, num_layers, hidden=hidden, **options)
+    elif rank is not None:
+        made = LowRankProjector(*ends, num_layers, rank=rank, **options)
+    else:
+        made = KVDimensionProjector(*ends, num_layers, **options)
     if residual:
         made = ResidualProjector(made, guess_weight_PIO)
     if frozen:
@@ -67,19 +79,60 @@ def make_projector(
     return made
 
 
-def _plain(
-    projection: str,
-    ends: tuple[int, int, int, int],
-    num_layers: int,
-    per_head: bool,
-    rank: int | None,
-    hidden: int | None,
-    options: dict[str, Any],
+@torch.no_grad()
+def convert(
+    projector: AbstractHeadProjector,
+    to: str,
+    *,
+    per_head: bool = False,
+    rank: int | None = None,
+    hidden: int | None = None,
+    residual: bool = False,
+    share_layers: bool | None = None,
 ) -> AbstractHeadProjector:
-    if projection == "structured":
-        return HeadwiseMapProjector(*ends, num_layers, per_head=per_head, **options)
-    if projection == "elastic":
-        return ElasticProjector(*ends, num_layers, hidden=hidden, **options)
-    if rank is not None:
-        return LowRankProjector(*ends, num_layers, rank=rank, **options)
-    return KVDimensionProjector(*ends, num_layers, **options)
+    """A new projector of kind `to` (flat | structured | elastic, options as in `make_projector`), the same function.
+
+    Exact: any linear one -> flat, -> any residual (as its first guess); one size for all heads -> one per head; low
+    rank -> higher rank; shared layers -> one row per layer. Flat -> structured, a lower rank or shared layers only
+    where the weights happen to be of that form. share_layers: unset keeps it as it is.
+    Raises AlignmentError with the distance to the nearest where that is above 1e-5 of the weights (`set_flat` takes
+    the nearest all the same), and for an elastic projector, which has no flat form.
+    """
+    share_layers = projector.share_layers if share_layers is None else share_layers
+    weight, bias = projector.to_flat()
+    for part in (weight, bias):
+        distance = _relative_distance(part[:1].expand_as(part), part) if share_layers else 0.0
+        if distance > TOLERANCE:
+            raise AlignmentError(
+                f"layers differ by {distance:.2g} of the weights: one shared row cannot equal them all",
+                fix="keep one row per layer (share_layers: false)",
+            )
+    rows = 1 if share_layers else projector.num_layers
+    weight, bias = (part[:rows].expand(rows, *part.shape[1:]) for part in (weight, bias))
+    made = make_projector(
+        to,
+        projector.ends,
+        projector.num_layers,
+        per_head=per_head,
+        rank=rank,
+        hidden=hidden,
+        residual=residual,
+        share_layers=share_layers,
+    ).to(weight)
+    if to == "elastic" and not residual:
+        raise AlignmentError(
+            "an elastic projector normalises each token: no linear map equals it",
+            fix="convert with residual, so that the linear map is its first guess; or fit it on regressors(x)",
+        )
+    made.set_flat(weight, bias)
+    distance = _relative_distance(made.taken_weight(), weight)
+    if distance > TOLERANCE:
+        raise AlignmentError(
+            f"no {to} projector with these options equals this one: the nearest is {distance:.2g} of the weights away",
+            fix="convert to flat, or take the nearest with set_flat(*projector.to_flat())",
+        )
+    return made
+
+
+def _relative_distance(x: Tensor, y: Tensor) -> float:
+    return float((x - y).double().norm() / y.double().norm().clamp_min(1e-300))

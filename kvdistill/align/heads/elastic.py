@@ -74,6 +74,11 @@ class ElasticProjector(AbstractHeadProjector):
             self._set_pairs(*nearest_factors(weight_PIO, self.num_pairs))
         self.bias.copy_(bias_PO)
 
+    def taken_weight(self) -> Float[Tensor, "P I O"]:
+        """Of the normalised input."""
+        R = self.num_pairs
+        return self.down[:, :, :R] @ self.up[:, :R]
+
     @torch.no_grad()
     def _set_pairs(self, down_PIR: Tensor, up_PRO: Tensor) -> None:
         # spare units keep their incoming weights and write nothing yet: they learn from the first step on

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -11,6 +10,8 @@ from torch import Tensor, nn
 
 from kvdistill.core.errors import RecipeError
 from kvdistill.core.runtime import derive_seed
+
+INITS = ("xavier", "orthogonal", "identity", "uniform", "ridge")
 
 
 def spread_heads(in_heads: int, out_heads: int) -> Float[Tensor, "H G"]:
@@ -35,9 +36,18 @@ def make_matrix(init: str, num_in: int, num_out: int, random: torch.Generator) -
     uniform (of the head size, beside `spread_heads`): identity where the sizes agree, else orthogonal.
     ridge starts as xavier until its fit is taken over. Raises RecipeError for another word.
     """
-    if init not in _INITS:
-        raise RecipeError(f"unknown init {init!r}", place="align.init", fix=f"one of {', '.join(_INITS)}")
-    return _INITS[init](num_in, num_out, random)
+    if init not in INITS:
+        raise RecipeError(f"unknown init {init!r}", place="align.init", fix=f"one of {', '.join(INITS)}")
+    if init == "uniform":
+        init = "identity" if num_in == num_out else "orthogonal"
+    if init == "orthogonal":
+        return nn.init.orthogonal_(torch.empty(num_in, num_out), generator=random)
+    if init == "identity":
+        row, column = torch.arange(num_in)[:, None], torch.arange(num_out)[None]
+        joined = ((row % num_out == column) if num_in >= num_out else (column % num_in == row)).float()
+        return joined / joined.sum(0).sqrt()
+    bound = math.sqrt(6 / (num_in + num_out))
+    return torch.empty(num_in, num_out).uniform_(-bound, bound, generator=random)
 
 
 def make_flat_matrix(
@@ -81,31 +91,3 @@ def nearest_outer(matrix: Float[Tensor, "*P R C"]) -> tuple[Float[Tensor, "*P R"
 def generator(seed: int, kind: str) -> torch.Generator:
     """The projector's own stream of numbers, whatever was drawn before."""
     return torch.Generator().manual_seed(derive_seed(seed, "projector", kind))
-
-
-def _xavier(num_in: int, num_out: int, random: torch.Generator) -> Tensor:
-    bound = math.sqrt(6 / (num_in + num_out))
-    return torch.empty(num_in, num_out).uniform_(-bound, bound, generator=random)
-
-
-def _orthogonal(num_in: int, num_out: int, random: torch.Generator) -> Tensor:
-    return nn.init.orthogonal_(torch.empty(num_in, num_out), generator=random)
-
-
-def _identity(num_in: int, num_out: int, random: torch.Generator) -> Tensor:
-    row, column = torch.arange(num_in)[:, None], torch.arange(num_out)[None]
-    joined = ((row % num_out == column) if num_in >= num_out else (column % num_in == row)).float()
-    return joined / joined.sum(0).sqrt()
-
-
-def _uniform(num_in: int, num_out: int, random: torch.Generator) -> Tensor:
-    return _identity(num_in, num_out, random) if num_in == num_out else _orthogonal(num_in, num_out, random)
-
-
-_INITS: dict[str, Callable[[int, int, torch.Generator], Tensor]] = {
-    "xavier": _xavier,
-    "orthogonal": _orthogonal,
-    "identity": _identity,
-    "uniform": _uniform,
-    "ridge": _xavier,
-}

@@ -48,6 +48,12 @@ class ResidualProjector(AbstractHeadProjector):
         self.guess_bias.copy_(bias_PO)
         self.gate.zero_()
 
+    def taken_weight(self) -> Float[Tensor, "P I O"]:
+        return self.guess_weight
+
+    def taken_bias(self) -> Float[Tensor, "P O"]:
+        return self.guess_bias
+
     def project_rows(self, rows_PNI: Float[Tensor, "P N I"]) -> Float[Tensor, "P N O"]:
         if isinstance(self.correction, KVDimensionProjector):  # two full matrices: add them first, multiply once
             return super().project_rows(rows_PNI)

@@ -127,7 +127,11 @@ class _MixThenSize(torch.autograd.Function):
             mixed_grad_NGD, pairs_NHG = other[: len(x_NHD)], pairs[: len(x_NHD)]
             _size_product(grad_NGE, size_PSDE[p].transpose(1, 2), mixed_grad_NGD)
             if learns:
-                _add_size_grad(_mix(x_NHD, mixer_PGH[p], scratch), grad_NGE, size_grad[p])
+                mixed_NGD = _mix(x_NHD, mixer_PGH[p], scratch)
+                if size_grad.shape[1] == 1:
+                    size_grad[p, 0].addmm_(mixed_NGD.flatten(0, 1).T, grad_NGE.flatten(0, 1))
+                else:
+                    size_grad[p].baddbmm_(mixed_NGD.permute(1, 2, 0), grad_NGE.transpose(0, 1))
                 torch.bmm(x_NHD, mixed_grad_NGD.transpose(1, 2), out=pairs_NHG)
                 mixer_grad[p] += pairs_NHG.sum(0)
             if x_grad is not None:
@@ -158,10 +162,3 @@ def _size_product(x_NGD: Tensor, size_SDE: Tensor, out_NGE: Tensor) -> None:
         torch.mm(x_NGD.flatten(0, 1), size_SDE[0], out=out_NGE.flatten(0, 1))
     else:
         torch.bmm(x_NGD.transpose(0, 1), size_SDE, out=out_NGE.transpose(0, 1))
-
-
-def _add_size_grad(mixed_NGD: Tensor, grad_NGE: Tensor, size_grad_SDE: Tensor) -> None:
-    if size_grad_SDE.shape[0] == 1:
-        size_grad_SDE[0].addmm_(mixed_NGD.flatten(0, 1).T, grad_NGE.flatten(0, 1))
-    else:
-        size_grad_SDE.baddbmm_(mixed_NGD.permute(1, 2, 0), grad_NGE.transpose(0, 1))

@@ -22,13 +22,13 @@ trains away from it is said at `SharedSpace`. Knows no models, files, maps or lo
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from itertools import chain
 from typing import final
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from kvdistill.align.ridge import check_penalty
 from kvdistill.align.shared.gcca import gcca_weights
 from kvdistill.align.shared.moments import PairedMoments, numerical_rank, require_same_tokens
 from kvdistill.align.shared.procrustes import procrustes_weights
@@ -38,7 +38,6 @@ from kvdistill.align.shared.space import (
     layer_fits,
     require_enough_tokens,
     require_finite,
-    require_penalty,
 )
 from kvdistill.align.shared.trained import SharedLossWeights, shared_loss, trained_weights
 from kvdistill.core.errors import AlignmentError, RecipeError
@@ -118,7 +117,7 @@ class SharedSpaceFit:
         (said in `reason`); without it that is an error. It happens in the first layer of a model with few words.
         Raises RecipeError for l2 <= 0, AlignmentError for too few tokens, too few independent channels, or NaN.
         """
-        require_penalty(l2)
+        check_penalty(l2)
         require_enough_tokens(self.num_tokens, self.num_channels)
         space = SharedSpace(self.num_channels, self.num_layers, self.size)
         self.history, spare = [], []
@@ -132,7 +131,15 @@ class SharedSpaceFit:
             fits, space.correlation[layer] = layer_fits(mean_C, covariance_CC, self._moments.slices, weights, l2)
             for name, fit in zip(self.num_channels, fits, strict=True):
                 space.adapter(name).set_layer(layer, fit)
-        space.is_fitted, space.reason = True, self._reason(spare)
+        space.is_fitted, said = True, []
+        if self.num_tokens < TOKENS_PER_CHANNEL * sum(self.num_channels.values()):
+            said.append(
+                f"fitted on {self.num_tokens} tokens, fewer than {TOKENS_PER_CHANNEL} per channel: part of the "
+                "agreement on them is chance"
+            )
+        if spare:
+            said.append(f"fewer independent channels than {self.size} ({', '.join(spare)}): the rest of Z is 0 there")
+        space.reason = "; ".join(said)
         return space
 
     def _rank(self, layer: int, mean_C: Tensor, covariance_CC: Tensor, drop_spare: bool) -> int:
@@ -163,18 +170,6 @@ class SharedSpaceFit:
         self.history.append(history)
         return weights
 
-    def _reason(self, spare: list[str]) -> str:
-        said = []
-        most = TOKENS_PER_CHANNEL * sum(self.num_channels.values())
-        if self.num_tokens < most:
-            said.append(
-                f"fitted on {self.num_tokens} tokens, fewer than {TOKENS_PER_CHANNEL} per channel: part of the "
-                "agreement on them is chance"
-            )
-        if spare:
-            said.append(f"fewer independent channels than {self.size} ({', '.join(spare)}): the rest of Z is 0 there")
-        return "; ".join(said)
-
 
 def fit_trained(
     batches: Iterable[tuple[Mapping[str, Tensor], Tensor]],
@@ -190,21 +185,13 @@ def fit_trained(
     The loss depends on the data through second moments only, so a step on the moments of all batches is a step on all
     their tokens. Raises as `SharedSpaceFit` does, and AlignmentError where the adapters collapse.
     """
-    stream = iter(batches)
-    first = next(stream, None)
-    if first is None:
+    fit: SharedSpaceFit | None = None
+    for channels, mask_BT in batches:
+        if fit is None:
+            num_layers = next(iter(channels.values())).shape[0]
+            sizes = {name: x.shape[-1] for name, x in channels.items()}
+            fit = SharedSpaceFit(sizes, num_layers, size, "trained", steps=steps, seed=seed, terms=terms)
+        fit.update(channels, mask_BT)
+    if fit is None:
         raise AlignmentError("no batches to fit a shared space on", fix="calibrate on at least one example")
-    channels = first[0]
-    num_layers = next(iter(channels.values())).shape[0]
-    fit = SharedSpaceFit(
-        {name: x.shape[-1] for name, x in channels.items()},
-        num_layers,
-        size,
-        "trained",
-        steps=steps,
-        seed=seed,
-        terms=terms,
-    )
-    for parts in chain([first], stream):
-        fit.update(*parts)
     return fit.solve(l2)

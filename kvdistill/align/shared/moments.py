@@ -44,7 +44,12 @@ class PairedMoments:
                 self._start(x_N_LBTC, places)
             for layer in range(self.num_layers):
                 for part in places.split(ROWS_AT_ONCE):
-                    self._add(layer, [x[layer].flatten(0, 1).index_select(0, part) for x in x_N_LBTC])
+                    rows = [x[layer].flatten(0, 1).index_select(0, part) for x in x_N_LBTC]
+                    centred = [x.to(a.dtype) - a[layer] for x, a in zip(rows, self._around_N_LC, strict=True)]
+                    for total, x in zip(self._sum_N_LC, centred, strict=True):
+                        total[layer] += x.sum(0, dtype=torch.float64)
+                    for (i, j), products in self._products.items():
+                        products[layer] += centred[i].T @ centred[j]
         self.num_tokens += len(places)
 
     def _start(self, x_N_LBTC: Sequence[Tensor], places: Tensor) -> None:
@@ -59,13 +64,6 @@ class PairedMoments:
         for i, c in enumerate(self.num_channels):
             for j, d in enumerate(self.num_channels[i:], start=i):
                 self._products[i, j] = torch.zeros(L, c, d, dtype=torch.float64, device=device)
-
-    def _add(self, layer: int, rows: Sequence[Tensor]) -> None:
-        centred = [x.to(a.dtype) - a[layer] for x, a in zip(rows, self._around_N_LC, strict=True)]
-        for total, x in zip(self._sum_N_LC, centred, strict=True):
-            total[layer] += x.sum(0, dtype=torch.float64)
-        for (i, j), products in self._products.items():
-            products[layer] += centred[i].T @ centred[j]
 
     def covariance(self, layer: int) -> tuple[Float[Tensor, "C"], Float[Tensor, "C C"]]:
         """Mean [ΣC_n] and covariance [ΣC_n, ΣC_n] of one layer slot, models side by side; fp64, on the CPU.

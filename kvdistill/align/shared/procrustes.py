@@ -35,11 +35,15 @@ def procrustes_weights(
     reduced = (every.T @ covariance_CC @ every).view(N, size, N, size).transpose(1, 2)  # [N, N, Z, Z]
     totals = torch.einsum("nnaa->n", reduced)
     scales = totals.clamp_min(TINY).rsqrt() if scaling else torch.ones_like(totals)
-    turns = _first_turns(reduced, scales)
+    turns = torch.eye(size, dtype=reduced.dtype).repeat(N, 1, 1)
+    for n in range(1, N):  # onto the sum of the models before it: a far better start than no turn at all
+        turns[n] = _nearest_turn(torch.einsum("j,jab,jbc->ac", scales[:n], reduced[n, :n], turns[:n]))
     history = [_outside_mean(reduced, turns, scales)]
     for _ in range(MOST_SWEEPS):
         for n in range(N):
-            turns[n] = _turn_onto_others(reduced, turns, scales, n)
+            others = scales.clone()
+            others[n] = 0
+            turns[n] = _nearest_turn(torch.einsum("j,jab,jbc->ac", others, reduced[n], turns))
         if scaling:
             signs, scales = _best_scales(reduced, turns, totals)
             turns = turns * signs[:, None, None]
@@ -53,22 +57,6 @@ def procrustes_weights(
 
 def _leading_axes(covariance_CC: Tensor, size: int) -> Tensor:
     return torch.linalg.eigh(covariance_CC).eigenvectors[:, -size:].flip(1)
-
-
-def _first_turns(reduced: Tensor, scales: Tensor) -> Tensor:
-    """Each model onto the sum of those before it: a far better start than no turn at all."""
-    N, _, Z, _ = reduced.shape
-    turns = torch.eye(Z, dtype=reduced.dtype).repeat(N, 1, 1)
-    for n in range(1, N):
-        before = torch.einsum("j,jab,jbc->ac", scales[:n], reduced[n, :n], turns[:n])
-        turns[n] = _nearest_turn(before)
-    return turns
-
-
-def _turn_onto_others(reduced: Tensor, turns: Tensor, scales: Tensor, n: int) -> Tensor:
-    others = scales.clone()
-    others[n] = 0
-    return _nearest_turn(torch.einsum("j,jab,jbc->ac", others, reduced[n], turns))
 
 
 def _nearest_turn(product_ZZ: Tensor) -> Tensor:

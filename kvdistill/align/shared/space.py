@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from kvdistill.align.ridge import check_penalty
 from kvdistill.align.shared.gcca import whiteners
 from kvdistill.align.shared.moments import PairedMoments, numerical_rank, require_same_tokens
-from kvdistill.core.errors import AlignmentError, RecipeError
+from kvdistill.core.errors import AlignmentError
 
 DEAD_SHARE = 1e-10
 
@@ -183,19 +184,26 @@ class SharedSpace(nn.Module):
         Raises AlignmentError where the name is taken, nothing known comes with it, tokens differ or are too few;
         RecipeError for l2 <= 0.
         """
-        require_penalty(l2)
+        check_penalty(l2)
         if name in self.num_channels:
             raise AlignmentError(f"the shared space has a model {name!r} already", fix="give the new one its own name")
-        self._require_fitted_for(name)
+        if not self.is_fitted:
+            raise AlignmentError(f"{name!r} cannot join a space that was never fitted", fix="fit or load it first")
         moments: PairedMoments | None = None
         sizes: dict[str, int] = {}
         for channels, mask_BT in batches:
             if moments is None:
-                sizes = self._sizes_with(name, channels)
+                known = {one: self.num_channels[one] for one in channels if one in self.num_channels}
+                if name not in channels or not known:
+                    raise AlignmentError(
+                        f"{name!r} comes with {', '.join(map(repr, channels)) or 'nothing'}",
+                        fix=f"each batch needs {name!r} and one of {', '.join(self.names)} at the same tokens",
+                    )
+                sizes = {name: channels[name].shape[-1]} | known
                 moments = PairedMoments((sizes[name], self.size), self.num_layers)
             require_same_tokens(channels, mask_BT, sizes, self.num_layers)
-            known = torch.stack([self.project(one, channels[one]) for one in sizes if one != name]).mean(0)
-            moments.update([channels[name], known], mask_BT)
+            known_z = torch.stack([self.project(one, channels[one]) for one in sizes if one != name]).mean(0)
+            moments.update([channels[name], known_z], mask_BT)
         if moments is None:
             raise AlignmentError(f"no batches to add {name!r} with", fix="give calibration batches with a known model")
         require_enough_tokens(moments.num_tokens, {name: sizes[name]})
@@ -203,19 +211,6 @@ class SharedSpace(nn.Module):
         adapter = self._add_adapter(name, sizes[name]).to(self.correlation.device)
         for layer, fit in enumerate(fits):
             adapter.set_layer(layer, fit)
-
-    def _require_fitted_for(self, name: str) -> None:
-        if not self.is_fitted:
-            raise AlignmentError(f"{name!r} cannot join a space that was never fitted", fix="fit or load it first")
-
-    def _sizes_with(self, name: str, channels: Mapping[str, Tensor]) -> dict[str, int]:
-        known = [one for one in channels if one in self.num_channels]
-        if name not in channels or not known:
-            raise AlignmentError(
-                f"{name!r} comes with {', '.join(map(repr, channels)) or 'nothing'}",
-                fix=f"each batch needs {name!r} and one of {', '.join(self.names)} at the same tokens",
-            )
-        return {name: channels[name].shape[-1]} | {one: self.num_channels[one] for one in known}
 
     @torch.no_grad()
     def agreement(self, channels: Mapping[str, Tensor], mask_BT: Bool[Tensor, "B T"]) -> SharedAgreement:
@@ -231,8 +226,9 @@ class SharedSpace(nn.Module):
             )
         rows = {name: x[:, mask_BT] for name, x in channels.items()}
         z_N_LRZ = {name: self.project(name, x) for name, x in rows.items()}
-        scaled = torch.stack([_standard_rows(z) for z in z_N_LRZ.values()])
-        N = len(sizes)
+        N, z_NLRZ = len(sizes), torch.stack(list(z_N_LRZ.values())).double()
+        centred = z_NLRZ - z_NLRZ.mean(2, keepdim=True)
+        scaled = centred / centred.square().mean(2, keepdim=True).sqrt()
         pairs = scaled.sum(0).square().mean(1) - scaled.square().mean(2).sum(0)
         r2 = {
             name: torch.stack([_r2(x, self.back(name, z)) for other, z in z_N_LRZ.items() if other != name]).mean(0)
@@ -263,11 +259,6 @@ def layer_fits(
     variance = zz.diagonal(dim1=1, dim2=3).diagonal(dim1=0, dim2=1)  # [Z, N]
     pairs = (zz.sum((0, 2)).diagonal() - variance.sum(1)) / (N * (N - 1))
     return fits, torch.where((variance > 0.5).all(1), pairs, torch.nan)
-
-
-def require_penalty(l2: float) -> None:
-    if not l2 > 0:
-        raise RecipeError(f"l2 = {l2}", place="align.ridge_l2", fix="give a penalty above 0, e.g. 0.01")
 
 
 def require_enough_tokens(num_tokens: int, num_channels: Mapping[str, int]) -> None:
@@ -320,11 +311,6 @@ def _affine(x: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         flat = x.to(weight.dtype).flatten(1, -2) if x.ndim > 2 else x.to(weight.dtype)[:, None]
         return torch.baddbmm(shift[:, None], flat, weight).view(*x.shape[:-1], weight.shape[-1])
-
-
-def _standard_rows(z_LRZ: Tensor) -> Tensor:
-    centred = z_LRZ.double() - z_LRZ.double().mean(1, keepdim=True)
-    return centred / centred.square().mean(1, keepdim=True).sqrt()
 
 
 def _r2(x_LRC: Tensor, predicted_LRC: Tensor) -> Tensor:

@@ -98,10 +98,11 @@ def trained_weights(
     whiten_N_CC, whitened_CC = whiteners(covariance_CC, slices, l2)
     own = torch.block_diag(*[whitened_CC[part, part] for part in slices])
     R = (own @ whitened_CC @ own).float()
-    weights = [
-        _random_directions(part.stop - part.start, size, derive_seed(seed, "shared", n))
-        for n, part in enumerate(slices)
-    ]
+    weights = []
+    for n, part in enumerate(slices):
+        random = torch.Generator().manual_seed(derive_seed(seed, "shared", n))
+        start = torch.nn.init.orthogonal_(torch.empty(part.stop - part.start, size), generator=random)
+        weights.append(start.requires_grad_())
     optimiser = torch.optim.Adam(weights, lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, steps))
     history: list[float] = []
@@ -124,12 +125,6 @@ def trained_weights(
         )
     read = [w @ whitened_CC[part, part] @ v.double() for w, v, part in zip(whiten_N_CC, learned, slices, strict=True)]
     return TrainedWeights(read, history, std_NZ)
-
-
-def _random_directions(num_channels: int, size: int, seed: int) -> Tensor:
-    random = torch.Generator().manual_seed(seed)
-    start = torch.nn.init.orthogonal_(torch.empty(num_channels, size), generator=random)
-    return start.requires_grad_()
 
 
 def _loss_on_whitened(
