@@ -18,7 +18,7 @@ from kvdistill.core.errors import DataError
 from kvdistill.core.recipe import DataRecipe
 from kvdistill.data import sources
 from kvdistill.data.answers import check_answers
-from kvdistill.data.latex import fold_latex
+from kvdistill.data.answers.latex import fold_latex
 from kvdistill.data.leaks import find_leaks
 from kvdistill.data.problems import Problem
 from kvdistill.data.sources import RawRow, read_rows

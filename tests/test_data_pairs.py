@@ -12,11 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvdistill.data.answers import check_answers, extract_answer, is_correct
-from kvdistill.data.chinese import read_numeral, spell_in_digits
-from kvdistill.data.latex import compare_latex_pairs, fold_latex, last_boxed, same_latex
+from kvdistill.data.answers.chinese import read_numeral, spell_in_digits
+from kvdistill.data.answers.latex import compare_latex_pairs, fold_latex, last_boxed, same_latex
+from kvdistill.data.answers.numbers import (
+    leading_number,
+    leading_ratio,
+    normalise_ratio,
+    same_ratio,
+    same_value,
+    unwrap,
+)
 from kvdistill.data.sources import read_rows
 from kvdistill.data.tasks import TASKS, arc_challenge, gsm8k, hotpotqa, math, math23k, strategyqa, svamp
-from kvdistill.data.values import leading_number, leading_ratio, normalise_ratio, same_ratio, same_value, unwrap
 
 MARKED = ("gsm8k", "svamp", "strategyqa", "math23k", "math", "arc_challenge", "hotpotqa", "jsonl")
 READERS = {

@@ -3,13 +3,13 @@
     tasks/        one small file a task: where its rows are, what their fields mean, how it writes answers
     synthetic.py  the built-in families of generated problems
     splits.py     rows -> train / val / test, by problem
-    leaks.py      the same question in two splits
+    leaks/        the same question in two splits, exactly or nearly
     chat.py       a problem through a tokenizer's chat template
     encode.py     text -> token ids and segment codes
     words.py      ids of plain ASCII text from memory
     export.py     rows in the forms other trainers read
     tokenizers.py built-in, local and hub tokenizers; trimming
-    answers.py    what a completion answers, and whether it is right
+    answers/      what a completion answers, and whether it is right
     tables.py     the prepared splits on disk
 
 Everything here is pure but for reading the sources and the tables; the stage is `kvdistill.stages.prepare`.

@@ -13,12 +13,12 @@ from typing import Any
 
 from kvdistill.core.errors import DataError
 from kvdistill.core.quoting import quoted
+from kvdistill.data.answers.latex import last_boxed
+from kvdistill.data.answers.numbers import fold_width, leading_number, normalise_text, same_number
 from kvdistill.data.evaluations.base import Evaluation
 from kvdistill.data.evaluations.letters import ALPHABET, read_label
 from kvdistill.data.evaluations.rows import Member, PublishedRows, gold_column, text_column
-from kvdistill.data.latex import last_boxed
 from kvdistill.data.sources import RawRow
-from kvdistill.data.values import fold_width, leading_number, normalise_text, same_number
 
 _MARK = re.compile(r"\bthe answer is\b[ \t]*(?::\s*)?(?=(?P<answer>[^\n]{0,1000}))", re.IGNORECASE)
 _NEXT_QUESTION = re.compile(r"\n[ \t]*Q:")

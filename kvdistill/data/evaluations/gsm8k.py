@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from kvdistill.core.errors import DataError
+from kvdistill.data.answers.numbers import normalise_number, same_number, text_after
 from kvdistill.data.evaluations.base import Evaluation
 from kvdistill.data.evaluations.rows import Member, PublishedRows, gold_column, text_column
 from kvdistill.data.problems import ANSWER_MARK
 from kvdistill.data.sources import RawRow
 from kvdistill.data.tasks.gsm8k import extract
-from kvdistill.data.values import normalise_number, same_number, text_after
 
 
 def read_row(member: Member, row: RawRow) -> dict[str, Any]:

@@ -10,9 +10,9 @@ import re
 from typing import Any
 
 from kvdistill.core.errors import DataError
+from kvdistill.data.answers.latex import last_boxed, same_latex
 from kvdistill.data.evaluations.base import Evaluation
 from kvdistill.data.evaluations.rows import Member, PublishedRows, gold_column, text_column
-from kvdistill.data.latex import last_boxed, same_latex
 from kvdistill.data.sources import RawRow
 
 _MARK = re.compile(r"the final answer is:?[ \t]*(?P<answer>[^\n]*)", re.IGNORECASE)

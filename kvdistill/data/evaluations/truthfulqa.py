@@ -12,11 +12,11 @@ from typing import Any
 
 from kvdistill.core.errors import DataError
 from kvdistill.core.quoting import quoted
+from kvdistill.data.answers.numbers import normalise_text
 from kvdistill.data.evaluations.base import Evaluation, fixed_order
 from kvdistill.data.evaluations.letters import ALPHABET, Lettered, read_letter, write_lettered
 from kvdistill.data.evaluations.rows import Member, PublishedRows, gold_column, text_column
 from kvdistill.data.sources import RawRow
-from kvdistill.data.values import normalise_text
 
 MC1, MC2 = "truthfulqa_mc1", "truthfulqa_mc2"
 

@@ -10,11 +10,11 @@ import re
 
 from kvdistill.core.errors import DataError
 from kvdistill.core.quoting import quoted, shown
+from kvdistill.data.answers.numbers import fold_width, text_after, unwrap
 from kvdistill.data.fields import text_field, texts_field
 from kvdistill.data.problems import ANSWER_MARK, Problem, write_plain
 from kvdistill.data.sources import RawRow
 from kvdistill.data.tasks.base import Layout, Published, Task
-from kvdistill.data.values import fold_width, text_after, unwrap
 
 _LETTERS = "ABCDE"
 # A letter or number alone, in brackets, or before a punctuation mark or a reason: not the article "A", not "4.5".

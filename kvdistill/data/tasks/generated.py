@@ -7,10 +7,10 @@ from functools import partial
 from kvdistill.core.errors import DataError
 from kvdistill.core.recipe import DataRecipe, TaskRecipe
 from kvdistill.data import synthetic
+from kvdistill.data.answers.numbers import normalise_number, same_number, text_after
 from kvdistill.data.problems import Problem, Row, Style
 from kvdistill.data.sources import Source
 from kvdistill.data.tasks.base import Loaded, Task
-from kvdistill.data.values import normalise_number, same_number, text_after
 
 _MARK = "="
 _ENDINGS: dict[Style, str] = {"cot": ":", "direct": "?"}

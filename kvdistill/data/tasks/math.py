@@ -7,12 +7,12 @@ MATH500, which is taken from the test rows, is at hand to be taken out (Lightman
 from __future__ import annotations
 
 from kvdistill.core.errors import DataError
+from kvdistill.data.answers.latex import last_boxed, same_latex
+from kvdistill.data.answers.numbers import text_after
 from kvdistill.data.fields import text_field
-from kvdistill.data.latex import last_boxed, same_latex
 from kvdistill.data.problems import ANSWER_MARK, Problem, write_plain
 from kvdistill.data.sources import RawRow
 from kvdistill.data.tasks.base import Layout, Published, Task
-from kvdistill.data.values import text_after
 
 
 def read_row(row: RawRow, id: str) -> Problem:

@@ -10,12 +10,12 @@ import re
 
 from kvdistill.core.errors import DataError
 from kvdistill.core.quoting import quoted
+from kvdistill.data.answers.numbers import normalise_number, same_number
 from kvdistill.data.fields import text_field
 from kvdistill.data.problems import Problem, write_plain
 from kvdistill.data.sources import RawRow
 from kvdistill.data.tasks.base import Layout, Published, Task
 from kvdistill.data.tasks.gsm8k import extract
-from kvdistill.data.values import normalise_number, same_number
 
 _WHOLE = re.compile(r"(?<=[0-9])\.0+(?![0-9])")
 

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from kvdistill.data.values import ratio_value
+from kvdistill.data.answers.numbers import ratio_value
 
 _LONGEST = 500  # characters of a number
 _OPEN, _CLOSE = "([{", ")]}"

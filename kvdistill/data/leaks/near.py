@@ -38,7 +38,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from kvdistill.data.wording import (
+from kvdistill.data.leaks.wording import (
     NUMBER,
     ONE,
     Parts,

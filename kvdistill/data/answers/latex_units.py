@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from kvdistill.data.latex_forms import exact_value
+from kvdistill.data.answers.latex_parts import exact_value
 
 _SAME_NAME = {
     "in": "inch inches",

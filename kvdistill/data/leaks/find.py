@@ -16,9 +16,9 @@ from typing import Any
 
 from kvdistill.core.errors import DataError
 from kvdistill.core.progress import Progress, silent
-from kvdistill.data.near import NearIndex
+from kvdistill.data.leaks.near import NearIndex
+from kvdistill.data.leaks.wording import fold_question
 from kvdistill.data.problems import Problem
-from kvdistill.data.values import fold_width
 
 LEARNED = ("train", "teach", "val")  # in this order a leak is taken out of the first that has it
 HELD_OUT = ("val", "test")
@@ -72,11 +72,6 @@ class LeakReport:
         """`train against test, exact` -> pairs."""
         kinds = Counter(f"{leak.first.split} against {leak.second.split}, {leak.kind}" for leak in self.leaks)
         return dict(sorted(kinds.items()))
-
-
-def fold_question(text: str) -> str:
-    """Lower case, narrow punctuation, single spaces."""
-    return " ".join(fold_width(text).casefold().split())
 
 
 def question_hash(text: str) -> str:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 
-from kvdistill.data.checker import Pair, Verdict, compare_expressions
-from kvdistill.data.latex_forms import (
+from kvdistill.data.answers.checker import CHECKER, Verdict
+from kvdistill.data.answers.latex_parts import (
     Listing,
     exact_value,
     interval_of,
@@ -19,8 +20,8 @@ from kvdistill.data.latex_forms import (
     read_listing,
     repeating_as_fraction,
 )
-from kvdistill.data.latex_units import read_quantity, same_unit
-from kvdistill.data.values import fold_width, unwrap
+from kvdistill.data.answers.latex_units import read_quantity, same_unit
+from kvdistill.data.answers.numbers import fold_width, unwrap
 
 _LONGEST = 500  # characters; published answers have at most 159
 _MOST_ITEMS = 40
@@ -112,44 +113,10 @@ def compare_latex(answer: str, gold: str) -> Verdict:
     return compare_latex_pairs([(answer, gold)])[0]
 
 
-def compare_latex_pairs(pairs: Sequence[Pair]) -> list[Verdict]:
-    """Verdicts on many (answer, gold) at once: what math-verify must see of all of them is asked in one go."""
-    asked = _Asked()
-    verdicts: list[Verdict] = ["different"] * len(pairs)
-    unsettled = list(range(len(pairs)))
-    while unsettled:
-        left = []
-        for n in unsettled:
-            asked.is_missing = False
-            verdicts[n] = _compare_whole(*pairs[n], asked)
-            if asked.is_missing:
-                left.append(n)
-        asked.answer()
-        unsettled = left
-    return verdicts
-
-
-class _Asked:
-    """What has been asked of math-verify. A new question is taken for equal until `answer`, so that those after it
-    are asked as well."""
-
-    def __init__(self) -> None:
-        self._known: dict[Pair, Verdict] = {}
-        self._new: dict[Pair, None] = {}
-        self.is_missing = False
-
-    def __call__(self, first: str, second: str) -> Verdict:
-        pair = (first, second) if first <= second else (second, first)  # so that the order never matters
-        if pair in self._known:
-            return self._known[pair]
-        self._new[pair] = None
-        self.is_missing = True
-        return "equal"
-
-    def answer(self) -> None:
-        questions = list(self._new)
-        self._known |= zip(questions, compare_expressions(questions), strict=True)
-        self._new = {}
+def compare_latex_pairs(pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+    """Verdicts on many (answer, gold) at once: what is the same for several is asked of math-verify once."""
+    ask = cache(CHECKER.compare)
+    return [_compare_whole(*pair, ask) for pair in pairs]
 
 
 _Ask = Callable[[str, str], Verdict]
@@ -272,7 +239,7 @@ def _compare_expressions(found: str, wanted: str, ask: _Ask) -> Verdict:
         return "different"  # math-verify reads 52_8 as 52 and 2 3 as 5
     if (":" in one and ":" in two) or _differ_in_case(one, two):
         return "different"  # it reads 6:30 as a fraction, and X as x
-    return ask(_for_math_verify(one), _for_math_verify(two))
+    return ask(*sorted(map(_for_math_verify, (one, two))))  # sorted, so that the order never matters
 
 
 def _for_math_verify(text: str) -> str:
