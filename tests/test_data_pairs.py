@@ -7,7 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from answer_pairs import PAIRS, completion_of
+from answer_pairs import LATEX_DIFFERENT, LATEX_EQUAL, PAIRS, completion_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -72,6 +72,14 @@ def test_answers_are_compared_alike_in_both_directions() -> None:
             assert read is not None and TASKS.get(task, TASKS["jsonl"]).same(read, gold) == (answer in equal)
             if task != "math":
                 assert TASKS.get(task, TASKS["jsonl"]).same(gold, read) == (answer in equal)
+
+
+def test_every_form_of_latex_that_has_a_rule() -> None:
+    for pairs, verdict in ((LATEX_EQUAL, "equal"), (LATEX_DIFFERENT, "different")):
+        turned = [(second, first) for first, second in pairs]
+        for asked in (pairs, turned):
+            found = zip(asked, compare_latex_pairs(asked), strict=True)
+            assert [(pair, said) for pair, said in found if said != verdict] == []
 
 
 def test_the_first_mark_counts_and_math_may_box_instead() -> None:

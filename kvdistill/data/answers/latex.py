@@ -14,7 +14,6 @@ from kvdistill.data.answers.checker import CHECKER, Verdict
 from kvdistill.data.answers.latex_parts import (
     Listing,
     exact_value,
-    interval_of,
     is_relation,
     read_assignment,
     read_listing,
@@ -130,26 +129,24 @@ def _compare(found: str, wanted: str, ask: _Ask) -> Verdict:
         return "equal"
     if max(len(found), len(wanted)) > _LONGEST:
         return "different"
-    (name, value), (other, value_wanted) = read_assignment(found), read_assignment(wanted)
-    if name and other:
-        is_value = name == other
-    else:  # x = 2 is 2, but it is not x > 2
-        bare = wanted if name else found
-        is_value = bool(name or other) and (not is_relation(bare) or interval_of(bare) is not None)
-    if is_value:
-        return _compare(value, value_wanted, ask)
+    (name, value), (other, other_value) = read_assignment(found), read_assignment(wanted)
+    bare = wanted if name else found
+    # x = 2 is 2, but it is not 2x = 2
+    if name == other if name and other else (name or other) and "=" not in bare and "\\ne" not in bare:
+        return _compare(value, other_value, ask)
     one, two = _read_list(found), _read_list(wanted)
-    # an inequality is compared with an interval as one
-    if one and one.is_interval and (interval := interval_of(wanted)):
-        two = _read_list(interval)
-    elif two and two.is_interval and (interval := interval_of(found)):
-        one = _read_list(interval)
-    if one or two:  # a set of one is what is in it
-        return _compare_lists(one or Listing("", (found,)), two or Listing("", (wanted,)), ask)
-    return _compare_quantities(found, wanted, ask) if is_relation(found) == is_relation(wanted) else "different"
+    if is_relation(found) != is_relation(wanted):
+        said, listing = (one, two) if is_relation(found) else (two, one)
+        if listing.brackets == "∪" and not said.brackets:  # several inequalities, each of which may be an interval
+            return _compare_lists(Listing("∪", said.items), listing, ask)
+        if said.is_one and listing.is_interval:
+            return ask(*sorted((fold_latex(found), fold_latex(wanted))))
+        if said.is_one:
+            return "different"
+    return _compare_quantities(found, wanted, ask) if one.is_one and two.is_one else _compare_lists(one, two, ask)
 
 
-def _read_list(text: str) -> Listing | None:
+def _read_list(text: str) -> Listing:
     return read_listing(text if text.startswith(("(", "[", "\\{")) else _THOUSANDS.sub(_without_commas, text))
 
 
@@ -158,6 +155,7 @@ def _without_commas(match: re.Match[str]) -> str:
 
 
 def _compare_lists(one: Listing, two: Listing, ask: _Ask) -> Verdict:
+    """Two lists, of which one may be a single answer: a set of one is what is in it."""
     kinds = {one.brackets, two.brackets}
     if len(kinds) > 1 and kinds not in ({"", "{}"}, {"", "()"}):
         return "different"

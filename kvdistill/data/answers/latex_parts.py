@@ -19,18 +19,7 @@ _PM, _MP = re.compile(r"\\pm(?![A-Za-z])"), re.compile(r"\\mp(?![A-Za-z])")
 _NAME = r"[A-Za-z\\][A-Za-z\\ (){}|,'_]*(?:_\{?[0-9a-z]\}?|\^\{?-1\}?\([a-z]\))?"
 _ASSIGNMENT = re.compile(rf"(?P<name>{_NAME}|[^A-Za-z\\=<>≤≥]+)\s*(?:=|\\in(?![A-Za-z]))\s*(?P<rest>[^=]+)")
 _SUM = re.compile(r"(?P<name>[A-Za-z\\][A-Za-z\\ +*-]*)=(?P<rest>[^=]+)")
-_VARIABLE = r"[A-Za-z](?:_\{?[0-9A-Za-z]\}?)?|\\[a-z]+"
-_SIDE = r"[^<>≤≥=]+"
-_BETWEEN = re.compile(rf"(?P<low>{_SIDE})(?P<first>[<≤])\s*(?:{_VARIABLE})\s*(?P<second>[<≤])(?P<high>{_SIDE})")
-_BEYOND = re.compile(rf"\s*(?:{_VARIABLE})\s*(?P<sign>[<>≤≥])(?P<end>{_SIDE})")
-_BEFORE = re.compile(rf"(?P<end>{_SIDE})(?P<sign>[<>≤≥])\s*(?:{_VARIABLE})\s*")
-_RELATIONS = (
-    (re.compile(r"\\(?:leq?|leqslant|leqq)(?![A-Za-z])|<="), "≤"),
-    (re.compile(r"\\(?:geq?|geqslant|geqq)(?![A-Za-z])|>="), "≥"),
-    (re.compile(r"\\lt(?![A-Za-z])"), "<"),
-    (re.compile(r"\\gt(?![A-Za-z])"), ">"),
-)
-_TURNED = {"<": ">", ">": "<", "≤": "≥", "≥": "≤"}
+_RELATION = re.compile(r"[=<>≤≥]|\\(?:[lg](?:eq?|eqq|eqslant|t)(?![A-Za-z])|ne)")
 _FRACTION = re.compile(r"\\frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}")
 _REPEATING = re.compile(
     r"(?P<whole>[0-9]*)\.(?P<part>[0-9]*)\\(?:overline|bar|dot)\s*(?:\{(?P<cycle>[0-9]+)\}|(?P<one>[0-9]))"
@@ -38,7 +27,7 @@ _REPEATING = re.compile(
 _TIMES_POWER = re.compile(r"\s*\\(?:times|cdot)\s*10\s*\^\s*\{?\s*(-?[0-9]{1,2})\s*\}?$")
 
 # Units are compared by name and never converted.
-_UNITS = (  # one a line of thought: its short form, and other names, of which the longer ones have a plural in s
+_UNITS = (  # each in its short form, then by its other names, of which the longer ones have a plural in s
     *("in inch inches", "ft foot feet", "yd yard", "mi mile", "mm millimeter millimetre", "cm centimeter centimetre"),
     *("m meter metre", "km kilometer kilometre", "g gram", "kg kilogram", "lb lbs pound", "oz ounce"),
     *("l liter litre", "ml milliliter millilitre", "s sec secs second", "min mins minute", "h hr hrs hour"),
@@ -75,10 +64,14 @@ _LONG_WORD = re.compile(
 
 @dataclass(frozen=True)
 class Listing:
-    """Several things: brackets is `()`, `[)`, `{}` and so on, empty for a bare list, `∪` for a union."""
+    """Brackets is `()`, `[)`, `{}` and so on, empty for a bare list or a single thing, `∪` for a union."""
 
     brackets: str
     items: tuple[str, ...]
+
+    @property
+    def is_one(self) -> bool:
+        return not self.brackets and len(self.items) == 1
 
     @property
     def is_ordered(self) -> bool:
@@ -90,8 +83,8 @@ class Listing:
         return self.brackets not in ("", "{}") and (self.brackets == "∪" or len(self.items) == 2)
 
 
-def read_listing(text: str) -> Listing | None:
-    """`(1,2]`, `\\{a, b\\}`, `3, 5 and 7`, `[0,1] \\cup (2,3)`, `1 \\pm x` (which is two); None for one thing."""
+def read_listing(text: str) -> Listing:
+    """`(1,2]`, `\\{a, b\\}`, `3, 5 and 7`, `[0,1] \\cup (2,3)`, `1 \\pm x` (which is two), or one thing."""
     text = text.strip()
     parts = _split(text, _UNION)
     if len(parts) > 1:
@@ -108,7 +101,7 @@ def read_listing(text: str) -> Listing | None:
         else:
             items.append(part)
     if not all(items) or (len(items) < 2 and brackets != "{}"):
-        return None
+        return Listing("", (text,))
     return Listing(brackets, tuple(items))
 
 
@@ -150,36 +143,7 @@ def read_assignment(text: str) -> tuple[str, str]:
 
 def is_relation(text: str) -> bool:
     """Whether the text says that something equals, is less or greater."""
-    return any(sign in plain_relations(text) for sign in "=<>≤≥") or "\\ne" in text
-
-
-def plain_relations(text: str) -> str:
-    """With <, >, ≤ and ≥ for TeX's names of them."""
-    for pattern, sign in _RELATIONS:
-        text = pattern.sub(sign, text)
-    return text
-
-
-def interval_of(text: str) -> str | None:
-    """`2 < x \\le 5` -> `(2,5]`, `x \\ge 3` -> `[3,\\infty)`, `x<1 or x>2` -> a union; None for anything else."""
-    pieces = _split(plain_relations(text), re.compile(r"\bor\b"))
-    intervals = [_one_interval(piece) for piece in pieces]
-    return " \\cup ".join(each for each in intervals if each) if all(intervals) else None
-
-
-def _one_interval(text: str) -> str | None:
-    match = _BETWEEN.fullmatch(text)
-    if match:
-        opening, closing = "(["[match["first"] == "≤"], ")]"[match["second"] == "≤"]
-        return f"{opening}{match['low'].strip()},{match['high'].strip()}{closing}"
-    match = _BEYOND.fullmatch(text) or _BEFORE.fullmatch(text)
-    if match is None:
-        return None
-    sign = match["sign"] if match.re is _BEYOND else _TURNED[match["sign"]]
-    end = match["end"].strip()
-    if sign in ("<", "≤"):
-        return f"(-\\infty,{end}{')' if sign == '<' else ']'}"
-    return f"{'(' if sign == '>' else '['}{end},\\infty)"
+    return bool(_RELATION.search(text))
 
 
 def exact_value(text: str) -> Fraction | None:
@@ -230,7 +194,7 @@ def read_quantity(text: str) -> Quantity:
         return Quantity(match["body"], _with_power(match))
     match = _BARE.fullmatch(text)
     if match and _is_unit(match["unit"]) and "/" not in match["unit"]:
-        # without \\text{} the letters may be variables: names of two letters and more, or, behind a number, any of three
+        # without \\text{} the letters may be variables: only names of two letters, or, behind a number, words of three
         is_number = exact_value(match["body"]) is not None
         words = [word.strip(".").casefold() for word in match["unit"].split()]
         if all((len(w) > 1 and w in _NAMES) or w in _POWERS or (len(w) > 2 and is_number) for w in words):

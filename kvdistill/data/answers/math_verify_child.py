@@ -16,7 +16,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -75,6 +75,11 @@ def load() -> Callable[[str, str], str]:
         found = parse(f"${text}$", [config], fallback_mode="no_fallback", parsing_timeout=None, raise_on_error=True)  # type: ignore[arg-type]
         return found[0] if found else None
 
+    # that x < 2 is (-\\infty, 2) is known where allow_set_relation_comp
+    same = partial(
+        verify, float_rounding=_DIGITS, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True
+    )
+
     def at_one_point(expression: Any) -> Any:
         """An exact number: decimals as fractions, and a point for the variables on which their names agree, big enough
         to stand under most roots."""
@@ -113,10 +118,7 @@ def load() -> Callable[[str, str], str]:
             # verify() takes its arguments as gold and answer and follows the gold one's shape
             ordered = any(isinstance(each, Set | Tuple | Relational | And) for each in (one, two))
             orders = [(one, two), (two, one)] if ordered else [(one, two)]
-            is_same = any(
-                verify(*pair, float_rounding=_DIGITS, timeout_seconds=None, raise_on_error=True) for pair in orders
-            )
-            return "equal" if is_same else "different"
+            return "equal" if any(same(*pair) for pair in orders) else "different"
         except MemoryError:
             return "failed"
         except Exception:  # its own word for "no expression", "cannot compare": many kinds, none of them ours
