@@ -24,8 +24,8 @@ from benchmarks.planting import EXACT, NEAR, Kind, plant
 from benchmarks.report import Row, print_table, save
 from benchmarks.timing import interleave, paired_ratio
 from kvdistill.core.provenance import package_versions
-from kvdistill.data.near import NearIndex
-from kvdistill.data.wording import take_apart, weigh
+from kvdistill.data.leaks.near import NearIndex
+from kvdistill.data.leaks.wording import take_apart, weigh
 
 CPU = torch.device("cpu")
 ROUNDS = 3

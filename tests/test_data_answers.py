@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvdistill.data.answers import extract_answer, is_correct
-from kvdistill.data.values import normalise_number, same_number, same_value
+from kvdistill.data.answers.numbers import normalise_number, same_number, same_value
+from kvdistill.data.grading import extract_answer, is_correct
 
 
 @pytest.mark.parametrize(

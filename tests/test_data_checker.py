@@ -19,13 +19,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvdistill.core.errors import KVDistillError
-from kvdistill.data import checker as checker_module
-from kvdistill.data.checker import Checker, count_undecided, shared_checker
-from kvdistill.data.latex import compare_latex, compare_latex_pairs, same_latex
+from kvdistill.data.answers import checker as checker_module
+from kvdistill.data.answers.checker import CHECKER, Checker, Verdict, count_undecided
+from kvdistill.data.answers.latex import compare_latex, compare_latex_pairs, same_latex
 
-HANGS = ("9^{9^{9}}", "x+5")
+HANGS = ("9^{9^{9^{9}}}", "x+5")
 RIGHT = ("\\sqrt{20}", "2\\sqrt{5}")
 WRONG = ("\\sqrt{21}", "2\\sqrt{5}")
+_CHANNEL = "import sys; from multiprocessing.connection import Connection; channel = Connection(int(sys.argv[1]))"
 
 
 @pytest.fixture
@@ -33,6 +34,10 @@ def checker() -> Iterator[Checker]:
     made = Checker(limit_s=2.0)
     yield made
     made.close()
+
+
+def ask(checker: Checker, pairs: list[tuple[str, str]]) -> list[Verdict]:
+    return [checker.compare(first, second) for first, second in pairs]
 
 
 def _is_there(pid: int) -> bool:
@@ -52,40 +57,40 @@ def _wait_until(is_so: Callable[[], bool], limit_s: float = 60.0) -> bool:
 
 
 def test_what_hangs_is_cut_off_and_the_next_comparison_works(checker: Checker) -> None:
-    assert checker.compare([RIGHT, HANGS, RIGHT, WRONG]) == ["equal", "timeout", "equal", "different"]
+    assert ask(checker, [RIGHT, HANGS, RIGHT, WRONG]) == ["equal", "timeout", "equal", "different"]
     assert checker.counts == {"equal": 2, "timeout": 1, "different": 1, "started": 2}
-    assert checker.compare([RIGHT]) == ["equal"] and checker.counts["started"] == 2
+    assert ask(checker, [RIGHT]) == ["equal"] and checker.counts["started"] == 2
 
 
 def test_a_timeout_is_not_equal_and_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_checker(), "limit_s", 1.0)
-    shared_checker().close()
+    monkeypatch.setattr(CHECKER, "limit_s", 1.0)
+    CHECKER.close()
     before = count_undecided()
     assert compare_latex(*HANGS) == "timeout" and not same_latex(HANGS[1], HANGS[0])
     assert count_undecided() == before + 2
-    assert compare_latex_pairs([RIGHT, ("(1,9^{9^{9}})", "(1,x+5)"), ("(1,9^{9^{9}})", "(2,x+5)")]) == [
+    assert compare_latex_pairs([RIGHT, ("(1,9^{9^{9^{9}}})", "(1,x+5)"), ("(1,9^{9^{9^{9}}})", "(2,x+5)")]) == [
         "equal",
         "timeout",
         "different",  # decided by the first number
     ]
-    shared_checker().close()
+    CHECKER.close()
 
 
 def test_memory_is_limited() -> None:
     small = Checker(limit_s=20.0, memory_bytes=200 << 20)
-    assert small.compare([RIGHT]) == ["equal"] and small.pid is not None
+    assert ask(small, [RIGHT]) == ["equal"] and small.pid is not None
     assert resource.prlimit(small.pid, resource.RLIMIT_AS)[0] == 200 << 20
-    assert small.compare([("2^{2^{40}}", "x+1")]) != ["equal"]  # 128 GB
-    assert small.compare([RIGHT]) == ["equal"]
+    assert ask(small, [("2^{2^{40}}", "x+1")]) != ["equal"]  # 128 GB
+    assert ask(small, [RIGHT]) == ["equal"]
     small.close()
 
 
 def test_a_child_that_is_killed_is_started_again(checker: Checker) -> None:
-    assert checker.compare([RIGHT]) == ["equal"]
+    assert ask(checker, [RIGHT]) == ["equal"]
     first = checker.pid
     assert first is not None
     os.kill(first, signal.SIGKILL)
-    assert checker.compare([RIGHT, WRONG]) == ["equal", "different"]
+    assert ask(checker, [RIGHT, WRONG]) == ["equal", "different"]
     assert checker.pid != first and checker.counts["started"] == 2
     with pytest.raises(ChildProcessError):  # waited for: no zombie
         os.waitpid(first, os.WNOHANG)
@@ -93,7 +98,7 @@ def test_a_child_that_is_killed_is_started_again(checker: Checker) -> None:
 
 def test_a_child_that_is_killed_at_work_is_asked_once_more(checker: Checker) -> None:
     checker.limit_s = 2.5
-    assert checker.compare([RIGHT]) == ["equal"]
+    assert ask(checker, [RIGHT]) == ["equal"]
 
     def kill() -> None:
         time.sleep(0.5)
@@ -102,33 +107,33 @@ def test_a_child_that_is_killed_at_work_is_asked_once_more(checker: Checker) -> 
 
     killer = threading.Thread(target=kill)
     killer.start()
-    assert checker.compare([HANGS, RIGHT]) == ["timeout", "equal"]
+    assert ask(checker, [HANGS, RIGHT]) == ["timeout", "equal"]
     killer.join()
 
 
 def test_a_child_that_dies_of_every_question_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     dying = tmp_path / "dying.py"
-    dying.write_text("print('ready', flush=True); input()")
+    dying.write_text(f"{_CHANNEL}; channel.send('ready'); channel.recv()")
     monkeypatch.setattr(checker_module, "_CHILD", dying)
     broken = Checker()
-    assert broken.compare([RIGHT, RIGHT]) == ["failed", "failed"] and broken.counts["started"] == 4
+    assert ask(broken, [RIGHT, RIGHT]) == ["failed", "failed"] and broken.counts["started"] == 4
     broken.close()
 
 
 @pytest.mark.parametrize(
     ("program", "reason"),
     [
-        ("print('broken ImportError: No module named math_verify')", "No module named math_verify"),
+        ("channel.send('ImportError: No module named math_verify')", "No module named math_verify"),
         ("exit(7)", "code 7"),
     ],
 )
 def test_math_verify_that_does_not_start_is_an_error(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, program: str, reason: str
 ) -> None:
-    (tmp_path / "child.py").write_text(program)
+    (tmp_path / "child.py").write_text(f"{_CHANNEL}; {program}")
     monkeypatch.setattr(checker_module, "_CHILD", tmp_path / "child.py")
     with pytest.raises(KVDistillError, match=reason) as caught:
-        Checker().compare([RIGHT])
+        ask(Checker(), [RIGHT])
     assert "install math-verify" in caught.value.fix
 
 
@@ -136,22 +141,22 @@ def test_an_interrupt_leaves_no_answers_behind(checker: Checker, monkeypatch: py
     def interrupt(*_: object) -> str:
         raise KeyboardInterrupt
 
-    assert checker.compare([RIGHT]) == ["equal"]
+    assert ask(checker, [RIGHT]) == ["equal"]
     with monkeypatch.context() as patched:
-        patched.setattr(checker, "_next_line", interrupt)
+        patched.setattr(checker, "_heard", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            checker.compare([RIGHT, WRONG])
-    assert checker.pid is None and checker.compare([WRONG, RIGHT]) == ["different", "equal"]
+            ask(checker, [RIGHT, WRONG])
+    assert checker.pid is None and ask(checker, [WRONG, RIGHT]) == ["different", "equal"]
 
 
 def test_threads_get_their_own_answers(checker: Checker) -> None:
     found: dict[int, list[str]] = {}
 
-    def ask(number: int) -> None:
+    def ask_some(number: int) -> None:
         pairs = [(f"{number}+{n}+x", f"x+{number + n + n % 2}") for n in range(100)]
-        found[number] = list(checker.compare(pairs))
+        found[number] = list(ask(checker, pairs))
 
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+    threads = [threading.Thread(target=ask_some, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -172,24 +177,24 @@ def test_a_thread_reaches_the_verdicts_of_the_main_thread() -> None:
 def test_any_text_can_be_asked(checker: Checker) -> None:
     checker.limit_s = 20.0
     odd = ["a\nb", "\x00", "漢字", "é", "\ud800", '"', "\\", "", "{" * 200, "$", "%", "}{", "\u2028", "x" * 300]
-    assert checker.compare([(text, "5") for text in odd] + [RIGHT]) == ["different"] * len(odd) + ["equal"]
+    assert ask(checker, [(text, "5") for text in odd] + [RIGHT]) == ["different"] * len(odd) + ["equal"]
     assert checker.counts["started"] == 1
 
 
 def test_a_megabyte_goes_through_the_pipe(checker: Checker) -> None:
     checker.limit_s = 120.0
     digits = "7" * 1_000_000  # more than Python turns into a number
-    assert checker.compare([(digits, "8"), RIGHT, ("8", digits)]) == ["different", "equal", "different"]
+    assert ask(checker, [(digits, "8"), RIGHT, ("8", digits)]) == ["different", "equal", "different"]
 
 
 @given(st.lists(st.sampled_from([RIGHT, WRONG, ("a+b", "b+a"), ("a-b", "b-a")]), max_size=150))
 def test_the_order_of_answers_is_that_of_the_questions(pairs: list[tuple[str, str]]) -> None:
     right = {RIGHT: "equal", ("a+b", "b+a"): "equal"}
-    assert shared_checker().compare(pairs) == [right.get(pair, "different") for pair in pairs]
+    assert ask(CHECKER, pairs) == [right.get(pair, "different") for pair in pairs]
 
 
 def test_the_child_is_light_and_ends_when_it_is_closed(checker: Checker) -> None:
-    assert checker.compare([RIGHT]) == ["equal"] and checker.pid is not None
+    assert ask(checker, [RIGHT]) == ["equal"] and checker.pid is not None
     pid = checker.pid
     maps = Path(f"/proc/{pid}/maps").read_text()
     assert "torch" not in maps and "pyarrow" not in maps
@@ -205,8 +210,9 @@ import kvdistill
 data = types.ModuleType("kvdistill.data")
 data.__path__ = [os.path.join(path, "data") for path in kvdistill.__path__]
 sys.modules["kvdistill.data"] = data
-from kvdistill.data.checker import compare_expressions, shared_checker
-RIGHT, WRONG, HANGS = ("a+a", "2a"), ("a", "2a"), ("9^{9^{9}}", "x+5")
+from kvdistill.data.answers.checker import CHECKER
+def compare_expressions(pairs): return [CHECKER.compare(*pair) for pair in pairs]
+RIGHT, WRONG, HANGS = ("a+a", "2a"), ("a", "2a"), ("9^{9^{9^{9}}}", "x+5")
 def say(**what): print(json.dumps(what), flush=True)
 """
 
@@ -218,13 +224,13 @@ def _script(code: str) -> list[str]:
 def test_a_fork_has_a_child_of_its_own() -> None:
     code = """
         assert compare_expressions([RIGHT]) == ["equal"]
-        mine = shared_checker().pid
+        mine = CHECKER.pid
         if os.fork() == 0:
             verdicts = compare_expressions([WRONG, RIGHT])
-            say(forked=verdicts, pid=shared_checker().pid)
+            say(forked=verdicts, pid=CHECKER.pid)
             sys.exit(0)  # with atexit: it must not end its parent's child
         status = os.wait()[1]
-        say(parent=compare_expressions([RIGHT, WRONG]), pid=shared_checker().pid, same=shared_checker().pid == mine)
+        say(parent=compare_expressions([RIGHT, WRONG]), pid=CHECKER.pid, same=CHECKER.pid == mine)
         def work(queue): queue.put(compare_expressions([RIGHT, WRONG]))
         for method in ("fork",):
             context = multiprocessing.get_context(method)
@@ -233,7 +239,7 @@ def test_a_fork_has_a_child_of_its_own() -> None:
             worker.start()
             say(daemon=queue.get(timeout=120))
             worker.join()
-        say(status=status, started=shared_checker().counts["started"])
+        say(status=status, started=CHECKER.counts["started"])
     """
     done = subprocess.run(_script(code), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
@@ -246,7 +252,7 @@ def test_a_fork_has_a_child_of_its_own() -> None:
 
 def test_a_lock_held_while_forking_blocks_nobody() -> None:
     code = """
-        shared_checker().limit_s = 3.0
+        CHECKER.limit_s = 3.0
         thread = threading.Thread(target=compare_expressions, args=([HANGS],))
         thread.start()
         time.sleep(1.0)  # the thread holds the lock now, or will soon
@@ -255,7 +261,7 @@ def test_a_lock_held_while_forking_blocks_nobody() -> None:
             os._exit(0)
         os.wait()
         thread.join()
-        say(parent=compare_expressions([RIGHT]), undecided=shared_checker().counts["timeout"])
+        say(parent=compare_expressions([RIGHT]), undecided=CHECKER.counts["timeout"])
     """
     done = subprocess.run(_script(code), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
@@ -269,12 +275,12 @@ def test_a_lock_held_while_forking_blocks_nobody() -> None:
 @pytest.mark.parametrize("forked", [False, True])
 def test_a_child_does_not_outlive_a_parent_that_is_killed(busy: bool, forked: bool) -> None:
     code = f"""
-        shared_checker().limit_s = 2.0
+        CHECKER.limit_s = 2.0
         compare_expressions([RIGHT])
         if {forked} and os.fork() == 0:
             time.sleep(60)  # holds the pipe open
             os._exit(0)
-        say(pid=shared_checker().pid)
+        say(pid=CHECKER.pid)
         if {busy}:
             compare_expressions([HANGS])
         time.sleep(60)
@@ -294,7 +300,7 @@ def test_a_child_does_not_outlive_a_parent_that_is_killed(busy: bool, forked: bo
 
 
 def test_a_program_that_ends_leaves_nothing() -> None:
-    code = "compare_expressions([RIGHT]); say(pid=shared_checker().pid)"
+    code = "compare_expressions([RIGHT]); say(pid=CHECKER.pid)"
     done = subprocess.run(_script(code), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0 and done.stderr == ""
     assert not _is_there(json.loads(done.stdout)["pid"])

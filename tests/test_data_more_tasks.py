@@ -17,8 +17,8 @@ from kvdistill.core.config import make_recipe
 from kvdistill.core.errors import DataError
 from kvdistill.core.recipe import DataRecipe
 from kvdistill.data import sources
-from kvdistill.data.answers import check_answers
-from kvdistill.data.latex import fold_latex
+from kvdistill.data.answers.latex import fold_latex
+from kvdistill.data.grading import check_answers
 from kvdistill.data.leaks import find_leaks
 from kvdistill.data.problems import Problem
 from kvdistill.data.sets import TASKS, arc_challenge, hotpotqa, math, math23k, strategyqa, svamp

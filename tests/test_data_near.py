@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from benchmarks.leaks import index_of, is_found, ours, read
 from benchmarks.planting import EXACT, NEAR, plant, words_of
-from kvdistill.data.leaks import fold_question
-from kvdistill.data.near import MAX_VARIANTS, NearIndex
-from kvdistill.data.wording import Wording, compare, differences, fold, most_similar, take_apart
+from kvdistill.data.leaks import question_hash
+from kvdistill.data.leaks.near import MAX_VARIANTS, NearIndex
+from kvdistill.data.leaks.wording import Wording, compare, differences, most_similar, take_apart
 
 STORY = (
     "Mara sold 48 clips to her friends in April, and then Mara sold half as many clips in May. How many clips in all?"
@@ -149,7 +149,7 @@ SENTENCES = st.lists(
 
 @given(st.text(st.characters(codec="utf-8", exclude_categories=["Cs"])))
 def test_folding_is_that_of_the_hash(text: str) -> None:
-    assert fold(text) == fold_question(text)
+    assert question_hash(take_apart(text).folded) == question_hash(text)
 
 
 @given(

@@ -7,16 +7,23 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from answer_pairs import PAIRS, completion_of
+from answer_pairs import LATEX_DIFFERENT, LATEX_EQUAL, PAIRS, completion_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvdistill.data.answers import check_answers, extract_answer, is_correct
-from kvdistill.data.chinese import read_numeral, spell_in_digits
-from kvdistill.data.latex import compare_latex_pairs, fold_latex, last_boxed, same_latex
+from kvdistill.data.answers.chinese import read_numeral, spell_in_digits
+from kvdistill.data.answers.latex import compare_latex_pairs, fold_latex, last_boxed, same_latex
+from kvdistill.data.answers.numbers import (
+    leading_number,
+    leading_ratio,
+    normalise_ratio,
+    same_ratio,
+    same_value,
+    unwrap,
+)
+from kvdistill.data.grading import check_answers, extract_answer, is_correct
 from kvdistill.data.sets import TASKS, arc_challenge, gsm8k, hotpotqa, math, math23k, strategyqa, svamp
 from kvdistill.data.sources import read_rows
-from kvdistill.data.values import leading_number, leading_ratio, normalise_ratio, same_ratio, same_value, unwrap
 
 MARKED = ("gsm8k", "svamp", "strategyqa", "math23k", "math", "arc_challenge", "hotpotqa", "jsonl")
 READERS = {
@@ -65,6 +72,14 @@ def test_answers_are_compared_alike_in_both_directions() -> None:
             assert read is not None and TASKS.get(task, TASKS["jsonl"]).same(read, gold) == (answer in equal)
             if task != "math":
                 assert TASKS.get(task, TASKS["jsonl"]).same(gold, read) == (answer in equal)
+
+
+def test_every_form_of_latex_that_has_a_rule() -> None:
+    for pairs, verdict in ((LATEX_EQUAL, "equal"), (LATEX_DIFFERENT, "different")):
+        turned = [(second, first) for first, second in pairs]
+        for asked in (pairs, turned):
+            found = zip(asked, compare_latex_pairs(asked), strict=True)
+            assert [(pair, said) for pair, said in found if said != verdict] == []
 
 
 def test_the_first_mark_counts_and_math_may_box_instead() -> None:

@@ -11,7 +11,7 @@ import pytest
 from kvdistill.core.errors import DataError
 from kvdistill.core.recipe import DataRecipe
 from kvdistill.data import sources
-from kvdistill.data.answers import is_correct
+from kvdistill.data.grading import is_correct
 from kvdistill.data.problems import Problem, write_plain
 from kvdistill.data.sets import TASKS
 from kvdistill.data.sets.gsm8k import read_row

@@ -3,13 +3,13 @@
     sets/         one small file a data set: where its rows are, what they mean, how answers are written and read
     sources/      rows from files and the hub, with the place of every row
     splits.py     rows -> train / val / test, by problem
-    leaks.py      the same question in two splits
+    leaks/        the same question in two splits, exactly or nearly
     chat.py       a problem through a tokenizer's chat template
     encode.py     text -> token ids and segment codes
     words.py      ids of plain ASCII text from memory
     export.py     rows in the forms other trainers read
     tokenizers.py built-in, local and hub tokenizers; trimming
-    answers.py    what a completion answers, and whether it is right
+    answers/      what a completion answers, and whether it is right
     tables.py     the prepared splits on disk
 
 Everything here is pure but for reading the sources and the tables; the stage is `kvdistill.stages.prepare`.
@@ -17,8 +17,8 @@ Everything here is pure but for reading the sources and the tables; the stage is
 
 from __future__ import annotations
 
-from kvdistill.data.answers import extract_answer, is_correct
 from kvdistill.data.encode import Example, encode_row, encode_rows
+from kvdistill.data.grading import extract_answer, is_correct
 from kvdistill.data.problems import Problem, Row, Style
 from kvdistill.data.splits import load_multi_task_dataset
 from kvdistill.data.tables import read_manifest, read_split

@@ -20,8 +20,8 @@ from kvdistill.core.progress import Progress, silent
 from kvdistill.core.recipe import DataRecipe, TaskRecipe
 from kvdistill.core.runtime import derive_seed
 from kvdistill.data.leaks import question_hash
+from kvdistill.data.leaks.near import NearIndex
 from kvdistill.data.mix import Available, mix, share_out
-from kvdistill.data.near import NearIndex
 from kvdistill.data.problems import SPLITS, Problem, Row, Split, Style
 from kvdistill.data.sets import TASKS, Loaded, Task, find_task
 from kvdistill.data.sources import Source

@@ -14,13 +14,13 @@ from collections.abc import Mapping
 
 from kvdistill.core.errors import DataError
 from kvdistill.core.quoting import quoted, shown
+from kvdistill.data.answers.numbers import fold_width, text_after, unwrap
 from kvdistill.data.fields import gold_column, text_column, text_field, texts_field
 from kvdistill.data.problems import ANSWER_MARK, Problem, write_plain
 from kvdistill.data.sets.base import DataSet, Evaluation, Member, RowDict, Task
 from kvdistill.data.sets.letters import Lettered, read_letter, write_lettered
 from kvdistill.data.sets.published import Layout, Published
 from kvdistill.data.sources import RawRow
-from kvdistill.data.values import fold_width, text_after, unwrap
 
 _LETTERS = "ABCDE"
 # A letter or number alone, in brackets, or before a punctuation mark or a reason: not the article "A", not "4.5".

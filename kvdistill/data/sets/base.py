@@ -20,10 +20,10 @@ from typing import Any, Literal
 
 from kvdistill.core.errors import DataError
 from kvdistill.core.recipe import DataRecipe, TaskRecipe
+from kvdistill.data.answers.numbers import text_after
 from kvdistill.data.problems import ANSWER_MARK, Problem, Row, Style
 from kvdistill.data.sets.letters import Lettered
 from kvdistill.data.sources import Source
-from kvdistill.data.values import text_after
 
 RowDict = dict[str, Any]
 Split = Literal["test", "fewshot"]

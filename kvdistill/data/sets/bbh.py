@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 from kvdistill.core.errors import DataError
 from kvdistill.core.quoting import quoted
+from kvdistill.data.answers.latex import last_boxed
+from kvdistill.data.answers.numbers import fold_width, leading_number, normalise_text, same_number
 from kvdistill.data.fields import gold_column, text_column
-from kvdistill.data.latex import last_boxed
 from kvdistill.data.sets.base import DataSet, Evaluation, Member, RowDict
 from kvdistill.data.sets.letters import ALPHABET, read_label
 from kvdistill.data.sets.published import Layout, Published
 from kvdistill.data.sources import RawRow
-from kvdistill.data.values import fold_width, leading_number, normalise_text, same_number
 
 _MARK = re.compile(r"\bthe answer is\b[ \t]*(?::\s*)?(?=(?P<answer>[^\n]{0,1000}))", re.IGNORECASE)
 _NEXT_QUESTION = re.compile(r"\n[ \t]*Q:")

@@ -20,10 +20,10 @@ from typing import final
 from kvdistill.core.errors import DataError
 from kvdistill.core.recipe import DataRecipe, TaskRecipe
 from kvdistill.core.runtime import derive_seed
+from kvdistill.data.answers.numbers import normalise_number, same_number, text_after
 from kvdistill.data.problems import Problem, Row, Style
 from kvdistill.data.sets.base import DataSet, Loaded, Task
 from kvdistill.data.sources import Source
-from kvdistill.data.values import normalise_number, same_number, text_after
 
 _MARK = "="
 _ENDINGS: dict[Style, str] = {"cot": ":", "direct": "?"}

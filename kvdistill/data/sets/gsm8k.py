@@ -10,12 +10,12 @@ from __future__ import annotations
 import re
 
 from kvdistill.core.errors import DataError
+from kvdistill.data.answers.numbers import leading_number, normalise_number, same_number, text_after
 from kvdistill.data.fields import gold_column, text_column, text_field
 from kvdistill.data.problems import ANSWER_MARK, Problem, write_plain
 from kvdistill.data.sets.base import DataSet, Evaluation, Member, RowDict, Task
 from kvdistill.data.sets.published import Layout, Published
 from kvdistill.data.sources import RawRow
-from kvdistill.data.values import leading_number, normalise_number, same_number, text_after
 
 STRIP_CALCULATOR = True
 _CALCULATOR = re.compile(r"<<[^<>]*>>")

@@ -13,13 +13,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvdistill.core.errors import DataError
+from kvdistill.data.answers.numbers import fold_width, normalise_number, normalise_text, unwrap
 from kvdistill.data.fields import text_field
 from kvdistill.data.problems import ANSWER_MARK, Problem, write_plain
 from kvdistill.data.sets.base import Task, extract_marked
 from kvdistill.data.sets.held_out import with_own_template
 from kvdistill.data.sets.published import Layout, Published
 from kvdistill.data.sources import RawRow
-from kvdistill.data.values import fold_width, normalise_number, normalise_text, unwrap
 
 _PUNCTUATION = re.compile(rf"(?!(?<=[0-9])\.[0-9])[{re.escape(string.punctuation)}]")
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")

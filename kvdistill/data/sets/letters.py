@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from kvdistill.data.values import fold_width, normalise_number
+from kvdistill.data.answers.numbers import fold_width, normalise_number
 
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _TEMPLATES = {

@@ -13,14 +13,14 @@ from __future__ import annotations
 import re
 
 from kvdistill.core.errors import DataError
+from kvdistill.data.answers.latex import last_boxed, same_latex
+from kvdistill.data.answers.numbers import text_after
 from kvdistill.data.fields import gold_column, text_column, text_field
-from kvdistill.data.latex import last_boxed, same_latex
 from kvdistill.data.problems import ANSWER_MARK, Problem, write_plain
 from kvdistill.data.sets.base import DataSet, Evaluation, Member, RowDict, Task
 from kvdistill.data.sets.held_out import with_own_template
 from kvdistill.data.sets.published import Layout, Published
 from kvdistill.data.sources import RawRow
-from kvdistill.data.values import text_after
 
 _FINAL = re.compile(r"the final answer is:?[ \t]*(?P<answer>[^\n]*)", re.IGNORECASE)
 _ENDING = re.compile(r"[.,]?\s*I hope it is correct.*", re.IGNORECASE)

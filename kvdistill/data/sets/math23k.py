@@ -11,13 +11,13 @@ from string import ascii_lowercase
 
 from kvdistill.core.errors import DataError
 from kvdistill.core.quoting import quoted
+from kvdistill.data.answers.numbers import leading_ratio, normalise_ratio, same_ratio, text_after
 from kvdistill.data.fields import text_field
 from kvdistill.data.problems import ANSWER_MARK, Problem, write_plain
 from kvdistill.data.sets.base import Task
 from kvdistill.data.sets.held_out import with_own_template
 from kvdistill.data.sets.published import Layout, Published
 from kvdistill.data.sources import RawRow
-from kvdistill.data.values import leading_ratio, normalise_ratio, same_ratio, text_after
 
 _FLOAT_DIGITS = 12
 

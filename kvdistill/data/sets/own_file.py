@@ -19,11 +19,11 @@ from pathlib import Path
 from kvdistill.core.errors import DataError
 from kvdistill.core.quoting import missing, quoted
 from kvdistill.core.recipe import DataRecipe, TaskRecipe
+from kvdistill.data.answers.numbers import same_value
 from kvdistill.data.fields import text_field
 from kvdistill.data.problems import ANSWER_MARK, Problem, write_plain
 from kvdistill.data.sets.base import DataSet, Loaded, Task, extract_marked
 from kvdistill.data.sources import Column, RawRow, file_source, read_csv, read_json_objects, read_jsonl, read_parquet
-from kvdistill.data.values import same_value
 
 _FIELDS = ("id", "question", "reasoning", "answer", "language")
 _OPTIONAL = ("id", "language")

@@ -6,13 +6,13 @@ import re
 
 from kvdistill.core.errors import DataError
 from kvdistill.core.quoting import quoted
+from kvdistill.data.answers.numbers import fold_width, normalise_text, text_after, unwrap
 from kvdistill.data.fields import text_field, texts_field
 from kvdistill.data.problems import ANSWER_MARK, Problem, write_plain
 from kvdistill.data.sets.base import Task
 from kvdistill.data.sets.held_out import with_own_template
 from kvdistill.data.sets.published import Layout, Published
 from kvdistill.data.sources import RawRow
-from kvdistill.data.values import fold_width, normalise_text, text_after, unwrap
 
 _TRUTH = {"true": True, "false": False}  # as tables without types write it
 _YES, _NO = ("yes", "true", "是的", "是", "对"), ("no", "false", "不是", "否", "不", "错")

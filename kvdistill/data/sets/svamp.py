@@ -10,6 +10,7 @@ import re
 
 from kvdistill.core.errors import DataError
 from kvdistill.core.quoting import quoted
+from kvdistill.data.answers.numbers import normalise_number, same_number
 from kvdistill.data.fields import text_field
 from kvdistill.data.problems import Problem, write_plain
 from kvdistill.data.sets.base import Task
@@ -17,7 +18,6 @@ from kvdistill.data.sets.gsm8k import extract
 from kvdistill.data.sets.held_out import with_own_template
 from kvdistill.data.sets.published import Layout, Published
 from kvdistill.data.sources import RawRow
-from kvdistill.data.values import normalise_number, same_number
 
 _WHOLE = re.compile(r"(?<=[0-9])\.0+(?![0-9])")
 

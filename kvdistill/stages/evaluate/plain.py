@@ -15,8 +15,8 @@ from lm_eval.api.instance import Instance
 from kvdistill.core.errors import RecipeError
 from kvdistill.core.files import sha256_of
 from kvdistill.core.runtime import derive_seed
-from kvdistill.data.answers import extract_answer, is_correct
 from kvdistill.data.encode import Example
+from kvdistill.data.grading import extract_answer, is_correct
 from kvdistill.data.leaks import question_hash
 from kvdistill.data.sets import Evaluation, Lettered, Member
 from kvdistill.stages.evaluate.exams import AbstractExam, Judgement, Question, Render, SuiteOptions

@@ -23,8 +23,8 @@ from kvdistill.core.progress import Progress, silent
 from kvdistill.core.recipe import Recipe
 from kvdistill.core.runtime import DTYPES, Stopwatch, pick_device
 from kvdistill.core.segments import ANSWER
-from kvdistill.data.answers import extract_answer, is_correct
 from kvdistill.data.encode import Example
+from kvdistill.data.grading import extract_answer, is_correct
 from kvdistill.data.tables import read_split
 from kvdistill.models.generate import segment_nll
 

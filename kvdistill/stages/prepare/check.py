@@ -25,7 +25,7 @@ from kvdistill.data.splits import Splits, load_splits
 _MOST_SHOWN = 1000  # pairs in the report; all are counted
 METHOD = {
     "exact": "equal after folding case, whitespace and width of punctuation (SHA-256)",
-    "near": "MinHash candidates over words, then the order of the words and the numbers (kvdistill/data/near.py)",
+    "near": "MinHash candidates over words, then the order of the words and the numbers (kvdistill/data/leaks/near.py)",
     "variant": "the same sentences with other numbers: another problem, shown and no leak",
 }
 

@@ -19,8 +19,8 @@ from kvdistill.arms.distiller import Distiller
 from kvdistill.arms.student import Student
 from kvdistill.arms.texts import spread
 from kvdistill.core.files import append_json_line
-from kvdistill.data.answers import is_correct
 from kvdistill.data.encode import Example
+from kvdistill.data.grading import is_correct
 
 BATCH = 64
 

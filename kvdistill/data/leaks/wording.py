@@ -15,7 +15,7 @@ from operator import lt
 from sys import intern
 from typing import NamedTuple
 
-from kvdistill.data.values import fold_width
+from kvdistill.data.answers.numbers import fold_width
 
 CJK_WEIGHT = 0.5  # a Chinese, Japanese or Korean character is half a word
 MAX_ALIGNED = 500  # words between the first and the last difference; beyond that their order is not looked at
@@ -68,7 +68,7 @@ class Parts(NamedTuple):
 
 def take_apart(question: str) -> Parts:
     """`Tom has 1,080 apples, half …` -> (tom, has, #, apples, #, …) and (1080, half, …)."""
-    folded = fold(question)
+    folded = fold_question(question)
     text = _THOUSANDS.sub("", _INSIDE_WORD.sub("", folded.translate(_STOPS)))
     text = _TWENTY_ONE.sub(lambda found: str(int(_VALUES[found[1]]) + int(_VALUES.get(found[2], "1"))), text)
     words: list[str] = []
@@ -78,15 +78,17 @@ def take_apart(question: str) -> Parts:
         if kind == "sign":
             values.append(token)
             continue
-        value = _plain_number(token) if kind == "number" else _VALUES.get(token)
+        value = _VALUES.get(token)
+        if kind == "number":  # 5.0 is 5; 1.2.3 and 5.0/2 stay
+            value = token.rstrip("0").rstrip(".") if token.count(".") == 1 and "/" not in token else token
         if value is not None or token in _ONES:
             values.append(ONE if value is None else intern(value))
         words.append(intern(token) if value is None else NUMBER)
     return Parts(folded, tuple(words), tuple(values))
 
 
-def fold(text: str) -> str:
-    """Lower case, narrow punctuation, single spaces: what `leaks.fold_question` does, which stands above this file."""
+def fold_question(text: str) -> str:
+    """Lower case, narrow punctuation, single spaces."""
     return " ".join(fold_width(text).casefold().split())
 
 
@@ -218,7 +220,3 @@ def _common_rows(a: Sequence[str], b: Sequence[str]) -> list[int]:
         bits = ((bits + hits) | (bits - hits)) & mask
         rows.append(bits)
     return rows
-
-
-def _plain_number(token: str) -> str:
-    return token.rstrip("0").rstrip(".") if token.count(".") == 1 and "/" not in token else token

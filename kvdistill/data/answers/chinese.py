@@ -14,7 +14,6 @@ _DIGITS = {
 _PLACES = {"十": 10, "百": 100, "千": 1000, "万": 10**4, "亿": 10**8}
 _WORD = r"(?:[零〇一二两三四五六七八九十百万亿]|千(?![克米瓦卡]))+"
 _ANY = rf"(?:[0-9]+(?:\.[0-9]+)?|{_WORD}(?:点[零〇一二三四五六七八九]+)?)"
-_PERCENT = re.compile(rf"百分之(?P<top>{_ANY})")
 _FRACTION = re.compile(rf"(?:(?P<whole>{_ANY})又)?(?P<bottom>{_ANY})分之(?P<top>{_ANY})")
 _MIXED = re.compile(r"(?P<whole>[0-9]+)又(?=\(?[0-9])")
 _ROUND = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]+)?)(?P<places>百?万|千?万|百?亿|千?亿|百|千(?![克米瓦卡]))")
@@ -79,16 +78,14 @@ def _digits(text: str) -> str | None:
 
 
 def _write_fraction(match: re.Match[str]) -> str | None:
-    parts = [_digits(match[name]) if match[name] else "" for name in ("whole", "top", "bottom")]
+    if match["bottom"] == "百" and not match["whole"]:
+        top = _digits(match["top"])
+        return None if top is None else f"{top}%"
+    parts = [_digits(match[name]) for name in ("whole", "top", "bottom") if match[name]]
     if None in parts:
         return None
-    whole, top, bottom = parts
-    return f"{whole} {top}/{bottom}" if whole else f"{top}/{bottom}"
-
-
-def _write_percent(match: re.Match[str]) -> str | None:
-    digits = _digits(match["top"])
-    return None if digits is None else f"{digits}%"
+    *whole, top, bottom = parts
+    return " ".join([*map(str, whole), f"{top}/{bottom}"])
 
 
 def _write_round(match: re.Match[str]) -> str:
@@ -98,9 +95,8 @@ def _write_round(match: re.Match[str]) -> str:
     return (whole + part[:num_zeros] + ("." + part[num_zeros:] if part[num_zeros:] else "")).lstrip("0") or "0"
 
 
-# the longer forms first: 百分之五 begins with a numeral as well
+# the longer forms first: 三分之二 begins with a numeral as well
 _FORMS = (
-    (_PERCENT, _write_percent),
     (_FRACTION, _write_fraction),
     (_MIXED, lambda match: f"{match['whole']} "),
     (_ROUND, _write_round),

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvdistill.data.checker import Verdict
-from kvdistill.data.latex import compare_latex_pairs, same_latex
+from kvdistill.data.answers.checker import Verdict
+from kvdistill.data.answers.latex import compare_latex_pairs, same_latex
 from kvdistill.data.sets import find_rules
 
 
@@ -37,16 +37,17 @@ def is_correct(task: str, completion: str, gold: str) -> bool:
 
 
 def check_answers(task: str, pairs: Sequence[tuple[str, str]]) -> list[Checked]:
-    """Many (completion, gold) of one task; LaTeX answers in one go, with those on which there is no verdict."""
+    """Many (completion, gold) of one task; of LaTeX answers also those on which there is no verdict are told apart."""
     rules = find_rules(task)
     answers = [rules.extract(completion) for completion, _ in pairs]
     marked = [(answer, gold) for answer, (_, gold) in zip(answers, pairs, strict=True) if answer is not None]
+    verdicts: list[Verdict]
     if rules.same is same_latex:
-        verdicts = iter(compare_latex_pairs(marked))
+        verdicts = compare_latex_pairs(marked)
     else:
-        verdicts = iter([_verdict(rules.same(answer, gold)) for answer, gold in marked])
-    return [Checked(answer, "different" if answer is None else next(verdicts)) for answer in answers]
+        verdicts = ["equal" if rules.same(answer, gold) else "different" for answer, gold in marked]
+    found = iter(verdicts)
+    return [Checked(answer, "different" if answer is None else next(found)) for answer in answers]
 
 
-def _verdict(same: bool) -> Verdict:
-    return "equal" if same else "different"
+__all__ = ["Checked", "check_answers", "extract_answer", "is_correct"]

@@ -38,7 +38,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from kvdistill.data.wording import (
+from kvdistill.data.leaks.wording import (
     NUMBER,
     ONE,
     Parts,
@@ -119,7 +119,12 @@ class NearIndex:
             return
         self._family.clear()
         number = self._by_folded[parts.folded] = len(self._entries)
-        group = self._group(parts.words)
+        group = self._groups.get(parts.words)
+        if group is None:
+            group = self._groups[parts.words] = _Group(parts.words)
+            if _is_comparable(group):
+                self._bands.add(group.types)
+                self._comparable.append(group)
         self._entries.append(_Entry(parts.folded, parts.values, group, [key]))
         self._by_letters.setdefault(hash_letters(parts.folded), []).append(number)
         group.texts.append(number)
@@ -144,15 +149,6 @@ class NearIndex:
         shown = found[: num_leaks + MAX_VARIANTS]
         return [Match(key, kind, -negative) for _, negative, _, kind, keys in shown for key in keys]
 
-    def _group(self, words: tuple[str, ...]) -> _Group:
-        group = self._groups.get(words)
-        if group is None:
-            group = self._groups[words] = _Group(words)
-            if _is_comparable(group):
-                self._bands.add(group.types)
-                self._comparable.append(group)
-        return group
-
     def _close(self, parts: Parts, least: float) -> Iterator[tuple[int, float, bool]]:
         """Number, similarity, and whether it is near but for families, of the texts that are `least` similar."""
         seen = {number for number in (self._by_folded.get(parts.folded),) if number is not None}
@@ -169,7 +165,10 @@ class NearIndex:
             similarity, has_more = compare(asked, group)
             if similarity < least:
                 continue
-            for number in _told_apart(group, parts.values):
+            texts: Sequence[int] = group.texts
+            if len(texts) > MAX_COMPARED:  # of very many those with equal numbers, or else one: every number counts
+                texts = group.equal.get(parts.values, [group.first])
+            for number in texts:
                 if number not in seen:
                     lost = _count_lost(parts.values, self._entries[number].values)
                     if lost and has_more:
@@ -198,11 +197,6 @@ class NearIndex:
 def _is_comparable(wording: Wording) -> bool:
     words = weigh(wording.types)
     return words >= FEWEST_WORDS and words + wording.words.count(NUMBER) >= FEWEST_WITH_NUMBERS
-
-
-def _told_apart(group: _Group, values: tuple[str, ...]) -> Sequence[int]:
-    """Texts of a wording; of one with very many those with equal numbers, or else one: there every number counts."""
-    return group.texts if len(group.texts) <= MAX_COMPARED else group.equal.get(values, [group.first])
 
 
 def _is_near(similarity: float, lost: int | None, values: Sequence[str], least: float) -> bool:
@@ -249,7 +243,12 @@ class _Bands:
     def find(self, types: frozenset[str]) -> list[int]:
         """Numbers of the MAX_MET sets with the most bands in common, counted from 0 in the order they were added."""
         if self._new:
-            self._sort()
+            start = len(self._keys) // BANDS
+            all_keys = np.concatenate([self._keys, *self._new])
+            new_ids = np.repeat(np.arange(start, start + len(self._new), dtype=np.int32), BANDS)
+            order = np.argsort(all_keys, kind="stable")
+            self._keys, self._ids = all_keys[order], np.concatenate([self._ids, new_ids])[order]
+            self._new = []
         keys = _sign(types)
         firsts, ends = (np.searchsorted(self._keys, keys, side).tolist() for side in ("left", "right"))
         hits = [self._ids[first:end] for first, end in zip(firsts, ends, strict=True) if first < end]
@@ -258,13 +257,6 @@ class _Bands:
         counts = np.bincount(np.concatenate(hits))
         least = HITS if len(counts) <= MAX_MET else max(HITS, np.partition(counts, -MAX_MET)[-MAX_MET])
         return np.flatnonzero(counts >= least).tolist()
-
-    def _sort(self) -> None:
-        start = len(self._keys) // BANDS
-        keys = np.concatenate([self._keys, *self._new])
-        new_ids = np.repeat(np.arange(start, start + len(self._new), dtype=np.int32), BANDS)
-        order = np.argsort(keys, kind="stable")
-        self._keys, self._ids, self._new = keys[order], np.concatenate([self._ids, new_ids])[order], []
 
 
 def _sign(types: frozenset[str]) -> np.ndarray:

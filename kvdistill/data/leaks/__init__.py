@@ -1,9 +1,9 @@
 """Leaks: a problem that is learned from and tested on, exactly or nearly the same, whatever task it came under.
 
 Exact: equal after folding case, whitespace and width of punctuation. Near: the same problem reworded a little
-(`near.py`). Training problems (train, teach) are held against val, test and the public evaluations; val against test
-and the evaluations. A test problem that is also in an evaluation is no leak: nobody learns from either.
-Only the held-out side is kept in memory. Pure; writes nothing.
+(`near.py`; what two wordings have in common is counted in `wording.py`). Training problems (train, teach) are held
+against val, test and the public evaluations; val against test and the evaluations. A test problem that is also in an
+evaluation is no leak: nobody learns from either. Only the held-out side is kept in memory. Pure; writes nothing.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import Any
 
 from kvdistill.core.errors import DataError
 from kvdistill.core.progress import Progress, silent
-from kvdistill.data.near import NearIndex
+from kvdistill.data.leaks.near import NearIndex
+from kvdistill.data.leaks.wording import fold_question
 from kvdistill.data.problems import Problem
-from kvdistill.data.values import fold_width
 
 LEARNED = ("train", "teach", "val")  # in this order a leak is taken out of the first that has it
 HELD_OUT = ("val", "test")
 EVALUATION = "evaluation"
+_SHOWN_VARIANTS = 20
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,6 @@ class LeakReport:
         return dict(sorted(kinds.items()))
 
 
-def fold_question(text: str) -> str:
-    """Lower case, narrow punctuation, single spaces."""
-    return " ".join(fold_width(text).casefold().split())
-
-
 def question_hash(text: str) -> str:
     """128 bits of SHA-256 of the folded question, in hex: what a problem is known by (`doc_hash`)."""
     return hashlib.sha256(fold_question(text).encode()).hexdigest()[:32]
@@ -113,33 +109,24 @@ def find_leaks(
     done = 0
     for split in LEARNED:
         for position, problem in enumerate(splits.get(split, ())):
-            _hold(problem, split, position, index, texts, report)
+            first = Place(split, problem.task, problem.id)
+            for match in index.matches(problem.question):
+                second = match.key
+                assert isinstance(second, Place)
+                if split == "val" and second.split == "val":
+                    continue  # itself, or its neighbour in the same split
+                leak = Leak(match.kind, round(match.similarity, 4), first, second, problem.question, texts[second])
+                if match.kind != "variant":
+                    report.leaks.append(leak)
+                    report.leaking[split].add(position)
+                    continue
+                report.num_variants += 1
+                if len(report.variants) < _SHOWN_VARIANTS:
+                    report.variants.append(leak)
             done += 1
             if done % 100 == 0 or done == total:
                 progress("checking for leaks", done, total)
     return report
-
-
-_SHOWN_VARIANTS = 20
-
-
-def _hold(
-    problem: Problem, split: str, position: int, index: NearIndex, texts: Mapping[Place, str], report: LeakReport
-) -> None:
-    first = Place(split, problem.task, problem.id)
-    for match in index.matches(problem.question):
-        second = match.key
-        assert isinstance(second, Place)
-        if split == "val" and second.split == "val":
-            continue  # itself, or its neighbour in the same split
-        leak = Leak(match.kind, round(match.similarity, 4), first, second, problem.question, texts[second])
-        if match.kind == "variant":
-            report.num_variants += 1
-            if len(report.variants) < _SHOWN_VARIANTS:
-                report.variants.append(leak)
-        else:
-            report.leaks.append(leak)
-            report.leaking[split].add(position)
 
 
 def refuse_leaks(leaks: Sequence[Leak]) -> None:

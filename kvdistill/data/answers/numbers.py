@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Callable
 from fractions import Fraction
 
-from kvdistill.data.chinese import spell_in_digits
+from kvdistill.data.answers.chinese import spell_in_digits
 
 _LONGEST = 1000  # characters of a number or of an answer that is looked into; published ones have at most 200
 
