@@ -412,6 +412,8 @@ LATEX_EQUAL: list[tuple[str, str]] = [
     ("x\\in(2,\\infty)", "x>2"), ("0\\le x\\le 2\\pi", "[0,2\\pi]"), ("-\\sqrt{2}<x<\\sqrt{2}", "(-\\sqrt2,\\sqrt2)"),
     ("x<1/3", "(-\\infty,\\frac13)"), ("x>-1", "(-1,\\infty)"), ("x \\geq -\\frac{1}{2}", "[-0.5,\\infty)"),
     ("x \\le 2 \\text{ or } x \\ge 5", "(-\\infty,2]\\cup[5,\\infty)"),
+    ("x <= 3", "(-\\infty,3]"), ("x \\leqq 3", "(-\\infty,3]"),
+    ("x>=3", "[3,\\infty)"), ("x\\in[1,2]", "1<=x<=2"), ("-2<=x<=7", "[-2,7]"),
 ]  # fmt: skip
 LATEX_DIFFERENT: list[tuple[str, str]] = [
     ("\\langle 1,2\\rangle", "(2,1)"), ("5 km", "5 m"), ("5\\text{ km}", "5\\text{ miles}"),

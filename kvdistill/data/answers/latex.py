@@ -43,6 +43,8 @@ _TYPESETTING = tuple(
         (r"\.?\s*\Z", ""),
         (r"√\s*(?:([0-9]+|[a-z])|\(([^()]*)\))", r"\\sqrt{\1\2}"),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"<=|\\leqq(?![A-Za-z])", r"\\le "),
+        (r">=|\\geqq(?![A-Za-z])", r"\\ge "),
         (r"\\(?:varnothing|O)(?![A-Za-z])|\\\{\s*\\\}", r"\\emptyset "),
         (r"\\langle(?![A-Za-z])", "("),
         (r"\\rangle(?![A-Za-z])", ")"),

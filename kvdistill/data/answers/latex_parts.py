@@ -194,7 +194,7 @@ def read_quantity(text: str) -> Quantity:
         return Quantity(match["body"], _with_power(match))
     match = _BARE.fullmatch(text)
     if match and _is_unit(match["unit"]) and "/" not in match["unit"]:
-        # without \\text{} the letters may be variables: only names of two letters, or, behind a number, words of three
+        # without \text{} the letters may be variables: only names of two letters, or, behind a number, words of three
         is_number = exact_value(match["body"]) is not None
         words = [word.strip(".").casefold() for word in match["unit"].split()]
         if all((len(w) > 1 and w in _NAMES) or w in _POWERS or (len(w) > 2 and is_number) for w in words):
