@@ -16,7 +16,7 @@ from kvdistill.stages.report.curves import LearningCurveTracker
 from kvdistill.stages.report.figures import draw_all
 from kvdistill.stages.report.page import build_page
 from kvdistill.stages.report.summary import compare_all, statistics_document, summarise
-from kvdistill.stages.report.verdict import write_headline
+from kvdistill.stages.report.text import write_headline
 
 __all__ = ["LearningCurveTracker", "report"]
 
@@ -42,12 +42,7 @@ def report(recipe: Recipe, run: Path, progress: Callable[[str, int, int], None] 
     tell("figures", 2)
     pictures = draw_all(recipe, tables, summary)
     for picture in pictures:
-        for kind, content in (("svg", picture.svg), ("png", picture.png)):
-            path = run / "figures" / f"{picture.name}.{kind}"
-            if content:
-                write_atomically(path, content)
-            else:
-                path.unlink(missing_ok=True)  # an older report's picture would contradict this one
+        picture.save(run / "figures")
     tell("page", 3)
     page = run / "report.html"
     write_atomically(page, build_page(recipe, tables, summary, pictures).encode("utf-8"))
