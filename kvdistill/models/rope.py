@@ -25,10 +25,10 @@ from kvdistill.core.kv import KV
 from kvdistill.models.capture import reset_dynamic_rotary
 from kvdistill.models.structure import (
     Stack,
-    attention_modules,
     find_rotary,
     from_modeling_file,
     model_name,
+    numbered_attention,
     text_config,
 )
 
@@ -141,7 +141,17 @@ def _turn_all(cos: Tensor, sin: Tensor, tensors: Sequence[Tensor]) -> tuple[Tens
         layout = (x.shape, x.stride())
         if layout not in tables:
             tables[layout] = (_spread(cos_wide, x), _spread(sin_wide, x))
-        out.append(_turn_one(x, *tables[layout]))
+        cos, sin = tables[layout]
+        width = cos.shape[-1]
+        half = width // 2
+        wide = x if x.dtype == torch.float64 else x.float()
+        turned = torch.empty_like(wide)  # filled in place: fewer passes over memory than concatenating halves
+        turned[..., :half] = wide[..., half:width]
+        turned[..., half:width] = wide[..., :half]
+        turned[..., :width].mul_(sin).addcmul_(wide[..., :width], cos)
+        if width < x.shape[-1]:
+            turned[..., width:] = wide[..., width:]
+        out.append(turned.to(x.dtype))
     return tuple(out)
 
 
@@ -151,19 +161,6 @@ def _spread(table_B1TR: Tensor, x: Tensor) -> Tensor:
     if x.device.type != "cpu":
         return table_B1TR
     return torch.empty_like(x[..., : table_B1TR.shape[-1]], dtype=table_B1TR.dtype).copy_(table_B1TR)
-
-
-def _turn_one(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    width = cos.shape[-1]
-    half = width // 2
-    wide = x if x.dtype == torch.float64 else x.float()
-    out = torch.empty_like(wide)  # filled in place: fewer passes over memory than concatenating halves
-    out[..., :half] = wide[..., half:width]
-    out[..., half:width] = wide[..., :half]
-    out[..., :width].mul_(sin).addcmul_(wide[..., :width], cos)
-    if width < x.shape[-1]:
-        out[..., width:] = wide[..., width:]
-    return out.to(x.dtype)
 
 
 # -- what the model does --------------------------------------------------------------------------
@@ -185,7 +182,7 @@ def check_layout(model: nn.Module, rotary: nn.Module, head_size: int, stack: Sta
     config = text_config(model, stack)
     if 0 in (getattr(config, "no_rope_layers", None) or ()):
         raise _unsupported(model, "some layers have rotary positions and others have none")
-    apply = from_modeling_file(attention_modules(model, stack)[0], "apply_rotary_pos_emb")
+    apply = from_modeling_file(numbered_attention(model, stack)[0][1], "apply_rotary_pos_emb")
     if apply is None:
         raise _unsupported(model, "its file has no apply_rotary_pos_emb to compare with")
     device = next(model.parameters()).device
@@ -196,21 +193,14 @@ def check_layout(model: nn.Module, rotary: nn.Module, head_size: int, stack: Sta
         try:
             with torch.no_grad():
                 cos, sin = rotary(probe, positions, *(() if kind is None else (kind,)))
-                theirs = _apply_theirs(apply, key, cos, sin)
+                r = cos.shape[-1]  # partial rotary: in these families the attention module cuts r channels out itself
+                theirs = torch.cat([apply(key[..., :r], key[..., :r], cos, sin)[1], key[..., r:]], dim=-1)
                 ours = turn_pairs(*(x[:, None] for x in rotary_angles(rotary, positions, kind)), key)[0]
         except (TypeError, RuntimeError, ValueError, AttributeError) as error:
             raise _unsupported(model, f"its rotary module or function takes other arguments ({error})") from error
         if theirs.shape != ours.shape or not torch.allclose(theirs.float(), ours, atol=1e-4):
             raise _unsupported(model, "it does not turn channel i with channel i + half (interleaved layout?)")
     checked.add(head_size)
-
-
-def _apply_theirs(apply, key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-    r = cos.shape[-1]
-    if r == key.shape[-1]:
-        return apply(key, key, cos, sin)[1]
-    # partial rotary: in these families the attention module cuts the first r channels out itself
-    return torch.cat([apply(key[..., :r], key[..., :r], cos, sin)[1], key[..., r:]], dim=-1)
 
 
 def _unsupported(model: nn.Module, why: str) -> ModelError:
