@@ -31,7 +31,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvdistill.core.errors import ModelError
-from kvdistill.core.kv import KV
+from kvdistill.core.kv import KV, RopeFrame
 from kvdistill.models.structure import (
     Stack,
     check_interface,
@@ -74,7 +74,7 @@ class KVCapture:
         self.backbone = find_backbone(model, stack)
         numbered = numbered_attention(model, stack)
         check_interface(model, numbered)
-        self.rope = "none" if find_rotary(model, stack) is None else "rotated"
+        self.rope: RopeFrame = "none" if find_rotary(model, stack) is None else "rotated"
         num_layers = text_config(model, stack).num_hidden_layers
         self.layers = tuple(range(num_layers)) if layers is None else tuple(sorted(set(layers)))
         outside = [layer for layer in self.layers if not 0 <= layer < num_layers]
@@ -194,7 +194,7 @@ class KVCapture:
             values=tuple(v for _, v, _, _ in entries),
             mask_BT=mask_BT.bool(),
             positions_BT=positions_from_mask(mask_BT) if positions_BT is None else positions_BT,
-            rope=self.rope,  # type: ignore[arg-type]
+            rope=self.rope,
             queries=tuple(q for _, _, q, _ in entries if q is not None),
             layers=self.layers,
             # where a layer says nothing, the attention functions take 1/sqrt(head size)

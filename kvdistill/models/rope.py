@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kvdistill.core.errors import AlignmentError, ModelError
-from kvdistill.core.kv import KV
+from kvdistill.core.kv import KV, RopeFrame
 from kvdistill.models.capture import reset_dynamic_rotary
 from kvdistill.models.structure import (
     Stack,
@@ -65,7 +65,7 @@ def rotate_keys(
     return _turn_kv(kv, model, kv.positions_BT if positions_BT is None else positions_BT, "rotated", stack)
 
 
-def _turn_kv(kv: KV, model: nn.Module, positions_BT: Tensor, frame: str, stack: Stack | None) -> KV:
+def _turn_kv(kv: KV, model: nn.Module, positions_BT: Tensor, frame: RopeFrame, stack: Stack | None) -> KV:
     rotary = find_rotary(model, stack)
     if rotary is None:
         raise AlignmentError(
@@ -75,21 +75,18 @@ def _turn_kv(kv: KV, model: nn.Module, positions_BT: Tensor, frame: str, stack: 
         )
     check_layout(model, rotary, kv.keys[0].shape[-1], stack)
     types = _layer_types(model, rotary, kv.layers, stack)
-    keys: list[Tensor | None] = [None] * kv.num_layers
-    queries: list[Tensor | None] = [None] * len(kv.queries)
+    turned = [*kv.keys, *kv.queries]
     for kind in dict.fromkeys(types):  # one cos/sin table for all layers of a type; most models have one type
         cos_BTR, sin_BTR = rotary_angles(rotary, positions_BT, kind)
         if frame == "unrotated":
             factor_BTR = cos_BTR.square() + sin_BTR.square()  # attention factor squared; 1 in most families
             cos_BTR, sin_BTR = cos_BTR / factor_BTR, -sin_BTR / factor_BTR
-        chosen = [i for i, other in enumerate(types) if other == kind]
-        tensors = [kv.keys[i] for i in chosen] + [kv.queries[i] for i in chosen if kv.queries]
-        turned = turn_pairs(cos_BTR[:, None], sin_BTR[:, None], *tensors)
-        for place, i in enumerate(chosen):
-            keys[i] = turned[place]
-            if kv.queries:
-                queries[i] = turned[place + len(chosen)]
-    return replace(kv, keys=tuple(keys), queries=tuple(queries), positions_BT=positions_BT, rope=frame)  # type: ignore[arg-type]
+        chosen = [i for i in range(len(turned)) if types[i % kv.num_layers] == kind]
+        out = turn_pairs(cos_BTR[:, None], sin_BTR[:, None], *(turned[i] for i in chosen))
+        for i, x in zip(chosen, out, strict=True):
+            turned[i] = x
+    keys, queries = tuple(turned[: kv.num_layers]), tuple(turned[kv.num_layers :])
+    return replace(kv, keys=keys, queries=queries, positions_BT=positions_BT, rope=frame)
 
 
 def rotary_angles(
