@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from typing import Any
+from typing import Any, TypeGuard
 
 DASH = "–"
 _INVISIBLE = {0x00AD, 0x034F, 0x061C, 0x115F, 0x1160, 0x180E, 0x2028, 0x2029, 0x3164, 0xFEFF, 0xFFA0}
@@ -23,12 +23,12 @@ def make_visible(text: str, *, keep: str = "\n\t") -> str:
     return "".join(f"⟨U+{ord(c):04X}⟩" if c in hidden else c for c in text)
 
 
-def is_known(value: object) -> bool:
+def is_known(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    return f"{100 * value:.{digits}f} %" if is_known(value) else DASH  # type: ignore[operator]
+    return f"{100 * value:.{digits}f} %" if is_known(value) else DASH
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -41,14 +41,14 @@ def signed(value: float | None, digits: int = 1) -> str:
 
 def count(value: float | None) -> str:
     """A whole number with thin spaces between thousands."""
-    return f"{round(value):,}".replace(",", "\u202f") if is_known(value) else DASH  # type: ignore[arg-type]
+    return f"{round(value):,}".replace(",", "\u202f") if is_known(value) else DASH
 
 
 def p_value(value: float | None) -> str:
     """`= 0.0123`, `< 0.0001`, or a dash."""
     if not is_known(value):
         return DASH
-    return "< 0.0001" if value < 1e-4 else f"= {value:.{4 if value < 0.01 else 3}f}"  # type: ignore[operator]
+    return "< 0.0001" if value < 1e-4 else f"= {value:.{4 if value < 0.01 else 3}f}"
 
 
 def with_prefix(value: float | None, unit: str) -> str:
@@ -56,8 +56,8 @@ def with_prefix(value: float | None, unit: str) -> str:
     if not is_known(value):
         return DASH
     for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
-        if abs(value) >= 10**power:  # type: ignore[arg-type]
-            return f"{value / 10**power:.3g} {prefix}{unit}"  # type: ignore[operator]
+        if abs(value) >= 10**power:
+            return f"{value / 10**power:.3g} {prefix}{unit}"
     return f"{value:.3g} {unit}"
 
 
@@ -65,17 +65,17 @@ def size(num_bytes: float | None) -> str:
     if not is_known(num_bytes):
         return DASH
     for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if num_bytes >= 2**power:  # type: ignore[operator]
-            return f"{num_bytes / 2**power:.3g} {unit}"  # type: ignore[operator]
+        if num_bytes >= 2**power:
+            return f"{num_bytes / 2**power:.3g} {unit}"
     return f"{num_bytes:.0f} bytes"
 
 
 def duration(seconds: float | None) -> str:
     if not is_known(seconds):
         return DASH
-    if seconds < 120:  # type: ignore[operator]
+    if seconds < 120:
         return f"{seconds:.3g} s"
-    minutes = round(seconds / 60)  # type: ignore[operator]
+    minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
