@@ -177,7 +177,7 @@ def test_arms_are_the_sections_with_their_own_changes_over_them():
 
 
 def test_the_demo_recipe_is_sound():
-    from kvdistill.core.builtin import builtin_recipes
+    from kvdistill.core.config import builtin_recipes
 
     assert builtin_recipes()
     for path in builtin_recipes():

@@ -9,8 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kvdistill.cli.app import app
-from kvdistill.core.builtin import builtin_recipes
-from kvdistill.core.config import load_recipe
+from kvdistill.core.config import builtin_recipes, load_recipe
 from kvdistill.core.reference import recipe_reference
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -27,8 +27,7 @@ from kvdistill.stages.report.curves import band, train_kv, val
 from kvdistill.stages.report.figures import draw_comparison, match_table, routing_tables
 from kvdistill.stages.report.page import build_page, flatten
 from kvdistill.stages.report.summary import budgets, compare_all, describe_arm, summarise
-from kvdistill.stages.report.text import make_visible
-from kvdistill.stages.report.verdict import write_headline
+from kvdistill.stages.report.text import make_visible, write_headline
 
 HOSTILE = '<script>alert("x")<b>&\x1b[31m\u202ecba\u200b'
 PICTURES = ("comparison_with_error_bars", "dual_axis_curve", "kv_loss_curves", "task_accuracy_curves",

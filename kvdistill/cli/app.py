@@ -39,7 +39,7 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON object on std
 @app.command()
 def demo(overrides: Overrides = None, as_json: Json = False) -> None:
     """The built-in study on generated problems: two specialist teachers, one student, one page."""
-    from kvdistill.core.builtin import recipes_folder
+    from kvdistill.core.config import recipes_folder
 
     _with_recipe(str(recipes_folder() / "demo.yaml"), overrides, as_json, "run.run_study")
 

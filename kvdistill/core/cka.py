@@ -83,27 +83,14 @@ class CKAAccumulator:
         with torch.autocast(x_MNC.device.type, enabled=False):
             x, y = (side.units(z) for side, z in zip(self._sides, (x_MNC, y_LND), strict=True))
             self.num_vectors += x.shape[1]
-            if self.space == "kernel":
-                self._held.append((x, y))
-                if self._wanted == "auto" and self._held_too_much(x, y):
-                    self._fold()
-            else:
-                self._sums(x, y).add(x, y)
-
-    def _held_too_much(self, x_MNC: Tensor, y_LND: Tensor) -> bool:
-        (M, _, C), (L, _, D) = x_MNC.shape, y_LND.shape
-        return self.num_vectors * (M * C + L * D) > M * C * L * D + M * C * C + L * D * D
-
-    def _fold(self) -> None:
-        held, self._held = self._held, []
-        while held:  # each batch is freed once it is in the sums
-            x, y = held.pop(0)
-            self._sums(x, y).add(x, y)
-
-    def _sums(self, x_MNC: Tensor, y_LND: Tensor) -> _FeatureSums:
-        if self._features is None:
-            self._features = _FeatureSums(x_MNC, y_LND)
-        return self._features
+            self._held.append((x, y))
+            (M, _, C), (L, _, D) = x.shape, y.shape
+            sums_are_less = self.num_vectors * (M * C + L * D) > M * C * L * D + M * C * C + L * D * D
+            if self.space == "kernel" and not (self._wanted == "auto" and sums_are_less):
+                return
+            self._features = self._features or _FeatureSums(x, y)
+            while self._held:  # each batch is freed once it is in the sums
+                self._features.add(*self._held.pop(0))
 
     @torch.no_grad()
     def matrix(self) -> Float[Tensor, "L M"]:
@@ -324,10 +311,22 @@ def linear_cka(
         x, y = (_centred(z.to(dtype), mask_N) for z in (x_LNC, y_LND))
         a_LN, b_LN = x.square().sum(2), y.square().sum(2)
         C, D = x.shape[2], y.shape[2]
-        traces = _traces_from_grams if N * (C + D) <= C * D + C * C + D * D else _traces_from_products
-        across, of_x, of_y = traces(x, y, a_LN, b_LN)
         n = mask_N.sum()
-        hsic = partial(_centred_hsic, n=n.clamp_min(MIN_VECTORS).to(dtype))
+        if N * (C + D) <= C * D + C * C + D * D:  # tr(K~L~), tr(K~K~), tr(L~L~) from the Gram matrices
+            diagonal_NN = torch.eye(N, dtype=torch.bool, device=x.device)
+            k, l = (torch.bmm(z, z.transpose(1, 2)).masked_fill(diagonal_NN, 0) for z in (x, y))
+            across, of_x, of_y = (k * l).sum((1, 2)), k.square().sum((1, 2)), l.square().sum((1, 2))
+        else:  # the same without a matrix of N x N
+            across, of_x, of_y = (
+                torch.bmm(u.transpose(1, 2), v).square().sum((1, 2)) - uv_LN.sum(1)
+                for u, v, uv_LN in ((x, y, a_LN * b_LN), (x, x, a_LN * a_LN), (y, y, b_LN * b_LN))
+            )
+
+        def hsic(trace_L: Tensor, a_LN: Tensor, b_LN: Tensor) -> Tensor:
+            """n(n-3) HSIC_1 where the mean is exactly zero: K~1 = -a and L~1 = -b."""
+            safe_n = n.clamp_min(MIN_VECTORS).to(dtype)
+            return _combine(safe_n, trace_L, a_LN.sum(1), b_LN.sum(1), (a_LN * b_LN).sum(1))
+
         of_x, of_y = hsic(of_x, a_LN, a_LN), hsic(of_y, b_LN, b_LN)
         least = _NOISE * torch.finfo(dtype).eps
         defined = (of_x > least * a_LN.square().sum(1)) & (of_y > least * b_LN.square().sum(1)) & (n >= MIN_VECTORS)
@@ -348,24 +347,3 @@ def _centred(x_LNC: Tensor, mask_N: Tensor) -> Tensor:
         varies = spread > _NOISE * torch.finfo(x.dtype).eps * size
         inverse_L = torch.where(varies, n.sqrt() / spread, 0).to(x.dtype)
     return centred * inverse_L[:, None, None]
-
-
-def _traces_from_grams(x_LNC: Tensor, y_LND: Tensor, a_LN: Tensor, b_LN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """tr(K~L~), tr(K~K~), tr(L~L~)."""
-    diagonal_NN = torch.eye(x_LNC.shape[1], dtype=torch.bool, device=x_LNC.device)
-    k, l = (torch.bmm(z, z.transpose(1, 2)).masked_fill(diagonal_NN, 0) for z in (x_LNC, y_LND))
-    return (k * l).sum((1, 2)), k.square().sum((1, 2)), l.square().sum((1, 2))
-
-
-def _traces_from_products(x_LNC: Tensor, y_LND: Tensor, a_LN: Tensor, b_LN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same without a matrix of N x N."""
-
-    def trace(u: Tensor, v: Tensor, uv_LN: Tensor) -> Tensor:
-        return torch.bmm(u.transpose(1, 2), v).square().sum((1, 2)) - uv_LN.sum(1)
-
-    return trace(x_LNC, y_LND, a_LN * b_LN), trace(x_LNC, x_LNC, a_LN * a_LN), trace(y_LND, y_LND, b_LN * b_LN)
-
-
-def _centred_hsic(trace_L: Tensor, a_LN: Tensor, b_LN: Tensor, n: Tensor) -> Tensor:
-    """n(n-3) HSIC_1 where the mean is exactly zero: K~1 = -a and L~1 = -b."""
-    return _combine(n, trace_L, a_LN.sum(1), b_LN.sum(1), (a_LN * b_LN).sum(1))

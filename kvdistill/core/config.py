@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -26,6 +26,7 @@ from kvdistill.core.recipe import (
     LossRecipe,
     Recipe,
 )
+from kvdistill.core.reference import sections_in
 
 Options = TypeVar("Options", bound=BaseModel)
 ARM_SECTIONS: dict[str, type[BaseModel]] = {
@@ -34,7 +35,7 @@ ARM_SECTIONS: dict[str, type[BaseModel]] = {
     "fuse": FuseRecipe,
     "loss": LossRecipe,
 }
-# words from the documents the project grew from, and where they live now
+# keys of the original software -> keys of a recipe
 FORMER_KEYS = {
     "fusion_strategy": "fuse.fusion_strategy",
     "fixed_weights": "fuse.weights",
@@ -45,6 +46,18 @@ FORMER_KEYS = {
     "router": "fuse.fusion_strategy",
     "total_steps": "train.steps",
 }
+
+
+def recipes_folder() -> Path:
+    """The recipes that come with the package: in it when installed, beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    inside = package / "recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"
+
+
+def builtin_recipes() -> list[Path]:
+    """The YAML files of `recipes/`, sorted."""
+    return sorted(recipes_folder().glob("*.yaml"))
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -58,7 +71,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     path = Path(path)
     if not path.is_file():
-        raise RecipeError("recipe not found", place=str(path), fix=_nearest_recipe(path))
+        there = sorted({*(p.name for p in path.parent.glob("*.yaml")), *(p.name for p in builtin_recipes())})
+        close = difflib.get_close_matches(path.name, there, n=1, cutoff=0.5)
+        example = f"recipes/{(there or ['demo.yaml'])[0]}"
+        fix = f"did you mean {close[0]!r}?" if close else f"give the path of a recipe, for example {example}"
+        raise RecipeError("recipe not found", place=str(path), fix=fix)
     try:
         tree = OmegaConf.load(path)
         for override in overrides:
@@ -329,39 +346,23 @@ def _as_recipe_error(error: ValidationError, model: type[BaseModel], place: str)
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         key = str(first["loc"][-1])
-        section = _section_at(model, first["loc"][:-1])
-        return RecipeError(
-            f"unknown key {where!r}",
-            place=place,
-            fix=_nearest(key, list(section.model_fields) if section else [], model),
-        )
+        section: type[BaseModel] | None = model
+        for part in first["loc"][:-1]:
+            if section is not None and not isinstance(part, int):
+                field = section.model_fields.get(str(part))
+                section = next(sections_in(field.annotation), None) if field else None
+        words = list(section.model_fields) if section else []
+        return RecipeError(f"unknown key {where!r}", place=place, fix=_nearest(key, words, model))
     what = first["msg"].removeprefix("Value error, ")
     given = first.get("input")
     shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) or given is None else ""
     return RecipeError(f"{where}: {what}{shown}" if where else what, place=place, fix="see docs/recipe.md for this key")
 
 
-def _section_at(model: type[BaseModel], loc: Sequence[Any]) -> type[BaseModel] | None:
-    current: type[BaseModel] | None = model
-    for part in loc:
-        if current is None or isinstance(part, int):
-            continue
-        field = current.model_fields.get(str(part))
-        current = next(_models_in(field.annotation), None) if field else None
-    return current
-
-
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for inner in get_args(annotation):
-        yield from _models_in(inner)
-
-
 def _all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
         yield prefix + name
-        for inner in _models_in(field.annotation):
+        for inner in sections_in(field.annotation):
             yield from _all_keys(inner, f"{prefix}{name}.")
 
 
@@ -378,15 +379,3 @@ def _nearest(word: str, words: Sequence[str], model: type[BaseModel] | None = No
         if close:
             return f"did you mean {by_end[close[0]]!r}?"
     return f"one of: {', '.join(words)}" if words else "see docs/recipe.md"
-
-
-def _nearest_recipe(path: Path) -> str:
-    from kvdistill.core.builtin import builtin_recipes
-
-    there = sorted({*(p.name for p in path.parent.glob("*.yaml")), *(p.name for p in builtin_recipes())})
-    close = difflib.get_close_matches(path.name, there, n=1, cutoff=0.5)
-    return (
-        f"did you mean {close[0]!r}?"
-        if close
-        else f"give the path of a recipe, for example recipes/{(there or ['demo.yaml'])[0]}"
-    )

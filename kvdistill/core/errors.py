@@ -1,10 +1,12 @@
 """The one exception family. A user's mistake says what is wrong, where, and how to mend it.
 
-`cli.py` prints these as one message and exits with 2; anything else is a bug of ours and exits with 1.
-Imports nothing, so that the command line can start without torch.
+The command line prints these as one message and exits with 2; anything else is a bug of ours and exits with 1.
+Imports nothing of ours, so that the command line can start without torch.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 
 class KVDistillError(Exception):
@@ -25,11 +27,7 @@ class KVDistillError(Exception):
         return f"{head}\n  fix: {self.fix}" if self.fix else head
 
     def __reduce__(self):  # survives the way back from a worker process
-        return (_rebuild, (type(self), self.what, self.place, self.fix))
-
-
-def _rebuild(kind: type[KVDistillError], what: str, place: str, fix: str) -> KVDistillError:
-    return kind(what, place=place, fix=fix)
+        return partial(type(self), self.what, place=self.place, fix=self.fix), ()
 
 
 class RecipeError(KVDistillError):

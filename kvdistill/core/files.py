@@ -1,4 +1,4 @@
-"""Writing that is never half done: temporary name, flush to disk, rename. And hashing.
+"""Files written whole or not at all (temporary name, flush to disk, rename), read with clear errors, and hashed.
 
 Every file kvdistill leaves behind is written through this module, so a kill leaves either the old file
 or the new one, and a full disk is one clear error with nothing good lost. Tensors are safetensors only.

@@ -1,4 +1,4 @@
-"""Is the Hugging Face hub there? Asked before its client is, which retries for minutes before it gives up."""
+"""Whether the Hugging Face hub can be reached: checked first, because its client retries for minutes."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from kvdistill.core.errors import AlignmentError
 
 # Below this many numbers in a row, a row costs more to look up than to copy element by element.
 LEAST_ROW = 16
-# What is summed before it is copied to where the caller wants it should still be in the cache then.
+# Sums on their way to the caller's memory are made in chunks of this size, which still lie in the cache when copied.
 CHUNK_BYTES = 2 << 20
 
 
@@ -159,9 +159,16 @@ class SparseMap:
         """
         axis = axis % x.ndim
         self._check_fit(x, axis)
-        if not self._needs_graph(x) and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
-            bags = self._bags_for(x, axis)
-            if bags is not None:
+        needs_graph = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        if not needs_graph and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
+            # The last ones are kept: K and V of all layers of a batch are read through the same map in the same layout.
+            key = (axis, x.shape, x.stride(), x.dtype)
+            kept: tuple[object, _Bags | None] | None = self.__dict__.get("_last_bags")
+            if kept is None or kept[0] != key:
+                table = _Table.of(x, axis, self.index.ndim - 2)
+                kept = (key, None if table is None else _Bags.of(self, x, axis, table))
+                self.__dict__["_last_bags"] = kept
+            if (bags := kept[1]) is not None:
                 return bags.sum(x) if out is None else bags.sum_into(x, out)
         made = self._apply_shared(x, axis) if self.index.ndim == 2 else self._apply_rows(x, axis)
         return made if out is None else out.copy_(made)
@@ -184,20 +191,7 @@ class SparseMap:
                 fix="each leading axis of a map is 1 or the tensor's own size",
             )
 
-    def _needs_graph(self, x: Tensor) -> bool:
-        return torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-
-    def _bags_for(self, x: Tensor, axis: int) -> _Bags | None:
-        # The last ones are kept: K and V of all layers of a batch are read through the same map in the same layout.
-        key = (axis, x.shape, x.stride(), x.dtype)
-        kept: tuple[object, _Bags | None] | None = self.__dict__.get("_last_bags")
-        if kept is None or kept[0] != key:
-            table = _Table.of(x, axis, self.index.ndim - 2)
-            kept = (key, None if table is None else _Bags.of(self, x, axis, table))
-            self.__dict__["_last_bags"] = kept
-        return kept[1]
-
-    # Anywhere, with a graph, in any dtype: one source slot of every row after the other.
+    # On any device, with a graph, in any dtype: the j-th source slots of all rows together, for each j.
 
     @functools.cached_property
     def _readable(self) -> tuple[Tensor, Tensor | None]:

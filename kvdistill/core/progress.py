@@ -1,4 +1,4 @@
-"""Progress of long work: one `Progress` callable, many faces (terminal bar with ETA, worker queue, silence).
+"""Progress of long work: a `Progress` callable, which draws on a terminal, reports to a queue, or stays silent.
 
 `progress(what, done, total)` may be called as often as one likes; drawing is throttled. Knows no stage.
 """

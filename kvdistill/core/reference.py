@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 from kvdistill.core.recipe import ArmRecipe, Recipe
 
@@ -31,8 +30,15 @@ def _table(title: str, section: type[BaseModel]) -> list[str]:
     doc = (section.__doc__ or "").strip().splitlines()[0]
     rows = [f"## {title}", "", doc, "", "| key | type | default | meaning |", "|---|---|---|---|"]
     for name, field in section.model_fields.items():
+        value: Any = field.get_default(call_default_factory=True)
+        if field.is_required():
+            default = "required"
+        elif isinstance(value, BaseModel):
+            default = "its own defaults"
+        else:
+            default = "unset" if value is None else f"`{value}`"
         meaning = (field.description or "").replace("|", "\\|")
-        rows.append(f"| `{name}` | {_type(field.annotation)} | {_default(field)} | {meaning} |")
+        rows.append(f"| `{name}` | {_type(field.annotation)} | {default} | {meaning} |")
     return [*rows, ""]
 
 
@@ -40,7 +46,7 @@ def _sections(model: type[BaseModel], prefix: str, seen: set[type]) -> Iterator[
     if prefix == "":
         yield "the recipe", model
     for name, field in model.model_fields.items():
-        for inner in _models(field.annotation):
+        for inner in sections_in(field.annotation):
             if inner in seen:
                 continue
             seen.add(inner)
@@ -50,11 +56,12 @@ def _sections(model: type[BaseModel], prefix: str, seen: set[type]) -> Iterator[
             yield from _sections(inner, f"{path}.", seen)
 
 
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+def sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections that a key's type speaks of: of `list[TaskRecipe] | None`, TaskRecipe."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for inner in get_args(annotation):
-        yield from _models(inner)
+        yield from sections_in(inner)
 
 
 def _type(annotation: Any) -> str:
@@ -68,12 +75,3 @@ def _type(annotation: Any) -> str:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "section"
     return getattr(annotation, "__name__", str(annotation)).replace("Any", "anything")
-
-
-def _default(field: FieldInfo) -> str:
-    if field.is_required():
-        return "required"
-    value = field.default_factory() if field.default_factory else field.default  # type: ignore[call-arg]
-    if isinstance(value, BaseModel):
-        return "its own defaults"
-    return "unset" if value is None else f"`{value}`"

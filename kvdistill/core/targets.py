@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,15 +33,7 @@ class TeacherTargets:
     scores_BSMRG: Tensor | None = None
 
     def to(self, device: torch.device | str) -> TeacherTargets:
-        def move(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.to(device, non_blocking=True)
-
-        return replace(
-            self,
-            segments_BS=self.segments_BS.to(device, non_blocking=True),
-            kv=None if self.kv is None else self.kv.to(device),
-            nll_B=move(self.nll_B),
-            topk_index_BSK=move(self.topk_index_BSK),
-            topk_logprob_BSK=move(self.topk_logprob_BSK),
-            scores_BSMRG=move(self.scores_BSMRG),
-        )
+        moved: dict[str, Any] = {
+            name: part.to(device, non_blocking=True) for name, part in vars(self).items() if isinstance(part, Tensor)
+        }
+        return replace(self, kv=None if self.kv is None else self.kv.to(device), **moved)

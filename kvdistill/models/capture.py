@@ -17,7 +17,8 @@ checkpointing during backward, is not recorded. Does not know rotary positions: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -30,7 +31,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvdistill.core.errors import ModelError
-from kvdistill.core.kv import KV
+from kvdistill.core.kv import KV, RopeFrame
 from kvdistill.models.structure import (
     Stack,
     check_interface,
@@ -73,7 +74,7 @@ class KVCapture:
         self.backbone = find_backbone(model, stack)
         numbered = numbered_attention(model, stack)
         check_interface(model, numbered)
-        self.rope = "none" if find_rotary(model, stack) is None else "rotated"
+        self.rope: RopeFrame = "none" if find_rotary(model, stack) is None else "rotated"
         num_layers = text_config(model, stack).num_hidden_layers
         self.layers = tuple(range(num_layers)) if layers is None else tuple(sorted(set(layers)))
         outside = [layer for layer in self.layers if not 0 <= layer < num_layers]
@@ -93,46 +94,30 @@ class KVCapture:
         self._recorded: dict[int, tuple[Tensor, Tensor, Tensor | None, float | None]] = {}
         self._hidden: dict[int, Tensor] = {}
         self._running = self._grad_outside = False
-        self._hooks: list[Any] = []
+        self._undo = ExitStack()
 
     # -- installing and removing ------------------------------------------------------------------
 
     def __enter__(self) -> KVCapture:
-        try:
+        with ExitStack() as undo:  # what was installed before something raises is removed again
             for module in self._modules:
-                _LISTENERS.setdefault(id(module), []).append(self)
-            for config in self._configs():
-                _borrow_config(config)
-            self._hooks = [
+                undo.enter_context(_listening(self, module))
+            # the backbone's own config decides which mask is built, the modules' which attention runs
+            for config in {id(m.config): m.config for m in [self.backbone, *self._modules]}.values():
+                undo.enter_context(_recording(config))
+            for hook in (
                 self.backbone.register_forward_pre_hook(self._begin_forward),
                 self.backbone.register_forward_hook(self._end_forward, always_call=True),
                 *(layer.register_forward_hook(partial(self._record_hidden, n)) for n, layer in self._hidden_of),
-            ]
-        except BaseException:
-            self._remove()
-            raise
+            ):
+                undo.callback(hook.remove)
+            self._undo = undo.pop_all()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:
-        self._remove()
-        return isinstance(error, _EnoughRecorded) and error.capture is self
-
-    def _configs(self) -> list[Any]:
-        # the backbone's own config decides which mask is built, the modules' which attention runs
-        configs = {id(m.config): m.config for m in [self.backbone, *self._modules]}
-        return list(configs.values())
-
-    def _remove(self) -> None:
         self._running = False
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        for module in self._modules:
-            listeners = [c for c in _LISTENERS.pop(id(module), []) if c is not self]
-            if listeners:
-                _LISTENERS[id(module)] = listeners
-        for config in self._configs():
-            _return_config(config)
+        self._undo.close()
+        return isinstance(error, _EnoughRecorded) and error.capture is self
 
     # -- recording --------------------------------------------------------------------------------
 
@@ -186,14 +171,30 @@ class KVCapture:
                 place=self.name,
                 fix="run the model inside the `with` block; use a family with ALL_ATTENTION_FUNCTIONS in its code",
             )
-        self._check_layers()
+        first = self.layers[0]
+        for layer in self.layers:
+            if layer not in self._recorded:
+                raise ModelError(
+                    f"layer {layer} recorded no keys: its attention bypasses transformers' attention interface",
+                    place=self.name,
+                    fix="leave that layer out, or use a family whose every layer is plain attention",
+                )
+            shapes = [tuple(x.shape[i] for i in (1, 3)) for x in self._recorded[layer][:3] if x is not None]
+            wanted = [tuple(x.shape[i] for i in (1, 3)) for x in self._recorded[first][:3] if x is not None]
+            if shapes != wanted:
+                raise ModelError(
+                    f"layer {layer} has (heads, size) {shapes[0]} for keys and {shapes[1]} for values, "
+                    f"layer {first} has {wanted[0]} and {wanted[1]}: mixed head sizes",
+                    place=self.name,
+                    fix="choose layers with equal heads",
+                )
         entries = [self._recorded[layer] for layer in self.layers]
         return KV(
             keys=tuple(k for k, _, _, _ in entries),
             values=tuple(v for _, v, _, _ in entries),
             mask_BT=mask_BT.bool(),
             positions_BT=positions_from_mask(mask_BT) if positions_BT is None else positions_BT,
-            rope=self.rope,  # type: ignore[arg-type]
+            rope=self.rope,
             queries=tuple(q for _, _, q, _ in entries if q is not None),
             layers=self.layers,
             # where a layer says nothing, the attention functions take 1/sqrt(head size)
@@ -214,25 +215,6 @@ class KVCapture:
                 fix="capture_kv(..., hidden=True), and run the model inside the `with` block",
             )
         return tuple(self._hidden[layer] for layer in self.layers)
-
-    def _check_layers(self) -> None:
-        first = self.layers[0]
-        for layer in self.layers:
-            if layer not in self._recorded:
-                raise ModelError(
-                    f"layer {layer} recorded no keys: its attention bypasses transformers' attention interface",
-                    place=self.name,
-                    fix="leave that layer out, or use a family whose every layer is plain attention",
-                )
-            shapes = [tuple(x.shape[i] for i in (1, 3)) for x in self._recorded[layer][:3] if x is not None]
-            wanted = [tuple(x.shape[i] for i in (1, 3)) for x in self._recorded[first][:3] if x is not None]
-            if shapes != wanted:
-                raise ModelError(
-                    f"layer {layer} has (heads, size) {shapes[0]} for keys and {shapes[1]} for values, "
-                    f"layer {first} has {wanted[0]} and {wanted[1]}: mixed head sizes",
-                    place=self.name,
-                    fix="choose layers with equal heads",
-                )
 
 
 def capture_kv(
@@ -269,33 +251,40 @@ def reset_dynamic_rotary(rotary: Any) -> None:
 # -- transformers' interfaces ---------------------------------------------------------------------
 
 
-def _borrow_config(config: Any) -> None:
+@contextmanager
+def _listening(capture: KVCapture, module: nn.Module) -> Iterator[None]:
+    """While open, the capture is told what this attention module is handed."""
+    listeners = _LISTENERS.setdefault(id(module), [])
+    listeners.append(capture)
+    try:
+        yield
+    finally:
+        listeners.remove(capture)
+        if not listeners:
+            _LISTENERS.pop(id(module), None)
+
+
+@contextmanager
+def _recording(config: Any) -> Iterator[None]:
+    """While open, the config names our implementation; the last capture that ends puts back the model's own."""
     entry = _BORROWED.get(id(config))
     if entry is None:
         own = config._attn_implementation or "eager"
+        name = _PREFIX + own
+        if name not in ALL_ATTENTION_FUNCTIONS:
+            AttentionInterface.register(name, _recording_attention(own))
+            if own in ALL_MASK_ATTENTION_FUNCTIONS:
+                AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[own])
         entry = _BORROWED[id(config)] = [config, config._attn_implementation, 0]
-        _register_implementation(own)
-        config._attn_implementation_internal = _PREFIX + own
+        config._attn_implementation_internal = name
     entry[2] += 1
-
-
-def _return_config(config: Any) -> None:
-    entry = _BORROWED.get(id(config))
-    if entry is None:
-        return
-    entry[2] -= 1
-    if entry[2] == 0:  # the last capture of this config restores it, in whatever order they end
-        config._attn_implementation_internal = entry[1]
-        del _BORROWED[id(config)]
-
-
-def _register_implementation(own: str) -> None:
-    name = _PREFIX + own
-    if name in ALL_ATTENTION_FUNCTIONS:
-        return
-    AttentionInterface.register(name, _recording_attention(own))
-    if own in ALL_MASK_ATTENTION_FUNCTIONS:
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[own])
+    try:
+        yield
+    finally:
+        entry[2] -= 1
+        if entry[2] == 0:
+            config._attn_implementation_internal = entry[1]
+            del _BORROWED[id(config)]
 
 
 def _recording_attention(own: str) -> Callable[..., Any]:
@@ -310,7 +299,16 @@ def _recording_attention(own: str) -> Callable[..., Any]:
             raise _EnoughRecorded(enough)
         if own == "eager" and getattr(module, "reorder_and_upcast_attn", False):  # GPT-2 asks for the name 'eager'
             return module._upcast_and_reordered_attn(query, key, value, *args[:1])  # type: ignore[operator]
-        attend = _own_attention(module, own)
+        # what the model would have used: its own file's eager function and overrides come first
+        eager = from_modeling_file(module, "eager_attention_forward")
+        if own == "eager" and eager is None:
+            raise ModelError(
+                f"no eager attention function in the file of {type(module).__name__}",
+                place=type(module).__name__,
+                fix="load the model with attention: sdpa",
+            )
+        interface = from_modeling_file(module, "ALL_ATTENTION_FUNCTIONS") or ALL_ATTENTION_FUNCTIONS
+        attend = interface.get_interface(own, eager)
         if "flash" not in own:
             return attend(module, query, key, value, *args, **kwargs)
         config: Any = module.config
@@ -322,16 +320,3 @@ def _recording_attention(own: str) -> Callable[..., Any]:
             config._attn_implementation_internal = borrowed
 
     return record_and_attend
-
-
-def _own_attention(module: nn.Module, own: str) -> Callable[..., Any]:
-    """The implementation the model would have used: its own file's eager function and overrides come first."""
-    eager = from_modeling_file(module, "eager_attention_forward")
-    if own == "eager" and eager is None:
-        raise ModelError(
-            f"no eager attention function in the file of {type(module).__name__}",
-            place=type(module).__name__,
-            fix="load the model with attention: sdpa",
-        )
-    interface = from_modeling_file(module, "ALL_ATTENTION_FUNCTIONS") or ALL_ATTENTION_FUNCTIONS
-    return interface.get_interface(own, eager)

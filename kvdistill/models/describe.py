@@ -21,12 +21,12 @@ from kvdistill.models.structure import (
     ModelKind,
     Stack,
     auto_class,
-    check_interface,
     find_backbone,
     find_rotary,
     model_kind,
     model_name,
     numbered_attention,
+    speaks_interface,
     text_config,
     unwrap_model,
 )
@@ -74,53 +74,10 @@ def describe_model(model: nn.Module, stack: Stack | None = None) -> ModelShape:
             place=model_name(model),
             fix="use a transformer: a decoder, an encoder or an encoder-decoder",
         )
-    heads, embeddings = inner.get_output_embeddings(), inner.get_input_embeddings()
-    names = {name.rsplit(".", 1)[-1] for name, _ in find_backbone(model, stack).named_modules()}
-    return ModelShape(
-        family=config.model_type,
-        num_layers=config.num_hidden_layers,
-        num_heads=num_heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
-        head_size=_one_head_size(model, config, stack),
-        hidden_size=config.hidden_size,
-        intermediate_size=_intermediate_size(config),
-        vocab_size=config.vocab_size,
-        has_rope=find_rotary(model, stack) is not None,
-        num_parameters=sum(p.numel() for p in inner.parameters()),
-        tied=heads is not None and heads.weight is embeddings.weight,
-        mlp_matrices=3 if names & {"gate_proj", "gate_up_proj", "wi_1", "Wi"} else 2,  # T5, ModernBERT
-        kind=model_kind(inner.config),
-        is_captured=_is_captured(model, stack),
-    )
-
-
-def _is_captured(model: nn.Module, stack: Stack | None) -> bool:
-    try:
-        check_interface(model, numbered_attention(model, stack))
-    except ModelError:
-        return False
-    return True
-
-
-def describe_config(config: PreTrainedConfig, stack: Stack | None = None) -> ModelShape:
-    """Sizes from a configuration alone: the model is built without memory for its weights."""
-    with torch.device("meta"):
-        model = auto_class(config).from_config(config)
-    return describe_model(model, stack)
-
-
-def _intermediate_size(config: PreTrainedConfig) -> int:
-    for key in ("intermediate_size", "n_inner", "ffn_dim", "d_ff"):
-        size = getattr(config, key, None)
-        if size:
-            return int(size)
-    return 4 * config.hidden_size
-
-
-def _one_head_size(model: nn.Module, config: PreTrainedConfig, stack: Stack | None) -> int:
     size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
     size = size or config.hidden_size // config.num_attention_heads
-    for layer, module in numbered_attention(model, stack):
+    numbered = numbered_attention(model, stack)
+    for layer, module in numbered:
         own = next((module.__dict__[n] for n in _HEAD_SIZE_NAMES if n in module.__dict__), size)
         if own != size:
             raise ModelError(
@@ -128,7 +85,32 @@ def _one_head_size(model: nn.Module, config: PreTrainedConfig, stack: Stack | No
                 place=model_name(model),
                 fix="use a model with one head size",
             )
-    return int(size)
+    inner_sizes = [getattr(config, key, None) for key in ("intermediate_size", "n_inner", "ffn_dim", "d_ff")]
+    heads, embeddings = inner.get_output_embeddings(), inner.get_input_embeddings()
+    names = {name.rsplit(".", 1)[-1] for name, _ in find_backbone(model, stack).named_modules()}
+    return ModelShape(
+        family=config.model_type,
+        num_layers=config.num_hidden_layers,
+        num_heads=num_heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
+        head_size=int(size),
+        hidden_size=config.hidden_size,
+        intermediate_size=int(next(filter(None, inner_sizes), 4 * config.hidden_size)),
+        vocab_size=config.vocab_size,
+        has_rope=find_rotary(model, stack) is not None,
+        num_parameters=sum(p.numel() for p in inner.parameters()),
+        tied=heads is not None and heads.weight is embeddings.weight,
+        mlp_matrices=3 if names & {"gate_proj", "gate_up_proj", "wi_1", "Wi"} else 2,  # T5, ModernBERT
+        kind=model_kind(inner.config),
+        is_captured=speaks_interface(numbered),
+    )
+
+
+def describe_config(config: PreTrainedConfig, stack: Stack | None = None) -> ModelShape:
+    """Sizes from a configuration alone: the model is built without memory for its weights."""
+    with torch.device("meta"):
+        model = auto_class(config).from_config(config)
+    return describe_model(model, stack)
 
 
 def forward_flops(

@@ -14,7 +14,6 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -49,7 +48,7 @@ def teacher_forward(
 ) -> TeacherTargets:
     """Run `model` on a padded batch (left or right) without a graph and without dropout.
 
-    mask_BT: nonzero at real tokens. segments_BT: codes of core/targets.py. layers: KV of these only.
+    mask_BT: nonzero at real tokens. segments_BT: codes of core/segments.py. layers: KV of these only.
     want_logits_top_k: predictions kept per position (at most V). want_queries: unrotated queries in the KV.
     scorer: is given the KV as the model's attention sees it (keys and queries rotated, `scaling` set) and the
     segments, and returns scores [B, T, M, n, G]: n numbers per token for each of M layers and G key/value heads.
@@ -78,9 +77,7 @@ def teacher_forward(
     logits: Tensor | None = None
     queries = want_queries or scorer is not None
     with ExitStack() as stack:
-        stack.enter_context(_evaluating(model))
-        if select is not None:
-            stack.enter_context(_head_on(model, select))
+        stack.enter_context(_evaluating(model, select))
         if want_kv:
             capture = stack.enter_context(capture_kv(model, layers, queries=queries, stop_early=not want_head))
         runs, inputs = _inputs(model, causal, ids, mask, positions)
@@ -89,7 +86,14 @@ def teacher_forward(
     kv, scores = None, None
     if capture is not None:
         rotated = capture.kv(mask, positions).detach()
-        scores = None if scorer is None else _scores(scorer, rotated, segments)
+        if scorer is not None:
+            scores = scorer(rotated, segments).detach().float()
+            B, T, M, G = *segments.shape, rotated.num_layers, rotated.keys[0].shape[1]
+            if scores.ndim != 5 or (*scores.shape[:3], scores.shape[4]) != (B, T, M, G):
+                raise AlignmentError(
+                    f"the scorer gave {tuple(scores.shape)}",
+                    fix=f"scores are [batch, tokens, layers, kinds, key/value heads] = ({B}, {T}, {M}, kinds, {G})",
+                )
         kv = unrotate_keys(rotated if want_queries else replace(rotated, queries=()), model)
     targets = TeacherTargets(segments, kv, scores_BSMRG=scores)
     if logits is None or select is None:
@@ -109,31 +113,12 @@ def _inputs(
     runs: nn.Module = model if causal else find_backbone(model)
     if causal:
         inputs["use_cache"] = False
-    if _takes_positions(type(unwrap_model(model) if causal else runs).forward) and not _counts_itself(runs):
+    takes = inspect.signature(type(unwrap_model(model) if causal else runs).forward).parameters
+    # RoBERTa's positions begin after its padding token's number; it numbers tokens right when it is left to it
+    counts_itself = hasattr(runs._modules.get("embeddings"), "create_position_ids_from_input_ids")
+    if "position_ids" in takes and not counts_itself:
         inputs["position_ids"] = positions
     return runs, inputs
-
-
-@lru_cache(maxsize=64)
-def _takes_positions(forward: Callable[..., Any]) -> bool:
-    return "position_ids" in inspect.signature(forward).parameters
-
-
-def _counts_itself(runs: nn.Module) -> bool:
-    """RoBERTa's positions begin after its padding token's number; it numbers tokens right when it is left to it."""
-    embeddings = runs._modules.get("embeddings")
-    return hasattr(embeddings, "create_position_ids_from_input_ids")
-
-
-def _scores(scorer: Callable[[KV, Tensor], Tensor], rotated: KV, segments_BT: Tensor) -> Tensor:
-    scores = scorer(rotated, segments_BT)
-    B, T, M, G = *segments_BT.shape, rotated.num_layers, rotated.keys[0].shape[1]
-    if scores.ndim != 5 or (*scores.shape[:3], scores.shape[4]) != (B, T, M, G):
-        raise AlignmentError(
-            f"the scorer gave {tuple(scores.shape)}",
-            fix=f"scores are [batch, tokens, layers, kinds, key/value heads] = ({B}, {T}, {M}, kinds, {G})",
-        )
-    return scores.detach().float()
 
 
 def _predicting_positions(mask_BT: Tensor, segments_BT: Tensor, *, need_one: bool) -> Tensor:
@@ -178,28 +163,25 @@ def _read_logits(
 
 
 @contextmanager
-def _head_on(model: nn.Module, select_BT: Tensor) -> Iterator[None]:
-    """While open, the LM head sees only the selected positions: the model's logits are [1, N, V].
+def _evaluating(model: nn.Module, select_BT: Tensor | None) -> Iterator[None]:
+    """No dropout while open, and every module's own mode afterwards.
 
-    The model's own forward still runs around the head, so that scaled or soft-capped logits come out right.
+    select_BT: the LM head sees only these positions, so that the model's logits are [1, N, V]; unset: all. The model's
+    own forward still runs around the head, so that scaled or soft-capped logits come out right.
     """
-    head = unwrap_model(model).get_output_embeddings()
-    if head is None:
-        raise ModelError("the model has no LM head", place=model_name(model), fix="load a causal language model")
-    hook = head.register_forward_pre_hook(lambda _, args: (args[0][select_BT.to(args[0].device)][None], *args[1:]))
-    try:
+    with ExitStack() as undo:
+        if select_BT is not None:
+            head = unwrap_model(model).get_output_embeddings()
+            if head is None:
+                raise ModelError(
+                    "the model has no LM head", place=model_name(model), fix="load a causal language model"
+                )
+            hook = head.register_forward_pre_hook(
+                lambda _, args: (args[0][select_BT.to(args[0].device)][None], *args[1:])
+            )
+            undo.callback(hook.remove)
+        for module in model.modules() if model.training else ():
+            if module.training:
+                undo.callback(setattr, module, "training", True)
+        model.eval()
         yield
-    finally:
-        hook.remove()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout while open; every module's own mode afterwards."""
-    training = [module for module in model.modules() if module.training] if model.training else []
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

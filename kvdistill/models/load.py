@@ -143,7 +143,14 @@ def load_model(recipe: ModelRecipe, *, vocab_size: int, seed: int, place: str) -
     dtype = DTYPES[recipe.dtype]
     try:
         if recipe.scratch is not None:
-            return _random_model(config, recipe.attention, dtype, derive_seed(seed, "model", "init"))
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(derive_seed(seed, "model", "init"))
+                auto = auto_class(config)
+                model = auto.from_config(config, attn_implementation=recipe.attention, dtype=torch.float32)
+            for parameter in model.parameters():  # not model.to(dtype): the rotary frequencies stay in float32
+                parameter.data = parameter.data.to(dtype)
+            model.config.dtype = dtype
+            return model.eval()
         return _pretrained_model(recipe, config, dtype, place)
     except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, ImportError) or any(word in str(error) for word in _ATTENTION_WORDS):
@@ -155,16 +162,6 @@ def load_model(recipe: ModelRecipe, *, vocab_size: int, seed: int, place: str) -
         if recipe.path is None:
             raise
         raise _cannot_load(recipe, place, error) from error
-
-
-def _random_model(config: PreTrainedConfig, attention: str, dtype: torch.dtype, seed: int) -> PreTrainedModel:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = auto_class(config).from_config(config, attn_implementation=attention, dtype=torch.float32)
-    for parameter in model.parameters():  # not model.to(dtype): the rotary frequencies stay in float32
-        parameter.data = parameter.data.to(dtype)
-    model.config.dtype = dtype
-    return model.eval()
 
 
 def _pretrained_model(recipe: ModelRecipe, config: PreTrainedConfig, dtype: torch.dtype, place: str) -> PreTrainedModel:

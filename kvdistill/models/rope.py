@@ -21,14 +21,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kvdistill.core.errors import AlignmentError, ModelError
-from kvdistill.core.kv import KV
+from kvdistill.core.kv import KV, RopeFrame
 from kvdistill.models.capture import reset_dynamic_rotary
 from kvdistill.models.structure import (
     Stack,
-    attention_modules,
     find_rotary,
     from_modeling_file,
     model_name,
+    numbered_attention,
     text_config,
 )
 
@@ -65,7 +65,7 @@ def rotate_keys(
     return _turn_kv(kv, model, kv.positions_BT if positions_BT is None else positions_BT, "rotated", stack)
 
 
-def _turn_kv(kv: KV, model: nn.Module, positions_BT: Tensor, frame: str, stack: Stack | None) -> KV:
+def _turn_kv(kv: KV, model: nn.Module, positions_BT: Tensor, frame: RopeFrame, stack: Stack | None) -> KV:
     rotary = find_rotary(model, stack)
     if rotary is None:
         raise AlignmentError(
@@ -75,21 +75,18 @@ def _turn_kv(kv: KV, model: nn.Module, positions_BT: Tensor, frame: str, stack: 
         )
     check_layout(model, rotary, kv.keys[0].shape[-1], stack)
     types = _layer_types(model, rotary, kv.layers, stack)
-    keys: list[Tensor | None] = [None] * kv.num_layers
-    queries: list[Tensor | None] = [None] * len(kv.queries)
+    turned = [*kv.keys, *kv.queries]
     for kind in dict.fromkeys(types):  # one cos/sin table for all layers of a type; most models have one type
         cos_BTR, sin_BTR = rotary_angles(rotary, positions_BT, kind)
         if frame == "unrotated":
             factor_BTR = cos_BTR.square() + sin_BTR.square()  # attention factor squared; 1 in most families
             cos_BTR, sin_BTR = cos_BTR / factor_BTR, -sin_BTR / factor_BTR
-        chosen = [i for i, other in enumerate(types) if other == kind]
-        tensors = [kv.keys[i] for i in chosen] + [kv.queries[i] for i in chosen if kv.queries]
-        turned = turn_pairs(cos_BTR[:, None], sin_BTR[:, None], *tensors)
-        for place, i in enumerate(chosen):
-            keys[i] = turned[place]
-            if kv.queries:
-                queries[i] = turned[place + len(chosen)]
-    return replace(kv, keys=tuple(keys), queries=tuple(queries), positions_BT=positions_BT, rope=frame)  # type: ignore[arg-type]
+        chosen = [i for i in range(len(turned)) if types[i % kv.num_layers] == kind]
+        out = turn_pairs(cos_BTR[:, None], sin_BTR[:, None], *(turned[i] for i in chosen))
+        for i, x in zip(chosen, out, strict=True):
+            turned[i] = x
+    keys, queries = tuple(turned[: kv.num_layers]), tuple(turned[kv.num_layers :])
+    return replace(kv, keys=keys, queries=queries, positions_BT=positions_BT, rope=frame)
 
 
 def rotary_angles(
@@ -141,7 +138,17 @@ def _turn_all(cos: Tensor, sin: Tensor, tensors: Sequence[Tensor]) -> tuple[Tens
         layout = (x.shape, x.stride())
         if layout not in tables:
             tables[layout] = (_spread(cos_wide, x), _spread(sin_wide, x))
-        out.append(_turn_one(x, *tables[layout]))
+        cos, sin = tables[layout]
+        width = cos.shape[-1]
+        half = width // 2
+        wide = x if x.dtype == torch.float64 else x.float()
+        turned = torch.empty_like(wide)  # filled in place: fewer passes over memory than concatenating halves
+        turned[..., :half] = wide[..., half:width]
+        turned[..., half:width] = wide[..., :half]
+        turned[..., :width].mul_(sin).addcmul_(wide[..., :width], cos)
+        if width < x.shape[-1]:
+            turned[..., width:] = wide[..., width:]
+        out.append(turned.to(x.dtype))
     return tuple(out)
 
 
@@ -151,19 +158,6 @@ def _spread(table_B1TR: Tensor, x: Tensor) -> Tensor:
     if x.device.type != "cpu":
         return table_B1TR
     return torch.empty_like(x[..., : table_B1TR.shape[-1]], dtype=table_B1TR.dtype).copy_(table_B1TR)
-
-
-def _turn_one(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    width = cos.shape[-1]
-    half = width // 2
-    wide = x if x.dtype == torch.float64 else x.float()
-    out = torch.empty_like(wide)  # filled in place: fewer passes over memory than concatenating halves
-    out[..., :half] = wide[..., half:width]
-    out[..., half:width] = wide[..., :half]
-    out[..., :width].mul_(sin).addcmul_(wide[..., :width], cos)
-    if width < x.shape[-1]:
-        out[..., width:] = wide[..., width:]
-    return out.to(x.dtype)
 
 
 # -- what the model does --------------------------------------------------------------------------
@@ -185,7 +179,7 @@ def check_layout(model: nn.Module, rotary: nn.Module, head_size: int, stack: Sta
     config = text_config(model, stack)
     if 0 in (getattr(config, "no_rope_layers", None) or ()):
         raise _unsupported(model, "some layers have rotary positions and others have none")
-    apply = from_modeling_file(attention_modules(model, stack)[0], "apply_rotary_pos_emb")
+    apply = from_modeling_file(numbered_attention(model, stack)[0][1], "apply_rotary_pos_emb")
     if apply is None:
         raise _unsupported(model, "its file has no apply_rotary_pos_emb to compare with")
     device = next(model.parameters()).device
@@ -196,21 +190,14 @@ def check_layout(model: nn.Module, rotary: nn.Module, head_size: int, stack: Sta
         try:
             with torch.no_grad():
                 cos, sin = rotary(probe, positions, *(() if kind is None else (kind,)))
-                theirs = _apply_theirs(apply, key, cos, sin)
+                r = cos.shape[-1]  # partial rotary: in these families the attention module cuts r channels out itself
+                theirs = torch.cat([apply(key[..., :r], key[..., :r], cos, sin)[1], key[..., r:]], dim=-1)
                 ours = turn_pairs(*(x[:, None] for x in rotary_angles(rotary, positions, kind)), key)[0]
         except (TypeError, RuntimeError, ValueError, AttributeError) as error:
             raise _unsupported(model, f"its rotary module or function takes other arguments ({error})") from error
         if theirs.shape != ours.shape or not torch.allclose(theirs.float(), ours, atol=1e-4):
             raise _unsupported(model, "it does not turn channel i with channel i + half (interleaved layout?)")
     checked.add(head_size)
-
-
-def _apply_theirs(apply, key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-    r = cos.shape[-1]
-    if r == key.shape[-1]:
-        return apply(key, key, cos, sin)[1]
-    # partial rotary: in these families the attention module cuts the first r channels out itself
-    return torch.cat([apply(key[..., :r], key[..., :r], cos, sin)[1], key[..., r:]], dim=-1)
 
 
 def _unsupported(model: nn.Module, why: str) -> ModelError:

@@ -64,17 +64,6 @@ def scratch_config(scratch: ScratchRecipe, vocab_size: int, place: str) -> PreTr
     vocab = scratch.vocab_size or vocab_size
     head_size = scratch.head_size or scratch.hidden_size // scratch.num_heads
     inner = scratch.intermediate_size or -(-scratch.hidden_size * 8 // 3 // 8) * 8
-    _check_plain_heads(scratch, num_kv_heads, head_size, place)
-    if scratch.architecture == "gpt2":
-        return _gpt2_config(scratch, vocab, inner)
-    if scratch.architecture == "bert":
-        return _bert_config(scratch, vocab, inner)
-    if scratch.architecture == "t5":
-        return _t5_config(scratch, vocab, inner, head_size)
-    return _rotary_config(scratch, vocab, inner, num_kv_heads, head_size, place)
-
-
-def _check_plain_heads(scratch: ScratchRecipe, num_kv_heads: int, head_size: int, place: str) -> None:
     if scratch.architecture == "t5" and num_kv_heads != scratch.num_heads:
         raise ModelError("T5 has as many key/value heads as heads", place=place, fix="leave num_kv_heads unset for t5")
     name = _NAMES.get(scratch.architecture)
@@ -84,6 +73,9 @@ def _check_plain_heads(scratch: ScratchRecipe, num_kv_heads: int, head_size: int
             place=place,
             fix=f"leave num_kv_heads and head_size unset for {scratch.architecture}",
         )
+    if scratch.architecture in ROTARY_FAMILIES:
+        return _rotary_config(scratch, vocab, inner, num_kv_heads, head_size, place)
+    return _other_config(scratch, vocab, inner, head_size)
 
 
 def _rotary_config(
@@ -126,48 +118,45 @@ def _rotary_config(
         ) from error
 
 
-def _gpt2_config(scratch: ScratchRecipe, vocab: int, inner: int) -> PreTrainedConfig:
-    return GPT2Config(
+def _other_config(scratch: ScratchRecipe, vocab: int, inner: int, head_size: int) -> PreTrainedConfig:
+    """GPT-2, BERT and T5, which name each size in their own way. Without dropout, as little as the rest."""
+    if scratch.architecture == "t5":
+        return T5Config(
+            vocab_size=vocab,
+            d_model=scratch.hidden_size,
+            d_kv=head_size,
+            d_ff=inner,
+            num_layers=scratch.num_layers,
+            num_decoder_layers=scratch.num_layers,
+            num_heads=scratch.num_heads,
+            dropout_rate=0.0,
+            **_NO_SPECIAL_TOKENS,
+        )
+    settings: dict[str, Any] = dict(
         vocab_size=vocab,
-        n_embd=scratch.hidden_size,
-        n_inner=inner,
-        n_layer=scratch.num_layers,
-        n_head=scratch.num_heads,
-        n_positions=LEARNED_MAX_POSITIONS,
         initializer_range=scratch.init_std,
         tie_word_embeddings=scratch.tie_embeddings,
-        attn_pdrop=0.0,  # as little dropout as the rest
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
         **_NO_SPECIAL_TOKENS,
     )
-
-
-def _bert_config(scratch: ScratchRecipe, vocab: int, inner: int) -> PreTrainedConfig:
+    if scratch.architecture == "gpt2":
+        return GPT2Config(
+            n_embd=scratch.hidden_size,
+            n_inner=inner,
+            n_layer=scratch.num_layers,
+            n_head=scratch.num_heads,
+            n_positions=LEARNED_MAX_POSITIONS,
+            attn_pdrop=0.0,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            **settings,
+        )
     return BertConfig(
-        vocab_size=vocab,
         hidden_size=scratch.hidden_size,
         intermediate_size=inner,
         num_hidden_layers=scratch.num_layers,
         num_attention_heads=scratch.num_heads,
         max_position_embeddings=LEARNED_MAX_POSITIONS,
-        initializer_range=scratch.init_std,
-        tie_word_embeddings=scratch.tie_embeddings,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        **_NO_SPECIAL_TOKENS,
-    )
-
-
-def _t5_config(scratch: ScratchRecipe, vocab: int, inner: int, head_size: int) -> PreTrainedConfig:
-    return T5Config(
-        vocab_size=vocab,
-        d_model=scratch.hidden_size,
-        d_kv=head_size,
-        d_ff=inner,
-        num_layers=scratch.num_layers,
-        num_decoder_layers=scratch.num_layers,
-        num_heads=scratch.num_heads,
-        dropout_rate=0.0,
-        **_NO_SPECIAL_TOKENS,
+        **settings,
     )

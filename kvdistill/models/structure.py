@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, Literal
 
 from jaxtyping import Int, Shaped
@@ -160,11 +159,6 @@ def _is_self_attention(name: str, module: nn.Module) -> bool:
     return "config" in own and not own.get("is_cross_attention", False) and not _CROSS_ATTENTION.search(name)
 
 
-def attention_modules(model: nn.Module, stack: Stack | None = None) -> list[nn.Module]:
-    """The modules of `numbered_attention`."""
-    return [module for _, module in numbered_attention(model, stack)]
-
-
 def layer_modules(model: nn.Module, stack: Stack | None = None) -> list[nn.Module]:
     """The layers of the stack, shallow to deep. Raises ModelError where they do not stand in one list."""
     layers = _layer_list(find_backbone(model, stack), text_config(model, stack).num_hidden_layers)
@@ -184,9 +178,17 @@ def _layer_list(backbone: nn.Module, num_layers: int) -> list[nn.Module]:
     return []
 
 
+def speaks_interface(numbered: Sequence[tuple[int, nn.Module]]) -> bool:
+    """Whether any of these modules can go through the attention interface: its file, or a base class's, imports it."""
+    files = {kind.__module__ for _, module in numbered for kind in type(module).__mro__}
+    return any(
+        isinstance(x, AttentionInterface) for file in files for x in vars(sys.modules.get(file, object)).values()
+    )
+
+
 def check_interface(model: nn.Module, numbered: Sequence[tuple[int, nn.Module]]) -> None:
     """Raise ModelError, before anything runs, where none of these modules can go through the attention interface."""
-    if any(_speaks_interface(base.__module__) for _, module in numbered for base in type(module).__mro__):
+    if speaks_interface(numbered):
         return
     where = f"layer {numbered[0][0]} ({type(numbered[0][1]).__name__})" if numbered else "layer 0"
     raise ModelError(
@@ -194,11 +196,6 @@ def check_interface(model: nn.Module, numbered: Sequence[tuple[int, nn.Module]])
         place=model_name(model),
         fix="use a family with ALL_ATTENTION_FUNCTIONS in its code (T5: a transformers newer than 5.13)",
     )
-
-
-@lru_cache(maxsize=256)
-def _speaks_interface(file: str) -> bool:
-    return any(isinstance(x, AttentionInterface) for x in vars(sys.modules.get(file, object)).values())
 
 
 def find_rotary(model: nn.Module, stack: Stack | None = None) -> nn.Module | None:

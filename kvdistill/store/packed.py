@@ -63,14 +63,9 @@ class TargetReader:
         scaling = store.extra.get("scaling")  # stores made before queries were kept have none
         self.scaling: tuple[float, ...] | None = None if scaling is None else tuple(map(float, scaling))
         self._shards = store.shards
-        self._starts: list[int] = []
-        total = 0
-        for shard in self._shards:
-            self._starts.append(total)
-            total += len(shard["offsets"]) - 1
-        self.num_examples = total
-        self._place = [(s, i) for s, shard in enumerate(self._shards) for i in range(len(shard["offsets"]) - 1)]
         self._offsets = [shard["offsets"].tolist() for shard in self._shards]
+        self._place = [(s, i) for s, offsets in enumerate(self._offsets) for i in range(len(offsets) - 1)]
+        self.num_examples = len(self._place)
 
     def nll(self) -> Tensor | None:
         """Mean gold NLL of every example, or None where it was not captured."""

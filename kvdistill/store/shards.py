@@ -1,4 +1,4 @@
-"""Content-addressed folders of safetensors shards: paid for once, refused when they are not what is asked for.
+"""Folders of safetensors shards, named by what they were made from, and refused when that is not what is asked for.
 
 A folder is `KIND-NAME-<hash of its identity>`. The identity is a plain dict of everything its content depends
 on (model weights, tokenizer, texts, options). Shards are written one by one, each noted with its checksum in
@@ -37,7 +37,11 @@ def store_folder(root: Path, kind: str, name: str, identity: Mapping[str, Any]) 
 
 
 class StoreWriter:
-    """Writes the shards of one folder; picks up after a kill. `finish` makes it complete."""
+    """Writes the shards of one folder; picks up after a kill. `finish` makes it complete.
+
+    root: the folder of all stores. kind: what is in it (`targets-train`, a fit, …). name: whose it is, a teacher's
+    mostly. identity: everything its content depends on, as JSON-able values; the folder's name ends in its hash.
+    """
 
     def __init__(self, root: Path, kind: str, name: str, identity: Mapping[str, Any]) -> None:
         self.folder = store_folder(root, kind, name, identity)
@@ -55,6 +59,7 @@ class StoreWriter:
         return (self.folder / MANIFEST).exists()
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write the next shard, and note it in the journal once it is whole."""
         file = f"shard-{len(self._shards):05d}.safetensors"
         path = self.folder / file
         write_tensors(path, tensors)
@@ -63,6 +68,7 @@ class StoreWriter:
         self._shards.append(row)
 
     def finish(self, extra: Mapping[str, Any] | None = None) -> Path:
+        """Write the manifest, which makes the folder complete. extra: what readers need beside the tensors."""
         manifest = {
             "format": FORMAT,
             "kind": self.kind,
@@ -104,7 +110,10 @@ class StoreReader:
 
 
 def find_store(root: Path, kind: str, name: str, identity: Mapping[str, Any], *, make: str) -> Path:
-    """The folder with this identity, or a StoreError that says what there is instead. `make`: the command."""
+    """The folder with this identity, or a StoreError that says what there is instead.
+
+    root, kind, name, identity: as given to `StoreWriter`. make: the command that writes it, for the error's fix.
+    """
     folder = store_folder(root, kind, name, identity)
     if (folder / MANIFEST).exists():
         found = read_json(folder / MANIFEST)["identity"]

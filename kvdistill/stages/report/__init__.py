@@ -7,51 +7,41 @@ the records each time; the same folder gives the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
+from kvdistill.core.progress import Progress, silent
 from kvdistill.core.recipe import Recipe
 from kvdistill.stages.report.collect import collect_tables, write_atomically, write_json
 from kvdistill.stages.report.curves import LearningCurveTracker
 from kvdistill.stages.report.figures import draw_all
 from kvdistill.stages.report.page import build_page
 from kvdistill.stages.report.summary import compare_all, statistics_document, summarise
-from kvdistill.stages.report.verdict import write_headline
+from kvdistill.stages.report.text import write_headline
 
 __all__ = ["LearningCurveTracker", "report"]
 
 
-def report(recipe: Recipe, run: Path, progress: Callable[[str, int, int], None] | None = None) -> Path:
+def report(recipe: Recipe, run: Path, progress: Progress | None = None) -> Path:
     """Compute, draw and write the report of a run folder; returns the path of `report.html`.
 
     progress: called with (what, done, total). Raises RunFolderError if nothing was evaluated or a file is damaged.
     """
-    run, total = Path(run), 4
-
-    def tell(what: str, done: int) -> None:
-        if progress is not None:
-            progress(what, done, total)
-
-    tell("reading records", 0)
+    run, tell, total = Path(run), progress or silent, 4
+    tell("reading records", 0, total)
     tables = collect_tables(recipe, run)
-    tell("statistics", 1)
+    tell("statistics", 1, total)
     family = compare_all(recipe, tables)
     summary = summarise(recipe, tables, family)
     summary["headline"] = write_headline(summary)
     write_json(run / "statistical_results.json", statistics_document(recipe, family))
-    tell("figures", 2)
+    tell("figures", 2, total)
     pictures = draw_all(recipe, tables, summary)
     for picture in pictures:
-        for kind, content in (("svg", picture.svg), ("png", picture.png)):
-            path = run / "figures" / f"{picture.name}.{kind}"
-            if content:
-                write_atomically(path, content)
-            else:
-                path.unlink(missing_ok=True)  # an older report's picture would contradict this one
-    tell("page", 3)
+        picture.save(run / "figures")
+    tell("page", 3, total)
     page = run / "report.html"
     write_atomically(page, build_page(recipe, tables, summary, pictures).encode("utf-8"))
     summary["figures"] = {p.name: None if p.svg else p.reason for p in pictures}
     write_json(run / "summary.json", summary)  # last: whoever finds it finds the rest
-    tell("done", total)
+    tell("done", total, total)
     return page

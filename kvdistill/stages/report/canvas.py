@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -20,6 +21,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from kvdistill.stages.report.collect import write_atomically
 from kvdistill.stages.report.text import make_visible
 
 WIDTH = 9.0  # inches, a page's width
@@ -43,10 +45,24 @@ class Picture:
     png: bytes = b""
     reason: str = ""
 
+    def save(self, folder: Path) -> list[Path]:
+        """Write NAME.svg and NAME.png; what was not drawn is removed, since an older picture would contradict it."""
+        written = []
+        for kind, content in (("svg", self.svg), ("png", self.png)):
+            path = folder / f"{self.name}.{kind}"
+            if content:
+                write_atomically(path, content)
+                written.append(path)
+            else:
+                path.unlink(missing_ok=True)
+        return written
 
-def _rules() -> Any:
+
+@contextmanager
+def figure_rules() -> Iterator[None]:
+    """Our look inside, the caller's outside. A glyph that no font has is drawn as a box, without a warning."""
     fonts = font_manager.fontManager.get_font_names()
-    return {
+    rules: Any = {
         "font.family": ["DejaVu Sans", *[name for name in _CJK if name in fonts]],
         "font.size": 9, "axes.titlesize": 9.5, "axes.labelsize": 9, "legend.fontsize": 8.5,
         "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
@@ -56,12 +72,7 @@ def _rules() -> Any:
         "lines.linewidth": 1.5, "lines.markersize": 4.5, "legend.frameon": False, "figure.facecolor": "white",
         "text.parse_math": False, "svg.fonttype": "path", "svg.hashsalt": "kvdistill", "figure.dpi": 150,
     }  # fmt: skip
-
-
-@contextmanager
-def figure_rules() -> Iterator[None]:
-    """Our look inside, the caller's outside. A glyph that no font has is drawn as a box, without a warning."""
-    with matplotlib.rc_context(_rules()), warnings.catch_warnings():
+    with matplotlib.rc_context(rules), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield
 

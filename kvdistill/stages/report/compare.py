@@ -204,15 +204,13 @@ def _compare(
     out.questions = stats.question_level(delta, tasks, alpha)
     out.bootstrap = stats.bootstrap_two_stage(delta, tasks, alpha)
     if figure == "accuracy":
-        out.mcnemar = [_mcnemar(s, arm[s].correct_Q, baseline[s].correct_Q) for s in shared]
+        for seed in shared:
+            right_a, right_b = arm[seed].correct_Q, baseline[seed].correct_Q
+            only_a, only_b = int(((right_a > 0) & (right_b == 0)).sum()), int(((right_a == 0) & (right_b > 0)).sum())
+            corrected, exact = stats.mcnemar(only_a, only_b), stats.mcnemar(only_a, only_b, exact=True)
+            out.mcnemar.append({"seed": seed, "only_arm": only_a, "only_baseline": only_b, "p_corrected": corrected.p,
+                                "p_exact": exact.p, "reason": corrected.reason})  # fmt: skip
     return out
-
-
-def _mcnemar(seed: int, correct_a: np.ndarray, correct_b: np.ndarray) -> dict[str, Any]:
-    only_a, only_b = int(((correct_a > 0) & (correct_b == 0)).sum()), int(((correct_a == 0) & (correct_b > 0)).sum())
-    corrected, exact = stats.mcnemar(only_a, only_b), stats.mcnemar(only_a, only_b, exact=True)
-    return {"seed": seed, "only_arm": only_a, "only_baseline": only_b, "p_corrected": corrected.p, "p_exact": exact.p,
-            "reason": corrected.reason}  # fmt: skip
 
 
 def describe_comparison(c: Comparison) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,18 +72,6 @@ def _has(logs: Mapping[int, Sequence[Row]], pick: Pick) -> bool:
     return bool(len(band(logs, pick)[0]))
 
 
-def _log_scale(axes: Axes, positive: bool) -> None:
-    if positive:
-        axes.set_yscale("log")
-        plain = FuncFormatter(lambda value, _: f"{value:g}")  # matplotlib's own writes powers as mathtext
-        axes.yaxis.set_major_formatter(plain)
-        if np.divide(*axes.get_ylim()[::-1]) < 20:  # a decade or so: ticks between the powers need their names too
-            axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
-            axes.yaxis.set_minor_formatter(plain)
-        else:
-            axes.yaxis.set_minor_formatter(NullFormatter())
-
-
 def _legend_below(figure: Figure, axes: Axes) -> None:
     handles, names = axes.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)))
@@ -135,14 +122,23 @@ def draw_kv_loss(logs: Logs) -> Figure | str:
         for index, (arm, rows) in enumerate(logs.items()):
             _draw_band(axes, rows, pick, line_style(index), label=label(arm))
         lows = [line.get_ydata().min() for line in axes.get_lines()]  # type: ignore[union-attr]
-        _log_scale(axes, bool(lows) and min(lows) > 0)
+        if lows and min(lows) > 0:
+            axes.set_yscale("log")
+            plain = FuncFormatter(lambda value, _: f"{value:g}")  # matplotlib's own writes powers as mathtext
+            axes.yaxis.set_major_formatter(plain)
+            if np.divide(*axes.get_ylim()[::-1]) < 20:  # a decade or so: ticks between the powers need their names too
+                axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+                axes.yaxis.set_minor_formatter(plain)
+            else:
+                axes.yaxis.set_minor_formatter(NullFormatter())
     _legend_below(figure, max(grid, key=lambda axes: len(axes.get_lines())))
     return figure
 
 
 def draw_task_accuracy(logs: Logs) -> Figure | str:
     """Validation accuracy over steps: macro mean, then one panel per task, one line per arm."""
-    tasks = sorted({t for rows in _all_rows(logs) for t in (rows.get("val") or {}).get("accuracy_by_task") or {}})
+    rows_of_all = [row for seeds in logs.values() for rows in seeds.values() for row in rows]
+    tasks = sorted({t for row in rows_of_all for t in (row.get("val") or {}).get("accuracy_by_task") or {}})
     panels = [("mean over tasks", val("accuracy")), *[(label(task), val_task(task)) for task in tasks]]
     panels = [(title, pick) for title, pick in panels if any(_has(rows, pick) for rows in logs.values())]
     if not panels:
@@ -173,38 +169,22 @@ def draw_overfitting(logs: Logs) -> Figure | str:
     return figure
 
 
-def _all_rows(logs: Logs) -> list[Row]:
-    return [row for seeds in logs.values() for rows in seeds.values() for row in rows]
-
-
 BAND = "Lines are means over seeds, bands ± one standard deviation."
 
 
 def draw_curves(logs: Logs) -> list[Picture]:
     """The four learning-curve figures of arms -> seeds -> log rows."""
-    drawings = (
-        (
-            "dual_axis_curve",
-            "KV loss and accuracy while learning",
-            "Held-out KV loss (left axis) and validation accuracy (right axis) per arm. "
-            f"A falling KV loss with flat accuracy means a match that does not help. {BAND}",
-            draw_dual_axis,
-        ),
-        (
-            "kv_loss_curves",
-            "KV loss",
-            f"Raw KV loss, before weighting. Arms whose losses or teachers differ are not on one scale. {BAND}",
-            draw_kv_loss,
-        ),
-        ("task_accuracy_curves", "Accuracy while learning", f"On the validation split. {BAND}", draw_task_accuracy),
-        (
-            "overfitting_analysis",
-            "Training text against held-out text",
-            f"Cross-entropy (CE); the distance between the two lines is the overfitting. {BAND}",
-            draw_overfitting,
-        ),
-    )
-    return [render(name, title, caption, partial(draw, logs)) for name, title, caption, draw in drawings]
+    return [
+        render("dual_axis_curve", "KV loss and accuracy while learning", "Held-out KV loss (left axis) and validation "
+               "accuracy (right axis) per arm. A falling KV loss with flat accuracy means a match that does not help. "
+               f"{BAND}", lambda: draw_dual_axis(logs)),
+        render("kv_loss_curves", "KV loss", "Raw KV loss, before weighting. Arms whose losses or teachers differ are "
+               f"not on one scale. {BAND}", lambda: draw_kv_loss(logs)),
+        render("task_accuracy_curves", "Accuracy while learning", f"On the validation split. {BAND}",
+               lambda: draw_task_accuracy(logs)),
+        render("overfitting_analysis", "Training text against held-out text", "Cross-entropy (CE); the distance "
+               f"between the two lines is the overfitting. {BAND}", lambda: draw_overfitting(logs)),
+    ]  # fmt: skip
 
 
 class LearningCurveTracker:
@@ -248,13 +228,8 @@ class LearningCurveTracker:
 
     def plot_all_curves(self, name: str = "this run") -> list[Path]:
         """Draw what there is data for as PNG and SVG into output_dir/figures; returns the files written."""
-        files = []
-        for picture in draw_curves({name: {0: read_log(self.path)}}):
-            for kind, content in (("svg", picture.svg), ("png", picture.png)):
-                if content:
-                    files.append(self.output_dir / "figures" / f"{picture.name}.{kind}")
-                    write_atomically(files[-1], content)
-        return files
+        pictures = draw_curves({name: {0: read_log(self.path)}})
+        return [file for picture in pictures for file in picture.save(self.output_dir / "figures")]
 
     def _append(self, row: Row) -> None:
         self.output_dir.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ From tables in memory to pictures in memory; `draw_all` lists them. Knows nothin
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -47,9 +47,9 @@ def draw_all(recipe: Recipe, tables: RunTables, summary: Row) -> list[Picture]:
                "run, one shape per seed.", lambda: draw_comparison(summary, "nll" if nll else "accuracy")),
         *draw_curves(tables.logs),
         render("routing_by_task_heatmap", "Who teaches what", "Mean weight of each teacher per task over the last "
-               "quarter of the logged steps and all seeds.", lambda: draw_routing_by_task(tables)),
+               "quarter of the logged steps and all seeds.", lambda: draw_routing(tables, "task")),
         render("routing_by_layer_heatmap", "Who teaches which layer", "Mean weight of each teacher per student layer "
-               "over the last quarter of the logged steps and all seeds.", lambda: draw_routing_by_layer(tables)),
+               "over the last quarter of the logged steps and all seeds.", lambda: draw_routing(tables, "layer")),
         render("match_beside_placebo", "KV match beside the placebo’s", "Held-out text; R² against the "
                "channel means; raw cosine (faded) is no evidence. Filled: the arm; hollow: the "
                "same figure for the placebo teacher (KV of a mismatched example). Means over seeds.",
@@ -112,22 +112,16 @@ def _draw_arm(axes: Axes, row: int, found: Row, scale: float) -> None:
                   va="center", fontsize=8)  # fmt: skip
 
 
-def _late_routing(tables: RunTables, arm: str) -> list[Row]:
-    """Routing entries of the last quarter of the logged steps of every seed."""
-    found: list[Row] = []
-    for rows in tables.logs[arm].values():
-        routed = [row["routing"] for row in rows if row.get("routing")]
-        found += routed[-max(1, len(routed) // 4) :] if routed else []
-    return found
-
-
 def _mean_weights(entries: Sequence[Mapping[str, float]], teachers: Sequence[str]) -> list[float]:
     return [float(np.mean([e[t] for e in entries if e.get(t) is not None] or [np.nan])) for t in teachers]
 
 
 def routing_tables(tables: RunTables, arm: str) -> tuple[list[str], dict[str, list[float]], dict[str, list[float]]]:
     """Teachers, and their mean late weights by task and by student layer; empty where nothing was logged."""
-    late = _late_routing(tables, arm)
+    late: list[Row] = []
+    for rows in tables.logs[arm].values():
+        routed = [row["routing"] for row in rows if row.get("routing")]
+        late += routed[-max(1, len(routed) // 4) :] if routed else []
     by_task: dict[str, list[Mapping[str, float]]] = {}
     by_layer: dict[str, list[Mapping[str, float]]] = {}
     for entry in late:
@@ -145,28 +139,16 @@ def routing_tables(tables: RunTables, arm: str) -> tuple[list[str], dict[str, li
     )
 
 
-def draw_routing_by_task(tables: RunTables) -> Figure | str:
+def draw_routing(tables: RunTables, across: Literal["task", "layer"]) -> Figure | str:
+    """Teacher x task or student layer, weights in the cells; one panel per arm with several teachers."""
     panels = {}
     for arm in tables.arms:
-        teachers, by_task, _ = routing_tables(tables, arm)
-        if by_task and len(teachers) > 1:
-            panels[arm] = (teachers, by_task)
-    return _draw_heatmaps(panels, "task") or "no arm with several teachers logged routing weights by task"
-
-
-def draw_routing_by_layer(tables: RunTables) -> Figure | str:
-    panels = {}
-    for arm in tables.arms:
-        teachers, _, by_layer = routing_tables(tables, arm)
-        if by_layer and len(teachers) > 1:
-            panels[arm] = (teachers, by_layer)
-    return _draw_heatmaps(panels, "student layer") or "no arm with several teachers logged routing weights by layer"
-
-
-def _draw_heatmaps(panels: Mapping[str, tuple[list[str], dict[str, list[float]]]], across: str) -> Figure | None:
-    """Teacher x column, weights in the cells; one panel per arm."""
+        teachers, by_task, by_layer = routing_tables(tables, arm)
+        columns = by_task if across == "task" else by_layer
+        if columns and len(teachers) > 1:
+            panels[arm] = (teachers, columns)
     if not panels:
-        return None
+        return f"no arm with several teachers logged routing weights by {across}"
     rows = max(len(teachers) for teachers, _ in panels.values())
     most = max(len(columns) for _, columns in panels.values())
     per_row = 3 if most <= 5 else 2 if most <= 10 else 1
@@ -177,7 +159,7 @@ def _draw_heatmaps(panels: Mapping[str, tuple[list[str], dict[str, list[float]]]
         image = axes.imshow(cells, cmap="Blues", vmin=0, vmax=1, aspect="auto")
         axes.grid(False)
         axes.set_title(label(arm))
-        axes.set_xlabel(across)
+        axes.set_xlabel("task" if across == "task" else "student layer")
         axes.set_xticks(range(len(columns)), [label(name, 14) for name in columns])
         axes.set_yticks(range(len(teachers)), [label(name, 16) for name in teachers])
         for (i, j), weight in np.ndenumerate(cells):

@@ -22,50 +22,59 @@ from kvdistill.stages.report.canvas import Picture
 from kvdistill.stages.report.collect import Row, RunTables, read_questions, read_records
 from kvdistill.stages.report.figures import MATCH_FIGURES, match_table
 from kvdistill.stages.report.summary import METHOD, budgets, reference_arm
-from kvdistill.stages.report.verdict import amount, difference, list_warnings
 
 SVG_LIMIT_BYTES = 250_000
 SPLITS = ("train", "val", "test")
-SHOWN_ELSEWHERE = (
-    "tasks",
-    "section",
-    "files",
-    "format",
-)  # of the data manifest: as a table, in the recipe, or of no use
+# of the data manifest: as a table, in the recipe, or of no use
+SHOWN_ELSEWHERE = ("tasks", "section", "files", "format")
 EXAMPLES_PER_KIND = 4
 EXCERPT = 700
 
 
 def build_page(recipe: Recipe, tables: RunTables, summary: Row, pictures: Sequence[Picture]) -> str:
     """The page as text. `summary` as `summarise` made it, with its `headline`."""
+
+    def finalize(value: Any) -> Any:  # applied to everything printed: invisible characters go before escaping
+        return text.make_visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
     here = Path(__file__).parent
     loader = jinja2.FileSystemLoader(here)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined,
-                                     finalize=_finalize, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
+                                     finalize=finalize, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
     environment.globals.update(
         percent=text.percent, number=text.number, signed=text.signed, count=text.count, p_value=text.p_value,
         with_prefix=text.with_prefix, size=text.size, duration=text.duration, is_known=text.is_known,
-        amount=amount, difference=difference,
+        amount=text.amount, difference=text.difference,
     )  # fmt: skip
+    means = {name: arm["mean"] for name, arm in summary["arms"].items() if not math.isnan(arm["mean"])}
+    if summary["accuracy_near_zero"]:  # accuracy says nothing, so no arm is the best
+        means = {}
+    *but_last, last = map(str, summary["seeds"])
+    seeds_words = f"{', '.join(but_last)} and {last}" if but_last else last
+    teachers = [
+        {"name": name, "by_task": found.get("accuracy_by_task") or {}, "steps": found.get("steps"),
+         "seconds": found.get("seconds")}
+        for name, found in tables.teachers.items()
+    ]  # fmt: skip
+    counts = [  # rows per task and split, and how many problems were too long
+        {"task": task, "too_long": sum(split.get("too_long") or 0 for split in splits.values()),
+         **{s: splits.get(s, {}).get("rows") for s in SPLITS}}
+        for task, splits in (tables.manifest.get("tasks") or {}).items()
+    ]  # fmt: skip
+    kept = tables.path / "recipe.json"
+    recipe_text = kept.read_text(encoding="utf-8") if kept.is_file() else recipe.model_dump_json(indent=1)
     return environment.get_template("page.html.jinja").render(
         css=Markup((here / "page.css").read_text(encoding="utf-8")),  # ours, and holds no `<`
         title=summary["title"], summary=summary, arms=summary["arms"], tasks=summary["tasks"], recipe=recipe,
-        warnings=list_warnings(summary), pictures={p.name: _embed(p) for p in pictures}, method=METHOD,
-        figure=summary["primary"], best=_best_arm(summary), seeds_words=_join(summary["seeds"]),
+        warnings=text.list_warnings(summary), pictures={p.name: _embed(p) for p in pictures}, method=METHOD,
+        figure=summary["primary"], best=max(means, key=lambda name: means[name], default=""), seeds_words=seeds_words,
         match=match_table(recipe, tables), match_figures=MATCH_FIGURES,
-        budgets=budgets(recipe, tables), reference=reference_arm(recipe), teachers=_teacher_rows(tables),
-        counts=_count_rows(tables.manifest), manifest=_flatten_without(tables.manifest, *SHOWN_ELSEWHERE),
+        budgets=budgets(recipe, tables), reference=reference_arm(recipe), teachers=teachers,
+        counts=counts, manifest=_flatten_without(tables.manifest, *SHOWN_ELSEWHERE),
         validation=flatten(tables.validation), examples=_pick_examples(tables, summary),
         provenance=_flatten_without(tables.provenance, "command"),
-        command=tables.provenance.get("command"), recipe_text=_recipe_text(recipe, tables),
+        command=tables.provenance.get("command"), recipe_text=recipe_text,
     )  # fmt: skip
-
-
-def _finalize(value: Any) -> Any:
-    """Applied to everything the template prints: strangers' text loses its invisible characters before escaping."""
-    if isinstance(value, Markup):
-        return value
-    return text.make_visible(value) if isinstance(value, str) else value
 
 
 def _embed(picture: Picture) -> Row:
@@ -76,36 +85,6 @@ def _embed(picture: Picture) -> Row:
         content, kind = (picture.svg, "svg+xml") if small else (picture.png, "png")
         uri = f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
     return {"title": picture.title, "caption": picture.caption, "reason": picture.reason, "uri": uri}
-
-
-def _join(items: Sequence[object]) -> str:
-    words = [str(item) for item in items]
-    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
-
-
-def _best_arm(summary: Row) -> str:
-    """The arm with the highest accuracy; none where accuracy says nothing."""
-    if summary["accuracy_near_zero"]:
-        return ""
-    known = {name: arm["mean"] for name, arm in summary["arms"].items() if not math.isnan(arm["mean"])}
-    return max(known, key=lambda name: known[name]) if known else ""
-
-
-def _teacher_rows(tables: RunTables) -> list[Row]:
-    return [
-        {"name": name, "by_task": found.get("accuracy_by_task") or {}, "steps": found.get("steps"),
-         "seconds": found.get("seconds")}
-        for name, found in tables.teachers.items()
-    ]  # fmt: skip
-
-
-def _count_rows(manifest: Mapping[str, Any]) -> list[Row]:
-    """Rows per task and split, and how many problems were too long, from the manifest's `tasks`."""
-    rows = []
-    for task, splits in (manifest.get("tasks") or {}).items():
-        too_long = sum(split.get("too_long") or 0 for split in splits.values())
-        rows.append({"task": task, "too_long": too_long, **{s: splits.get(s, {}).get("rows") for s in SPLITS}})
-    return rows
 
 
 def flatten(value: Any, name: str = "", *, depth: int = 4) -> list[tuple[str, str]]:
@@ -156,8 +135,3 @@ def _example(record: Row, questions: Mapping[tuple[str, str, str], str]) -> Row:
 
 def _excerpt(value: str) -> str:
     return value if len(value) <= EXCERPT else value[:EXCERPT] + f" … ({len(value) - EXCERPT} more characters)"
-
-
-def _recipe_text(recipe: Recipe, tables: RunTables) -> str:
-    path = tables.path / "recipe.json"
-    return path.read_text(encoding="utf-8") if path.is_file() else recipe.model_dump_json(indent=1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 from kvdistill import stats
@@ -61,15 +60,14 @@ def _spread(tables: RunTables, arm: str, pick: Callable[[SeedRun], float]) -> di
 
 
 def _figure(tables: RunTables, arm: str, name: str) -> dict[str, Any]:
+    def of_task(task: str) -> Callable[[SeedRun], float]:
+        return lambda run: run.by_task(name).get(task, NAN)
+
     tasks = sorted({t for run in tables.runs[arm].values() for t in run.by_task(name)})
     return {
         **_spread(tables, arm, lambda run: run.macro(name)),
-        "by_task": {t: _spread(tables, arm, partial(_task_mean, figure=name, task=t)) for t in tasks},
+        "by_task": {t: _spread(tables, arm, of_task(t)) for t in tasks},
     }
-
-
-def _task_mean(run: SeedRun, figure: str, task: str) -> float:
-    return run.by_task(figure).get(task, NAN)
 
 
 def describe_arm(recipe: Recipe, arm: str) -> str:
@@ -141,12 +139,9 @@ def budgets(recipe: Recipe, tables: RunTables) -> dict[str, dict[str, Any]]:
     for ledger in ledgers.values():
         if ledger:
             for ratio, key in PARITIES.items():
-                ledger[ratio] = _ratio(ledger[key], reference.get(key))
+                base = reference.get(key)
+                ledger[ratio] = ledger[key] / base if base else NAN
     return ledgers
-
-
-def _ratio(value: float, base: float | None) -> float:
-    return value / base if base else NAN
 
 
 def reference_arm(recipe: Recipe) -> str:
