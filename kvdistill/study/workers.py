@@ -222,7 +222,7 @@ def _check(recipe: Any, run: Path, progress: Progress = silent) -> None:
 
     check_models(recipe, run, progress)
     if recipe.evaluate.tasks:
-        from kvdistill.stages.evaluate.public import check_public
+        from kvdistill.stages.evaluate import check_public
 
         check_public(recipe, run)
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from kvdistill.arms.answering import greedy_answers
 from kvdistill.arms.batches import BatchMaker, arm_batches, moved_to, token_counts
 from kvdistill.arms.distiller import Distiller
 from kvdistill.arms.targets import open_targets
@@ -22,6 +21,7 @@ from kvdistill.core.recipe import ArmRecipe, Recipe
 from kvdistill.data.answers import is_correct
 from kvdistill.data.encode import Example
 from kvdistill.data.tables import read_split
+from kvdistill.models.generate import Rows, generate_greedy
 
 BATCH = 64
 
@@ -89,8 +89,9 @@ class LearningCurve:
 
 def accuracy_by_task(model: Any, tokenizer: Any, examples: Sequence[Example], max_new_tokens: int) -> dict[str, float]:
     """Share of greedy answers that are right, per task."""
-    answers = greedy_answers(model, tokenizer, examples, max_new_tokens=max_new_tokens, batch_size=2 * BATCH)
+    prompts = [example.prompt_ids for example in examples]
+    answers = generate_greedy(model, prompts, tokenizer, max_new_tokens=max_new_tokens, rows=Rows(2 * BATCH))
     right: dict[str, list[bool]] = {}
-    for example, (text, _) in zip(examples, answers, strict=True):
-        right.setdefault(example.task, []).append(is_correct(example.task, text, example.answer))
+    for example, one in zip(examples, answers, strict=True):
+        right.setdefault(example.task, []).append(is_correct(example.task, one.text, example.answer))
     return {task: sum(values) / len(values) for task, values in sorted(right.items())}
