@@ -125,17 +125,13 @@ def _checked(row: dict[str, Any], place: str) -> Record:
         raise RunFolderError(what, place=place, fix=f"update kvdistill, or {_FIX}")
     if schema == 1:
         known = {"evaluation": "own", "style": "", "mode": "generation", "metrics": {}, "score": row.get("correct")}
-        row = {**dict.fromkeys(_KINDS), **known, **{key: value for key, value in row.items() if value is not None}}
-    given = {name: row[name] for name in _KINDS if name in row}
+        row = dict.fromkeys(_KINDS) | known | {key: value for key, value in row.items() if value is not None}
+    row = {"arm": None, "seed": None, **row, "schema": SCHEMA}
     for name, kinds in _KINDS.items():
-        there = name in row or name in ("arm", "seed")
-        if not there or (name in row and not isinstance(row[name], kinds)):
-            raise RunFolderError(f"a record needs `{name}` ({_wanted(kinds)})", place=place, fix=_FIX)
-    return Record(**{**given, "score": float(row["score"]), "schema": SCHEMA})
-
-
-def _wanted(kinds: tuple[type, ...]) -> str:
-    return " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+        if name not in row or not isinstance(row[name], kinds):
+            wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+            raise RunFolderError(f"a record needs `{name}` ({wanted})", place=place, fix=_FIX)
+    return Record(**{name: row[name] for name in _KINDS} | {"score": float(row["score"])})
 
 
 def _finite(value: float | None) -> float | None:

@@ -108,9 +108,9 @@ def open_book(
     asker: what identifies the model. exams: evaluation -> its members.
     Raises RunFolderError that names what differs, before anything is written.
     """
-    check_book(folder, asker, exams, options)
+    check_folder(exams, options, folder, asker)
     with folder_lock(folder, wait=False):
-        identity, limit = check_book(folder, asker, exams, options), options.limit
+        identity, limit = check_folder(exams, options, folder, asker), options.limit
         for name, members in exams.items():
             entry = identity["evaluations"][name]
             limits = {*entry["limits"], limit}
@@ -124,10 +124,10 @@ def open_book(
         yield AnswerBook(folder, identity)
 
 
-def check_book(
-    folder: Path, asker: Mapping[str, Any], exams: Mapping[str, Sequence[AbstractExam]], options: SuiteOptions
+def check_folder(
+    exams: Mapping[str, Sequence[AbstractExam]], options: SuiteOptions, folder: Path, asker: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The identity that the folder will have. RunFolderError where it holds something else."""
+    """The identity that the folder will have. RunFolderError, which names the key, where it answers something else."""
     prompts = {"choice": options.choice, "chat": options.chat, "system_prompt": options.system_prompt}
     identity: dict[str, Any] = {"format": _FORMAT, "asked": _plain(asker), "evaluations": {}}
     if (folder / IDENTITY).exists():

@@ -21,12 +21,12 @@ from kvdistill.core.errors import DataError, ModelError, RecipeError
 from kvdistill.core.hub import hub_reachable
 from kvdistill.core.progress import Progress, silent
 from kvdistill.core.recipe import EvaluateRecipe, HardwareRecipe, ModelRecipe, Section
-from kvdistill.core.runtime import keep_freed_memory, pick_device, quiet_libraries, set_threads
+from kvdistill.core.runtime import DTYPES, keep_freed_memory, pick_device, quiet_libraries, set_threads
 from kvdistill.models.load import check_model_exists, load_model, model_config, require_causal
-from kvdistill.stages.evaluate.book import identify
+from kvdistill.stages.evaluate.book import check_folder, identify
 from kvdistill.stages.evaluate.exams import SuiteOptions
 from kvdistill.stages.evaluate.own import run_of
-from kvdistill.stages.evaluate.suite import Exams, check_folder, evaluate_suite, make_lm, plan_suite
+from kvdistill.stages.evaluate.suite import evaluate_suite, make_lm, plan_suite
 
 _PLACE = "model"
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tokenization_*.py")
@@ -57,12 +57,11 @@ class ModelOptions(Section):
 
 @dataclass(frozen=True)
 class _Subject:
-    """The model to evaluate, before its weights are loaded. run: the run folder it lies in."""
+    """The model to evaluate, before its weights are loaded. asker: what identifies it."""
 
     recipe: ModelRecipe
     tokenizer: Any
     asker: dict[str, Any]
-    run: Path | None
     out: Path
 
 
@@ -97,9 +96,14 @@ def evaluate_model(
     exams = plan_suite(options.evaluate.tasks, suite)
     subject = _look_at(model, options, run, out)
     check_folder(exams, suite, subject.out, subject.asker)
-    results = evaluate_suite(
-        lambda: _load(subject, options, exams, suite), exams, suite, subject.out, progress, asker=subject.asker
-    )
+
+    def load() -> Any:
+        model = _load(subject.recipe, len(subject.tokenizer), options.hardware.device)
+        student = CausalStudent(model) if run is not None else None
+        bos = subject.asker["begins_with_bos"]
+        return make_lm(model, subject.tokenizer, exams, suite, student=student, begins_with_bos=bos)
+
+    results = evaluate_suite(load, exams, suite, subject.out, progress, asker=subject.asker)
     return {"evaluations": results, "folder": str(subject.out)}
 
 
@@ -134,10 +138,7 @@ def _look_at(model: str, options: ModelOptions, run: Path | None, out: str | Pat
     config = check_model_exists(recipe, _PLACE)
     require_causal(config, model)
     saved = str(getattr(config, "dtype", None)).removeprefix("torch.")
-    if options.dtype == "auto":
-        dtype = saved if saved in ("float32", "bfloat16", "float16") else "float32"
-    else:
-        dtype = options.dtype
+    dtype = (saved if saved in DTYPES else "float32") if options.dtype == "auto" else options.dtype
     recipe = recipe.model_copy(update={"dtype": dtype})
     tokenizer = load_own_tokenizer(model, options.trust_remote_code)
     model_config(recipe, len(tokenizer), _PLACE)  # refuses a tokenizer with more tokens than the model knows
@@ -151,7 +152,7 @@ def _look_at(model: str, options: ModelOptions, run: Path | None, out: str | Pat
     elif out is None:
         name = Path(model).resolve().name if Path(model).is_dir() else model.replace("/", "--")
         out = Path("runs") / "evaluations" / name
-    return _Subject(recipe, tokenizer, asker, run, Path(out))
+    return _Subject(recipe, tokenizer, asker, Path(out))
 
 
 def load_own_tokenizer(model: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -165,24 +166,17 @@ def load_own_tokenizer(model: str, trust_remote_code: bool) -> PreTrainedTokeniz
         return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code, local_files_only=local)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(
-            f"the model's tokenizer cannot be loaded ({reason})",
-            place=model,
-            fix=fix,
-        ) from error
+        raise DataError(f"the model's tokenizer cannot be loaded ({reason})", place=model, fix=fix) from error
 
 
-def _load(subject: _Subject, options: ModelOptions, exams: Exams, suite: SuiteOptions) -> Any:
-    model: Any = load_model(subject.recipe, vocab_size=len(subject.tokenizer), seed=0, place=_PLACE)
+def _load(recipe: ModelRecipe, vocab_size: int, device: str) -> Any:
+    model: Any = load_model(recipe, vocab_size=vocab_size, seed=0, place=_PLACE)
     try:
-        model.to(pick_device(options.hardware.device))
+        return model.to(pick_device(device))
     except (RuntimeError, AssertionError) as error:  # no such device, or too little memory on it
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"the model does not go to device {options.hardware.device} ({reason})",
+            f"the model does not go to device {device} ({reason})",
             place="hardware.device",
             fix="give another device (cpu, cuda:0), or a smaller dtype",
         ) from error
-    student = CausalStudent(model) if subject.run is not None else None
-    bos = subject.asker["begins_with_bos"]
-    return make_lm(model, subject.tokenizer, exams, suite, student=student, begins_with_bos=bos)

@@ -53,7 +53,10 @@ class MeteredLM(HFLM, StudentLM):
         self._end_ids = sorted({*_end_ids(model, tokenizer), *(_turn_ends(tokenizer) if chat else ())})
         HFLM.__init__(self, pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         StudentLM.__init__(self, student, tokenizer, batch_size)
-        self._template = _without_clock(tokenizer.chat_template) if chat else None
+        self._template: Any = tokenizer.chat_template if chat else None
+        if chat and "strftime_now" in self._template:  # it writes today's date: tomorrow the prompts would differ
+            clock = f"{{%- macro strftime_now(format) -%}}{TODAY}{{%- endmacro -%}}"
+            self._template = clock + self._template
         self._bos_id = tokenizer.bos_token_id if bos_in_front else None
         self._takes = {*inspect.signature(model.forward).parameters}
         # without a mask padding could not be told from text
@@ -122,11 +125,13 @@ class MeteredLM(HFLM, StudentLM):
                 rows.setdefault(row, []).append((i, scored))
         order = sorted(rows, key=lambda row: (-len(row), row))
         for batch in self._row_batches(order, {row: max(len(s) for _, s in rows[row]) for row in rows}):
-            for row, logits_KV in zip(
-                batch, self._rows.run(lambda part: self._last_logits(part, rows), batch), strict=True
-            ):
+            found = self._rows.run(lambda part: self._last_logits(part, rows), batch)
+            for row, last_KV in zip(batch, found, strict=True):
                 for i, scored in rows[row]:
-                    results[i] = _score(logits_KV[-len(scored) :], scored)
+                    logits_KV = last_KV[-len(scored) :].float()
+                    ids_K = torch.tensor(scored, device=logits_KV.device)
+                    log_probs_K = logits_KV.gather(1, ids_K[:, None])[:, 0] - logits_KV.logsumexp(1)
+                    results[i] = float(log_probs_K.sum()), bool((logits_KV.argmax(1) == ids_K).all())
         self.usage = usage
         self.on_answers(len(requests))
         return results
@@ -170,10 +175,13 @@ class MeteredLM(HFLM, StudentLM):
             # room for the prompt first: an answer may take half of the window
             new = max(1, min(settings["max_gen_toks"], self.max_length // 2))
             groups.setdefault((tuple(s for s in settings["until"] if s), new), []).append(i)
-        texts, usage = [""] * len(requests), [Usage(0, 0, 0, False, 0, 0)] * len(requests)
-        done = 0
+        texts, usage, done = [""] * len(requests), [Usage(0, 0, 0, False, 0, 0)] * len(requests), 0
         for (stops, new), members in groups.items():
             room = self.max_length - new
+
+            def show(answered: float, before: int = done) -> None:
+                self.on_answers(before + answered)
+
             answers = generate_greedy(
                 self.model,
                 [prompts[i][-room:] for i in members],
@@ -182,7 +190,7 @@ class MeteredLM(HFLM, StudentLM):
                 rows=self._rows,
                 end_ids=self._end_ids,
                 stops=stops,
-                progress=lambda answered, before=done: self.on_answers(before + answered),
+                progress=show,
             )
             for i, one in zip(members, answers, strict=True):
                 texts[i] = one.text
@@ -201,12 +209,6 @@ def _end_ids(model: Any, tokenizer: Any) -> list[int]:
     return sorted({int(i) for i in [tokenizer.eos_token_id, *listed] if i is not None})
 
 
-def _without_clock(template: str) -> str:
-    """A template that writes today's date would write other prompts tomorrow."""
-    clock = f"{{%- macro strftime_now(format) -%}}{TODAY}{{%- endmacro -%}}"
-    return clock + template if "strftime_now" in template else template
-
-
 def _turn_ends(tokenizer: Any) -> list[int]:
     """The special token that the chat template writes after what the assistant said, if it writes one."""
     said = "Seven."
@@ -217,10 +219,3 @@ def _turn_ends(tokenizer: Any) -> list[int]:
     after = tokenizer.encode(written.rpartition(said)[2], add_special_tokens=False)
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     return [i for i in after if i in special][:1]
-
-
-def _score(logits_KV: Tensor, scored: Sequence[int]) -> tuple[float, bool]:
-    logits_KV = logits_KV.float()
-    ids_K = torch.tensor(scored, device=logits_KV.device)
-    log_probs_K = logits_KV.gather(1, ids_K[:, None])[:, 0] - logits_KV.logsumexp(1)
-    return float(log_probs_K.sum()), bool((logits_KV.argmax(1) == ids_K).all())

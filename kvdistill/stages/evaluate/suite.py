@@ -10,6 +10,7 @@ one, so it gives the same bits. lm-eval takes seconds to import, and is imported
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from kvdistill.core.progress import Progress, silent
 from kvdistill.core.records import Record
 from kvdistill.data.evaluations import EVALUATIONS, find_evaluation
 from kvdistill.data.evaluations.base import Evaluation, Member
-from kvdistill.stages.evaluate.book import RESULTS, AnswerBook, check_book, open_book, summarise_book
+from kvdistill.stages.evaluate.book import RESULTS, AnswerBook, open_book, summarise_book
 from kvdistill.stages.evaluate.exams import AbstractExam, Question, Render, SuiteOptions, Usage
 from kvdistill.stages.evaluate.own import RunTest, RunTestExam, StudentLM
 from kvdistill.stages.evaluate.plain import LetteredExam, TemplateExam
@@ -83,23 +84,12 @@ def make_lm(
 
     student: the same model, where a run's test split may be asked for.
     """
+    size, chat = options.batch_size, options.chat
     if all(isinstance(exam, RunTestExam) for members in exams.values() for exam in members):
-        return StudentLM(student, tokenizer, options.batch_size)
+        return StudentLM(student, tokenizer, size)
     from kvdistill.stages.evaluate.lm import MeteredLM
 
-    return MeteredLM(
-        model,
-        tokenizer,
-        batch_size=options.batch_size,
-        bos_in_front=begins_with_bos,
-        chat=options.chat,
-        student=student,
-    )
-
-
-def check_folder(exams: Exams, options: SuiteOptions, out: Path, asker: Mapping[str, Any]) -> None:
-    """Refuse, before a model is loaded, a folder that answers something else. RunFolderError names the key."""
-    check_book(out, asker, exams, options)
+    return MeteredLM(model, tokenizer, batch_size=size, bos_in_front=begins_with_bos, chat=chat, student=student)
 
 
 def evaluate_suite(
@@ -119,13 +109,7 @@ def evaluate_suite(
         asker: what identifies the model; a folder holds answers of one.
     """
     exams = tasks if isinstance(tasks, dict) else plan_suite(tasks, options)
-    made: list[Any] = []
-
-    def ready() -> Any:
-        if not made:
-            made.append(lm() if callable(lm) else lm)
-        return made[0]
-
+    ready = functools.cache(lm if callable(lm) else lambda: lm)
     with open_book(out, asker or {"model": type(lm).__name__}, exams, options) as book:
         for name, members in exams.items():
             total, done = book.evaluations[name]["questions"], len(book.rows(name))
@@ -193,8 +177,6 @@ def _ask(lm: Any, chunk: Sequence[_Asked], nll: Mapping[int, float | None]) -> l
         ids = [id(request) for request in question.requests]
         judged = exam.judge(question, [answers[i] for i in ids])
         took = [usage[i] for i in ids]
-        known = None not in took  # else the model does not say
-        characters = sum(one.characters for one in took) if known else 0
         if id(question) in nll:
             likely = nll[id(question)]
         elif question.gold is not None:
@@ -218,15 +200,23 @@ def _ask(lm: Any, chunk: Sequence[_Asked], nll: Mapping[int, float | None]) -> l
                 score=judged.score,
                 metrics=dict(judged.metrics),
                 nll=likely,
-                tokens_in=sum(one.tokens_in for one in took) if known else None,
-                tokens_out=sum(one.tokens_out for one in took) if known else None,
-                forward_passes=sum(one.forward_passes for one in took) if known else None,
-                truncated=any(one.truncated for one in took) if known else None,
-                unspelled=sum(one.unspelled for one in took) / max(1, characters) if known else None,
                 seconds=seconds,
+                **_cost([one for one in took if one is not None]),
             )
         )
     return records
+
+
+def _cost(took: Sequence[Usage]) -> dict[str, Any]:
+    """What the requests of one question took together; null where the model does not say."""
+    characters = sum(one.characters for one in took)
+    return {
+        "tokens_in": sum(one.tokens_in for one in took) if took else None,
+        "tokens_out": sum(one.tokens_out for one in took) if took else None,
+        "forward_passes": sum(one.forward_passes for one in took) if took else None,
+        "truncated": any(one.truncated for one in took) if took else None,
+        "unspelled": sum(one.unspelled for one in took) / max(1, characters) if took else None,
+    }
 
 
 def _answers(lm: Any, requests: Sequence[Any]) -> tuple[dict[int, Any], dict[int, Usage | None]]:
