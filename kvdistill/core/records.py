@@ -124,8 +124,9 @@ def _checked(row: dict[str, Any], place: str) -> Record:
         what = f"a record of schema {schema!r}, and this kvdistill reads up to {SCHEMA}"
         raise RunFolderError(what, place=place, fix=f"update kvdistill, or {_FIX}")
     if schema == 1:
-        known = {"evaluation": "own", "style": "", "mode": "generation", "metrics": {}, "score": row.get("correct")}
-        row = dict.fromkeys(_KINDS) | known | {key: value for key, value in row.items() if value is not None}
+        filled: dict[str, Any] = dict.fromkeys(_KINDS)
+        filled |= {"evaluation": "own", "style": "", "mode": "generation", "metrics": {}, "score": row.get("correct")}
+        row = filled | {key: value for key, value in row.items() if value is not None}
     row = {"arm": None, "seed": None, **row, "schema": SCHEMA}
     for name, kinds in _KINDS.items():
         if name not in row or not isinstance(row[name], kinds):

@@ -53,10 +53,10 @@ class MeteredLM(HFLM, StudentLM):
         self._end_ids = sorted({*_end_ids(model, tokenizer), *(_turn_ends(tokenizer) if chat else ())})
         HFLM.__init__(self, pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         StudentLM.__init__(self, student, tokenizer, batch_size)
-        self._template: Any = tokenizer.chat_template if chat else None
-        if chat and "strftime_now" in self._template:  # it writes today's date: tomorrow the prompts would differ
-            clock = f"{{%- macro strftime_now(format) -%}}{TODAY}{{%- endmacro -%}}"
-            self._template = clock + self._template
+        template = str(tokenizer.chat_template)
+        if "strftime_now" in template:  # it writes today's date: tomorrow the prompts would differ
+            template = f"{{%- macro strftime_now(format) -%}}{TODAY}{{%- endmacro -%}}" + template
+        self._template = template if chat else None
         self._bos_id = tokenizer.bos_token_id if bos_in_front else None
         self._takes = {*inspect.signature(model.forward).parameters}
         # without a mask padding could not be told from text

@@ -139,16 +139,11 @@ def _run_evaluation(
         part.sort(key=lambda pair: pair[0].turn(pair[1]))
         chunks = [part[start : start + options.batch_size] for start in range(0, len(part), options.batch_size)]
         chunks = [
-            chunk
-            for chunk in chunks
-            if any((name, exam.name, *question.key) not in book.answered for exam, question in chunk)
+            chunk for chunk in chunks if any((name, exam.name, *one.key) not in book.answered for exam, one in chunk)
         ]
         # published answers of a test split are scored together, sorted by their own length
-        scored = [question for _, question in part if question.gold and question.gold.request_type == "score_example"]
-        nll: dict[int, float | None] = {}
-        if chunks and scored:
-            found = lm.score_example([question.gold for question in scored])
-            nll = {id(question): value for question, value in zip(scored, found, strict=True)}
+        gold = [one.gold for _, one in part if one.gold is not None and one.gold.request_type == "score_example"]
+        scored = dict(zip(map(id, gold), lm.score_example(gold), strict=True)) if chunks and gold else {}
         for chunk in chunks:
 
             def show(answered: float, before: int = done) -> None:
@@ -156,33 +151,27 @@ def _run_evaluation(
 
             if hasattr(lm, "on_answers"):  # a model of ours says how far it is inside a chunk
                 lm.on_answers = show if all(len(question.requests) == 1 for _, question in chunk) else lambda _: None
-            new = [record for record in _ask(lm, chunk, nll) if record.key not in book.answered]
+            new = [record for record in _ask(lm, chunk, scored) if record.key not in book.answered]
             book.append(new)
             done += len(new)
             progress(f"evaluate {name}", done, total)
 
 
-def _ask(lm: Any, chunk: Sequence[_Asked], nll: Mapping[int, float | None]) -> list[Record]:
+def _ask(lm: Any, chunk: Sequence[_Asked], scored: Mapping[int, float]) -> list[Record]:
     """The records of a chunk. Seconds are shared evenly among its questions; scoring gold answers is not counted.
 
-    nll: id of a question -> of its published answer, where that is scored already.
+    scored: id of a request for a published answer -> its NLL, where that is known already.
     """
     begun = time.perf_counter()
-    answers, usage = _answers(lm, [request for _, question in chunk for request in question.requests])
+    answers = _answers(lm, [request for _, question in chunk for request in question.requests])
     seconds = (time.perf_counter() - begun) / len(chunk)
-    open_gold = [question.gold for _, question in chunk if question.gold is not None and id(question) not in nll]
-    gold, gold_usage = _answers(lm, open_gold)
+    gold = [one.gold for _, one in chunk if one.gold is not None and id(one.gold) not in scored]
+    nll = {**scored, **{i: _nll(*answer) for i, answer in _answers(lm, gold).items()}}
     records = []
     for exam, question in chunk:
-        ids = [id(request) for request in question.requests]
-        judged = exam.judge(question, [answers[i] for i in ids])
-        took = [usage[i] for i in ids]
-        if id(question) in nll:
-            likely = nll[id(question)]
-        elif question.gold is not None:
-            likely = _nll(gold[id(question.gold)], gold_usage[id(question.gold)])
-        else:
-            likely = None if judged.right is None else _nll(answers[ids[judged.right]], took[judged.right])
+        found = [answers[id(request)] for request in question.requests]
+        judged = exam.judge(question, [response for response, _ in found])
+        right = None if judged.right is None else _nll(*found[judged.right])
         records.append(
             Record(
                 evaluation=exam.evaluation,
@@ -199,9 +188,9 @@ def _ask(lm: Any, chunk: Sequence[_Asked], nll: Mapping[int, float | None]) -> l
                 correct=judged.correct,
                 score=judged.score,
                 metrics=dict(judged.metrics),
-                nll=likely,
+                nll=right if question.gold is None else nll[id(question.gold)],
                 seconds=seconds,
-                **_cost([one for one in took if one is not None]),
+                **_cost([usage for _, usage in found if usage is not None]),
             )
         )
     return records
@@ -219,17 +208,15 @@ def _cost(took: Sequence[Usage]) -> dict[str, Any]:
     }
 
 
-def _answers(lm: Any, requests: Sequence[Any]) -> tuple[dict[int, Any], dict[int, Usage | None]]:
-    """id of a request -> response, and -> what it took (None where the model does not say)."""
-    answers: dict[int, Any] = {}
-    usage: dict[int, Usage | None] = {}
+def _answers(lm: Any, requests: Sequence[Any]) -> dict[int, tuple[Any, Usage | None]]:
+    """id of a request -> response, and what it took (None where the model does not say)."""
+    answers: dict[int, tuple[Any, Usage | None]] = {}
     for kind in sorted({request.request_type for request in requests}):
         chosen = [request for request in requests if request.request_type == kind]
         responses = getattr(lm, kind)(chosen)
         used = getattr(lm, "usage", None) or [None] * len(chosen)
-        for request, response, one in zip(chosen, responses, used, strict=True):
-            answers[id(request)], usage[id(request)] = response, one
-    return answers, usage
+        answers |= dict(zip(map(id, chosen), zip(responses, used, strict=True), strict=True))
+    return answers
 
 
 def _nll(response: Any, usage: Usage | None) -> float | None:

@@ -73,19 +73,14 @@ def collect_tables(recipe: Recipe, run: Path) -> RunTables:
     tables.manifest = _read_object(run / "data" / "manifest.json")
     tables.validation = _read_object(run / "data" / "validation_report.json")
     tables.provenance = _read_object(run / "provenance.json")
-    _note_strays(tables)
-    return tables
-
-
-def _note_strays(tables: RunTables) -> None:
     if tables.missing:
         tables.notes.append(
             "Not evaluated yet: " + ", ".join(f"{arm} seed {seed}" for arm, seed in tables.missing) + "."
         )
-    folder = tables.path / "arms"
-    strays = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name not in tables.arms)
+    strays = sorted(p.name for p in (run / "arms").iterdir() if p.is_dir() and p.name not in tables.arms)
     if strays:
         tables.notes.append("In the folder but not in the recipe, and left out: " + ", ".join(strays) + ".")
+    return tables
 
 
 def read_log(path: Path) -> list[Row]:
