@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kvdistill.core.recipe import Recipe
+from kvdistill.core.records import Record
 
 TASKS = ("chain", "product")
 TEACHERS = ("adds", "multiplies")
@@ -46,6 +48,13 @@ def short_hash(*words: object) -> str:
     return hashlib.sha256("\x1f".join(map(str, words)).encode()).hexdigest()[:16]
 
 
+def make_record(**known: Any) -> Record:
+    """A right answer to an own question, but for what is known otherwise."""
+    given: dict[str, Any] = dict.fromkeys(one.name for one in fields(Record) if one.default is MISSING)
+    given |= {"metrics": {}, "evaluation": "own", "mode": "generation", "style": "cot", "correct": True}
+    return Record(**{**given, "score": float(known.get("correct", True)), **known})
+
+
 def make_records(arm: str, seed: int, accuracy: tuple[float, ...], questions: int) -> list[dict[str, Any]]:
     """Questions have a difficulty of their own, runs a luck of their own."""
     rng = np.random.default_rng(int(short_hash(arm, seed), 16) % 2**32)
@@ -57,11 +66,14 @@ def make_records(arm: str, seed: int, accuracy: tuple[float, ...], questions: in
             chance = share + luck
             correct = bool(0.6 * hard[i] + 0.4 * rng.random() < chance * (0.4 + 0.6 * chance) + 0.0)
             gold = str(17 + i)
-            rows.append({"arm": arm, "seed": seed, "task": task, "id": f"{task}-{i:04d}", "style": "cot",
-                         "doc_hash": short_hash(task, i), "prompt_hash": short_hash("prompt", task, i),
-                         "prediction": f"{i} + 17 = {gold}\n#### {gold}" if correct else f"{i} + 17 = {gold}1",
-                         "gold": gold, "correct": correct, "nll": float(1.4 - share - luck + 0.3 * hard[i]),
-                         "tokens_out": int(14 + 9 * hard[i]), "seconds": 0.01})  # fmt: skip
+            one = make_record(
+                arm=arm, seed=seed, task=task, id=f"{task}-{i:04d}",
+                doc_hash=short_hash(task, i), prompt_hash=short_hash("prompt", task, i),
+                prediction=f"{i} + 17 = {gold}\n#### {gold}" if correct else f"{i} + 17 = {gold}1",
+                gold=gold, correct=correct, nll=float(1.4 - share - luck + 0.3 * hard[i]),
+                tokens_out=int(14 + 9 * hard[i]), seconds=0.01,
+            )  # fmt: skip
+            rows.append(asdict(one))
     return rows
 
 

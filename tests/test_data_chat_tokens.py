@@ -26,12 +26,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
-from kvdistill.arms.answering import greedy_answers
 from kvdistill.data.chat import chat_messages, chat_tokenizer, write_chat
 from kvdistill.data.encode import Example, encode_row, encode_rows, texts_of
 from kvdistill.data.problems import Problem, Row, write_plain
 from kvdistill.data.sets.gsm8k import extract
 from kvdistill.data.tokenizers import character_tokenizer, trim_tokenizer
+from kvdistill.models.generate import Rows, generate_greedy
 
 
 def test_tokens_that_take_white_space_along_are_cut_as_the_tokenizer_cuts() -> None:
@@ -137,14 +137,24 @@ class Parrot:
     def eval(self) -> None: ...
     def train(self, mode: bool) -> None: ...
 
-    def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, generation_config: Any) -> torch.Tensor:
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        generation_config: Any,
+        stopping_criteria: Any,
+        past_key_values: None,
+    ) -> torch.Tensor:
         rows = []
         for ids, mask in zip(input_ids, attention_mask, strict=True):
             asked = ids[mask > 0].tolist()
             [text] = [text for text in self._texts if text[: len(asked)] == asked]
             rows.append(ids.tolist() + text[len(asked) :][: generation_config.max_new_tokens])
         longest = max(map(len, rows))
-        return torch.tensor([row + [generation_config.pad_token_id] * (longest - len(row)) for row in rows])
+        written = torch.tensor([row + [generation_config.pad_token_id] * (longest - len(row)) for row in rows])
+        for length in range(input_ids.shape[1] + 1, longest + 1):
+            stopping_criteria(written[:, :length], None)
+        return written
 
 
 @pytest.mark.parametrize("template", [CHATML, THINKS, BRACKETS, HEADED, SEPARATED], ids=str.__len__)
@@ -153,9 +163,10 @@ def test_generation_stops_where_the_template_ends_a_turn(template: str) -> None:
     rows = [write_chat(write_plain(Problem("t", n, f"What is {n}?", f"It is {n}", n), "cot"), tokenizer) for n in "123"]
     examples = encode_rows(tokenizer, rows)
     parrot = Parrot(examples, tokenizer("and more #### 9")["input_ids"])
-    answers = greedy_answers(parrot, tokenizer, examples, max_new_tokens=200, batch_size=2)
+    prompts = [example.prompt_ids for example in examples]
+    answers = generate_greedy(parrot, prompts, tokenizer, max_new_tokens=200, rows=Rows(2))
     ends = [row.completion + row.closing.removesuffix(tokenizer.eos_token) for row in rows]
-    assert [text for text, _ in answers] == ends and [extract(text) for text, _ in answers] == ["1", "2", "3"]
+    assert [one.text for one in answers] == ends and [extract(one.text) for one in answers] == ["1", "2", "3"]
 
 
 # -- trimming ------------------------------------------------------------------------------------------

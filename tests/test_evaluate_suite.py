@@ -27,11 +27,13 @@ from kvdistill.core.errors import DataError, ModelError, RecipeError, RunFolderE
 from kvdistill.core.files import read_json_lines
 from kvdistill.data.sets import EVALUATIONS
 from kvdistill.data.tokenizers import character_tokenizer
+from kvdistill.models.generate import Rows, generate_greedy
+from kvdistill.stages.evaluate.book import check_folder
 from kvdistill.stages.evaluate.exams import SuiteOptions
 from kvdistill.stages.evaluate.harness import HarnessExam, quiet_harness
 from kvdistill.stages.evaluate.lm import MeteredLM
-from kvdistill.stages.evaluate.plain import EncodedPrompt, LetteredExam
-from kvdistill.stages.evaluate.suite import Exams, check_folder, evaluate_suite, plan_suite
+from kvdistill.stages.evaluate.plain import LetteredExam
+from kvdistill.stages.evaluate.suite import Exams, evaluate_suite, plan_suite
 
 CHOICES = ("cmmlu", "ceval", "arc_challenge", "truthfulqa")
 LETTERED = ("cmmlu", "ceval", "arc_challenge")
@@ -491,9 +493,9 @@ def slow_answer(model: Any, tokenizer: Any, prompt: str, stops: list[str], limit
 def test_an_answer_ends_at_its_own_end_token(qwen):
     """Beside rows that go on: what comes after the end must not reach the text or the counts."""
     model = metered(qwen)
-    [(written, _)] = model._continue([qwen(PROMPTS[0]).input_ids], [], 6, 0)
+    prompt = [qwen(PROMPTS[0]).input_ids]
+    [(_, written, _)] = generate_greedy(model.model, prompt, qwen, max_new_tokens=6, rows=Rows(1))
     model._end_ids = [written[2]]
-    model.model.generation_config.eos_token_id = [written[2]]
     texts = model.generate_until([generation(prompt, n, max_gen_toks=6) for n, prompt in enumerate(PROMPTS)])
     assert texts[0] == qwen.decode(written[:2])
     assert [used.tokens_out for used in model.usage] == [3, 6, 6, 6, 6]
@@ -508,8 +510,9 @@ def test_a_prompt_that_does_not_fit_is_cut_from_the_left_and_says_so(qwen, windo
     for prompt, text, used in zip(PROMPTS, texts, model.usage, strict=True):
         ids = qwen(prompt).input_ids
         assert used.truncated == (len(ids) > window - new) and used.tokens_in == min(len(ids), window - new)
-        kept = EncodedPrompt(prompt, ids[-(window - new) :])
-        assert text == roomy.generate_until([generation(kept, max_gen_toks=new)])[0]
+        kept = [ids[-(window - new) :]]
+        [alone] = generate_greedy(roomy.model, kept, qwen, max_new_tokens=new, rows=Rows(1), end_ids=roomy._end_ids)
+        assert text == alone.text
     model.loglikelihood(SCORED)
     assert {used.truncated for used in model.usage} == {True, False}
     long = Instance("loglikelihood", {}, ("Q:", " word" * 60), 0, ("t", 0, 1))

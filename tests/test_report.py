@@ -417,7 +417,7 @@ def test_near_zero_accuracy_leads_with_nll(tmp_path: Path) -> None:
     for path in tmp_path.glob("arms/*/*/records.jsonl"):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         better = 0.4 if "competence" in str(path) else 0.0
-        write_lines(path, [{**r, "correct": False, "nll": r["nll"] - better} for r in rows])
+        write_lines(path, [{**r, "correct": False, "score": 0.0, "nll": r["nll"] - better} for r in rows])
     summary = summary_of(recipe, tmp_path)
     assert summary["accuracy_near_zero"] and summary["headline"].startswith("Accuracy says nothing here")
     assert "NLL" in summary["headline"] and "nats over ce; better" in summary["headline"]

@@ -2,7 +2,7 @@
 
 `Student` is the protocol, `CausalStudent` the student that writes its reasoning: a causal model of transformers.
 Another kind (one that thinks in latents) is another class with the same methods; no caller changes. Knows no arm and
-no layout of files.
+no file layout.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvdistill.core.errors import RunFolderError
 from kvdistill.core.files import replacing_folder
@@ -29,7 +29,7 @@ from kvdistill.models import (
     positions_from_mask,
     unrotate_keys,
 )
-from kvdistill.models.generate import generate_greedy, segment_nll
+from kvdistill.models.generate import Answer, Rows, generate_greedy, segment_nll
 
 
 class StudentOutput(NamedTuple):
@@ -61,14 +61,16 @@ class Student(Protocol):
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
+        tokenizer: Any,
         *,
-        eos_id: int,
-        pad_id: int,
         max_new_tokens: int,
         batch_size: int,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> list[list[int]]:
-        """The greedy answer to each prompt, as token ids without the end token, in the order given."""
+        progress: Callable[[float], None] | None = None,
+    ) -> list[Answer]:
+        """The greedy answer to each prompt (token ids), up to the tokenizer's end-of-text, in the order given.
+
+        progress: called with the number of answers so far; one that is being written counts by its length.
+        """
 
     def score(
         self, rows: Sequence[Sequence[int]], counted: Sequence[Sequence[bool]], *, pad_id: int, batch_size: int
@@ -110,9 +112,10 @@ class CausalStudent(nn.Module):
         self.model = model
 
     @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype) -> CausalStudent:
-        """A saved student, as plain transformers loads it. Raises RunFolderError where it cannot be loaded."""
+    def load(cls, folder: Path, dtype: torch.dtype) -> tuple[CausalStudent, Any]:
+        """A saved student and its tokenizer, as plain transformers loads them. Raises RunFolderError if it cannot."""
         try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
         except (OSError, ValueError, SafetensorError) as error:
             raise RunFolderError(
@@ -120,7 +123,7 @@ class CausalStudent(nn.Module):
                 place=str(folder),
                 fix=f"delete {folder.parent} and run `kvdistill train RECIPE` again",
             ) from None
-        return cls(model)
+        return cls(model), tokenizer
 
     def forward(
         self,
@@ -149,22 +152,16 @@ class CausalStudent(nn.Module):
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
+        tokenizer: Any,
         *,
-        eos_id: int,
-        pad_id: int,
         max_new_tokens: int,
         batch_size: int,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> list[list[int]]:
+        progress: Callable[[float], None] | None = None,
+    ) -> list[Answer]:
         """As `Student.generate`."""
+        rows = Rows(batch_size)
         return generate_greedy(
-            self.model,
-            prompts,
-            eos_id=eos_id,
-            pad_id=pad_id,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            progress=progress,
+            self.model, prompts, tokenizer, max_new_tokens=max_new_tokens, rows=rows, progress=progress
         )
 
     def score(

@@ -1,18 +1,68 @@
-"""Greedy answers and gold likelihoods from a causal model, batched and left-padded where it matters.
+"""Greedy answers and gold likelihoods from a causal model: the one generator of training, studies and evaluations.
 
-Knows no task: prompts are token ids, answers come back as token ids. Sorting by length keeps padding small
-and does not change any answer beyond floating-point rounding.
+Knows no task: prompts are token ids. Sorting by length keeps padding small and does not change any answer beyond
+floating-point rounding. Greedy means greedy: a publisher's repetition penalty or sampler is not applied.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from kvdistill.core.errors import ModelError
+from kvdistill.models.roomy import roomy_cache
+
+T = TypeVar("T")
+
+
+class Answer(NamedTuple):
+    """text: up to the first stop text, without special tokens. ids: the new tokens, without the end token.
+
+    forward_passes: of this row alone, however many rows ran beside it; the one that gave the end token counts.
+    """
+
+    text: str
+    ids: list[int]
+    forward_passes: int
+
+
+class Rows:
+    """How many rows run side by side: as many as asked for, and half as many once the device had no memory for them."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+
+    def batches(self, items: Sequence[T]) -> Iterator[Sequence[T]]:
+        start = 0
+        while start < len(items):
+            batch = items[start : start + self.most]
+            start += len(batch)
+            yield batch
+
+    def run(self, work: Callable[[Sequence[T]], Sequence[Any]], batch: Sequence[T]) -> list[Any]:
+        """`work(batch)`, one result a row; in halves where the device has no memory for the whole.
+
+        Raises ModelError where one row alone is too much.
+        """
+        try:
+            return list(work(batch))
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise ModelError(
+                    "the device has not enough memory for one question",
+                    place="hardware.device",
+                    fix="use another device, dtype=bfloat16, or fewer examples in the prompt (--num-fewshot)",
+                ) from None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        half = len(batch) // 2
+        self.most = min(self.most, half)
+        return [*self.run(work, batch[:half]), *self.run(work, batch[half:])]
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -33,11 +83,12 @@ def right_padded(rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:
 
 
 @contextmanager
-def _only(config: GenerationConfig, model: Any) -> Iterator[None]:
-    """`config` and nothing else: transformers merges in what the publisher suggests, such as a repetition penalty."""
+def _answering(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """In eval mode, with `config` and nothing else: transformers merges in what the publisher suggests."""
     inner = getattr(getattr(model, "base_model", None), "model", None)  # peft hands its own on to the model inside
     touched: list[Any] = [one for one in (model, inner) if hasattr(one, "generation_config")]
-    suggested = [one.generation_config for one in touched]
+    suggested, was_training = [one.generation_config for one in touched], model.training
+    model.eval()
     for one in touched:
         one.generation_config = config
     try:
@@ -45,56 +96,114 @@ def _only(config: GenerationConfig, model: Any) -> Iterator[None]:
     finally:
         for one, its_own in zip(touched, suggested, strict=True):
             one.generation_config = its_own
+        model.train(was_training)
 
 
 @torch.no_grad()
 def generate_greedy(
-    model: Any,  # a causal model, plain or wrapped (peft)
+    model: Any,
     prompts: Sequence[Sequence[int]],
+    tokenizer: Any,
     *,
-    eos_id: int,
-    pad_id: int,
     max_new_tokens: int,
-    batch_size: int,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[list[int]]:
-    """The greedy continuation of each prompt, up to and without the end token, in the order given."""
-    was_training = model.training
-    model.eval()
+    rows: Rows,
+    end_ids: Sequence[int] | None = None,
+    stops: Sequence[str] = (),
+    progress: Callable[[float], None] | None = None,
+) -> list[Answer]:
+    """The greedy continuation of each prompt, in the order given: up to an end token, a stop text or the limit.
+
+    Args:
+        model: a causal model, plain or wrapped (peft).
+        prompts: token ids. tokenizer: for padding and for text.
+        rows: how many run side by side.
+        end_ids: tokens that end an answer; None: the tokenizer's end-of-text.
+        stops: texts that end an answer and do not belong to it.
+        progress: called with the number of answers so far; one that is being written counts by its length.
+    """
+    ends = [tokenizer.eos_token_id] if end_ids is None else [*end_ids]
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, eos_token_id=eos_id, pad_token_id=pad_id
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=ends or None,
+        pad_token_id=tokenizer.pad_token_id,
     )
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers: list[list[int]] = [[] for _ in prompts]
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        ids_BT, mask_BT = left_padded([prompts[i] for i in chosen], pad_id, model.device)
-        with _only(config, model):
-            out_BT = model.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=config)
-        for i, row in zip(chosen, out_BT[:, ids_BT.shape[1] :].tolist(), strict=True):
-            answers[i] = row[: row.index(eos_id)] if eos_id in row else row
+    answers: dict[int, Answer] = {}
+
+    def go_on(chosen: Sequence[int]) -> list[Answer]:
+        ids_BT, mask_BT = left_padded([prompts[i] for i in chosen], tokenizer.pad_token_id, model.device)
+        row_ends = _RowEnds(tokenizer, stops, ends, ids_BT)
         if progress is not None:
-            progress(min(start + batch_size, len(order)), len(order))
-    model.train(was_training)
-    return answers
+            row_ends.on_step = lambda num_ended, length: progress(
+                len(answers) + num_ended + (len(chosen) - num_ended) * length / max_new_tokens
+            )
+        out_BT = model.generate(
+            input_ids=ids_BT,
+            attention_mask=mask_BT,
+            generation_config=config,
+            past_key_values=roomy_cache(model),
+            stopping_criteria=StoppingCriteriaList([row_ends]),
+        )
+        found = []
+        new_BT = out_BT[:, ids_BT.shape[1] :]
+        for row, length in zip(new_BT.tolist(), row_ends.lengths_B.tolist(), strict=True):
+            row = row[: length or len(row)]
+            ids = row[:-1] if row and row[-1] in ends else row
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            for stop in stops:
+                text = text.split(stop)[0]
+            found.append(Answer(text, ids, len(row)))
+        return found
+
+    with _answering(model, config):
+        for batch in rows.batches(sorted(range(len(prompts)), key=lambda i: len(prompts[i]))):
+            answers |= dict(zip(batch, rows.run(go_on, batch), strict=True))
+            if progress is not None:
+                progress(len(answers))
+    return [answers[i] for i in range(len(prompts))]
+
+
+class _RowEnds(StoppingCriteria):
+    """Which rows have ended, each at its own end token or stop text; ended rows are only padded from then on.
+
+    lengths_B: new tokens of each row up to its end, the end token included; 0 where it has not ended. on_step: called
+    with the number of ended rows and the new tokens of the others.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str], end_ids: Sequence[int], prompts_BT: Tensor) -> None:
+        self._tokenizer, self._stops, self._start = tokenizer, stops, prompts_BT.shape[1]
+        self._end_ids = torch.tensor(end_ids, dtype=torch.long, device=prompts_BT.device)
+        self.lengths_B = torch.zeros_like(prompts_BT[:, 0])
+        # a token is at least a byte; two more for a stop that begins inside one
+        self._look_back = max((len(stop.encode()) for stop in stops), default=0) + 2
+        self.on_step: Callable[[int, int], None] | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        length, open_B = input_ids.shape[1] - self._start, self.lengths_B == 0
+        ended_B = torch.isin(input_ids[:, -1], self._end_ids)
+        if self._stops:
+            recent = input_ids[:, max(self._start, input_ids.shape[1] - self._look_back) :].tolist()
+            open_rows = open_B.nonzero()[:, 0].tolist()
+            texts = self._tokenizer.batch_decode([recent[b] for b in open_rows])
+            for b, text in zip(open_rows, texts, strict=True):
+                ended_B[b] |= any(stop in text for stop in self._stops)
+        self.lengths_B = torch.where(open_B & ended_B, length, self.lengths_B)
+        if self.on_step is not None:
+            self.on_step(int((self.lengths_B > 0).sum()), length)
+        return self.lengths_B > 0
 
 
 @torch.no_grad()
 def segment_nll(
-    model: Any,  # a causal model, plain or wrapped (peft)
-    rows: Sequence[Sequence[int]],
-    counted: Sequence[Sequence[bool]],
-    *,
-    pad_id: int,
-    batch_size: int,
+    model: Any, rows: Sequence[Sequence[int]], counted: Sequence[Sequence[bool]], *, pad_id: int, batch_size: int
 ) -> list[float]:
-    """Mean NLL (nats per token) of the counted tokens of each row, teacher-forced; NaN where none is counted."""
-    was_training = model.training
-    model.eval()
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    result = [float("nan")] * len(rows)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    """Mean NLL (nats per token) of the counted tokens of each row, teacher-forced; NaN where none is counted.
+
+    model: a causal model, plain or wrapped (peft).
+    """
+
+    def score(chosen: Sequence[int]) -> list[float]:
         ids_BT = right_padded([rows[i] for i in chosen], pad_id).to(model.device)
         mask_BT = right_padded([[1] * len(rows[i]) for i in chosen], 0).to(model.device)
         wanted_BT = right_padded([[int(c) for c in counted[i]] for i in chosen], 0).to(model.device)[:, 1:] > 0
@@ -102,8 +211,13 @@ def segment_nll(
         b, t = wanted_BT.nonzero(as_tuple=True)
         nll = torch.nn.functional.cross_entropy(logits_BTV[b, t].float(), ids_BT[:, 1:][b, t], reduction="none")
         sums = torch.zeros(len(chosen), device=nll.device).index_add_(0, b, nll)
-        means = (sums / wanted_BT.sum(1)).tolist()
-        for i, value in zip(chosen, means, strict=True):
+        return (sums / wanted_BT.sum(1)).tolist()
+
+    result = [float("nan")] * len(rows)
+    fitting, was_training = Rows(batch_size), model.training
+    model.eval()
+    for batch in fitting.batches(sorted(range(len(rows)), key=lambda i: len(rows[i]))):
+        for i, value in zip(batch, fitting.run(score, batch), strict=True):
             result[i] = value
     model.train(was_training)
     return result

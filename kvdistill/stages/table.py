@@ -160,7 +160,7 @@ def check(experiment: Any, progress: Progress = silent) -> None:
 
     check_models(experiment, progress)
     if experiment.recipe.evaluate.tasks:
-        from kvdistill.stages.evaluate.public import check_public
+        from kvdistill.stages.evaluate import check_public
 
         check_public(experiment.recipe, experiment.run)
 

@@ -1,27 +1,23 @@
-"""The evaluate stage, and public evaluations on any model.
+"""The evaluate stage, and evaluations on any model: one loop, one generator, one record.
 
-    stage.py    a run's trained student on its own test split and on the recipe's evaluations
-    command.py  `kvdistill evaluate MODEL --tasks …`
-    suite.py    what both ask: names -> exams, chunk by chunk, records and results in one folder
-    exams.py    what an exam is; harness.py lm-eval's definitions, plain.py our own prompts, own.py a run's test split
-    lm.py       a Hugging Face model behind lm-eval's `LM`, greedy and metered
-    records.py  the folder: identity, records, resuming; results.py scores and costs from them
-
-lm-eval takes seconds to import, so what needs it is imported when it is first asked for.
+stage.py    a study's trained student on its run's test split and on the recipe's public evaluations
+command.py  `kvdistill evaluate MODEL --tasks …`
+suite.py    what both ask: names -> exams, chunk by chunk, records and results in one folder
+exams.py    what an exam is; own.py a run's test split, plain.py our own prompts, harness.py lm-eval's definitions
+lm.py       a Hugging Face model behind lm-eval's `LM`, greedy and metered
+book.py     the folder: identity, records, resuming; scores and costs
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from kvdistill.stages.evaluate.stage import answer, evaluate, test_examples
+from kvdistill.stages.evaluate.stage import check_public, evaluate
+from kvdistill.stages.evaluate.suite import SuiteOptions, evaluate_suite, plan_suite
 
-_LATER = {
+_LATER = {  # lm-eval takes seconds to import
     "MeteredLM": "kvdistill.stages.evaluate.lm",
-    "SuiteOptions": "kvdistill.stages.evaluate.exams",
     "evaluate_model": "kvdistill.stages.evaluate.command",
-    "evaluate_suite": "kvdistill.stages.evaluate.suite",
-    "plan_suite": "kvdistill.stages.evaluate.suite",
 }
 
 
@@ -33,4 +29,4 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_LATER[name]), name)
 
 
-__all__ = ["answer", "evaluate", "test_examples", *_LATER]
+__all__ = ["SuiteOptions", "check_public", "evaluate", "evaluate_suite", "plan_suite", *_LATER]

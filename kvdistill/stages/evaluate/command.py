@@ -15,17 +15,18 @@ from typing import Any, Literal
 from pydantic import Field
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from kvdistill.arms.student import CausalStudent
 from kvdistill.core.config import make_options
 from kvdistill.core.errors import DataError, ModelError, RecipeError
 from kvdistill.core.hub import hub_reachable
 from kvdistill.core.progress import Progress, silent
 from kvdistill.core.recipe import EvaluateRecipe, HardwareRecipe, ModelRecipe, Section
-from kvdistill.core.runtime import keep_freed_memory, pick_device, quiet_libraries, set_threads
+from kvdistill.core.runtime import DTYPES, keep_freed_memory, pick_device, quiet_libraries, set_threads
 from kvdistill.models.load import check_model_exists, load_model, model_config, require_causal
+from kvdistill.stages.evaluate.book import check_folder, identify
 from kvdistill.stages.evaluate.exams import SuiteOptions
-from kvdistill.stages.evaluate.identity import identify
 from kvdistill.stages.evaluate.own import run_of
-from kvdistill.stages.evaluate.suite import check_folder, evaluate_suite, plan_suite
+from kvdistill.stages.evaluate.suite import evaluate_suite, make_lm, plan_suite
 
 _PLACE = "model"
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tokenization_*.py")
@@ -56,12 +57,11 @@ class ModelOptions(Section):
 
 @dataclass(frozen=True)
 class _Subject:
-    """The model to evaluate, before its weights are loaded. run: the run folder it lies in."""
+    """The model to evaluate, before its weights are loaded. asker: what identifies it."""
 
     recipe: ModelRecipe
     tokenizer: Any
     asker: dict[str, Any]
-    run: Path | None
     out: Path
 
 
@@ -83,33 +83,36 @@ def evaluate_model(
     given = {key: value for key, value in (flags or {}).items() if value is not None}
     written = options.evaluate.model_dump(exclude_unset=True) | given
     options = options.model_copy(update={"evaluate": make_options(EvaluateRecipe, (), written)})
-    _check_options(options)
-    set_threads(options.hardware.threads)
-    keep_freed_memory()
-    run = run_of(Path(model)) if Path(model).is_dir() else None
-    suite = suite_options(options, run)
-    from kvdistill.stages.evaluate.harness import quiet_harness
-
-    quiet_harness()
-    exams = plan_suite(options.evaluate.tasks, suite)
-    subject = _look_at(model, options, run, out)
-    check_folder(exams, suite, subject.out, subject.asker)
-    results = evaluate_suite(lambda: _load(subject, options), exams, suite, subject.out, progress, asker=subject.asker)
-    return {"evaluations": results, "folder": str(subject.out)}
-
-
-def _check_options(options: ModelOptions) -> None:
     if not options.evaluate.tasks:
         raise RecipeError("no evaluation is named", place="--tasks", fix="for example --tasks gsm8k,math500,bbh")
     if options.data.system_prompt is not None and not options.evaluate.chat:
         raise RecipeError(
             "a system prompt goes with the chat template only", place="data.system_prompt", fix="add --chat"
         )
+    set_threads(options.hardware.threads)
+    keep_freed_memory()
+    run = run_of(Path(model)) if Path(model).is_dir() else None
+    suite = suite_options(options, run)
+    exams = plan_suite(options.evaluate.tasks, suite)
+    subject = _look_at(model, options, run, out)
+    check_folder(exams, suite, subject.out, subject.asker)
+
+    def load() -> Any:
+        model = _load(subject.recipe, len(subject.tokenizer), options.hardware.device)
+        student = CausalStudent(model) if run is not None else None
+        bos = subject.asker["begins_with_bos"]
+        return make_lm(model, subject.tokenizer, exams, suite, student=student, begins_with_bos=bos)
+
+    results = evaluate_suite(load, exams, suite, subject.out, progress, asker=subject.asker)
+    return {"evaluations": results, "folder": str(subject.out)}
 
 
 def suite_options(options: ModelOptions, run: Path | None) -> SuiteOptions:
     """What the suite needs of the options; a run's own style where the model lies in a run folder."""
-    asked = options.evaluate
+    asked, style = options.evaluate, options.data.style or "cot"
+    if run is not None and options.data.style is None:
+        section = json.loads((run / "recipe.json").read_text(encoding="utf-8")).get("data", {})
+        style = "direct" if section.get("style") == "direct" else "cot"
     return SuiteOptions(
         root=Path(options.data.root).expanduser() if options.data.root else None,
         num_fewshot=asked.num_fewshot,
@@ -119,16 +122,9 @@ def suite_options(options: ModelOptions, run: Path | None) -> SuiteOptions:
         limit=asked.limit,
         max_new_tokens=asked.max_new_tokens if "max_new_tokens" in asked.model_fields_set else None,
         batch_size=asked.batch_size,
-        style=options.data.style or _style_of(run),
+        style=style,
         run=run,
     )
-
-
-def _style_of(run: Path | None) -> Literal["cot", "direct"]:
-    if run is None:
-        return "cot"
-    section = json.loads((run / "recipe.json").read_text(encoding="utf-8")).get("data", {})
-    return "direct" if section.get("style") == "direct" else "cot"
 
 
 # -- the model ----------------------------------------------------------------------------------------
@@ -141,7 +137,9 @@ def _look_at(model: str, options: ModelOptions, run: Path | None, out: str | Pat
     )
     config = check_model_exists(recipe, _PLACE)
     require_causal(config, model)
-    recipe = recipe.model_copy(update={"dtype": _dtype(options.dtype, config)})
+    saved = str(getattr(config, "dtype", None)).removeprefix("torch.")
+    dtype = (saved if saved in DTYPES else "float32") if options.dtype == "auto" else options.dtype
+    recipe = recipe.model_copy(update={"dtype": dtype})
     tokenizer = load_own_tokenizer(model, options.trust_remote_code)
     model_config(recipe, len(tokenizer), _PLACE)  # refuses a tokenizer with more tokens than the model knows
     if options.evaluate.chat and not tokenizer.chat_template:
@@ -149,14 +147,12 @@ def _look_at(model: str, options: ModelOptions, run: Path | None, out: str | Pat
     # students of ours have seen beginning-of-text before every plain prompt, whatever their tokenizer does by itself
     bos = run is not None and not options.evaluate.chat
     asker = identify(model, config, tokenizer, recipe.dtype, begins_with_bos=bos)
-    return _Subject(recipe, tokenizer, asker, run, Path(out) if out else _default_folder(model, run))
-
-
-def _dtype(asked: str, config: Any) -> str:
-    if asked != "auto":
-        return asked
-    saved = str(getattr(config, "dtype", None)).removeprefix("torch.")
-    return saved if saved in ("float32", "bfloat16", "float16") else "float32"
+    if out is None and run is not None:
+        out = Path(model).resolve().parent / "evaluations"
+    elif out is None:
+        name = Path(model).resolve().name if Path(model).is_dir() else model.replace("/", "--")
+        out = Path("runs") / "evaluations" / name
+    return _Subject(recipe, tokenizer, asker, Path(out))
 
 
 def load_own_tokenizer(model: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -170,37 +166,17 @@ def load_own_tokenizer(model: str, trust_remote_code: bool) -> PreTrainedTokeniz
         return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code, local_files_only=local)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(
-            f"the model's tokenizer cannot be loaded ({reason})",
-            place=model,
-            fix=fix,
-        ) from error
+        raise DataError(f"the model's tokenizer cannot be loaded ({reason})", place=model, fix=fix) from error
 
 
-def _default_folder(model: str, run: Path | None) -> Path:
-    if run is not None:
-        return Path(model).resolve().parent / "evaluations"
-    name = Path(model).resolve().name if Path(model).is_dir() else model.replace("/", "--")
-    return Path("runs") / "evaluations" / name
-
-
-def _load(subject: _Subject, options: ModelOptions) -> Any:
-    from kvdistill.stages.evaluate.lm import MeteredLM
-
-    model: Any = load_model(subject.recipe, vocab_size=len(subject.tokenizer), seed=0, place=_PLACE)
+def _load(recipe: ModelRecipe, vocab_size: int, device: str) -> Any:
+    model: Any = load_model(recipe, vocab_size=vocab_size, seed=0, place=_PLACE)
     try:
-        model.to(pick_device(options.hardware.device))
+        return model.to(pick_device(device))
     except (RuntimeError, AssertionError) as error:  # no such device, or too little memory on it
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"the model does not go to device {options.hardware.device} ({reason})",
+            f"the model does not go to device {device} ({reason})",
             place="hardware.device",
             fix="give another device (cpu, cuda:0), or a smaller dtype",
         ) from error
-    return MeteredLM(
-        model,
-        subject.tokenizer,
-        batch_size=options.evaluate.batch_size,
-        bos_in_front=subject.asker["begins_with_bos"],
-        chat=options.evaluate.chat,
-    )

@@ -1,7 +1,7 @@
 """An exam: the questions of one member of an evaluation, asked in one way, and how answers to them are judged.
 
-`AbstractExam` is what the suite runs; lm-eval's definitions are in `harness.py`, prompts of our own in `plain.py`.
-Knows no model, no file and no order of asking.
+`AbstractExam` is what the suite runs; lm-eval's definitions are in `harness.py`, prompts of our own in `plain.py`, a
+run's own test split in `own.py`. Knows no model, no file, and nothing of lm-eval but the shape of its requests.
 """
 
 from __future__ import annotations
@@ -42,11 +42,44 @@ class SuiteOptions:
 
 
 @dataclass(frozen=True)
+class Request:
+    """One thing to ask of a model, in the shape of lm-eval's `Instance`, whose part it plays for exams of our own.
+
+    request_type: the method that answers it: lm-eval's `generate_until` (args: prompt, settings) or `loglikelihood`
+    (args: prompt, continuation); `answer_example` or `score_example` (args: example, settings) of `own.StudentLM`.
+    """
+
+    request_type: str
+    doc: Any
+    args: tuple[Any, Any]
+    task_name: str
+    doc_id: int
+    idx: int = 0
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one request took. forward_passes: of this row alone, however many rows ran beside it in the batch.
+
+    truncated: the prompt did not fit in the model's window and was cut from the left. unspelled: characters of the
+    prompt (spaces not counted) that the tokenizer cannot write, of `characters`. scored: tokens of a continuation.
+    """
+
+    tokens_in: int
+    tokens_out: int
+    forward_passes: int
+    truncated: bool
+    unspelled: int
+    characters: int
+    scored: int = 0
+
+
+@dataclass(frozen=True)
 class Question:
     """One question as it is asked.
 
-    requests: lm-eval `Instance`s, one, or one for each choice. gold: one more, whose log-likelihood is that of the
-    published answer; None where choices are scored anyway.
+    requests: one, or one for each choice; ours or lm-eval's `Instance`s. gold: one more, for how likely the published
+    answer is; None where choices are scored anyway.
     """
 
     number: int
@@ -64,11 +97,6 @@ class Question:
     @property
     def prompt_hash(self) -> str:
         return hashlib.sha256(self.prompt.encode()).hexdigest()[:32]
-
-    @property
-    def length(self) -> int:
-        """Characters that the model reads: what questions are sorted by, so that a batch has little padding."""
-        return sum(len(request.args[0]) for request in self.requests)
 
 
 @dataclass(frozen=True)
@@ -110,6 +138,11 @@ class AbstractExam(abc.ABC):
         render: writes messages as a prompt; None: plain text.
         """
 
+    def turn(self, question: Question) -> tuple[Any, ...]:
+        """What questions are sorted by before they are asked in chunks: by length, so that there is little padding."""
+        characters = sum(len(request.args[0]) for request in question.requests)
+        return -characters, question.prompt, self.name, question.number
+
     @abc.abstractmethod
     def judge(self, question: Question, responses: Sequence[Any]) -> Judgement:
-        """responses: one for each request of the question, as lm-eval's `LM` gives them."""
+        """responses: one for each request of the question, as the method of its type gives them."""

@@ -43,7 +43,8 @@ class HarnessExam(AbstractExam):
         """Reads and checks the rows. Raises DataError for them, RecipeError for more examples than there are."""
         self.evaluation, self.name = evaluation.name, member.name
         self._rules, self._member, self._options = evaluation, member, options
-        config = _definition(member)
+        config = load_yaml(Path(lm_eval.__file__).parent / "tasks" / member.definition)
+        config.pop("tag", None)
         self._num_fewshot = _num_fewshot(evaluation, config, options)
         self._rows = evaluation.load(member, options.root, "test")
         rows = {"test": self._rows}
@@ -62,25 +63,19 @@ class HarnessExam(AbstractExam):
             self._task = _Task(config=config)
             self._docs = list(self._task.eval_docs)
         assert len(self._docs) == len(self._rows), f"{member.definition} drops rows"
-        self._check_fewshot()
+        task, wanted = self._task, self._num_fewshot
+        own_split = task.fewshot_cfg.split is not None and task.fewshot_cfg.split == task.config.test_split
+        if wanted and wanted > (available := len(task.sampler.df) - own_split):
+            raise RecipeError(
+                f"{self.name} has {available} examples for the prompt, {wanted} were asked for",
+                place="--num-fewshot (evaluate.num_fewshot)",
+                fix=f"ask for at most {available}, or leave it out: {evaluation.num_fewshot} is usual",
+            )
         self.mode: Mode = "likelihood" if self._task.OUTPUT_TYPE == "multiple_choice" else "generation"
         if options.choice == "generation" and self.mode == "likelihood":
             self.note = f"{self.name} has no lettered form: by likelihood"
         elif options.max_new_tokens and self.mode == "generation":
             self.note = token_limit_note(options.max_new_tokens)
-
-    def _check_fewshot(self) -> None:
-        if not self._num_fewshot:
-            return
-        task, wanted = self._task, self._num_fewshot
-        own_split = task.fewshot_cfg.split is not None and task.fewshot_cfg.split == task.config.test_split
-        available = len(task.sampler.df) - own_split
-        if wanted > available:
-            raise RecipeError(
-                f"{self.name} has {available} examples for the prompt, {wanted} were asked for",
-                place="--num-fewshot (evaluate.num_fewshot)",
-                fix=f"ask for at most {available}, or leave it out: {self._rules.num_fewshot} is usual",
-            )
 
     def __len__(self) -> int:
         return len(self._docs)
@@ -113,12 +108,15 @@ class HarnessExam(AbstractExam):
             made = task.construct_requests(doc=doc, ctx=context, metadata=(self.name, number, 1), **chat)
             requests = made if isinstance(made, list) else [made]
             if self.mode == "generation":
-                _set_token_limit(requests[0].args[1], self._options.max_new_tokens)
+                settings = requests[0].args[1]
+                own = [settings.pop(key) for key in _TOKEN_LIMITS if key in settings]
+                settings["max_gen_toks"] = self._options.max_new_tokens or (own[0] if own else DEFAULT_NEW_TOKENS)
             doc_hash = question_hash(self._rules.question(self._rows[number]))
-            gold = gold_request(self._rules, self._member, self._rows[number], requests[0], self._options)
+            gold = gold_request(self._rules, self._member, self._rows[number], requests[0], number, self._options)
             yield Question(number, str(number), style, doc_hash, context, requests, gold)
 
     def judge(self, question: Question, responses: Sequence[Any]) -> Judgement:
+        """A choice is the likeliest, the first of equals. Nothing is predicted where a log-likelihood is NaN."""
         doc, row = self._docs[question.number], self._rows[question.number]
         metrics = self._metrics(doc, question, responses)
         gold = self._rules.gold(self._member, row)
@@ -126,18 +124,9 @@ class HarnessExam(AbstractExam):
             answer = self._rules.extract(self._member, responses[0])
             correct = answer is not None and self._rules.same(self._member, answer, gold)
             return Judgement(answer, responses[0], gold, correct, float(correct), metrics=metrics)
-        return self._judge_choice(doc, row, [float(response[0]) for response in responses], gold, metrics)
-
-    def _judge_choice(
-        self,
-        doc: Mapping[str, Any],
-        row: dict[str, Any],
-        likelihoods: list[float],
-        gold: str,
-        metrics: dict[str, float],
-    ) -> Judgement:
-        """The likeliest choice, the first of equals. Nothing is predicted where a log-likelihood is NaN."""
-        choices, right = self._task.doc_to_choice(doc), self._gold_index(doc)
+        likelihoods = [float(response[0]) for response in responses]
+        choices, target = self._task.doc_to_choice(doc), self._task.doc_to_target(doc)
+        right = int(target) if isinstance(target, int) else choices.index(target)
         best = max(range(len(choices)), key=likelihoods.__getitem__)
         sound = not any(math.isnan(value) for value in likelihoods)
         lettered = self._rules.lettered(self._member, row)
@@ -147,10 +136,6 @@ class HarnessExam(AbstractExam):
             return Judgement(prediction, None, gold, mass > 0.5, mass, right, metrics)
         correct = sound and best == right
         return Judgement(prediction, None, gold, correct, float(correct), right, metrics)
-
-    def _gold_index(self, doc: Mapping[str, Any]) -> int:
-        target = self._task.doc_to_target(doc)
-        return int(target) if isinstance(target, int) else self._task.doc_to_choice(doc).index(target)
 
     def _metrics(self, doc: Mapping[str, Any], question: Question, responses: Sequence[Any]) -> dict[str, float]:
         for request, response in zip(question.requests, responses, strict=True):
@@ -162,7 +147,9 @@ class HarnessExam(AbstractExam):
             filtered = [request.filtered_resps[name] for request in question.requests]
             with np.errstate(all="ignore"):  # probabilities that underflow: lm-eval's figure is then NaN, ours is not
                 values = self._task.process_results(doc, filtered)
-            found |= {f"{metric},{name}": float(value) for metric, value in values.items() if _is_number(value)}
+            for metric, value in values.items():
+                if isinstance(value, int | float) or (hasattr(value, "dtype") and getattr(value, "ndim", 1) == 0):
+                    found[f"{metric},{name}"] = float(value)
         return found
 
 
@@ -202,27 +189,11 @@ class _Task(ConfigurableTask):
         return kept[key]
 
 
-def _definition(member: Member) -> dict[str, Any]:
-    config = load_yaml(Path(lm_eval.__file__).parent / "tasks" / member.definition)
-    config.pop("tag", None)
-    return config
-
-
 def _num_fewshot(evaluation: Evaluation, config: Mapping[str, Any], options: SuiteOptions) -> int:
     """As asked for; a definition that says 0, or has no examples to show, stays without any (lm-eval's own rule)."""
     if evaluation.fewshot_from == "none" or config.get("num_fewshot") == 0:
         return 0
     return evaluation.num_fewshot if options.num_fewshot is None else options.num_fewshot
-
-
-def _set_token_limit(settings: dict[str, Any], asked: int | None) -> None:
-    """How long an answer may be: as asked for, else the definition's own, else lm-eval's default."""
-    own = [settings.pop(key) for key in _TOKEN_LIMITS if key in settings]
-    settings["max_gen_toks"] = asked or (own[0] if own else DEFAULT_NEW_TOKENS)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) or (hasattr(value, "dtype") and getattr(value, "ndim", 1) == 0)
 
 
 @contextmanager

@@ -1,15 +1,25 @@
-"""A run's own prepared test split as an evaluation: `own` for all of its tasks, `own:NAME` or `NAME` for one."""
+"""A run's own prepared test split: `own` for all of its tasks, `own:NAME` or `NAME` for one.
+
+`RunTest` finds the exams of a run folder; `StudentLM` is how their questions are answered, token for token as the
+student was trained. A study and `kvdistill evaluate MODEL --tasks own` both ask through these two. Knows no lm-eval.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from kvdistill.core.files import read_json
+from kvdistill.arms.student import Student
+from kvdistill.core.files import read_json, sha256_of
 from kvdistill.core.recipe import EvaluateRecipe
+from kvdistill.core.segments import ANSWER
+from kvdistill.data.answers import extract_answer, is_correct
+from kvdistill.data.encode import Example
 from kvdistill.data.tables import read_manifest, read_split
-from kvdistill.stages.evaluate.exams import SuiteOptions
-from kvdistill.stages.evaluate.plain import RunTestExam
+from kvdistill.stages.evaluate.exams import AbstractExam, Judgement, Question, Render, Request, Usage
+
+OWN = "own"
 
 
 class RunTest:
@@ -20,25 +30,23 @@ class RunTest:
         self._tasks = list(read_manifest(run)["tasks"])
 
     def covers(self, name: str) -> bool:
-        return name == "own" or name.removeprefix("own:") in self._tasks
+        return name == OWN or name.removeprefix("own:") in self._tasks
 
     def names(self) -> str:
         return ", ".join(f"own:{task}" for task in self._tasks)
 
-    def exams(self, name: str, options: SuiteOptions) -> Iterator[RunTestExam]:
-        """One exam a task, with answers as long as the run's recipe lets them be."""
-        chosen = self._tasks if name == "own" else [name.removeprefix("own:")]
-        examples = read_split(self._run, "test")
-        length = options.max_new_tokens or self._max_new_tokens()
-        for task in chosen:
-            mine = [example for example in examples if example.task == task]
-            if mine:
-                yield RunTestExam(task, mine, length, name)
-
-    def _max_new_tokens(self) -> int:
-        path = self._run / "recipe.json"
-        section = read_json(path).get("evaluate", {}) if path.exists() else {}
-        return int(section.get("max_new_tokens") or EvaluateRecipe().max_new_tokens)
+    def exams(self, name: str, max_new_tokens: int | None) -> Iterator[RunTestExam]:
+        """One exam a task. max_new_tokens: None: answers as long as the run's recipe lets them be."""
+        if max_new_tokens is None:
+            path = self._run / "recipe.json"
+            section = read_json(path).get("evaluate", {}) if path.exists() else {}
+            max_new_tokens = int(section.get("max_new_tokens") or EvaluateRecipe().max_new_tokens)
+        by_task: dict[str, list[Example]] = {task: [] for task in self._tasks}
+        for example in read_split(self._run, "test"):
+            by_task[example.task].append(example)
+        for task in self._tasks if name == OWN else [name.removeprefix("own:")]:
+            if by_task[task]:
+                yield RunTestExam(task, by_task[task], max_new_tokens, name)
 
 
 def run_of(model: Path) -> Path | None:
@@ -47,3 +55,92 @@ def run_of(model: Path) -> Path | None:
         if (folder / "recipe.json").is_file() and (folder / "data" / "manifest.json").is_file():
             return folder
     return None
+
+
+class RunTestExam(AbstractExam):
+    """One task of a run's prepared test split."""
+
+    mode = "generation"
+
+    def __init__(self, task: str, examples: Sequence[Example], max_new_tokens: int, evaluation: str) -> None:
+        self.evaluation, self.name = evaluation, task
+        self._examples, self._max_new_tokens = list(examples), max_new_tokens
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "definition": "test split",
+            "data": sha256_of([[e.id, e.style, e.prompt_hash, e.answer] for e in self._examples]),
+            "mode": self.mode,
+            "max_new_tokens": self._max_new_tokens,
+        }
+
+    def questions(self, limit: int | None, render: Render | None) -> Iterator[Question]:
+        settings = {"max_new_tokens": self._max_new_tokens}
+        for number, example in enumerate(self._examples[:limit]):
+            asked, gold = (
+                Request(kind, example, (example, settings), self.name, number)
+                for kind in ("answer_example", "score_example")
+            )
+            yield Question(number, example.id, example.style, example.doc_hash, example.prompt, [asked], gold)
+
+    def turn(self, question: Question) -> tuple[Any, ...]:
+        return (self._examples[question.number].num_prompt_tokens,)
+
+    def judge(self, question: Question, responses: Sequence[Any]) -> Judgement:
+        gold = self._examples[question.number].answer
+        correct = is_correct(self.name, responses[0], gold)
+        return Judgement(extract_answer(self.name, responses[0]), responses[0], gold, correct, float(correct))
+
+
+class StudentLM:
+    """Answers questions of a run's test split with a student. `usage` is that of the last call, as `MeteredLM.usage`.
+
+    on_answers: called with the number of requests answered so far in a call.
+    """
+
+    def __init__(self, student: Student | None, tokenizer: Any, batch_size: int) -> None:
+        """student: None where no such question will come."""
+        self.student, self.student_tokenizer, self.student_batch_size = student, tokenizer, batch_size
+        self.usage: list[Usage] = []
+        self.on_answers: Callable[[float], None] = lambda done: None
+        self._spelled: dict[str, bool] = {}
+
+    def answer_example(self, requests: Sequence[Request]) -> list[str]:
+        """The greedy answer to each example's prompt. No prompt is cut; the end token does not count."""
+        assert self.student is not None
+        examples = [request.args[0] for request in requests]
+        answers = self.student.generate(
+            [example.prompt_ids for example in examples],
+            self.student_tokenizer,
+            max_new_tokens=requests[0].args[1]["max_new_tokens"],
+            batch_size=self.student_batch_size,
+            progress=self.on_answers,
+        )
+        self.usage = [
+            Usage(example.num_prompt_tokens, len(one.ids), one.forward_passes, False, *self.unspelled(example.prompt))
+            for example, one in zip(examples, answers, strict=True)
+        ]
+        return [one.text for one in answers]
+
+    def score_example(self, requests: Sequence[Request]) -> list[float]:
+        """Mean NLL (nats per token) of each example's answer after its reasoning, teacher-forced."""
+        assert self.student is not None
+        examples = [request.args[0] for request in requests]
+        return self.student.score(
+            [example.input_ids for example in examples],
+            [[segment == ANSWER for segment in example.segments] for example in examples],
+            pad_id=self.student_tokenizer.pad_token_id,
+            batch_size=self.student_batch_size,
+        )
+
+    def unspelled(self, text: str) -> tuple[int, int]:
+        """Characters of `text` that do not survive encoding and decoding, and all of them; spaces not counted."""
+        letters = [letter for letter in text if not letter.isspace()]
+        for letter in {*letters} - self._spelled.keys():
+            ids = self.student_tokenizer.encode(letter, add_special_tokens=False)
+            back = self.student_tokenizer.decode(ids, skip_special_tokens=True)
+            self._spelled[letter] = letter.casefold() in back.casefold()
+        return sum(not self._spelled[letter] for letter in letters), len(letters)

@@ -1,113 +1,121 @@
-"""The evaluate stage: greedy answers of a trained student on the test problems, one record per question.
+"""The evaluate stage: a trained student on its run's test split and on the recipe's public evaluations.
 
-Reads a model folder with plain transformers, exactly as anybody else would; knows nothing of how it was trained.
-Writes records.jsonl and, last, evaluated.json.
+Reads a model folder with plain transformers, exactly as anybody else would; knows nothing of how it was trained. What
+it asks and how is the suite's: `kvdistill evaluate MODEL --tasks own` asks the same. Answers wait under `evaluated/`,
+so that a kill loses none, until all are there; then records.jsonl is written and, last, evaluated.json. There a public
+evaluation is one task, so BBH's 27 tasks count once in the macro average over tasks.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from kvdistill.arms.answering import greedy_answers
 from kvdistill.arms.arm import Arm
 from kvdistill.arms.student import CausalStudent
-from kvdistill.core.errors import RunFolderError
-from kvdistill.core.files import write_json, write_text
-from kvdistill.core.layout import evaluated_mark, trained_mark
+from kvdistill.core.errors import DataError, RunFolderError
+from kvdistill.core.files import write_json
+from kvdistill.core.layout import evaluated_mark, tokenizer_folder, trained_mark
 from kvdistill.core.progress import Progress, silent
 from kvdistill.core.recipe import Recipe
-from kvdistill.core.runtime import DTYPES, Stopwatch, pick_device
-from kvdistill.core.segments import ANSWER
-from kvdistill.data.encode import Example
-from kvdistill.data.grading import extract_answer, is_correct
-from kvdistill.data.tables import read_split
-from kvdistill.models.generate import segment_nll
+from kvdistill.core.records import Record, read_records, write_records
+from kvdistill.core.runtime import DTYPES
+from kvdistill.stages.evaluate.book import RECORDS, SCORED_BY, identify
+from kvdistill.stages.evaluate.exams import SuiteOptions
+from kvdistill.stages.evaluate.own import OWN, RunTest
+from kvdistill.stages.evaluate.suite import Exams, evaluate_suite, make_lm, plan_suite
+
+FOLDER = "evaluated"
 
 
-def evaluate(of: Arm, progress: Progress = silent) -> None:
-    """Answer and score every test problem with one trained student. Returns at once where that is done."""
-    recipe, run, arm, seed, folder = of.experiment.recipe, of.experiment.run, of.name, of.seed, of.folder
+def evaluate(arm: Arm, progress: Progress = silent) -> None:
+    """Answer and score every question with one trained student. Returns at once where that is done."""
+    recipe, run, folder = arm.experiment.recipe, arm.experiment.run, arm.folder
     if evaluated_mark(folder).exists():
         return
     if not trained_mark(folder).exists():
         raise RunFolderError(
             "this student is not trained yet", place=str(folder), fix="run `kvdistill train RECIPE` first"
         )
-    device = pick_device(recipe.hardware.device)
+    student, tokenizer = CausalStudent.load(folder / "model", DTYPES[recipe.student.dtype])
+    student.to(arm.device)
+    options, public = recipe_options(recipe), check_public(recipe, run)
+    exams: Exams = {OWN: [*RunTest(run).exams(OWN, recipe.evaluate.max_new_tokens)], **public}
+    bos = not options.chat
+    asker = identify(str(folder / "model"), student.model.config, tokenizer, recipe.student.dtype, begins_with_bos=bos)
+    lm = make_lm(student.model, tokenizer, exams, options, student=student, begins_with_bos=bos)
+    counts = {f"evaluate {name}": sum(map(len, members)) for name, members in exams.items()}
+
+    def show(what: str, done: float, total: float) -> None:
+        """One bar over the questions of all evaluations together."""
+        earlier = [*counts][: [*counts].index(what)]
+        here = counts[what] * done / total if total else 0.0
+        progress("evaluate", sum(counts[name] for name in earlier) + here, sum(counts.values()))
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-        model = AutoModelForCausalLM.from_pretrained(
-            folder / "model", dtype=DTYPES[recipe.student.dtype], use_safetensors=True
-        ).to(device)  # type: ignore[arg-type]  # transformers' wrapper of `to` loses self
-    except (OSError, ValueError, SafetensorError) as error:
+        evaluate_suite(lm, exams, options, folder / FOLDER, show, asker=asker)
+    except RunFolderError as error:
         raise RunFolderError(
-            f"the trained student cannot be loaded ({str(error).strip().splitlines()[0]})",
-            place=str(folder / "model"),
-            fix=f"delete {folder} and run `kvdistill train RECIPE` again",
-        ) from None
-    examples = test_examples(recipe, run)
-    records = answer(model, tokenizer, examples, recipe, lambda done, total: progress("evaluate", done, total))
-    if recipe.evaluate.tasks:
-        from kvdistill.stages.evaluate.public import public_records  # lm-eval takes seconds to import
-
-        records += public_records(recipe, run, folder, model, tokenizer, progress)
-    lines = [json.dumps({"arm": arm, "seed": seed, **record}, ensure_ascii=False) for record in records]
-    write_text(folder / "records.jsonl", "\n".join(lines) + "\n")
-    write_json(evaluated_mark(folder), {"arm": arm, "seed": seed, "questions": len(records)})
+            error.what, place=error.place, fix=f"delete {folder / FOLDER} and give the command again"
+        ) from error
+    answers = folder / FOLDER / RECORDS
+    found = report_rows(read_records(answers) if answers.exists() else [], exams, {t.key for t in recipe.data.tasks})
+    write_records(folder / "records.jsonl", [dataclasses.replace(one, arm=arm.name, seed=arm.seed) for one in found])
+    write_json(evaluated_mark(folder), {"arm": arm.name, "seed": arm.seed, "questions": len(found)})
+    if not public:  # else the figures of public evaluations stay beside their answers
+        shutil.rmtree(folder / FOLDER)
 
 
-def test_examples(recipe: Recipe, run: Path) -> list[Example]:
-    """The test problems in order, at most `evaluate.limit` of each task."""
-    limit = recipe.evaluate.limit
-    seen: dict[str, int] = {}
-    chosen: list[Example] = []
-    for example in read_split(run, "test"):
-        seen[example.task] = seen.get(example.task, 0) + 1
-        if limit is None or seen[example.task] <= limit:
-            chosen.append(example)
-    return chosen
-
-
-def answer(model: Any, tokenizer: Any, examples: list[Example], recipe: Recipe, progress: Any) -> list[dict[str, Any]]:
-    """One record per example: greedy prediction, whether it is right, and the NLL of the gold answer tokens."""
-    watch = Stopwatch()
-    answers = greedy_answers(
-        CausalStudent(model),
-        tokenizer,
-        examples,
-        max_new_tokens=recipe.evaluate.max_new_tokens,
-        batch_size=recipe.evaluate.batch_size,
-        progress=progress,
+def recipe_options(recipe: Recipe) -> SuiteOptions:
+    """How a recipe wants its evaluations asked. NLL of the gold answers comes with them: it tells arms apart where no
+    answer is right yet."""
+    asked, data = recipe.evaluate, recipe.data
+    return SuiteOptions(
+        root=Path(data.root).expanduser() if data.root else None,
+        num_fewshot=asked.num_fewshot,
+        choice=asked.choice,
+        chat=asked.chat,
+        system_prompt=data.system_prompt if asked.chat else None,
+        limit=asked.limit,
+        max_new_tokens=asked.max_new_tokens if "max_new_tokens" in asked.model_fields_set else None,
+        batch_size=asked.batch_size,
+        style="direct" if data.style == "direct" else "cot",
+        gold_nll=True,
     )
-    seconds = watch.wall_s() / max(1, len(examples))
-    nll = segment_nll(
-        model,
-        [e.input_ids for e in examples],
-        [[s == ANSWER for s in e.segments] for e in examples],
-        pad_id=tokenizer.pad_token_id,
-        batch_size=recipe.evaluate.batch_size,
-    )
-    records = []
-    for example, (text, num_tokens), gold_nll in zip(examples, answers, nll, strict=True):
-        records.append(
-            {
-                "task": example.task,
-                "id": example.id,
-                "style": example.style,
-                "doc_hash": example.doc_hash,
-                "prompt_hash": example.prompt_hash,
-                "prediction": extract_answer(example.task, text),
-                "completion": text,
-                "gold": example.answer,
-                "correct": is_correct(example.task, text, example.answer),
-                "nll": gold_nll,
-                "tokens_out": num_tokens,
-                "seconds": seconds,
-            }
-        )
-    return records
+
+
+def check_public(recipe: Recipe, run: Path) -> Exams:
+    """The recipe's public evaluations, data read and checked: DataError or RecipeError before anything is trained."""
+    if not recipe.evaluate.tasks:
+        return {}
+    if recipe.evaluate.chat and not AutoTokenizer.from_pretrained(tokenizer_folder(run)).chat_template:
+        raise DataError("the tokenizer has no chat template", place="evaluate.chat", fix="set evaluate.chat=false")
+    return plan_suite(recipe.evaluate.tasks, recipe_options(recipe))
+
+
+def report_rows(records: Sequence[Record], exams: Mapping[str, Sequence[Any]], own_tasks: set[str]) -> list[Record]:
+    """Records of the suite as the report reads them: the run's own, in the order of tasks and questions, then others.
+
+    own_tasks: names that mean a split of the run, and no public evaluation.
+    """
+    places = {exam.name: place for place, exam in enumerate(exams.get(OWN, ()))}
+    own = [record for record in records if record.evaluation == OWN]
+    rows = sorted(own, key=lambda record: (places[record.task], record.number or 0))
+    for record in records:
+        name, member = record.evaluation, record.task
+        if name == OWN or name not in exams or member not in {SCORED_BY.get(name, member)}:
+            continue  # MC1 stays in the suite's own folder: one figure for the same questions
+        how, _, shots = record.style.partition("-")
+        written = {"fewshot": f"{shots}-shot", "chat": f"{shots}-shot, chat"}.get(how, "public")
+        task = name if name not in own_tasks else f"{name} ({written})"
+        alone = len(exams[name]) == 1 or name in SCORED_BY
+        rows.append(dataclasses.replace(record, task=task, id=record.id if alone else f"{member}/{record.id}"))
+    return rows
+
+
+__all__ = ["check_public", "evaluate", "recipe_options", "report_rows"]

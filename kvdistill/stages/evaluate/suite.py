@@ -1,29 +1,31 @@
 """Evaluations on a model, chunk by chunk: ask, judge, append; the same call goes on where it stopped.
 
     plan_suite       names -> exams, with all data read and checked; no model needed
-    evaluate_suite   exams on any lm-eval `LM`: records.jsonl and results.json in one folder
+    make_lm          what answers them: a student for a run's test split, lm-eval's LM for public evaluations
+    evaluate_suite   exams on that, or on any lm-eval `LM`: records.jsonl and results.json in one folder
 
 Chunks are a function of what was asked for and nothing else: a resumed run forms the same batches as an uninterrupted
-one, so it gives the same bits. Knows no Hugging Face model.
+one, so it gives the same bits. lm-eval takes seconds to import, and is imported where a public evaluation is asked for.
 """
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kvdistill.arms.student import Student
 from kvdistill.core.errors import DataError
 from kvdistill.core.files import write_json
 from kvdistill.core.progress import Progress, silent
+from kvdistill.core.records import Record
 from kvdistill.data.sets import EVALUATIONS, Evaluation, Member, find_evaluation
-from kvdistill.stages.evaluate.exams import AbstractExam, Judgement, Question, Render, SuiteOptions
-from kvdistill.stages.evaluate.harness import HarnessExam
-from kvdistill.stages.evaluate.own import RunTest
+from kvdistill.stages.evaluate.book import RESULTS, AnswerBook, open_book, summarise_book
+from kvdistill.stages.evaluate.exams import AbstractExam, Question, Render, SuiteOptions, Usage
+from kvdistill.stages.evaluate.own import RunTest, RunTestExam, StudentLM
 from kvdistill.stages.evaluate.plain import LetteredExam, TemplateExam
-from kvdistill.stages.evaluate.records import RESULTS, AnswerBook, check_book, key_of, open_book
-from kvdistill.stages.evaluate.results import summarise_book
 
 Exams = dict[str, list[AbstractExam]]  # evaluation -> its members
 _Asked = tuple[AbstractExam, Question]
@@ -43,47 +45,50 @@ def plan_suite(tasks: Sequence[str], options: SuiteOptions) -> Exams:
     for name in names:
         own = test is not None and name not in EVALUATIONS and test.covers(name)
         if not own and name.split(":")[0] == "own":
-            raise _no_test_split(name, test)
+            if test is None:
+                what = f"{name!r} is the test split of a run, and this model is in no run folder"
+                fix = "give a model of a run folder (runs/NAME/arms/ARM/seed-N/model), or name public evaluations"
+            else:
+                what, fix = f"the run has no test split {name!r}", f"there are: own, {test.names()}"
+            raise DataError(what, place="--tasks", fix=fix)
         found[name] = None if own else find_evaluation(name, place="--tasks (evaluate.tasks)")
     exams: Exams = {}
     for name, evaluation in found.items():
         if evaluation is None:
             assert test is not None
-            exams[name] = list(test.exams(name, options))
+            exams[name] = list(test.exams(name, options.max_new_tokens))
         else:
             members = evaluation.members(options.root)
-            exams[evaluation.name] = [_exam(evaluation, member, options) for member in members]
+            exams[evaluation.name] = [_public_exam(evaluation, member, options) for member in members]
     return exams
 
 
-def _no_test_split(name: str, test: RunTest | None) -> DataError:
-    if test is None:
-        return DataError(
-            f"{name!r} is the test split of a run, and this model is in no run folder",
-            place="--tasks",
-            fix="give a model of a run folder (runs/NAME/arms/ARM/seed-N/model), or name public evaluations",
-        )
-    return DataError(f"the run has no test split {name!r}", place="--tasks", fix=f"there are: own, {test.names()}")
-
-
-def _exam(evaluation: Evaluation, member: Member, options: SuiteOptions) -> AbstractExam:
+def _public_exam(evaluation: Evaluation, member: Member, options: SuiteOptions) -> AbstractExam:
     if not member.definition:
         return TemplateExam(evaluation, member, options)
     if options.choice == "generation" and evaluation.native == "likelihood":
         first = evaluation.load(member, options.root, "test")[0]
         if evaluation.lettered(member, first) is not None:
             return LetteredExam(evaluation, member, options)
+    from kvdistill.stages.evaluate.harness import HarnessExam, quiet_harness
+
+    quiet_harness()
     return HarnessExam(evaluation, member, options)
 
 
-def prompt_options(options: SuiteOptions) -> dict[str, Any]:
-    """What changes the prompts of every evaluation alike, as the folder's identity keeps it."""
-    return {"choice": options.choice, "chat": options.chat, "system_prompt": options.system_prompt}
+def make_lm(
+    model: Any, tokenizer: Any, exams: Exams, options: SuiteOptions, *, student: Student | None, begins_with_bos: bool
+) -> Any:
+    """What answers the questions of `exams`: `StudentLM` for a run's test split, `MeteredLM` where there are others.
 
+    student: the same model, where a run's test split may be asked for.
+    """
+    size, chat = options.batch_size, options.chat
+    if all(isinstance(exam, RunTestExam) for members in exams.values() for exam in members):
+        return StudentLM(student, tokenizer, size)
+    from kvdistill.stages.evaluate.lm import MeteredLM
 
-def check_folder(exams: Exams, options: SuiteOptions, out: Path, asker: Mapping[str, Any]) -> None:
-    """Refuse, before a model is loaded, a folder that answers something else. RunFolderError names the key."""
-    check_book(out, asker, exams, prompt_options(options))
+    return MeteredLM(model, tokenizer, batch_size=size, bos_in_front=begins_with_bos, chat=chat, student=student)
 
 
 def evaluate_suite(
@@ -95,150 +100,124 @@ def evaluate_suite(
     *,
     asker: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Ask `lm` (any lm-eval `LM`, or a function that makes one when there is something to ask) and return the results.
+    """Ask and return the results. Writes identity.json, records.jsonl and results.json into `out`, and nothing else.
 
-    tasks: names, or what `plan_suite` made of them. asker: what identifies the model; a folder holds answers of one.
-    Writes identity.json, records.jsonl and results.json into `out`, and nothing anywhere else.
+    Args:
+        lm: what `make_lm` makes, any lm-eval `LM`, or a function that makes one when there is something to ask.
+        tasks: names, or what `plan_suite` made of them.
+        asker: what identifies the model; a folder holds answers of one.
     """
     exams = tasks if isinstance(tasks, dict) else plan_suite(tasks, options)
-    made: list[Any] = []
-
-    def ready() -> Any:
-        if not made:
-            made.append(lm() if callable(lm) else lm)
-        return made[0]
-
-    with open_book(out, asker or {"model": type(lm).__name__}, exams, prompt_options(options), options.limit) as book:
+    ready = functools.cache(lm if callable(lm) else lambda: lm)
+    with open_book(out, asker or {"model": type(lm).__name__}, exams, options) as book:
         for name, members in exams.items():
-            _run_evaluation(ready, name, members, options, book, progress)
+            total, done = book.evaluations[name]["questions"], len(book.rows(name))
+            progress(f"evaluate {name}", done, total)
+            if done < total:
+                _run_evaluation(ready(), name, members, options, book, progress)
         results = summarise_book(book)
         write_json(out / RESULTS, results)
     return results
 
 
 def _run_evaluation(
-    ready: Callable[[], Any],
+    lm: Any,
     name: str,
     members: Sequence[AbstractExam],
     options: SuiteOptions,
     book: AnswerBook,
     progress: Progress,
 ) -> None:
-    """Ask what is not answered yet. ready: the model, made when there is something to ask."""
-    what, total, done = f"evaluate {name}", book.evaluations[name]["questions"], len(book.rows(name))
-    progress(what, done, total)
-    if done == total:
-        return
-    lm = ready()
-    render: Render | None = lm.apply_chat_template if options.chat else None
-    for chunk in _open_chunks(book, name, members, render, options.batch_size):
-
-        def show(answered: float, before: int = done) -> None:
-            progress(what, min(total, before + answered), total)
-
-        _follow(lm, show, chunk)
-        new = [row for row in _ask(lm, chunk) if key_of(row) not in book.answered]
-        book.append(new)
-        done += len(new)
-        progress(what, done, total)
-
-
-def _open_chunks(
-    book: AnswerBook, name: str, members: Sequence[AbstractExam], render: Render | None, size: int
-) -> Iterator[list[_Asked]]:
-    """Chunks with a question that is not answered, whole: a chunk that was cut by a kill is asked again as it was."""
+    """Ask what is not answered yet. A chunk that was cut by a kill is asked again as it was, whole."""
+    total, done = book.evaluations[name]["questions"], len(book.rows(name))
+    render: Render | None = lm.apply_chat_template if options.chat and hasattr(lm, "apply_chat_template") else None
     limits = book.limits(name)
     asked = [[*exam.questions(limits[-1], render)] for exam in members]
     for begin, end in zip([0, *limits], limits, strict=False):
-        part = [
-            (exam, question)
-            for exam, questions in zip(members, asked, strict=True)
-            for question in questions[begin:end]
+        part = [(exam, one) for exam, all_of_it in zip(members, asked, strict=True) for one in all_of_it[begin:end]]
+        part.sort(key=lambda pair: pair[0].turn(pair[1]))
+        chunks = [part[start : start + options.batch_size] for start in range(0, len(part), options.batch_size)]
+        chunks = [
+            chunk for chunk in chunks if any((name, exam.name, *one.key) not in book.answered for exam, one in chunk)
         ]
-        part.sort(key=lambda pair: (-pair[1].length, pair[1].prompt, pair[0].name, pair[1].number))
-        for start in range(0, len(part), size):
-            chunk = part[start : start + size]
-            if any((name, exam.name, *question.key) not in book.answered for exam, question in chunk):
-                yield chunk
+        # published answers of a test split are scored together, sorted by their own length
+        gold = [one.gold for _, one in part if one.gold is not None and one.gold.request_type == "score_example"]
+        scored = dict(zip(map(id, gold), lm.score_example(gold), strict=True)) if chunks and gold else {}
+        for chunk in chunks:
+
+            def show(answered: float, before: int = done) -> None:
+                progress(f"evaluate {name}", min(total, before + answered), total)
+
+            if hasattr(lm, "on_answers"):  # a model of ours says how far it is inside a chunk
+                lm.on_answers = show if all(len(question.requests) == 1 for _, question in chunk) else lambda _: None
+            new = [record for record in _ask(lm, chunk, scored) if record.key not in book.answered]
+            book.append(new)
+            done += len(new)
+            progress(f"evaluate {name}", done, total)
 
 
-def _follow(lm: Any, show: Callable[[float], None], chunk: Sequence[_Asked]) -> None:
-    """Let a model that says how far it is (`MeteredLM`) move the bar inside a chunk."""
-    if hasattr(lm, "on_answers"):
-        lm.on_answers = show if all(len(question.requests) == 1 for _, question in chunk) else lambda answered: None
+def _ask(lm: Any, chunk: Sequence[_Asked], scored: Mapping[int, float]) -> list[Record]:
+    """The records of a chunk. Seconds are shared evenly among its questions; scoring gold answers is not counted.
 
-
-def _ask(lm: Any, chunk: Sequence[_Asked]) -> list[dict[str, Any]]:
-    """The records of a chunk. Seconds are shared evenly among its questions; scoring gold answers is not counted."""
+    scored: id of a request for a published answer -> its NLL, where that is known already.
+    """
     begun = time.perf_counter()
-    answers, usage = _answers(lm, [request for _, question in chunk for request in question.requests])
+    answers = _answers(lm, [request for _, question in chunk for request in question.requests])
     seconds = (time.perf_counter() - begun) / len(chunk)
-    gold, gold_usage = _answers(lm, [question.gold for _, question in chunk if question.gold is not None])
-    rows = []
+    gold = [one.gold for _, one in chunk if one.gold is not None and id(one.gold) not in scored]
+    nll = {**scored, **{i: _nll(*answer) for i, answer in _answers(lm, gold).items()}}
+    records = []
     for exam, question in chunk:
-        ids = [id(request) for request in question.requests]
-        judged = exam.judge(question, [answers[i] for i in ids])
-        nll = None
-        if question.gold is not None:
-            nll = _nll(gold[id(question.gold)], gold_usage[id(question.gold)])
-        elif judged.right is not None:
-            nll = _nll(answers[ids[judged.right]], usage[ids[judged.right]])
-        taken = {**_usage([usage[i] for i in ids]), "seconds": seconds}
-        rows.append(_record(exam, question, judged, nll, taken))
-    return rows
+        found = [answers[id(request)] for request in question.requests]
+        judged = exam.judge(question, [response for response, _ in found])
+        right = None if judged.right is None else _nll(*found[judged.right])
+        records.append(
+            Record(
+                evaluation=exam.evaluation,
+                task=exam.name,
+                id=question.id,
+                number=question.number,
+                style=question.style,
+                doc_hash=question.doc_hash,
+                prompt_hash=question.prompt_hash,
+                mode=exam.mode,
+                prediction=judged.prediction,
+                completion=judged.completion,
+                gold=judged.gold,
+                correct=judged.correct,
+                score=judged.score,
+                metrics=dict(judged.metrics),
+                nll=right if question.gold is None else nll[id(question.gold)],
+                seconds=seconds,
+                **_cost([usage for _, usage in found if usage is not None]),
+            )
+        )
+    return records
 
 
-def _answers(lm: Any, requests: Sequence[Any]) -> tuple[dict[int, Any], dict[int, Any]]:
-    """id of a request -> response, and -> what it took (None where the model does not say)."""
-    answers: dict[int, Any] = {}
-    usage: dict[int, Any] = {}
+def _cost(took: Sequence[Usage]) -> dict[str, Any]:
+    """What the requests of one question took together; null where the model does not say."""
+    characters = sum(one.characters for one in took)
+    return {
+        "tokens_in": sum(one.tokens_in for one in took) if took else None,
+        "tokens_out": sum(one.tokens_out for one in took) if took else None,
+        "forward_passes": sum(one.forward_passes for one in took) if took else None,
+        "truncated": any(one.truncated for one in took) if took else None,
+        "unspelled": sum(one.unspelled for one in took) / max(1, characters) if took else None,
+    }
+
+
+def _answers(lm: Any, requests: Sequence[Any]) -> dict[int, tuple[Any, Usage | None]]:
+    """id of a request -> response, and what it took (None where the model does not say)."""
+    answers: dict[int, tuple[Any, Usage | None]] = {}
     for kind in sorted({request.request_type for request in requests}):
         chosen = [request for request in requests if request.request_type == kind]
         responses = getattr(lm, kind)(chosen)
         used = getattr(lm, "usage", None) or [None] * len(chosen)
-        for request, response, one in zip(chosen, responses, used, strict=True):
-            answers[id(request)], usage[id(request)] = response, one
-    return answers, usage
+        answers |= dict(zip(map(id, chosen), zip(responses, used, strict=True), strict=True))
+    return answers
 
 
-def _nll(response: Any, usage: Any) -> float | None:
+def _nll(response: Any, usage: Usage | None) -> float | None:
     """Mean nats per token of a scored text; None where the model does not count tokens, or there are none."""
     return -float(response[0]) / usage.scored if usage is not None and usage.scored else None
-
-
-def _record(
-    exam: AbstractExam, question: Question, judged: Judgement, nll: float | None, taken: Mapping[str, Any]
-) -> dict[str, Any]:
-    return {
-        "evaluation": exam.evaluation,
-        "task": exam.name,
-        "id": question.id,
-        "number": question.number,
-        "style": question.style,
-        "doc_hash": question.doc_hash,
-        "prompt_hash": question.prompt_hash,
-        "mode": exam.mode,
-        "prediction": judged.prediction,
-        "completion": judged.completion,
-        "gold": judged.gold,
-        "correct": judged.correct,
-        "score": judged.score,
-        "metrics": dict(judged.metrics),
-        "nll": nll,
-        **taken,
-    }
-
-
-def _usage(usage: Sequence[Any]) -> dict[str, Any]:
-    """What the requests of one question took together; null where the model does not say."""
-    if any(one is None for one in usage):
-        keys = ("tokens_in", "tokens_out", "forward_passes", "truncated", "unspelled")
-        return dict.fromkeys(keys)
-    characters = sum(one.characters for one in usage)
-    return {
-        "tokens_in": sum(one.tokens_in for one in usage),
-        "tokens_out": sum(one.tokens_out for one in usage),
-        "forward_passes": sum(one.forward_passes for one in usage),
-        "truncated": any(one.truncated for one in usage),
-        "unspelled": sum(one.unspelled for one in usage) / characters if characters else 0.0,
-    }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from kvdistill.core.errors import RunFolderError
-from kvdistill.core.files import replacing
+from kvdistill.core.files import read_json_lines, replacing
 from kvdistill.core.recipe import Recipe
+from kvdistill.core.records import Record, read_records
 from kvdistill.stages.report.compare import SeedRun
 
 Row = dict[str, Any]
@@ -73,47 +73,25 @@ def collect_tables(recipe: Recipe, run: Path) -> RunTables:
     tables.manifest = _read_object(run / "data" / "manifest.json")
     tables.validation = _read_object(run / "data" / "validation_report.json")
     tables.provenance = _read_object(run / "provenance.json")
-    _note_strays(tables)
-    return tables
-
-
-def _note_strays(tables: RunTables) -> None:
     if tables.missing:
         tables.notes.append(
             "Not evaluated yet: " + ", ".join(f"{arm} seed {seed}" for arm, seed in tables.missing) + "."
         )
-    folder = tables.path / "arms"
-    strays = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name not in tables.arms)
+    strays = sorted(p.name for p in (run / "arms").iterdir() if p.is_dir() and p.name not in tables.arms)
     if strays:
         tables.notes.append("In the folder but not in the recipe, and left out: " + ", ".join(strays) + ".")
-
-
-def read_lines(path: Path, *, torn_end: bool = False) -> Iterator[tuple[str, Row]]:
-    """(place, object) of each JSON line. `torn_end`: a last line cut short by a kill is left out, not an error."""
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    for index, line in enumerate(lines):
-        if not line.strip():
-            continue
-        place = f"{path}:{index + 1}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            if torn_end and index == len(lines) - 1:
-                return
-            raise RunFolderError(f"not a JSON line ({error})", place=place, fix="run this seed again") from error
-        if not isinstance(row, dict):
-            raise RunFolderError("a line should be a JSON object", place=place, fix="run this seed again")
-        yield place, row
+    return tables
 
 
 def read_log(path: Path) -> list[Row]:
-    """Rows of a log.jsonl by step; after a resume the later row of a step counts. [] if there is no file."""
-    if not path.is_file():
-        return []
+    """Rows of a log.jsonl by step; after a resume the later row of a step counts. [] if there is no file.
+
+    A last line cut short by a kill is left out.
+    """
     rows: dict[tuple[int, bool], Row] = {}
-    for place, row in read_lines(path, torn_end=True):
-        if not isinstance(row.get("step"), int):
-            raise RunFolderError("a logged row needs an integer `step`", place=place, fix="run this seed again")
+    for row in read_json_lines(path) if path.is_file() else ():
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise RunFolderError("a logged row needs an integer `step`", place=str(path), fix="run this seed again")
         rows[row["step"], "val" in row] = row
     return [rows[key] for key in sorted(rows)]
 
@@ -132,40 +110,34 @@ def _read_object(path: Path) -> Row:
     return value
 
 
-def read_records(folder: Path, arm: str, seed: int) -> list[Row]:
-    """Checked records of one run, sorted by (task, id, style)."""
-    found: dict[tuple[str, str, str], Row] = {}
-    for place, row in read_lines(folder / "records.jsonl"):
-        for key, kind in (("task", str), ("id", str), ("correct", bool)):
-            if not isinstance(row.get(key), kind):
-                raise RunFolderError(f"a record needs `{key}` ({kind.__name__})", place=place, fix="evaluate again")
-        if (row.get("arm", arm), row.get("seed", seed)) != (arm, seed):
-            found_in = f"a record of arm {row.get('arm')!r} seed {row.get('seed')!r}"
-            raise RunFolderError(f"{found_in} in the folder of {arm!r} seed {seed}", place=place, fix="evaluate again")
-        key3 = (row["task"], row["id"], str(row.get("style") or ""))
-        if key3 in found:
-            raise RunFolderError(f"question {key3} is recorded twice", place=place, fix="evaluate again")
-        found[key3] = row
+def run_records(folder: Path, arm: str, seed: int) -> list[Record]:
+    """Records of one run, sorted by (task, id, style): of this run alone, and each question once."""
+    path, found = folder / "records.jsonl", dict[tuple[str, str, str], Record]()
+    for record in read_records(path):
+        what = None
+        if (record.arm or arm, seed if record.seed is None else record.seed) != (arm, seed):
+            what = f"a record of arm {record.arm!r} seed {record.seed!r} in the folder of {arm!r} seed {seed}"
+        elif record.question in found:
+            what = f"question {record.question} is recorded twice"
+        if what is not None:
+            raise RunFolderError(what, place=str(path), fix="evaluate again")
+        found[record.question] = record
     return [found[key] for key in sorted(found)]
 
 
 def _read_run(folder: Path, arm: str, seed: int) -> SeedRun:
-    rows = read_records(folder, arm, seed)
-    if not rows:
+    records = run_records(folder, arm, seed)
+    if not records:
         raise RunFolderError("no records in it", place=str(folder / "records.jsonl"), fix="evaluate again")
     return SeedRun(
-        keys=tuple((r["task"], r["id"], str(r.get("style") or "")) for r in rows),
-        doc_hashes=tuple(r.get("doc_hash") for r in rows),
-        prompt_hashes=tuple(r.get("prompt_hash") for r in rows),
-        correct_Q=np.array([r.get("score", r["correct"]) for r in rows], dtype=np.float64),  # a score may be a share
-        nll_Q=_floats(rows, "nll"),
-        tokens_out_Q=_floats(rows, "tokens_out"),
+        keys=tuple(one.question for one in records),
+        doc_hashes=tuple(one.doc_hash for one in records),
+        prompt_hashes=tuple(one.prompt_hash for one in records),
+        correct_Q=np.array([one.score for one in records], dtype=np.float64),  # a score may be a share
+        nll_Q=np.array([one.nll for one in records], dtype=np.float64),  # None: NaN
+        tokens_out_Q=np.array([one.tokens_out for one in records], dtype=np.float64),
         ledger=_read_object(folder / "ledger.json"),
     )
-
-
-def _floats(rows: list[Row], key: str) -> np.ndarray:
-    return np.array([math.nan if r.get(key) is None else float(r[key]) for r in rows], dtype=np.float64)
 
 
 def read_questions(run: Path) -> dict[tuple[str, str, str], str]:

@@ -17,9 +17,10 @@ import jinja2
 from markupsafe import Markup
 
 from kvdistill.core.recipe import Recipe
+from kvdistill.core.records import Record
 from kvdistill.stages.report import text
 from kvdistill.stages.report.canvas import Picture
-from kvdistill.stages.report.collect import Row, RunTables, read_questions, read_records
+from kvdistill.stages.report.collect import Row, RunTables, read_questions, run_records
 from kvdistill.stages.report.figures import MATCH_FIGURES, match_table
 from kvdistill.stages.report.summary import METHOD, budgets, reference_arm
 
@@ -115,21 +116,19 @@ def _pick_examples(tables: RunTables, summary: Row) -> Row:
     else:
         return {"arm": "", "seed": 0, "rows": []}
     questions, rows = read_questions(tables.path), []
-    records = read_records(tables.seed_folder(arm, seed), arm, seed)
+    records = run_records(tables.seed_folder(arm, seed), arm, seed)
     for correct in (True, False):
-        queues = [[r for r in records if r["task"] == task and r["correct"] is correct] for task in tables.tasks]
+        queues = [[r for r in records if r.task == task and r.correct is correct] for task in tables.tasks]
         turns = [queue[i] for i in range(EXAMPLES_PER_KIND) for queue in queues if i < len(queue)]
         rows += turns[:EXAMPLES_PER_KIND]
     return {"arm": arm, "seed": seed, "rows": [_example(r, questions) for r in rows]}
 
 
-def _example(record: Row, questions: Mapping[tuple[str, str, str], str]) -> Row:
-    key = (record["task"], record["id"], str(record.get("style") or ""))
-    prediction = record.get("prediction")
+def _example(record: Record, questions: Mapping[tuple[str, str, str], str]) -> Row:
     return {
-        "task": record["task"], "id": record["id"], "correct": record["correct"],
-        "question": _excerpt(questions.get(key, "")), "gold": _excerpt(str(record.get("gold") or "")),
-        "prediction": None if prediction is None else _excerpt(str(prediction)),
+        "task": record.task, "id": record.id, "correct": record.correct,
+        "question": _excerpt(questions.get(record.question, "")), "gold": _excerpt(record.gold or ""),
+        "prediction": None if record.prediction is None else _excerpt(record.prediction),
     }  # fmt: skip
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from kvdistill.arms.answering import greedy_answers
 from kvdistill.arms.arm import Arm
 from kvdistill.arms.batches import BatchMaker, token_counts
 from kvdistill.arms.distiller import Distiller
@@ -81,8 +80,9 @@ def accuracy_by_task(
     student: Student, tokenizer: Any, examples: Sequence[Example], max_new_tokens: int
 ) -> dict[str, float]:
     """Share of greedy answers that are right, per task."""
-    answers = greedy_answers(student, tokenizer, examples, max_new_tokens=max_new_tokens, batch_size=2 * BATCH)
+    prompts = [example.prompt_ids for example in examples]
+    answers = student.generate(prompts, tokenizer, max_new_tokens=max_new_tokens, batch_size=2 * BATCH)
     right: dict[str, list[bool]] = {}
-    for example, (text, _) in zip(examples, answers, strict=True):
-        right.setdefault(example.task, []).append(is_correct(example.task, text, example.answer))
+    for example, one in zip(examples, answers, strict=True):
+        right.setdefault(example.task, []).append(is_correct(example.task, one.text, example.answer))
     return {task: sum(values) / len(values) for task, values in sorted(right.items())}
