@@ -13,7 +13,7 @@ from kvdistill.core.recipe import DataRecipe
 from kvdistill.data import sources
 from kvdistill.data.grading import is_correct
 from kvdistill.data.problems import Problem, write_plain
-from kvdistill.data.sets import TASKS
+from kvdistill.data.sets import EVALUATIONS, TASKS, find_rules
 from kvdistill.data.sets.gsm8k import read_row
 from kvdistill.data.splits import load_multi_task_dataset, load_splits, share_out
 
@@ -258,3 +258,12 @@ def test_load_multi_task_dataset_gives_rows_of_each_task_and_style(data_root: Pa
     ]
     with pytest.raises(DataError, match="unknown style"):
         load_multi_task_dataset(["chain"], ["both"])  # type: ignore[list-item]
+
+
+def test_a_data_set_is_found_by_training_and_by_evaluation_under_one_name() -> None:
+    both = [name for name in TASKS if name in EVALUATIONS]
+    assert both == ["gsm8k", "svamp", "strategyqa", "math23k", "math", "arc_challenge", "hotpotqa"]
+    for name in both:
+        rules = EVALUATIONS[name].rules
+        assert rules is None or rules is TASKS[name]  # an own template is the task's own
+    assert find_rules("gsm8k") is TASKS["gsm8k"] and find_rules("my_rows") is TASKS["jsonl"]

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from decimal import Decimal
 
-from kvdistill.core.errors import DataError
 from kvdistill.core.quoting import missing, quoted
 from kvdistill.data.sources import RawRow
 
@@ -20,50 +19,36 @@ def text_field(row: RawRow, column: str, *, number_too: bool = False, fix: str =
     characters that no text has.
     """
     if column not in row.columns:
-        raise DataError(
-            f"field {quoted(column)} {missing(column, row.columns)}",
-            place=row.place,
-            fix=fix or f"add {quoted(column)} to the row",
+        raise row.error(
+            f"field {quoted(column)} {missing(column, row.columns)}", fix=fix or f"add {quoted(column)} to the row"
         )
     value = row.columns[column]
     if number_too and isinstance(value, int | float | Decimal) and not isinstance(value, bool):
-        return _number_text(value, column, row.place)
+        return _number_text(value, column, row)
     if not isinstance(value, str):
         kind = "null (NoneType)" if value is None else type(value).__name__
         wanted = "text or a number" if number_too else "text"
-        raise DataError(
+        raise row.error(
             f"field {quoted(column)} is {kind}, not {wanted}",
-            place=row.place,
             fix=f"write {quoted(column)} as a string, or take the row out",
         )
     text = value.strip()
     if not text:
-        raise DataError(f"field {quoted(column)} is empty", place=row.place, fix="fill it in, or take the row out")
-    _check_characters(text, column, row.place)
-    return text
-
-
-def _check_characters(text: str, column: str, place: str) -> None:
+        raise row.error(f"field {quoted(column)} is empty", fix="fill it in, or take the row out")
     if "\x00" in text:
-        raise DataError(f"field {quoted(column)} holds a NUL character", place=place, fix="take the character out")
+        raise row.error(f"field {quoted(column)} holds a NUL character", fix="take the character out")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise DataError(
-            f"field {quoted(column)} has half of a surrogate pair",
-            place=place,
-            fix="write the character itself",
-        ) from None
+        what = f"field {quoted(column)} has half of a surrogate pair"
+        raise row.error(what, fix="write the character itself") from None
+    return text
 
 
-def _number_text(value: int | float | Decimal, column: str, place: str) -> str:
+def _number_text(value: int | float | Decimal, column: str, row: RawRow) -> str:
     """`4`, `1.50` as written, `72` for the float 72.0, and no exponent where a person would write none."""
     if not (value.is_finite() if isinstance(value, Decimal) else isinstance(value, int) or math.isfinite(value)):
-        raise DataError(
-            f"field {quoted(column)} is {value}, which is no number",
-            place=place,
-            fix="fill it in, or take the row out",
-        )
+        raise row.error(f"field {quoted(column)} is {value}, which is no number", fix="fill it in, or take the row out")
     if isinstance(value, int):
         return str(value)
     exact = value if isinstance(value, Decimal) else Decimal(repr(value))
@@ -79,20 +64,15 @@ def texts_field(row: RawRow, column: str, *, inside: str = "") -> list[str]:
     found = row.columns.get(inside) if inside else row.columns
     name = f"{inside}.{column}" if inside else column
     if isinstance(found, str):
-        raise DataError(
+        raise row.error(
             f"field {quoted(name)} is missing: {quoted(inside)} is text",
-            place=row.place,
             fix="use a copy that keeps lists (JSONL or Parquet, not CSV)",
         )
     if not isinstance(found, Mapping) or column not in found:
-        raise DataError(
-            f"field {quoted(name)} is missing", place=row.place, fix=f"add the list {quoted(name)} to the row"
-        )
+        raise row.error(f"field {quoted(name)} is missing", fix=f"add the list {quoted(name)} to the row")
     values = found[column]
     if not isinstance(values, list) or not values:
-        raise DataError(
-            f"field {quoted(name)} is not a list with texts", place=row.place, fix=f"write {quoted(name)} as a list"
-        )
+        raise row.error(f"field {quoted(name)} is not a list with texts", fix=f"write {quoted(name)} as a list")
     each = (RawRow({name: value}, row.place, row.number) for value in values)
     return [text_field(one, name) for one in each]
 
@@ -111,9 +91,8 @@ def gold_column(row: RawRow, column: str, *, fix: str = "") -> str:
     value = row.columns.get(column)
     if value is None or (isinstance(value, str) and not value.strip()):
         state = "is empty" if column in row.columns else "is missing"
-        raise DataError(
+        raise row.error(
             f"no gold answers: column {quoted(column)} {state}",
-            place=row.place,
             fix=fix or "nothing can be scored without them: use a split whose answers are published",
         )
     return text_column(row, column).strip()

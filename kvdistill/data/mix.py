@@ -88,7 +88,7 @@ def mix(data: DataRecipe, available: Mapping[str, Available | None]) -> dict[str
         most = total if has is None else has.most(data.ratios)
         limits[task.key] = min(most, task.cap or most)
     numbers = fill(shares, limits, total)
-    return {task.key: _by_ratio(numbers[task.key], data) for task in data.tasks}
+    return {task.key: by_ratio(numbers[task.key], data) for task in data.tasks}
 
 
 def fill(shares: Mapping[str, float], limits: Mapping[str, int], total: int) -> dict[str, int]:
@@ -110,7 +110,8 @@ def fill(shares: Mapping[str, float], limits: Mapping[str, int], total: int) -> 
     return {name: fixed.get(name, numbers.get(name, 0)) for name in shares}
 
 
-def _by_ratio(number: int, data: DataRecipe) -> dict[str, int]:
+def by_ratio(number: int, data: DataRecipe) -> dict[str, int]:
+    """`number` problems of a task by `data.ratios`; half of train is for teachers where they study apart."""
     exact = {split: number * data.ratios[i] for split, i in _RATIO_OF.items()}
     counts = {split: int(value + 1e-9) for split, value in exact.items()}
     by_rest = sorted(counts, key=lambda split: counts[split] - exact[split])

@@ -68,15 +68,33 @@ def load_splits(data: DataRecipe, progress: Progress = silent, *, beside: Path |
     beside: the folder (which need not exist) on whose disk problems may be kept for the moment.
     """
     found = [(task, find_task(task.name, place=f"data.tasks[{i}].name")) for i, task in enumerate(data.tasks)]
-    _check_keys(data.tasks)
+    seen: set[str] = set()
+    for task in data.tasks:
+        place = f"data.tasks ({task.name})"
+        if task.key in seen:
+            raise DataError(f"two tasks are called {task.key!r}", place=place, fix="rename one file, or merge the two")
+        if task.file is not None and task.key in TASKS:
+            raise DataError(
+                f"the file's name makes a task called {task.key!r}, which is a built-in one",
+                place=place,
+                fix="rename the file: its stem is the task's name in every record",
+            )
+        seen.add(task.key)
     spool = spool_beside(beside)
     read: dict[str, _Read] = {}
+    some = {split: int(data.ratios[i] > 0) for i, split in enumerate(("train", "val", "test"))}
     for i, (task, rules) in enumerate(found):
         progress("loading tasks", i, len(found))
         if not (rules.generated and data.total is not None):  # those are made when their number is known
-            read[task.key] = _read(rules.load(_counted(task, data), data), spool)
+            # With `total` the counts are not known yet: one where there will be some, so the right files are read.
+            counted = task if data.total is None else task.model_copy(update={**some, "teach": 0})
+            read[task.key] = _read(rules.load(counted, data), spool)
         progress("loading tasks", i + 1, len(found))
-    counts = _counts(data, read)
+    if data.total is None:
+        counts = {task.key: {split: getattr(task, split) for split in SPLITS} for task in data.tasks}
+    else:
+        has = {task.key: read[task.key].available() if task.key in read else None for task in data.tasks}
+        counts = mix(data, has)
     splits = Splits({split: Selection(spool) for split in SPLITS})
     for task, rules in found:
         asked = counts[task.key]
@@ -133,20 +151,6 @@ def load_multi_task_dataset(
     section = {"tasks": [{"name": name, **wanted} for name in dataset_names], "root": root and str(root), "seed": seed}
     loaded = load_splits(DataRecipe.model_validate(section))
     return [loaded.rules[p.task].write(p, style) for p in loaded.problems[split] for style in styles]
-
-
-def _counted(task: TaskRecipe, data: DataRecipe) -> TaskRecipe:
-    """With `total` the counts are not known yet: one where there will be some, so that the right files are read."""
-    if data.total is None:
-        return task
-    some = {split: int(data.ratios[i] > 0) for i, split in enumerate(("train", "val", "test"))}
-    return task.model_copy(update={**some, "teach": 0})
-
-
-def _counts(data: DataRecipe, read: Mapping[str, _Read]) -> dict[str, dict[str, int]]:
-    if data.total is None:
-        return {task.key: {split: getattr(task, split) for split in SPLITS} for task in data.tasks}
-    return mix(data, {task.key: read[task.key].available() if task.key in read else None for task in data.tasks})
 
 
 def _read(loaded: Loaded, spool: Spool) -> _Read:
@@ -209,7 +213,11 @@ def _deal_task(key: str, read: _Read, asked: Mapping[str, int], seed: int, split
         random.Random(derive_seed(seed, key, "pool")).shuffle(rest)
         for split, rows in own.items():
             random.Random(derive_seed(seed, key, split)).shuffle(rows)
-    dealt = _deal(rest, {split: 0 if split in own else asked[split] for split in SPLITS})
+    shares, start = share_out({split: 0 if split in own else asked[split] for split in SPLITS}, len(rest)), 0
+    dealt: dict[str, list[int]] = {}
+    for split in _DEAL_ORDER:
+        dealt[split] = rest[start : start + shares[split]]
+        start += shares[split]
     dealt |= {split: rows[: asked[split]] for split, rows in own.items()}
     refuse_empty({split: len(dealt[split]) for split in SPLITS}, asked, key)
     for split in SPLITS:
@@ -218,27 +226,3 @@ def _deal_task(key: str, read: _Read, asked: Mapping[str, int], seed: int, split
     splits.asked[key], splits.duplicates[key] = dict(asked), read.num_repeated
     if read.loaded.pool:
         splits.pools.append(key)
-
-
-def _deal(pool: Sequence[int], asked: Mapping[str, int]) -> dict[str, list[int]]:
-    shares, start = share_out(asked, len(pool)), 0
-    dealt: dict[str, list[int]] = {}
-    for split in _DEAL_ORDER:
-        dealt[split] = list(pool[start : start + shares[split]])
-        start += shares[split]
-    return dealt
-
-
-def _check_keys(tasks: Sequence[TaskRecipe]) -> None:
-    seen: set[str] = set()
-    for task in tasks:
-        place = f"data.tasks ({task.name})"
-        if task.key in seen:
-            raise DataError(f"two tasks are called {task.key!r}", place=place, fix="rename one file, or merge the two")
-        if task.file is not None and task.key in TASKS:
-            raise DataError(
-                f"the file's name makes a task called {task.key!r}, which is a built-in one",
-                place=place,
-                fix="rename the file: its stem is the task's name in every record",
-            )
-        seen.add(task.key)

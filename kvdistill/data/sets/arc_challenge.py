@@ -12,13 +12,12 @@ import operator
 import re
 from collections.abc import Mapping
 
-from kvdistill.core.errors import DataError
 from kvdistill.core.quoting import quoted, shown
 from kvdistill.data.answers.numbers import fold_width, text_after, unwrap
 from kvdistill.data.fields import gold_column, text_column, text_field, texts_field
 from kvdistill.data.problems import ANSWER_MARK, Problem, write_plain
 from kvdistill.data.sets.base import DataSet, Evaluation, Member, RowDict, Task
-from kvdistill.data.sets.letters import Lettered, read_letter, write_lettered
+from kvdistill.data.sets.letters import read_letter, write_lettered
 from kvdistill.data.sets.published import Layout, Published
 from kvdistill.data.sources import RawRow
 
@@ -38,15 +37,12 @@ def read_row(row: RawRow, id: str) -> Problem:
     texts, labels = texts_field(row, "text", inside="choices"), texts_field(row, "label", inside="choices")
     key = text_field(row, "answerKey")
     if len(texts) != len(labels) or not 2 <= len(texts) <= len(_LETTERS) or len(set(labels)) != len(labels):
-        raise DataError(
+        raise row.error(
             f"{len(texts)} choices with the labels {shown(', '.join(labels))}",
-            place=row.place,
             fix="give each of two to five choices its own label",
         )
     if key not in labels:
-        raise DataError(
-            f"the key {quoted(key)} is not among {shown(', '.join(labels))}", place=row.place, fix="mend `answerKey`"
-        )
+        raise row.error(f"the key {quoted(key)} is not among {shown(', '.join(labels))}", fix="mend `answerKey`")
     right = labels.index(key)
     choices = [f"{letter}. {' '.join(text.split())}" for letter, text in zip(_LETTERS, texts, strict=False)]
     question = "\n".join([text_field(row, "question"), *choices])
@@ -88,11 +84,6 @@ def _problem(row: RowDict) -> Problem:
     return read_row(RawRow(row, "", 0), "")
 
 
-def _lettered(member: Member, row: RowDict) -> Lettered:
-    choices = row["choices"]
-    return write_lettered(row["question"], choices["text"], choices["label"].index(row["answerKey"]), "en")
-
-
 _FOLDER = "arc_challenge"
 _DATA = Published(
     name="arc_challenge",
@@ -130,12 +121,13 @@ ARC_CHALLENGE = DataSet(
         num_fewshot=25,
         native="likelihood",
         fewshot_from="rows",
-        splits={"train": "fewshot", "test": "test"},
         question=lambda row: _problem(row).question,
         stem=lambda row: str(row["question"]),
         gold=lambda member, row: _problem(row).answer,
         extract=lambda member, completion: read_letter(completion, "ABCDE", digits=True),
         published_gold=lambda member, row: f" {_problem(row).answer}",
-        lettered=_lettered,
+        lettered=lambda member, row: write_lettered(
+            row["question"], row["choices"]["text"], row["choices"]["label"].index(row["answerKey"]), "en"
+        ),
     ),
 )

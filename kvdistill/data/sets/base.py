@@ -79,9 +79,13 @@ class Member:
 
 
 class AbstractRows(abc.ABC):
-    """The rows of an evaluation's members. revision: the hub's commit, tag or branch; None: the newest."""
+    """The rows of an evaluation's members. revision: the hub's commit, tag or branch; None: the newest.
+
+    hub_splits: our `train` and `test` -> the publisher's split; empty where there is no lm-eval definition.
+    """
 
     hub: str
+    hub_splits: Mapping[str, str]
     revision: str | None
     members: tuple[Member, ...]
 
@@ -110,8 +114,7 @@ class Evaluation:
     extract: the answer of a generated text by the evaluation's own mark, never "the last number".
     published_gold: a whole right completion. native: the output type of the definition. num_fewshot: as usual in the
     field. fewshot_from: whether the examples of a prompt are rows (`load(…, "fewshot")`), stand in the definition, or
-    there are none. splits: the definition's split names -> ours. replaced: keys of the definition whose work `load`
-    has done.
+    there are none. replaced: keys of the definition whose work `load` has done.
 
     question: the question with its choices, by which a row is known. stem: without its choices, where it has any.
     lettered: the question with lettered choices; None where it has no such form.
@@ -126,7 +129,6 @@ class Evaluation:
     extract: Callable[[Member, str], str | None]
     published_gold: Callable[[Member, RowDict], str]
     native: Literal["likelihood", "generation"]
-    splits: Mapping[str, Split]
     same: Callable[[Member, str, str], bool] = lambda member, answer, gold: answer == gold
     language: Literal["en", "zh"] = "en"
     num_fewshot: int = 0
@@ -149,6 +151,14 @@ class Evaluation:
     @property
     def hub_revision(self) -> str | None:
         return self.data.revision
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """The split names of lm-eval's definition, which are the hub's -> ours."""
+        ours: dict[str, Split] = {"test": "test"}
+        if self.fewshot_from == "rows":
+            ours = {"train": "fewshot", **ours}
+        return {self.data.hub_splits[name]: split for name, split in ours.items() if name in self.data.hub_splits}
 
     @property
     def all_members(self) -> tuple[Member, ...]:

@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from kvdistill.core.errors import DataError
 from kvdistill.core.quoting import quoted
 from kvdistill.data.answers.latex import last_boxed
 from kvdistill.data.answers.numbers import fold_width, leading_number, normalise_text, same_number
@@ -65,13 +64,9 @@ def _read_brackets(text: str) -> str | None:
 def _read_words(text: str) -> str | None:
     """Words in their order, one space between; commas, case, quotes and brackets around all do not count."""
     text = fold_width(text).strip(_AROUND).removesuffix(".").strip("[]")
-    words = [_unquote(word) for word in re.split(r"[\s,;]+", text.casefold())]
-    return " ".join(word for word in words if word) or None
-
-
-def _unquote(word: str) -> str:
-    word = word.strip('"`*')
-    return word[1:-1] if len(word) > 2 and word[0] == word[-1] == "'" else word
+    words = [word.strip('"`*') for word in re.split(r"[\s,;]+", text.casefold())]
+    bare = [word[1:-1] if len(word) > 2 and word[0] == word[-1] == "'" else word for word in words]
+    return " ".join(word for word in bare if word) or None
 
 
 OPTION = AnswerKind("option", _read_option)
@@ -120,11 +115,9 @@ def read_columns(member: Member, row: RawRow) -> RowDict:
     kind = kind_of(member)
     gold = kind.read(target)
     if kind is OPTION and gold is not None and gold not in asked:
-        raise DataError(f"the gold answer {quoted(target)} is not among the options", place=row.place, fix="mend it")
+        raise row.error(f"the gold answer {quoted(target)} is not among the options", fix="mend it")
     if kind is not OPTION and gold is None:
-        raise DataError(
-            f"the gold answer {quoted(target)} is not of the kind: {kind.name}", place=row.place, fix="mend it"
-        )
+        raise row.error(f"the gold answer {quoted(target)} is not of the kind: {kind.name}", fix="mend it")
     return {"input": asked, "target": target}
 
 
@@ -134,9 +127,8 @@ def unpack(row: RawRow) -> Iterable[RawRow]:
     if examples is None:
         return (row,)
     if not isinstance(examples, list) or not all(isinstance(example, Mapping) for example in examples) or not examples:
-        raise DataError(
+        raise row.error(
             f"`examples` is {quoted(examples)}, not a list of objects",
-            place=row.place,
             fix="give a task's file as BIG-Bench Hard has it",
         )
     return [RawRow(example, f"{row.place} (example {n})", n) for n, example in enumerate(examples, start=1)]
@@ -181,7 +173,6 @@ BBH = DataSet(
         num_fewshot=3,
         native="generation",
         fewshot_from="definition",
-        splits={"test": "test"},
         question=lambda row: str(row["input"]),
         gold=lambda member, row: str(row["target"]),
         extract=extract,

@@ -108,18 +108,15 @@ class ChainFamily(AbstractFamily):
             value += 1
         question, values = str(value), []
         for left in range(self.num_steps - 1, -1, -1):
-            step, value, number = self._find_move(value, left, number)
-            question += step
+            for step, after in self._moves(value):
+                if number < self._ways[left][after]:
+                    question, value = question + step, after
+                    break
+                number -= self._ways[left][after]
+            else:
+                raise AssertionError("a number beyond count()")
             values.append(str(value))
         return question, ",".join(values[:-1]), values[-1]
-
-    def _find_move(self, value: int, left: int, number: int) -> tuple[str, int, int]:
-        """The step that chain `number` takes at `value`, where it leads, and its number among the chains from there."""
-        for step, after in self._moves(value):
-            if number < self._ways[left][after]:
-                return step, after, number
-            number -= self._ways[left][after]
-        raise AssertionError("a number beyond count()")
 
 
 @final

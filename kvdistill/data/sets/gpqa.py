@@ -51,7 +51,6 @@ def _gpqa(name: str, config: str, title: str) -> DataSet:
             columns=read_columns,
         ),
         native="likelihood",
-        splits={"train": "test"},
         question=lambda row: f"{row['Question']}\n{list_choices(_choices(row))}",
         stem=lambda row: str(row["Question"]),
         gold=lambda member, row: str(row["answer"][1]),

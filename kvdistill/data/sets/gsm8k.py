@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 
-from kvdistill.core.errors import DataError
 from kvdistill.data.answers.numbers import leading_number, normalise_number, same_number, text_after
 from kvdistill.data.fields import gold_column, text_column, text_field
 from kvdistill.data.problems import ANSWER_MARK, Problem, write_plain
@@ -24,29 +23,27 @@ _CALCULATOR = re.compile(r"<<[^<>]*>>")
 def read_row(row: RawRow, id: str) -> Problem:
     """Columns `question` and `answer`. DataError at the row for an answer without one marked number."""
     question, answer = text_field(row, "question"), text_field(row, "answer")
-    reasoning, number = _take_apart(answer, row.place)
+    reasoning, number = _take_apart(answer, row)
     if STRIP_CALCULATOR:
         reasoning = _CALCULATOR.sub("", reasoning)
     if not reasoning.strip():
-        raise DataError("no reasoning before the answer", place=row.place, fix="write `reasoning\\n#### 72`")
+        raise row.error("no reasoning before the answer", fix="write `reasoning\\n#### 72`")
     return Problem("gsm8k", id, question, reasoning.strip(), number)
 
 
 def read_columns(member: Member, row: RawRow) -> RowDict:
     """The same columns as published, for lm-eval; a row need not have a reasoning."""
     answer = gold_column(row, "answer")
-    _take_apart(answer, row.place)
+    _take_apart(answer, row)
     return {"question": text_column(row, "question"), "answer": answer}
 
 
-def _take_apart(answer: str, place: str) -> tuple[str, str]:
+def _take_apart(answer: str, row: RawRow) -> tuple[str, str]:
     """The reasoning and the number of `reasoning #### number`."""
     reasoning, mark, value = answer.partition(ANSWER_MARK)
     number = normalise_number(value)
     if not mark or number is None:
-        raise DataError(
-            f"the answer does not end in `{ANSWER_MARK} number`", place=place, fix="write `reasoning\\n#### 72`"
-        )
+        raise row.error(f"the answer does not end in `{ANSWER_MARK} number`", fix="write `reasoning\\n#### 72`")
     return reasoning, number
 
 
@@ -77,7 +74,6 @@ GSM8K = DataSet(
         num_fewshot=5,
         native="generation",
         fewshot_from="rows",
-        splits={"train": "fewshot", "test": "test"},
         question=lambda row: str(row["question"]),
         gold=lambda member, row: str(extract(row["answer"])),
         extract=lambda member, completion: extract(completion),

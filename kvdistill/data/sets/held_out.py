@@ -5,7 +5,8 @@ Zero-shot, in the style that the caller names; which problems those are is `spli
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +23,7 @@ class HeldOutRows(AbstractRows):
     hub: str
     members: tuple[Member, ...]
     revision: str | None = None
+    hub_splits: Mapping[str, str] = field(default_factory=dict)
 
     def members_below(self, root: Path) -> tuple[Member, ...]:
         return () if self._missing(root) else self.members
@@ -64,7 +66,6 @@ def with_own_template(task: Task, title: str, hub: str, language: Literal["en", 
         language=language,
         data=HeldOutRows(task, hub, (Member(task.name, ""),)),
         native="generation",
-        splits={},
         question=lambda row: str(row["question"]),
         gold=lambda member, row: str(row["answer"]),
         extract=lambda member, completion: task.extract(completion),

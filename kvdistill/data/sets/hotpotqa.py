@@ -12,7 +12,6 @@ import string
 from collections.abc import Mapping
 from typing import Any
 
-from kvdistill.core.errors import DataError
 from kvdistill.data.answers.numbers import fold_width, normalise_number, normalise_text, unwrap
 from kvdistill.data.fields import text_field
 from kvdistill.data.problems import ANSWER_MARK, Problem, write_plain
@@ -29,11 +28,11 @@ def read_row(row: RawRow, id: str) -> Problem:
     """Columns `question` and `answer`, and `supporting_facts` with `context` where the copy has them."""
     answer = text_field(row, "answer")
     if "\n" in answer or ANSWER_MARK in answer:
-        raise DataError("the answer must be one line without `####`", place=row.place, fix="take the row out")
+        raise row.error("the answer must be one line without `####`", fix="take the row out")
     has_facts = "supporting_facts" in row.columns or "context" in row.columns
     reasoning = " ".join(_supporting_sentences(row)) if has_facts else ""
     if ANSWER_MARK in reasoning:
-        raise DataError(f"`{ANSWER_MARK}` marks the answer and stands in a fact", place=row.place, fix="take it out")
+        raise row.error(f"`{ANSWER_MARK}` marks the answer and stands in a fact", fix="take it out")
     return Problem("hotpotqa", id, text_field(row, "question"), reasoning, answer)
 
 
@@ -47,7 +46,7 @@ def _supporting_sentences(row: RawRow) -> list[str]:
         if isinstance(number, int) and isinstance(sentences, list) and 0 <= number < len(sentences):
             found.append(" ".join(str(sentences[number]).split()))
     if not any(found):
-        raise DataError("no supporting fact stands in the context", place=row.place, fix="mend `supporting_facts`")
+        raise row.error("no supporting fact stands in the context", fix="mend `supporting_facts`")
     return [sentence for sentence in found if sentence]
 
 
@@ -60,9 +59,8 @@ def _pairs(row: RawRow, column: str, second: str) -> list[tuple[str, Any]]:
             value = [list(pair) for pair in zip(titles, others, strict=True)]
     if isinstance(value, list) and all(isinstance(p, list) and len(p) == 2 and isinstance(p[0], str) for p in value):
         return [(title, other) for title, other in value]
-    raise DataError(
+    raise row.error(
         f"field {column!r} is not pairs of a title and a {second}",
-        place=row.place,
         fix=f"write [[title, {second}], …] or {{title: […], {second}: […]}}",
     )
 

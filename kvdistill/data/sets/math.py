@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import re
 
-from kvdistill.core.errors import DataError
 from kvdistill.data.answers.latex import last_boxed, same_latex
 from kvdistill.data.answers.numbers import text_after
 from kvdistill.data.fields import gold_column, text_column, text_field
@@ -31,26 +30,24 @@ _NEXT_PROBLEM = re.compile(r"\n[ \t]*Problem:")
 def read_row(row: RawRow, id: str) -> Problem:
     """Columns `problem` and `solution`. DataError at the row for a solution without a boxed answer."""
     problem, solution = text_field(row, "problem"), text_field(row, "solution")
-    answer = _boxed(solution, row.place)
+    answer = _boxed(solution, row)
     if ANSWER_MARK in solution:
-        raise DataError(
-            f"`{ANSWER_MARK}` marks the answer and stands in the solution", place=row.place, fix="remove it"
-        )
+        raise row.error(f"`{ANSWER_MARK}` marks the answer and stands in the solution", fix="remove it")
     return Problem("math", id, problem, solution, answer)
 
 
 def read_columns(member: Member, row: RawRow) -> RowDict:
     """The same columns as published, for lm-eval, and `answer`; where that is absent, the box is it."""
     problem, solution = text_column(row, "problem"), gold_column(row, "solution")
-    boxed = _boxed(solution, row.place)  # lm-eval's definition takes the gold answer from there
+    boxed = _boxed(solution, row)  # lm-eval's definition takes the gold answer from there
     answer = gold_column(row, "answer") if "answer" in row.columns else boxed
     return {"problem": problem, "solution": solution, "answer": answer}
 
 
-def _boxed(solution: str, place: str) -> str:
+def _boxed(solution: str, row: RawRow) -> str:
     answer = last_boxed(solution)
     if answer is None:
-        raise DataError("the solution boxes no answer", place=place, fix="write the answer as \\boxed{…}")
+        raise row.error("the solution boxes no answer", fix="write the answer as \\boxed{…}")
     return answer
 
 
@@ -114,7 +111,6 @@ MATH500 = DataSet(
         num_fewshot=4,
         native="generation",
         fewshot_from="definition",
-        splits={"test": "test"},
         question=lambda row: str(row["problem"]),
         gold=lambda member, row: str(row["answer"]),
         extract=lambda member, completion: extract_final(completion),

@@ -9,7 +9,6 @@ from __future__ import annotations
 from fractions import Fraction
 from string import ascii_lowercase
 
-from kvdistill.core.errors import DataError
 from kvdistill.core.quoting import quoted
 from kvdistill.data.answers.numbers import leading_ratio, normalise_ratio, same_ratio, text_after
 from kvdistill.data.fields import text_field
@@ -31,9 +30,8 @@ def read_row(row: RawRow, id: str) -> Problem:
     answer = text_field(row, "answer" if processed else "ans", number_too=True)
     value = normalise_ratio(answer)
     if value is None:
-        raise DataError(
+        raise row.error(
             f"the answer {quoted(answer)} is not a number, percentage or fraction",
-            place=row.place,
             fix="write it as 14.4, 240%, ((7)/(10)) or 5((7)/(10))",
         )
     value = _exact(value) if processed else value
@@ -55,9 +53,7 @@ def _equation(row: RawRow) -> str:
     template, numbers = row.columns["target_template"], row.columns.get("num_list")
     pieces = template.split() if isinstance(template, str) else template
     if not isinstance(pieces, list) or not isinstance(numbers, list) or not all(isinstance(p, str) for p in pieces):
-        raise DataError(
-            "no equation: `target_template` and `num_list` are no lists", place=row.place, fix="add `equation`"
-        )
+        raise row.error("no equation: `target_template` and `num_list` are no lists", fix="add `equation`")
     known = {
         f"temp_{letter}": text_field(RawRow({"num_list": number}, row.place, row.number), "num_list", number_too=True)
         for letter, number in zip(ascii_lowercase, numbers, strict=False)

@@ -11,9 +11,8 @@ import difflib
 import hashlib
 from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from kvdistill.core.errors import DataError
@@ -42,17 +41,83 @@ _TASK_OF_SUFFIX = {
 
 
 @dataclass(frozen=True)
-class _Reading:
-    """What a file is read for. columns: our name -> its column. given: our names that the recipe maps itself."""
+class OwnFile:
+    """One file and how it is read. columns: our name -> its column. given: our names that the recipe maps itself.
 
+    kind: jsonl, csv or parquet. task: the key that its problems carry. place: the recipe key that named the file.
+    """
+
+    kind: str
     task: str
     path: Path
     columns: Mapping[str, str]
     given: frozenset[str]
     need_reasoning: bool
+    place: str
 
-    def is_optional(self, name: str) -> bool:
-        return name in _OPTIONAL or (name == "reasoning" and not self.need_reasoning)
+    @property
+    def unit(self) -> str:
+        """What its rows are counted by."""
+        return "line" if self.kind == "jsonl" and self.path.suffix.lower() != ".json" else "row"
+
+    def is_optional(self, ours: str) -> bool:
+        return ours in _OPTIONAL or (ours == "reasoning" and not self.need_reasoning)
+
+    def fix(self, ours: str) -> str:
+        """What to do where the column is missing."""
+        if ours in self.given:
+            return f"`fields` says that {quoted(self.columns[ours])} is the {ours}: correct it, or mend the file"
+        if ours == "reasoning":
+            return "add it, name its column in `fields`, or set data.style=direct"
+        return f"add it, or name its column in `fields` ({ours}: COLUMN)"
+
+    def rows(self) -> Iterator[RawRow]:
+        """All rows, read as they are asked for. DataError at once for a file or a header that is none."""
+        if self.kind == "jsonl":
+            read = read_jsonl if self.unit == "line" else read_json_objects
+            return read(self.path, place=self.place)
+        columns = [
+            Column(self.columns[o], o in self.given or not self.is_optional(o), o in _NUMBERS_TOO, self.fix(o))
+            for o in _FIELDS
+        ]
+        return (read_csv if self.kind == "csv" else read_parquet)(self.path, place=self.place, columns=columns)
+
+    def problems(self, rows: Iterator[RawRow]) -> Iterator[Problem]:
+        """A problem a row. DataError for a repeated id, and at the end for a mapped column that no row has."""
+        seen = _Ids(self)
+        unseen = {ours for ours in self.given if self.is_optional(ours)}
+        names: Sequence[str] = ()
+        for row in rows:
+            problem = self.problem(row)
+            seen.add(problem.id, row)
+            if unseen:
+                unseen -= {ours for ours in unseen if self.columns[ours] in row.columns}
+                names = list(row.columns)
+            yield problem
+        for ours in sorted(unseen):
+            column = self.columns[ours]
+            raise DataError(
+                f"no row has the column {quoted(column)}, which `fields` gives for {ours}: it {missing(column, names)}",
+                place=f"data.tasks ({self.task}).fields",
+                fix="correct `fields`, or take the entry out",
+            )
+
+    def problem(self, row: RawRow) -> Problem:
+        def field(ours: str, default: str = "") -> str:
+            column = self.columns[ours]
+            if self.is_optional(ours) and _is_absent(row.columns.get(column)):
+                return default
+            return text_field(row, column, number_too=ours in _NUMBERS_TOO, fix=self.fix(ours))
+
+        question, reasoning, answer = field("question"), field("reasoning"), field("answer")
+        if "\n" in answer or ANSWER_MARK in answer or ANSWER_MARK in reasoning:
+            raise row.error(
+                f"the answer must be one line, and `{ANSWER_MARK}` (which marks the answer) must not stand in the "
+                "texts",
+                fix="move all but the answer to the reasoning, and take the mark out",
+            )
+        id, language = field("id", f"{self.unit}-{row.number}"), field("language", "en")
+        return Problem(self.task, id, question, reasoning, answer, language)
 
 
 def load(task: TaskRecipe, data: DataRecipe) -> Loaded:
@@ -60,158 +125,74 @@ def load(task: TaskRecipe, data: DataRecipe) -> Loaded:
 
     What can be known beforehand is an error at once: the recipe's mistakes, the file, a table's columns.
     """
-    place = f"data.tasks ({task.name}).file"
+    place = f"data.tasks ({task.name})"
     if task.file is None:
         example = {"csv": "rows.csv", "parquet": "rows.parquet"}.get(task.name, "rows.jsonl")
-        raise DataError(f"{task.name} needs a file", place=place, fix=f"add `file: path/to/{example}` to the task")
+        fix = f"add `file: path/to/{example}` to the task"
+        raise DataError(f"{task.name} needs a file", place=f"{place}.file", fix=fix)
     if task.revision is not None:
         raise DataError(
             "`revision` belongs to data sets on the hub, not to a file",
-            place=f"data.tasks ({task.name}).revision",
+            place=f"{place}.revision",
             fix="take it out: the file's checksum is recorded",
         )
     path = Path(task.file).expanduser()
-    _check_suffix(path, task.name, place)
-    columns = _columns(task)
-    reading = _Reading(task.key, path, columns, frozenset(task.fields), data.style != "direct")
-    rows, unit = _open(task.name, reading, place)
-    again = partial(_reopen, task.name, reading, place)
-    return Loaded(_problems(rows, reading, unit, again), [file_source(task.key, path, task.file)])
-
-
-def _check_suffix(path: Path, name: str, place: str) -> None:
-    suffix = path.suffix.lower()
-    other = _TASK_OF_SUFFIX.get(suffix, name)
-    if other != name:
+    other = _TASK_OF_SUFFIX.get(path.suffix.lower(), task.name)
+    if other != task.name:
         raise DataError(
-            f"task {name} reads {_TITLES[name]}, and {quoted(path.name)} is called a {_TITLES[other]} file",
-            place=place,
+            f"task {task.name} reads {_TITLES[task.name]}, and {quoted(path.name)} is called a {_TITLES[other]} file",
+            place=f"{place}.file",
             fix=f"use `name: {other}`, or give the file the suffix that its content has",
         )
-
-
-def _columns(task: TaskRecipe) -> dict[str, str]:
-    place = f"data.tasks ({task.name}).fields"
     for name in task.fields:
         if name not in _FIELDS:
             near = difflib.get_close_matches(name, _FIELDS, n=1)
             meant = f"did you mean {near[0]!r}? " if near else ""
             raise DataError(
                 f"unknown field {quoted(name)}",
-                place=place,
+                place=f"{place}.fields",
                 fix=f"{meant}fields map {', '.join(_FIELDS)} to the columns of the file",
             )
-    return {name: task.fields.get(name, name) for name in _FIELDS}
-
-
-def _open(name: str, reading: _Reading, place: str) -> tuple[Iterator[RawRow], str]:
-    """The file's rows, and whether they are counted by line or by row."""
-    wanted = [_wanted(ours, reading) for ours in _FIELDS]
-    if name == "csv":
-        return read_csv(reading.path, place=place, columns=wanted), "row"
-    if name == "parquet":
-        return read_parquet(reading.path, place=place, columns=wanted), "row"
-    if reading.path.suffix.lower() == ".json":
-        return read_json_objects(reading.path, place=place), "row"
-    return read_jsonl(reading.path, place=place), "line"
-
-
-def _reopen(name: str, reading: _Reading, place: str) -> Iterator[RawRow]:
-    return _open(name, reading, place)[0]
-
-
-def _wanted(ours: str, reading: _Reading) -> Column:
-    required = ours in reading.given or not reading.is_optional(ours)
-    return Column(reading.columns[ours], required, ours in _NUMBERS_TOO, _fix(ours, reading))
-
-
-def _fix(ours: str, reading: _Reading) -> str:
-    if ours in reading.given:
-        return f"`fields` says that {quoted(reading.columns[ours])} is the {ours}: correct it, or mend the file"
-    if ours == "reasoning":
-        return "add it, name its column in `fields`, or set data.style=direct"
-    return f"add it, or name its column in `fields` ({ours}: COLUMN)"
-
-
-def _problems(
-    rows: Iterator[RawRow], reading: _Reading, unit: str, again: Callable[[], Iterator[RawRow]]
-) -> Iterator[Problem]:
-    seen = _Ids(reading.columns["id"], unit, again)
-    unseen = {ours for ours in reading.given if reading.is_optional(ours)}
-    names: Sequence[str] = ()
-    for row in rows:
-        problem = _read_row(row, reading, unit)
-        seen.add(problem.id, row)
-        if unseen:
-            unseen -= {ours for ours in unseen if reading.columns[ours] in row.columns}
-            names = list(row.columns)
-        yield problem
-    for ours in sorted(unseen):
-        column = reading.columns[ours]
-        raise DataError(
-            f"no row has the column {quoted(column)}, which `fields` gives for {ours}: it {missing(column, names)}",
-            place=f"data.tasks ({reading.task}).fields",
-            fix="correct `fields`, or take the entry out",
-        )
-
-
-def _read_row(row: RawRow, reading: _Reading, unit: str) -> Problem:
-    def field(ours: str, default: str = "") -> str:
-        column = reading.columns[ours]
-        if reading.is_optional(ours) and _is_absent(row.columns.get(column)):
-            return default
-        return text_field(row, column, number_too=ours in _NUMBERS_TOO, fix=_fix(ours, reading))
-
-    question, reasoning, answer = field("question"), field("reasoning"), field("answer")
-    if "\n" in answer or ANSWER_MARK in answer or ANSWER_MARK in reasoning:
-        raise DataError(
-            f"the answer must be one line, and `{ANSWER_MARK}` (which marks the answer) must not stand in the texts",
-            place=row.place,
-            fix="move all but the answer to the reasoning, and take the mark out",
-        )
-    id, language = field("id", f"{unit}-{row.number}"), field("language", "en")
-    return Problem(reading.task, id, question, reasoning, answer, language)
+    columns = {name: task.fields.get(name, name) for name in _FIELDS}
+    need_reasoning = data.style != "direct"
+    file = OwnFile(task.name, task.key, path, columns, frozenset(task.fields), need_reasoning, f"{place}.file")
+    return Loaded(file.problems(file.rows()), [file_source(task.key, path, task.file)])
 
 
 class _Ids:
     """The ids so far, as short as can be: a repeated one is looked up in the file again, to name the first place."""
 
-    def __init__(self, column: str, unit: str, again: Callable[[], Iterator[RawRow]]) -> None:
-        self._column, self._unit, self._again = column, unit, again
+    def __init__(self, file: OwnFile) -> None:
+        self._file = file
         self._given: set[int] = set()
         self._without = array("Q")  # numbers of the rows that have none, and are known by their number
 
     def add(self, id: str, row: RawRow) -> None:
         """DataError where another row has this id."""
-        if _is_absent(row.columns.get(self._column)):
+        short = int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "big")
+        repeated = short in self._given
+        if _is_absent(row.columns.get(self._file.columns["id"])):
             self._without.append(row.number)
-            repeated = bool(self._given) and _short(id) in self._given
         else:
-            short = _short(id)
-            repeated = short in self._given or self._is_a_number(id)
+            # An earlier row without an id may be known by just this: `line-7`.
+            unit, _, digits = id.partition("-")
+            if unit == self._file.unit and digits.isascii() and digits.isdecimal() and len(digits) <= 18:
+                at = bisect_left(self._without, int(digits))
+                repeated |= at < len(self._without) and self._without[at] == int(digits)
             self._given.add(short)
         if repeated and (first := self._first_place(id, row)):
-            raise DataError(
-                f"id {quoted(id)} was used before, at {first}", place=row.place, fix="give each row its own id"
-            )
-
-    def _is_a_number(self, id: str) -> bool:
-        """Whether the id is what an earlier row without one is known by."""
-        unit, _, digits = id.partition("-")
-        if unit != self._unit or not (digits.isascii() and digits.isdecimal()) or len(digits) > 18:
-            return False
-        at = bisect_left(self._without, int(digits))
-        return at < len(self._without) and self._without[at] == int(digits)
+            raise row.error(f"id {quoted(id)} was used before, at {first}", fix="give each row its own id")
 
     def _first_place(self, id: str, row: RawRow) -> str:
         """Where the id stands first; '' for two ids that only look alike when shortened."""
-        for earlier in self._again():
+        column = self._file.columns["id"]
+        for earlier in self._file.rows():
             if earlier.number >= row.number:
                 break
-            if _is_absent(earlier.columns.get(self._column)):
-                theirs = f"{self._unit}-{earlier.number}"
+            if _is_absent(earlier.columns.get(column)):
+                theirs = f"{self._file.unit}-{earlier.number}"
             else:
-                theirs = text_field(earlier, self._column, number_too=True)
+                theirs = text_field(earlier, column, number_too=True)
             if theirs == id:
                 return earlier.place
         return ""
@@ -220,10 +201,6 @@ class _Ids:
 def _is_absent(value: object) -> bool:
     """Null, blank, or the NaN that data frames have for a missing number."""
     return value is None or (isinstance(value, str) and not value.strip()) or value != value
-
-
-def _short(id: str) -> int:
-    return int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "big")
 
 
 JSONL, CSV, PARQUET = (

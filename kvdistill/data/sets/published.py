@@ -119,9 +119,8 @@ class Published(AbstractRows):
             problem = self.problem(row, f"{split}-{row.number}")
             if style != "direct" and not problem.reasoning:
                 with_it = self._describe_layouts(reasoning=True)
-                raise DataError(
+                raise row.error(
                     f"the row has no reasoning, and style {style} needs it",
-                    place=row.place,
                     fix=f"set data.style=direct, or use a copy with reasoning: {with_it}",
                 )
             yield problem

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-from kvdistill.core.errors import DataError
 from kvdistill.core.quoting import quoted
 from kvdistill.data.answers.numbers import fold_width, normalise_text, text_after, unwrap
 from kvdistill.data.fields import text_field, texts_field
@@ -31,20 +30,17 @@ def read_row(row: RawRow, id: str) -> Problem:
     answer = row.columns.get("answer")
     answer = _TRUTH.get(answer.strip().casefold(), answer) if isinstance(answer, str) else answer
     if not isinstance(answer, bool):
-        raise DataError(
-            f"field 'answer' is {quoted(answer)}, not true or false", place=row.place, fix="write true or false"
-        )
+        raise row.error(f"field 'answer' is {quoted(answer)}, not true or false", fix="write true or false")
     is_text = isinstance(row.columns.get("facts"), str)
     facts = [text_field(row, "facts")] if is_text else texts_field(row, "facts")
     if is_text and facts[0].startswith("[") and facts[0].endswith("]"):
-        raise DataError(
+        raise row.error(
             "field 'facts' is a list that was written as text",
-            place=row.place,
             fix="use a copy that keeps lists (JSONL or Parquet), or write the facts as one text",
         )
     reasoning = " ".join(fact if fact.endswith((".", "!", "?")) else f"{fact}." for fact in facts)
     if ANSWER_MARK in reasoning:
-        raise DataError(f"`{ANSWER_MARK}` marks the answer and stands in a fact", place=row.place, fix="take it out")
+        raise row.error(f"`{ANSWER_MARK}` marks the answer and stands in a fact", fix="take it out")
     return Problem("strategyqa", id, text_field(row, "question"), reasoning, "yes" if answer else "no")
 
 

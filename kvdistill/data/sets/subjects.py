@@ -5,10 +5,9 @@ C-Eval publishes no answers to its test split; as everywhere its validation spli
 
 from __future__ import annotations
 
-from kvdistill.core.errors import DataError
 from kvdistill.core.quoting import quoted
 from kvdistill.data.fields import gold_column, text_column
-from kvdistill.data.sets.base import DataSet, Evaluation, Member, RowDict, Split
+from kvdistill.data.sets.base import DataSet, Evaluation, Member, RowDict
 from kvdistill.data.sets.letters import list_choices, read_letter, write_lettered
 from kvdistill.data.sets.published import Layout, Published
 from kvdistill.data.sources import RawRow
@@ -62,9 +61,8 @@ def _subjects(
     def read_columns(member: Member, row: RawRow) -> RowDict:
         gold = gold_column(row, answer, fix=no_gold)
         if gold not in (*_LETTERS,):
-            raise DataError(
+            raise row.error(
                 f"the gold answer {quoted(gold)} is not one of {', '.join(_LETTERS)}",
-                place=row.place,
                 fix=f"mend column {quoted(answer)}",
             )
         choices = {letter: text_column(row, letter) for letter in _LETTERS}
@@ -73,7 +71,6 @@ def _subjects(
     def choices_of(row: RowDict) -> list[str]:
         return [row[letter].strip() for letter in _LETTERS]
 
-    splits: dict[str, Split] = {"dev": "fewshot", hub_test: "test"}
     evaluation = Evaluation(
         name=name,
         title=title,
@@ -89,7 +86,6 @@ def _subjects(
         num_fewshot=5,
         native="likelihood",
         fewshot_from="rows",
-        splits=splits,
         question=lambda row: f"{row[question].strip()}\n{list_choices(choices_of(row))}",
         stem=lambda row: str(row[question]),
         gold=lambda member, row: str(row[answer]),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 
-from kvdistill.core.errors import DataError
 from kvdistill.core.quoting import quoted
 from kvdistill.data.answers.numbers import normalise_number, same_number
 from kvdistill.data.fields import text_field
@@ -28,15 +27,11 @@ def read_row(row: RawRow, id: str) -> Problem:
     answer = text_field(row, "Answer", number_too=True)
     number = normalise_number(answer)
     if number is None:
-        raise DataError(f"the answer {quoted(answer)} is not one number", place=row.place, fix="write it as 51 or 51.0")
+        raise row.error(f"the answer {quoted(answer)} is not one number", fix="write it as 51 or 51.0")
     story = body if body.endswith((".", "?", "!", ",")) else f"{body}."
-    return Problem("svamp", id, f"{story} {question}", _tidy(text_field(row, "Equation")), number)
-
-
-def _tidy(equation: str) -> str:
-    """`( ( 13.0 + 15.0 ) / 28.0 )` -> `(13 + 15) / 28`."""
-    equation = _WHOLE.sub("", " ".join(equation.split())).replace("( ", "(").replace(" )", ")")
-    return equation[1:-1] if _is_wrapped(equation) else equation
+    equation = _WHOLE.sub("", " ".join(text_field(row, "Equation").split())).replace("( ", "(").replace(" )", ")")
+    equation = equation[1:-1] if _is_wrapped(equation) else equation  # `((13 + 15) / 28)` -> `(13 + 15) / 28`
+    return Problem("svamp", id, f"{story} {question}", equation, number)
 
 
 def _is_wrapped(equation: str) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from kvdistill.core.errors import DataError
 from kvdistill.core.quoting import quoted
 from kvdistill.data.answers.numbers import normalise_text
 from kvdistill.data.fields import gold_column, text_column
@@ -24,15 +23,10 @@ MC1, MC2 = "truthfulqa_mc1", "truthfulqa_mc2"
 
 def read_columns(member: Member, row: RawRow) -> RowDict:
     """Columns `question`, `mc1_targets` and `mc2_targets`, in either shape; or the columns of the publisher's table."""
-    if "Best Answer" in row.columns:
-        return _read_table_row(row)
-    question = text_column(row, "question")
-    mc1, mc2 = _targets(row, "mc1_targets"), _targets(row, "mc2_targets")
-    return _checked(row, question, mc1, mc2)
-
-
-def _read_table_row(row: RawRow) -> RowDict:
-    """Columns `Question`, `Best Answer`, `Correct Answers` and `Incorrect Answers` (separated by semicolons)."""
+    if "Best Answer" not in row.columns:
+        question = text_column(row, "question")
+        return _checked(row, question, _targets(row, "mc1_targets"), _targets(row, "mc2_targets"))
+    # `Question`, `Best Answer`, `Correct Answers` and `Incorrect Answers` (separated by semicolons)
     question, best = text_column(row, "Question"), gold_column(row, "Best Answer")
     right = gold_column(row, "Correct Answers").split(";")
     wrong = text_column(row, "Incorrect Answers").split(";")
@@ -44,13 +38,12 @@ def _checked(row: RawRow, question: str, mc1: Iterable[tuple[str, int]], mc2: It
     """Choices with text, each once, the true one of mc1 first; DataError for anything but one true and others false."""
     one, several = _with_text(mc1), _with_text(mc2)
     if sum(one.values()) != 1 or len(one) < 2:
-        raise DataError(
+        raise row.error(
             f"{sum(one.values()) or _NO_GOLD} true of {len(one)} choices in mc1",
-            place=row.place,
             fix="give one choice the label 1 and the others 0",
         )
     if not any(several.values()):
-        raise DataError(f"{_NO_GOLD} in mc2", place=row.place, fix="give the true choices the label 1")
+        raise row.error(f"{_NO_GOLD} in mc2", fix="give the true choices the label 1")
     ordered = dict(sorted(one.items(), key=lambda pair: -pair[1]))
     return {"question": question, "mc1_targets": _columns(ordered), "mc2_targets": _columns(several)}
 
@@ -76,11 +69,10 @@ def _targets(row: RawRow, column: str) -> list[tuple[str, int]]:
     elif isinstance(value, Mapping):
         pairs = list(value.items())
     if not pairs or not all(isinstance(choice, str) and label in (0, 1) for choice, label in pairs):
-        raise DataError(
+        raise row.error(
             f"column {quoted(column)} is {quoted(value)}, not choices with the labels 0 and 1"
             if column in row.columns
             else f"{_NO_GOLD} column {quoted(column)} is missing",
-            place=row.place,
             fix="write {choice: 0 or 1, …} or {choices: […], labels: […]}",
         )
     return [(choice, int(label)) for choice, label in pairs]
@@ -103,17 +95,14 @@ def _gold(member: Member, row: RowDict) -> str:
     return lettered.gold if lettered else "\n".join(_true(member, row))
 
 
-def _extract(member: Member, completion: str) -> str | None:
+def extract(member: Member, completion: str) -> str | None:
+    """The letter; of mc2 the whole text."""
     return completion.strip() or None if member.name == MC2 else read_letter(completion, ALPHABET)
 
 
-def _same(member: Member, answer: str, gold: str) -> bool:
+def same(member: Member, answer: str, gold: str) -> bool:
     """The letter; of mc2 one of the true choices, a line each."""
     return normalise_text(answer) in [normalise_text(line) for line in gold.split("\n")]
-
-
-def _published_gold(member: Member, row: RowDict) -> str:
-    return f" {_true(member, row)[0]}" if member.name == MC2 else f" {_gold(member, row)}"
 
 
 _PATHS = (
@@ -137,12 +126,11 @@ TRUTHFULQA = DataSet(
         title="TruthfulQA",
         data=_DATA,
         native="likelihood",
-        splits={"validation": "test"},
         question=lambda row: str(row["question"]),
         gold=_gold,
-        extract=_extract,
-        same=_same,
-        published_gold=_published_gold,
+        extract=extract,
+        same=same,
+        published_gold=lambda member, row: f" {_true(member, row)[0] if member.name == MC2 else _gold(member, row)}",
         lettered=_lettered,
         repeated=(MC2,),
     )

@@ -4,8 +4,7 @@
     jsonl.py      JSON objects: one a line, in an array, or one after another
     csv_table.py  CSV and TSV
     parquet.py    Parquet
-    saved.py      folders that `datasets` saved
-    hub.py        the hub
+    hub.py        the hub, and folders that `datasets` saved
     find.py       which files below `data.root` stand for a split
 
 Data files are other people's: each thing that can be wrong with one is a DataError with `file:line` and a fix. A file
@@ -15,7 +14,8 @@ are asked for and memory does not grow with them. Knows what a row is (named val
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 
 from kvdistill.core.files import sha256_file, sha256_of
@@ -23,11 +23,10 @@ from kvdistill.core.quoting import at_line
 from kvdistill.data.sources.csv_table import read_csv
 from kvdistill.data.sources.files import unreadable
 from kvdistill.data.sources.find import Found, find
-from kvdistill.data.sources.hub import read_hub
+from kvdistill.data.sources.hub import read_hub, read_saved_folder
 from kvdistill.data.sources.jsonl import read_json_objects, read_jsonl
 from kvdistill.data.sources.parquet import read_parquet
 from kvdistill.data.sources.rows import Column, RawRow, Source
-from kvdistill.data.sources.saved import read_saved_folder
 
 _READERS: dict[str, Callable[..., Iterator[RawRow]]] = {
     ".json": read_json_objects,
@@ -50,15 +49,9 @@ def read_rows(path: Path, *, place: str) -> Iterator[RawRow]:
 def read_found(found: Found, *, place: str) -> Iterator[RawRow]:
     """The rows of all files of `found`, numbered through where there are several."""
     each = [read_rows(path, place=place) for path in found.paths]  # all of them are opened before a row is read
-    return each[0] if len(each) == 1 else _numbered(each)
-
-
-def _numbered(each: Sequence[Iterator[RawRow]]) -> Iterator[RawRow]:
-    number = 0
-    for rows in each:
-        for row in rows:
-            number += 1
-            yield RawRow(row.columns, row.place, number)
+    if len(each) == 1:
+        return each[0]
+    return (RawRow(row.columns, row.place, n) for n, row in enumerate(chain.from_iterable(each), start=1))
 
 
 def file_source(task: str, path: Path, shown_as: str) -> Source:

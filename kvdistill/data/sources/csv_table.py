@@ -45,7 +45,17 @@ def read_csv(path: Path, *, place: str, columns: Sequence[Column] = ()) -> Itera
     """
     file = check_file(path, place, utf8_bom=True)
     header = _read_header(file, [column.name for column in columns])
-    _check_header(header, columns, path)
+    where = at_line(path, header.line)
+    for column in columns:
+        if column.required and column.name not in header.names:
+            raise DataError(
+                f"column {quoted(column.name)} {missing(column.name, header.names)}",
+                place=where,
+                fix=column.fix or "the first line must name the columns; `fields` maps our names to them",
+            )
+    twice = next((name for name, count in Counter(header.names).items() if name and count > 1), None)
+    if twice is not None:
+        raise DataError(f"the header names {quoted(twice)} twice", place=where, fix="rename one of the columns")
     return _rows(file, header)
 
 
@@ -63,30 +73,16 @@ def _read_header(file: DataFile, wanted: Sequence[str]) -> _Header:
             )
         # a name in the header may hold line breaks, so a few more lines are at hand
         text = [first, *islice(lines, 20)]
-    found = [_Header(_cells(text, delimiter, file.path, begins), delimiter, begins) for delimiter in delimiters]
-    return max(found, key=lambda header: (len({*wanted} & {*header.names}), len(header.names)))
-
-
-def _cells(lines: Sequence[str], delimiter: str, path: Path, number: int) -> list[str]:
     csv.field_size_limit(MAX_ROW_BYTES)  # the module's own limit, for all of the process, is 128 KiB
-    try:
-        return [name.strip() for name in next(csv.reader(lines, delimiter=delimiter, strict=True))]
-    except csv.Error as error:
-        raise DataError(f"broken header ({shown(error)})", place=at_line(path, number), fix=_QUOTING_FIX) from None
-
-
-def _check_header(header: _Header, columns: Sequence[Column], path: Path) -> None:
-    place = at_line(path, header.line)
-    for column in columns:
-        if column.required and column.name not in header.names:
-            raise DataError(
-                f"column {quoted(column.name)} {missing(column.name, header.names)}",
-                place=place,
-                fix=column.fix or "the first line must name the columns; `fields` maps our names to them",
-            )
-    twice = next((name for name, count in Counter(header.names).items() if name and count > 1), None)
-    if twice is not None:
-        raise DataError(f"the header names {quoted(twice)} twice", place=place, fix="rename one of the columns")
+    found = []
+    for delimiter in delimiters:
+        try:
+            names = [name.strip() for name in next(csv.reader(text, delimiter=delimiter, strict=True))]
+        except csv.Error as error:
+            where = at_line(file.path, begins)
+            raise DataError(f"broken header ({shown(error)})", place=where, fix=_QUOTING_FIX) from None
+        found.append(_Header(names, delimiter, begins))
+    return max(found, key=lambda header: (len({*wanted} & {*header.names}), len(header.names)))
 
 
 def _rows(file: DataFile, header: _Header) -> Iterator[RawRow]:
@@ -98,33 +94,27 @@ def _rows(file: DataFile, header: _Header) -> Iterator[RawRow]:
         reader = csv.reader(lines, delimiter=header.delimiter, strict=True)
         next(reader)
         while True:
-            first = lines.number + 1
+            where = at_line(file.path, lines.number + 1)
             try:
                 cells = next(reader)
             except StopIteration:
                 break
             except csv.Error as error:
-                raise _broken(error, at_line(file.path, first)) from None
+                raise _broken(error, where) from None
             if not any(cells) or (len(cells) == 1 and not cells[0].strip()):
                 continue  # a blank line, or a row of empty cells as spreadsheets leave them at the end
+            if len(cells) != len(header.names):
+                raise DataError(
+                    f"the row has {len(cells)} cells, the header {len(header.names)} "
+                    f"(delimiter {quoted(header.delimiter)})",
+                    place=where,
+                    fix=f"{_QUOTING_FIX}; write empty cells too",
+                )
             number += 1
-            yield RawRow(_named(cells, header, at_line(file.path, first)), at_line(file.path, first), number)
+            columns = {name: cell.replace("\r\n", "\n") for name, cell in zip(header.names, cells, strict=True) if name}
+            yield RawRow(columns, where, number)
     if not number:
         raise DataError("the file has no rows but the header", place=at_line(file.path), fix="give a file with rows")
-
-
-def _named(cells: list[str], header: _Header, where: str) -> dict[str, str]:
-    if len(cells) != len(header.names):
-        raise DataError(
-            f"the row has {len(cells)} cells, the header {len(header.names)} (delimiter {quoted(header.delimiter)})",
-            place=where,
-            fix=f"{_QUOTING_FIX}; write empty cells too",
-        )
-    return {
-        name: cell.replace("\r\n", "\n") if "\r" in cell else cell
-        for name, cell in zip(header.names, cells, strict=True)
-        if name
-    }
 
 
 def _broken(error: csv.Error, where: str) -> DataError:

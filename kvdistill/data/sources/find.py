@@ -29,22 +29,18 @@ class Found:
 
 def find(folder: Path, listed: str) -> Found | None:
     """What is there of `folder/listed`, or None. DataError where one of several parts is missing."""
+    parent, _, name = listed.rpartition("/")
     try:
-        return _find(folder, listed)
+        if "*" not in listed:
+            return _find_one(folder, parent, name)
+        every = sorted(filter(Path.is_dir, folder.glob(parent)), key=_natural) if "*" in parent else [folder / parent]
+        if "*" in name:
+            paths = tuple(path for one in every for path in sorted(one.glob(name), key=_natural))
+        else:
+            each = [_find_one(folder, one.relative_to(folder).as_posix(), name) for one in every]
+            paths = tuple(path for found in each if found for path in found.paths)
     except OSError as error:  # a folder that may not be searched
         raise unreadable(Path(error.filename or folder), error, "data.root") from error
-
-
-def _find(folder: Path, listed: str) -> Found | None:
-    parent, _, name = listed.rpartition("/")
-    if "*" not in listed:
-        return _find_one(folder, parent, name)
-    parents = sorted(filter(Path.is_dir, folder.glob(parent)), key=_natural) if "*" in parent else [folder / parent]
-    if "*" in name:
-        paths = tuple(path for one in parents for path in sorted(one.glob(name), key=_natural))
-    else:
-        each = [_find_one(folder, one.relative_to(folder).as_posix(), name) for one in parents]
-        paths = tuple(path for found in each if found for path in found.paths)
     return Found(paths, listed) if paths else None
 
 

@@ -1,5 +1,6 @@
-"""Data sets on the Hugging Face hub, through `datasets` and its cache; read lazily from the Arrow files there.
+"""Data sets on the Hugging Face hub, through `datasets` and its cache, and folders that `datasets` saved.
 
+Rows are read lazily from Arrow files, which are mapped into memory and not read at once.
 Whatever goes wrong is one DataError that names the local alternative; a gated data set's also says how to log in.
 """
 
@@ -7,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ from typing import Any
 from kvdistill.core.errors import DataError, KVDistillError
 from kvdistill.core.files import disk_full_error
 from kvdistill.core.hub import hub_reachable
-from kvdistill.core.quoting import quoted, shown
+from kvdistill.core.quoting import at_line, quoted, shown
 from kvdistill.data.sources.rows import RawRow
-from kvdistill.data.sources.saved import iterate
 
 _COMMIT = re.compile(r"[@/]([0-9a-f]{40})(?:/|$)")
 _NETWORK_ERRORS = ("ConnectError", "ConnectTimeout", "ReadTimeout", "ProxyError", "OfflineModeIsEnabled")
+_FIX = "give the folder of one split, as `Dataset.save_to_disk` writes it"
 
 
 @dataclass(frozen=True)
@@ -49,19 +49,26 @@ def read_hub(
     alternative where the hub cannot be reached, has no such data set or revision, or does not let one have it.
     """
     import datasets
+    from datasets.naming import camelcase_to_snakecase
 
     fix = f"set data.root=DIR with a local copy ({local_layout})"
+    owner, _, name = path.rpartition("/")
+    in_cache = f"{owner}___{camelcase_to_snakecase(name)}" if owner else camelcase_to_snakecase(name)
     reachable = hub_reachable()
-    if not reachable and not _cached(path):
+    if not reachable and not (Path(datasets.config.HF_DATASETS_CACHE) / in_cache).exists():
         raise DataError(
             f"the Hugging Face hub cannot be reached to load {path}", place=place, fix=f"{fix}, or check the network"
         )
     options = {} if revision is None else {"revision": revision}
+    offline = datasets.config.HF_HUB_OFFLINE
     try:
-        with nullcontext() if reachable else _offline():
-            table = datasets.load_dataset(path, config, split=split, **options)
+        # The client asks a hub that does not answer again and again before it looks into its cache.
+        datasets.config.HF_HUB_OFFLINE = offline or not reachable
+        table = datasets.load_dataset(path, config, split=split, **options)
     except Exception as error:  # the client has no common base for what it raises
         raise _hub_error(error, path, revision, fix, place) from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
     commit = commit_of(table)
     if revision and re.fullmatch("[0-9a-f]{40}", revision) and commit and commit != revision:
         raise DataError(
@@ -77,28 +84,6 @@ def commit_of(table: Any) -> str:
     files = [file["filename"] for file in getattr(table, "cache_files", None) or ()]
     addresses = getattr(getattr(table, "info", None), "download_checksums", None) or {}
     return next((match[1] for name in (*files, *addresses) if (match := _COMMIT.search(str(name)))), "")
-
-
-@contextmanager
-def _offline() -> Iterator[None]:
-    """Without this the client asks a hub that does not answer again and again before it looks into its cache."""
-    import datasets
-
-    before, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, True
-    try:
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE = before
-
-
-def _cached(path: str) -> bool:
-    """Whether `datasets` has something of this data set in its cache."""
-    import datasets
-    from datasets.naming import camelcase_to_snakecase
-
-    owner, _, name = path.rpartition("/")
-    folder = f"{owner}___{camelcase_to_snakecase(name)}" if owner else camelcase_to_snakecase(name)
-    return (Path(datasets.config.HF_DATASETS_CACHE) / folder).exists()
 
 
 def _hub_error(error: Exception, path: str, revision: str | None, fix: str, place: str) -> KVDistillError:
@@ -127,7 +112,8 @@ def _hub_error(error: Exception, path: str, revision: str | None, fix: str, plac
             place=place,
             fix=f"{fix}; if it is private, log in (`hf auth login`, or HF_TOKEN)",
         )
-    status = next((code for one in chain if (code := _status(one)) and code >= 500), None)
+    answers = [getattr(getattr(one, "response", None), "status_code", None) for one in chain]
+    status = next((code for code in answers if isinstance(code, int) and code >= 500), None)
     if status or kinds & {"ConnectionError", *_NETWORK_ERRORS}:
         reason = f"it answers {status}" if status else shown(words)
         return DataError(
@@ -142,6 +128,40 @@ def _hub_error(error: Exception, path: str, revision: str | None, fix: str, plac
     )
 
 
-def _status(error: BaseException) -> int | None:
-    code = getattr(getattr(error, "response", None), "status_code", None)
-    return code if isinstance(code, int) else None
+def read_saved_folder(path: Path, *, place: str) -> Iterator[RawRow]:
+    """The rows of one split that `datasets` saved (`save_to_disk`), read as they are asked for. Places: `folder:row`.
+
+    DataError at once for another folder, a torn one, one without rows.
+    """
+    import datasets
+
+    if not (path / "state.json").is_file():
+        splits = sorted(part.parent.name for part in path.glob("*/state.json"))
+        fix = f"{_FIX}; here are: {shown(', '.join(splits))}" if splits else _FIX
+        raise DataError(f"{at_line(path)} is not a saved data set (it holds no state.json)", place=place, fix=fix)
+    try:
+        table = datasets.Dataset.load_from_disk(str(path))
+        num_rows = len(table)
+    except Exception as error:  # whatever `datasets` and pyarrow make of a strange folder
+        raise _unreadable(error, at_line(path)) from error
+    if not num_rows:
+        raise DataError("the saved data set has no rows", place=at_line(path), fix=_FIX)
+    return iterate(table, at_line(path))
+
+
+def iterate(table: Any, name: str) -> Iterator[RawRow]:
+    """The rows of a `datasets` table, with places `name:row`."""
+    rows, number = iter(table), 0
+    while True:
+        try:
+            columns = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # the Arrow file behind it is torn, or no longer there
+            raise _unreadable(error, f"{name}:{number + 1}") from error
+        number += 1
+        yield RawRow(columns, f"{name}:{number}", number)
+
+
+def _unreadable(error: Exception, place: str) -> DataError:
+    return DataError(f"cannot read the saved data set: {shown(error)}", place=place, fix=_FIX)

@@ -45,21 +45,18 @@ def _lines(file: DataFile) -> Iterator[RawRow]:
             if len(line) > MAX_ROW_BYTES:
                 raise too_long("line", where)
             num_rows += 1
-            yield RawRow(_read_object(decode_line(line, file.path, number), where), where, number)
+            text = decode_line(line, file.path, number)
+            try:
+                value = _DECODER.decode(text)
+            except (ValueError, RecursionError) as error:
+                begins = text.lstrip()[:1]
+                fix = "write one JSON object a line"
+                fix += ", not one JSON array (which `.json` files may hold)" if begins == "[" else ""
+                fix += "; for a table use `name: csv`" if begins not in ("[", "{") else ""
+                raise DataError(f"broken JSON ({shown(error)})", place=where, fix=fix) from None
+            yield RawRow(_object(value, where, "write one JSON object a line"), where, number)
     if not num_rows:
         raise DataError("the file has no rows", place=at_line(file.path), fix="give a file with one JSON object a line")
-
-
-def _read_object(text: str, where: str) -> Mapping[str, Any]:
-    try:
-        value = _DECODER.decode(text)
-    except (ValueError, RecursionError) as error:
-        begins = text.lstrip()[:1]
-        fix = "write one JSON object a line"
-        fix += ", not one JSON array (which `.json` files may hold)" if begins == "[" else ""
-        fix += "; for a table use `name: csv`" if begins not in ("[", "{") else ""
-        raise DataError(f"broken JSON ({shown(error)})", place=where, fix=fix) from None
-    return _object(value, where, "write one JSON object a line")
 
 
 def too_long(what: str, where: str) -> DataError:
@@ -111,8 +108,13 @@ def _objects(file: DataFile) -> Iterator[RawRow]:
             where = text.where()
             number += 1
             yield RawRow(_object(text.take_value(where), where, "write one JSON object a row"), where, number)
-            if is_array:
-                _pass_comma(text)
+            if is_array and not text.next_is("]"):
+                where, is_comma = text.where(), text.next_is(",")
+                if is_comma:
+                    text.step()
+                if not is_comma or text.ended() or text.next_is("]"):
+                    what = "broken JSON array (cut off, or a comma too few or too many)"
+                    raise DataError(what, place=where, fix="mend it there")
         if is_array and text.next_is("]"):
             where = text.where()
             text.step()
@@ -120,17 +122,6 @@ def _objects(file: DataFile) -> Iterator[RawRow]:
                 raise DataError("text after the end of the array", place=where, fix="one array a file")
     if not number:
         raise DataError("the file has no rows", place=at_line(file.path), fix="give a file with JSON objects")
-
-
-def _pass_comma(text: _Text) -> None:
-    """Past the comma between two elements; stays at the closing bracket. DataError for anything else."""
-    if text.next_is("]"):
-        return
-    where, is_comma = text.where(), text.next_is(",")
-    if is_comma:
-        text.step()
-    if not is_comma or text.ended() or text.next_is("]"):
-        raise DataError("broken JSON array (cut off, or a comma too few or too many)", place=where, fix="mend it there")
 
 
 class _Text:

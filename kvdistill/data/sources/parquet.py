@@ -84,24 +84,25 @@ def _check_column(schema: Any, column: Column, path: Path) -> None:
 
 
 def _rows(file: DataFile, names: list[str] | None) -> Iterator[RawRow]:
+    import numpy
     import pyarrow
+    import pyarrow.types as types
 
     number, name = 0, at_line(file.path)
     with _opened(file) as table:
-        narrow = _narrow_floats(table.schema_arrow)
-        for batch in table.iter_batches(batch_size=_batch_rows(table.metadata), columns=names, use_threads=False):
+        metadata, schema = table.metadata, table.schema_arrow
+        narrow = {field.name for field in schema if types.is_float16(field.type) or types.is_float32(field.type)}
+        # so many rows that a batch is a few megabytes
+        num_bytes = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+        size = max(1, min(_BATCH_ROWS, _BATCH_BYTES * metadata.num_rows // max(1, num_bytes)))
+        for batch in table.iter_batches(batch_size=size, columns=names, use_threads=False):
             for columns in _as_rows(batch, file.path, number):
                 number += 1
                 for column in narrow & columns.keys():
-                    columns[column] = _shortest(columns[column])
+                    if (value := columns[column]) is not None:  # 0.10000000149011612, which a 32-bit 0.1 is, as 0.1
+                        columns[column] = float(str(numpy.float32(value)))
                 yield RawRow(columns, f"{name}:{number}", number)
             pyarrow.default_memory_pool().release_unused()  # Arrow keeps what it once had; here that adds up
-
-
-def _batch_rows(metadata: Any) -> int:
-    """So many rows that a batch is a few megabytes."""
-    num_bytes = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
-    return max(1, min(_BATCH_ROWS, _BATCH_BYTES * metadata.num_rows // max(1, num_bytes)))
 
 
 def _as_rows(batch: Any, path: Path, before: int) -> list[dict[str, Any]]:
@@ -116,16 +117,3 @@ def _as_rows(batch: Any, path: Path, before: int) -> list[dict[str, Any]]:
                     "a text is not UTF-8", place=at_line(path, before + i + 1), fix="write the column as UTF-8"
                 ) from None
         raise
-
-
-def _narrow_floats(schema: Any) -> set[str]:
-    import pyarrow.types as types
-
-    return {field.name for field in schema if types.is_float16(field.type) or types.is_float32(field.type)}
-
-
-def _shortest(value: float | None) -> float | None:
-    """0.10000000149011612, which a 32-bit 0.1 is, as 0.1."""
-    import numpy
-
-    return None if value is None else float(str(numpy.float32(value)))

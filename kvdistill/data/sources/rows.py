@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kvdistill.core.errors import DataError
+
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
@@ -17,6 +19,10 @@ class RawRow:
     columns: Mapping[str, Any]
     place: str
     number: int
+
+    def error(self, what: str, fix: str) -> DataError:
+        """What is wrong with this row, at its place."""
+        return DataError(what, place=self.place, fix=fix)
 
 
 @dataclass(frozen=True)

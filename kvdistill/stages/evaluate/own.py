@@ -14,8 +14,8 @@ from kvdistill.arms.student import Student
 from kvdistill.core.files import read_json, sha256_of
 from kvdistill.core.recipe import EvaluateRecipe
 from kvdistill.core.segments import ANSWER
-from kvdistill.data.answers import extract_answer, is_correct
 from kvdistill.data.encode import Example
+from kvdistill.data.grading import extract_answer, is_correct
 from kvdistill.data.tables import read_manifest, read_split
 from kvdistill.stages.evaluate.exams import AbstractExam, Judgement, Question, Render, Request, Usage
 

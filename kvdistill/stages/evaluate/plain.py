@@ -12,8 +12,8 @@ from typing import Any
 from kvdistill.core.errors import RecipeError
 from kvdistill.core.files import sha256_of
 from kvdistill.core.runtime import derive_seed
-from kvdistill.data.sets import Evaluation, Lettered, Member
 from kvdistill.data.leaks import question_hash
+from kvdistill.data.sets import Evaluation, Lettered, Member
 from kvdistill.stages.evaluate.exams import AbstractExam, Judgement, Question, Render, Request, SuiteOptions
 
 DEFAULT_NEW_TOKENS = 256
