@@ -65,7 +65,30 @@ def write_chat_rows(
     key = (template if isinstance(template, str) else repr(template), system_prompt, tokenizer.eos_token)
     if key not in writers:
         writers[key] = _Writer(tokenizer, system_prompt)
-    return writers[key].write(rows, tokenizer)
+    writer, written = writers[key], []
+    for row in rows:
+        user = row.user or row.prompt
+        reasoning = row.reasoning.lstrip()
+        answer = row.answer if reasoning else row.answer.lstrip()
+        content = reasoning + answer
+        longest, writer.written = max(len(user), len(content)), writer.written + 1
+        if (
+            longest > writer.longest
+            or writer.written % _LOOK_EVERY == 1
+            or user != user.strip()
+            or content != content.rstrip()
+            or any(map(f"{user}\n{content}".__contains__, writer.words))
+        ):
+            user, content = writer.real_texts(row, user, content, tokenizer)
+            answer = content.removeprefix(reasoning)
+            writer.longest = max(longest, writer.longest)
+        if reasoning:
+            reasoning = writer.frame.lead + reasoning
+        else:
+            answer = writer.frame.lead + answer
+        prompt = f"{writer.opening}{user}{writer.middle}"
+        written.append(Row(row.problem, row.style, prompt, reasoning, answer, user, writer.frame))
+    return written
 
 
 def chat_messages(row: Row, *, system_prompt: str | None = None) -> Messages:
@@ -142,60 +165,34 @@ class _Writer:
         # Spaces right before the answer go with it, as in the plain template: byte-level tokenizers keep a space with
         # the word after it.
         inserted = look.inserted.rstrip(" ")
-        self._opening, self._middle = look.opening, look.generation + inserted
-        self._generation, self._tail, self._template = look.generation, look.tail, look.template
+        self.opening, self.middle = look.opening, look.generation + inserted
+        self.generation, self.tail, self.template = look.generation, look.tail, look.template
         self.frame = Frame(
-            opening=_pieces(tokenizer, self._opening),
-            middle=_pieces(tokenizer, self._middle),
+            opening=_pieces(tokenizer, self.opening),
+            middle=_pieces(tokenizer, self.middle),
             closing=_pieces(tokenizer, look.closing, end=look.end),
             lead=look.inserted.removeprefix(inserted),
             trailing=look.trailing,
             system=system,
         )
         # The strings that the template's code mentions: a text that holds one may be treated in its own way.
-        tokens = jinja2.Environment().lexer.tokenize(self._template.removeprefix(_STOPPED_CLOCK))
+        tokens = jinja2.Environment().lexer.tokenize(self.template.removeprefix(_STOPPED_CLOCK))
         words = {str(token.value).strip() for token in tokens if token.type == "string"}
-        self._words = tuple(sorted(word for word in words if len(word) > 1 and word not in _ASKED + _ANSWERED))
-        self._written, self._longest = 0, len(_ANSWERED)
+        self.words = tuple(sorted(word for word in words if len(word) > 1 and word not in _ASKED + _ANSWERED))
+        self.written, self.longest = 0, len(_ANSWERED)
 
-    def write(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast) -> list[Row]:
-        lead, written = self.frame.lead, []
-        for row in rows:
-            user = row.user or row.prompt
-            reasoning = row.reasoning.lstrip()
-            answer = row.answer if reasoning else row.answer.lstrip()
-            content = reasoning + answer
-            longest, self._written = max(len(user), len(content)), self._written + 1
-            if (
-                longest > self._longest
-                or self._written % _LOOK_EVERY == 1
-                or user != user.strip()
-                or content != content.rstrip()
-                or any(map(f"{user}\n{content}".__contains__, self._words))
-            ):
-                user, content = self._real_texts(row, user, content, tokenizer)
-                answer = content.removeprefix(reasoning)
-                self._longest = max(longest, self._longest)
-            if reasoning:
-                reasoning = lead + reasoning
-            else:
-                answer = lead + answer
-            prompt = f"{self._opening}{user}{self._middle}"
-            written.append(Row(row.problem, row.style, prompt, reasoning, answer, user, self.frame))
-        return written
-
-    def _real_texts(self, row: Row, user: str, content: str, tokenizer: PreTrainedTokenizerFast) -> tuple[str, str]:
+    def real_texts(self, row: Row, user: str, content: str, tokenizer: PreTrainedTokenizerFast) -> tuple[str, str]:
         """User's text and answer as the real rendering has them: it may have taken white space off their ends."""
         try:
-            whole, prompt = _render(tokenizer, self._template, user, content, self.frame.system)
+            whole, prompt = _render(tokenizer, self.template, user, content, self.frame.system)
         except _BROKEN as error:
             raise _altered(f"the chat template fails ({_reason(error)})", row) from error
-        if whole.startswith(self._opening) and whole.endswith(self._tail):
-            body = whole[len(self._opening) : len(whole) - len(self._tail)]
+        if whole.startswith(self.opening) and whole.endswith(self.tail):
+            body = whole[len(self.opening) : len(whole) - len(self.tail)]
             for length in range(len(content), len(content.rstrip()) - 1, -1):
-                asked = body.removesuffix(self._middle + self.frame.lead + content[:length])
+                asked = body.removesuffix(self.middle + self.frame.lead + content[:length])
                 same = asked != body and asked.strip() == user.strip()
-                if same and prompt == self._opening + asked + self._generation:
+                if same and prompt == self.opening + asked + self.generation:
                     return asked, content[:length]
         raise _altered("the chat template changes the texts of this problem", row)
 
