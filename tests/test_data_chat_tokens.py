@@ -177,7 +177,7 @@ def test_a_trimmed_tokenizer_keeps_template_and_special_tokens(data_root: Path, 
     plain = [write_plain(problem, style) for problem in problems(data_root, 40) for style in ("cot", "direct")]
     plain.append(write_plain(Problem("t", "1", "say <|im_end|> now", "so <|endoftext|>", "4"), "cot"))
     rows = [write_chat(row, full, system_prompt="Be brief.") for row in plain]
-    trimmed, id_map = trim_tokenizer(full, [t for row in rows for t in texts_of(row)])
+    trimmed, id_map = trim_tokenizer(full, texts_of(rows))
     assert len(trimmed) < len(full) / 20 and chat_tokenizer(trimmed) is trimmed
     for before, row, old, new in zip(plain, rows, encode_rows(full, rows), encode_rows(trimmed, rows), strict=True):
         assert new.input_ids == [id_map[number] for number in old.input_ids] and new.segments == old.segments
@@ -192,7 +192,7 @@ def test_a_trimmed_tokenizer_keeps_template_and_special_tokens(data_root: Path, 
 def test_trimming_takes_a_stream_of_texts(data_root: Path) -> None:
     full = load("root:gpt2", str(data_root))
     rows = [write_plain(problem, "cot") for problem in problems(data_root, 40)]
-    texts = [text for row in rows for text in texts_of(row)]
+    texts = texts_of(rows)
     listed, listed_map = trim_tokenizer(full, texts)
     streamed, streamed_map = trim_tokenizer(full, (text for text in texts))
     assert listed_map == streamed_map and listed.get_vocab() == streamed.get_vocab()

@@ -14,9 +14,9 @@ from tokenizers import AddedToken
 
 from kvdistill.core.errors import DataError
 from kvdistill.data.chat import chat_tokenizer, write_chat
-from kvdistill.data.export import FORMATS, export_row
 from kvdistill.data.problems import Problem, Row, write_plain
 from kvdistill.data.tokenizers import character_tokenizer, load_tokenizer
+from kvdistill.stages.prepare.export import FORMATS, export_row
 
 _load = functools.cache(load_tokenizer)
 CHATML = (

@@ -5,9 +5,8 @@
     splits.py     rows -> train / val / test, by problem
     leaks/        the same question in two splits, exactly or nearly
     chat.py       a problem through a tokenizer's chat template
-    encode.py     text -> token ids and segment codes
+    encode.py     text -> token ids, segment codes, and the characters of every token
     words.py      ids of plain ASCII text from memory
-    export.py     rows in the forms other trainers read
     tokenizers.py built-in, local and hub tokenizers; trimming
     answers/      what a completion answers, and whether it is right
     tables.py     the prepared splits on disk

@@ -16,6 +16,7 @@ Knows no file and no task.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -52,8 +53,42 @@ def write_chat(row: Row, tokenizer: PreTrainedTokenizerFast, *, system_prompt: s
     a template and for one that fails or changes the texts, at `data.system_prompt` for a system message that the
     template does not take.
     """
-    assert row.frame is None, "the row went through a chat template before"
-    return _writer(tokenizer, system_prompt).write(row, tokenizer)
+    return write_chat_rows([row], tokenizer, system_prompt=system_prompt)[0]
+
+
+def write_chat_rows(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast, *, system_prompt: str | None = None
+) -> list[Row]:
+    """Every row, as `write_chat` does it."""
+    assert all(row.frame is None for row in rows), "a row went through a chat template before"
+    writers, template = _WRITERS.setdefault(tokenizer, {}), tokenizer.chat_template
+    key = (template if isinstance(template, str) else repr(template), system_prompt, tokenizer.eos_token)
+    if key not in writers:
+        writers[key] = _Writer(tokenizer, system_prompt)
+    writer, written = writers[key], []
+    for row in rows:
+        user = row.user or row.prompt
+        reasoning = row.reasoning.lstrip()
+        answer = row.answer if reasoning else row.answer.lstrip()
+        content = reasoning + answer
+        longest, writer.written = max(len(user), len(content)), writer.written + 1
+        if (
+            longest > writer.longest
+            or writer.written % _LOOK_EVERY == 1
+            or user != user.strip()
+            or content != content.rstrip()
+            or any(map(f"{user}\n{content}".__contains__, writer.words))
+        ):
+            user, content = writer.real_texts(row, user, content, tokenizer)
+            answer = content.removeprefix(reasoning)
+            writer.longest = max(longest, writer.longest)
+        if reasoning:
+            reasoning = writer.frame.lead + reasoning
+        else:
+            answer = writer.frame.lead + answer
+        prompt = f"{writer.opening}{user}{writer.middle}"
+        written.append(Row(row.problem, row.style, prompt, reasoning, answer, user, writer.frame))
+    return written
 
 
 def chat_messages(row: Row, *, system_prompt: str | None = None) -> Messages:
@@ -86,11 +121,19 @@ class _Look:
     """A conversation of our own through the template, taken apart."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, system: str | None) -> None:
-        self.template = _template_of(tokenizer)
-        messages = _conversation(_ASKED, _ANSWERED, system)
+        if tokenizer.chat_template is None:
+            raise DataError(
+                "the tokenizer has no chat template",
+                place="data.template",
+                fix="set data.template=plain, or use the tokenizer of a chat model (Qwen2.5, Llama-3 Instruct)",
+            )
         try:
-            self.rendered = _render(tokenizer, self.template, messages)
-            prompt = _render(tokenizer, self.template, messages[:-1], asks=True)
+            source = tokenizer.get_chat_template()
+        except ValueError as error:
+            raise _altered(f"the tokenizer's chat templates cannot be used ({_reason(error)})") from error
+        self.template = _STOPPED_CLOCK + source if "strftime_now" in source else source
+        try:
+            self.rendered, prompt = _render(tokenizer, self.template, _ASKED, _ANSWERED, system)
         except _BROKEN as error:
             raise _not_rendered(tokenizer, self.template, system, error) from error
         if self.rendered.count(_ASKED) != 1 or self.rendered.count(_ANSWERED) != 1 or prompt.count(_ASKED) != 1:
@@ -111,62 +154,45 @@ class _Writer:
     """One template with one system message. Holds no tokenizer, so that the table of writers keeps none alive."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, system: str | None) -> None:
-        _refuse_special(tokenizer, system)
+        for token in tokenizer.added_tokens_decoder.values():
+            if system is not None and token.special and str(token) in system:
+                raise DataError(
+                    f"the special token {str(token)!r} stands in the system message",
+                    place="data.system_prompt",
+                    fix="take it out: the chat template writes the special tokens",
+                )
         look = _Look(tokenizer, system)
         # Spaces right before the answer go with it, as in the plain template: byte-level tokenizers keep a space with
         # the word after it.
         inserted = look.inserted.rstrip(" ")
-        self._opening, self._middle = look.opening, look.generation + inserted
-        self._generation, self._tail, self._template = look.generation, look.tail, look.template
+        self.opening, self.middle = look.opening, look.generation + inserted
+        self.generation, self.tail, self.template = look.generation, look.tail, look.template
         self.frame = Frame(
-            opening=_pieces(tokenizer, self._opening),
-            middle=_pieces(tokenizer, self._middle),
+            opening=_pieces(tokenizer, self.opening),
+            middle=_pieces(tokenizer, self.middle),
             closing=_pieces(tokenizer, look.closing, end=look.end),
             lead=look.inserted.removeprefix(inserted),
             trailing=look.trailing,
             system=system,
         )
-        self._words = _words_of(self._template.removeprefix(_STOPPED_CLOCK))
-        self._written, self._longest = 0, len(_ANSWERED)
+        # The strings that the template's code mentions: a text that holds one may be treated in its own way.
+        tokens = jinja2.Environment().lexer.tokenize(self.template.removeprefix(_STOPPED_CLOCK))
+        words = {str(token.value).strip() for token in tokens if token.type == "string"}
+        self.words = tuple(sorted(word for word in words if len(word) > 1 and word not in _ASKED + _ANSWERED))
+        self.written, self.longest = 0, len(_ANSWERED)
 
-    def write(self, row: Row, tokenizer: PreTrainedTokenizerFast) -> Row:
-        user = row.user or row.prompt
-        reasoning = row.reasoning.lstrip()
-        answer = row.answer if reasoning else row.answer.lstrip()
-        if self._must_look(user, reasoning + answer):
-            user, content = self._real_texts(row, user, reasoning + answer, tokenizer)
-            answer = content.removeprefix(reasoning)
-        if reasoning:
-            reasoning = self.frame.lead + reasoning
-        else:
-            answer = self.frame.lead + answer
-        prompt = f"{self._opening}{user}{self._middle}"
-        return Row(row.problem, row.style, prompt, reasoning, answer, user, self.frame)
-
-    def _must_look(self, user: str, content: str) -> bool:
-        self._written += 1
-        longest = max(len(user), len(content))
-        if longest > self._longest:
-            self._longest = longest
-            return True
-        if self._written % _LOOK_EVERY == 1 or user != user.strip() or content != content.rstrip():
-            return True
-        return any(map(f"{user}\n{content}".__contains__, self._words))
-
-    def _real_texts(self, row: Row, user: str, content: str, tokenizer: PreTrainedTokenizerFast) -> tuple[str, str]:
+    def real_texts(self, row: Row, user: str, content: str, tokenizer: PreTrainedTokenizerFast) -> tuple[str, str]:
         """User's text and answer as the real rendering has them: it may have taken white space off their ends."""
-        messages = _conversation(user, content, self.frame.system)
         try:
-            whole = _render(tokenizer, self._template, messages)
-            prompt = _render(tokenizer, self._template, messages[:-1], asks=True)
+            whole, prompt = _render(tokenizer, self.template, user, content, self.frame.system)
         except _BROKEN as error:
             raise _altered(f"the chat template fails ({_reason(error)})", row) from error
-        if whole.startswith(self._opening) and whole.endswith(self._tail):
-            body = whole[len(self._opening) : len(whole) - len(self._tail)]
+        if whole.startswith(self.opening) and whole.endswith(self.tail):
+            body = whole[len(self.opening) : len(whole) - len(self.tail)]
             for length in range(len(content), len(content.rstrip()) - 1, -1):
-                asked = body.removesuffix(self._middle + self.frame.lead + content[:length])
+                asked = body.removesuffix(self.middle + self.frame.lead + content[:length])
                 same = asked != body and asked.strip() == user.strip()
-                if same and prompt == self._opening + asked + self._generation:
+                if same and prompt == self.opening + asked + self.generation:
                     return asked, content[:length]
         raise _altered("the chat template changes the texts of this problem", row)
 
@@ -175,40 +201,21 @@ class _Writer:
 _WRITERS: WeakKeyDictionary[Any, dict[tuple[Any, ...], _Writer]] = WeakKeyDictionary()
 
 
-def _writer(tokenizer: PreTrainedTokenizerFast, system: str | None) -> _Writer:
-    writers = _WRITERS.setdefault(tokenizer, {})
-    template = tokenizer.chat_template
-    key = (template if isinstance(template, str) else repr(template), system, tokenizer.eos_token)
-    if key not in writers:
-        writers[key] = _Writer(tokenizer, system)
-    return writers[key]
-
-
 def _conversation(user: str, content: str, system: str | None) -> Messages:
     messages = [{"role": "user", "content": user}, {"role": "assistant", "content": content}]
     return messages if system is None else [{"role": "system", "content": system}, *messages]
 
 
-def _template_of(tokenizer: PreTrainedTokenizerFast) -> str:
-    """The template's source, with its clock stopped where it has one."""
-    if tokenizer.chat_template is None:
-        raise DataError(
-            "the tokenizer has no chat template",
-            place="data.template",
-            fix="set data.template=plain, or use the tokenizer of a chat model (Qwen2.5, Llama-3 Instruct)",
-        )
-    try:
-        source = tokenizer.get_chat_template()
-    except ValueError as error:
-        raise _altered(f"the tokenizer's chat templates cannot be used ({_reason(error)})") from error
-    return _STOPPED_CLOCK + source if "strftime_now" in source else source
-
-
-def _render(tokenizer: PreTrainedTokenizerFast, template: str, messages: Messages, *, asks: bool = False) -> str:
-    """asks: with what makes the model begin its answer."""
-    return str(
-        tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=asks)
+def _render(
+    tokenizer: PreTrainedTokenizerFast, template: str, user: str, content: str, system: str | None
+) -> tuple[str, str]:
+    """The whole conversation, and it without the answer but with what makes the model begin one."""
+    messages = _conversation(user, content, system)
+    whole, prompt = (
+        tokenizer.apply_chat_template(asked, chat_template=template, tokenize=False, add_generation_prompt=begins)
+        for asked, begins in ((messages, False), (messages[:-1], True))
     )
+    return str(whole), str(prompt)
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerFast, tail: str) -> tuple[str, str, str]:
@@ -255,28 +262,11 @@ def _pieces(tokenizer: PreTrainedTokenizerFast, text: str, *, end: str = "") -> 
     return tuple(pieces)
 
 
-def _words_of(template: str) -> tuple[str, ...]:
-    """The strings that a template's code mentions: a text that holds one of them may be treated in its own way."""
-    tokens = jinja2.Environment().lexer.tokenize(template)
-    words = {str(token.value).strip() for token in tokens if token.type == "string"}
-    return tuple(sorted(word for word in words if len(word) > 1 and word not in _ASKED + _ANSWERED))
-
-
-def _refuse_special(tokenizer: PreTrainedTokenizerFast, system: str | None) -> None:
-    for token in tokenizer.added_tokens_decoder.values():
-        if system is not None and token.special and str(token) in system:
-            raise DataError(
-                f"the special token {str(token)!r} stands in the system message",
-                place="data.system_prompt",
-                fix="take it out: the chat template writes the special tokens",
-            )
-
-
 def _not_rendered(tokenizer: PreTrainedTokenizerFast, template: str, system: str | None, error: Exception) -> DataError:
     reason = _reason(error)
     if system is not None:
         try:
-            _render(tokenizer, template, _conversation(_ASKED, _ANSWERED, None))
+            _render(tokenizer, template, _ASKED, _ANSWERED, None)
         except _BROKEN:
             pass  # it fails without the system message too, so that is not the reason
         else:

@@ -1,4 +1,4 @@
-"""Text to token ids with a segment code per token (codes of `kvdistill.core.targets`).
+"""Text to token ids with a segment code per token, and the characters that every token stands for.
 
 Prompt and completion are tokenized apart and joined: the prompt's ids are then the ids that generation starts
 from, by construction, whatever the tokenizer would merge across the boundary. Inside the completion the
@@ -10,6 +10,10 @@ tokenized by itself, as the tokenizer does it with the whole text. So words in t
 are plain text in both templates: no text of a problem can end a turn. The template says where a text begins and ends;
 nothing is put around it.
 
+The text that all tokenizers of a study share is what the problem says: the prompt (through a chat template: the user's
+own words) and the completion. `row_spans` gives each token its characters of that text. Tokens that a template or a
+tokenizer puts around it stand for none, and have a role instead: at the beginning, between the turns, at the end.
+
 Most texts are read from memory by `words.py`, the others by the tokenizer. Knows no file; padding is the collator's.
 """
 
@@ -20,18 +24,20 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import chain, product
+from itertools import product
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
-from tokenizers import Encoding
+import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from kvdistill.core.errors import DataError
-from kvdistill.core.segments import ANSWER, PROMPT, REASONING
+from kvdistill.core.segments import ANSWER, END, PROMPT, REASONING, START, TEXT, TURN, UNKNOWN
 from kvdistill.data.leaks import question_hash
 from kvdistill.data.problems import Frame, Piece, Problem, Row, text_of
+from kvdistill.data.spans import token_spans
 from kvdistill.data.tokenizers import encode_plain
-from kvdistill.data.words import WordReader, find_reader
+from kvdistill.data.words import read_known
 
 _CHUNK = 500  # rows; what the tokenizer knows of a token takes a hundred bytes, its id eight
 _ANCHOR = "\n"
@@ -89,25 +95,73 @@ def encode_rows(
             place="data.tokenizer",
             fix="load it with kvdistill.data.tokenizers.load_tokenizer",
         )
-    plans = {key: plan_of(tokenizer, frame) for key, frame in {id(row.frame): row.frame for row in rows}.items()}
     unk = tokenizer.unk_token_id if spell_answers and tokenizer.unk_token_id != tokenizer.eos_token_id else None
-    reader = find_reader(tokenizer)
     examples: list[Example] = []
     for start in range(0, len(rows), _CHUNK):
-        chunk = [(plans[id(row.frame)], row) for row in rows[start : start + _CHUNK]]
-        texts = list(chain.from_iterable(plan.texts(row) for plan, row in chunk))
-        found = _read(tokenizer, reader, texts)
-        pairs = zip(chunk, found[::2], found[1::2], strict=True)
-        examples += [_join(plan, row, asked, answered, unk) for (plan, row), asked, answered in pairs]
+        chunk = rows[start : start + _CHUNK]
+        plans = _plans_of(tokenizer, chunk)
+        examples += _join(chunk, plans, _read(tokenizer, _stretches(chunk, plans)), unk)
     return examples
 
 
-def texts_of(row: Row) -> list[str]:
-    """What of a row is tokenized as plain text, stretch by stretch: the pieces that a trimmed tokenizer must keep."""
-    if row.frame is None:
-        return [row.prompt, row.completion]
-    cut = _cut(row.frame)
-    return [*cut.constants, *cut.fill(row)]
+def texts_of(rows: Sequence[Row]) -> list[str]:
+    """What of the rows is tokenized as plain text, stretch by stretch: a trimmed tokenizer keeps its pieces."""
+    texts: list[str] = []
+    for row in rows:
+        cut = _cut(row.frame)
+        texts += (piece.text for piece in (*cut.head, *cut.middle, *cut.tail) if not piece.token)
+        user = row.prompt[cut.num_opening : len(row.prompt) - cut.num_middle]
+        texts += (f"{cut.before}{user}{cut.after}", row.reasoning + row.answer + cut.ending)
+    return texts
+
+
+class RowSpans(NamedTuple):
+    """spans: float32 [T, 2], [start, end) in the shared text; both 0 for tokens that stand for none of it.
+
+    roles: int8 [T]. unknown: how many tokens say only that something stands there.
+    """
+
+    spans: np.ndarray
+    roles: np.ndarray
+    unknown: int
+
+
+def row_spans(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row], examples: Sequence[Example]) -> list[RowSpans]:
+    """Spans of every token of `examples`, which are `rows` encoded by this tokenizer; joined as those are."""
+    plans = _plans_of(tokenizer, rows)
+    texts = [text for text, _ in _stretches(rows, plans)]
+    found = token_spans(tokenizer, texts)
+    results: list[RowSpans] = []
+    for i, (plan, example) in enumerate(zip(plans, examples, strict=True)):
+        edges = [(len(plan.head), START), (len(plan.middle), TURN), (len(plan.tail), END)]
+        around = [(np.zeros((number, 2), np.float32), np.full(number, role, np.int8)) for number, role in edges]
+        # Of both stretches: its anchor, and where in it the problem's own words stand.
+        own = [
+            (plan.user_anchor, len(plan.cut.before), len(plan.cut.after)),
+            (plan.completion_anchor, 0, len(plan.cut.ending)),
+        ]
+        parts, offset, unknown = [around[0]], 0, 0
+        for side, (anchor, before, after) in enumerate(own):
+            text, tokens = texts[2 * i + side], found[2 * i + side]
+            first = before + (len(_ANCHOR) if anchor else 0)
+            words = text[first : len(text) - after]
+            # What a template writes around them, and how many spaces it leaves, differs between tokenizers.
+            start, end = first + len(words) - len(words.lstrip()), first + len(words.rstrip())
+            spans = np.stack([tokens.start, tokens.end], axis=1)[len(anchor) :]
+            roles = np.where(tokens.is_unknown[len(anchor) :], UNKNOWN, TEXT).astype(np.int8)
+            outside_before = (spans[:, 1] <= start) & (spans[:, 0] < start)
+            outside_after = (spans[:, 0] >= end) & (spans[:, 1] > end)
+            roles[outside_before] = edges[side][1]
+            roles[outside_after] = edges[side + 1][1]
+            inside = np.clip(spans, start, end) - start + offset
+            inside[outside_before | outside_after] = 0
+            parts += [(inside.astype(np.float32), roles), around[side + 1]]
+            offset += end - start
+            unknown += int(tokens.is_unknown.sum())
+        spans, roles = (np.concatenate([part[k] for part in parts]) for k in range(2))
+        assert len(roles) == len(example.input_ids), "spans are made for the tokens that were encoded"
+        results.append(RowSpans(spans, roles, unknown))
+    return results
 
 
 # -- rows -> examples ----------------------------------------------------------------------------------
@@ -116,56 +170,76 @@ _Text = tuple[str, int]  # a text, and a character of it
 _Found = tuple[list[int], int]  # its ids, and how many of them begin before that character
 
 
-def _read(tokenizer: PreTrainedTokenizerFast, reader: WordReader | None, texts: Sequence[_Text]) -> list[_Found]:
+def _stretches(rows: Sequence[Row], plans: Sequence[Plan]) -> list[_Text]:
+    """Of each row two texts: what is asked, and the completion with the character at which its answer begins."""
+    texts: list[_Text] = []
+    for row, plan in zip(rows, plans, strict=True):
+        cut, end = plan.cut, len(row.reasoning)
+        asked = f"{cut.before}{row.prompt[cut.num_opening : len(row.prompt) - cut.num_middle]}{cut.after}"
+        completion = row.reasoning + row.answer + cut.ending
+        if plan.user_anchor:
+            asked = _ANCHOR + asked
+        if plan.completion_anchor:
+            completion, end = _ANCHOR + completion, end and end + len(_ANCHOR)
+        texts += ((asked, 0), (completion, end))
+    return texts
+
+
+def _read(tokenizer: PreTrainedTokenizerFast, texts: Sequence[_Text]) -> list[_Found]:
     """Every text as plain text: from memory where that can be, and the others through the tokenizer at once."""
-    found = [reader.read(text, end) if reader else None for text, end in texts]
+    found = read_known(tokenizer, texts)
     others = [number for number, known in enumerate(found) if known is None]
     for number, encoding in zip(others, encode_plain(tokenizer, [texts[n][0] for n in others]), strict=True):
-        end = texts[number][1]
-        found[number] = encoding.ids, _tokens_before(encoding, end) if end else 0
+        end, before = texts[number][1], 0
+        if end:
+            token = encoding.char_to_token(end)
+            here, last = (encoding.token_to_chars(token), encoding.token_to_chars(token - 1)) if token else (None, None)
+            if token and here and last and here[0] == end > last[0]:
+                before = token
+            else:  # makes a list of all tokens: slower
+                before = bisect_left(encoding.offsets, end, key=lambda offset: offset[0])
+        found[number] = encoding.ids, before
     return [known for known in found if known is not None]
 
 
-def _tokens_before(encoding: Encoding, end: int) -> int:
-    """How many tokens start before character `end`."""
-    token = encoding.char_to_token(end)
-    here, before = (encoding.token_to_chars(token), encoding.token_to_chars(token - 1)) if token else (None, None)
-    if token and here and before and here[0] == end > before[0]:
-        return token
-    return bisect_left(encoding.offsets, end, key=lambda offset: offset[0])  # makes a list of all tokens: slower
-
-
-def _join(plan: Plan, row: Row, asked: _Found, completion: _Found, unk: int | None) -> Example:
-    prompt_ids = [*plan.head, *_after_anchor(row, asked[0], plan.user_anchor), *plan.middle]
-    ids = _after_anchor(row, completion[0], plan.completion_anchor)
-    num_reasoning = completion[1] - len(plan.completion_anchor) if row.reasoning else 0
-    problem = row.problem
-    if unk is not None and unk in ids[num_reasoning:]:
-        raise DataError(
-            f"the tokenizer cannot spell the answer {problem.answer!r} of {problem.task} / {problem.id}",
-            place="data.tokenizer",
-            fix="use a byte-level tokenizer (Qwen, Llama-3, GPT-2) or `characters`",
+def _join(rows: Sequence[Row], plans: Sequence[Plan], found: Sequence[_Found], unk: int | None) -> list[Example]:
+    """Head, what is asked, middle, completion, tail. found: two of each row; unk: an id that no answer may hold."""
+    examples: list[Example] = []
+    for row, plan, (asked, _), (ids, num_reasoning) in zip(rows, plans, found[::2], found[1::2], strict=True):
+        if plan.user_anchor:
+            asked = _after_anchor(row, asked, plan.user_anchor)
+        if plan.completion_anchor:
+            ids = _after_anchor(row, ids, plan.completion_anchor)
+            num_reasoning -= len(plan.completion_anchor) if row.reasoning else 0
+        problem = row.problem
+        if unk is not None and unk in ids[num_reasoning:]:
+            raise DataError(
+                f"the tokenizer cannot spell the answer {problem.answer!r} of {problem.task} / {problem.id}",
+                place="data.tokenizer",
+                fix="use a byte-level tokenizer (Qwen, Llama-3, GPT-2) or `characters`",
+            )
+        prompt_ids = [*plan.head, *asked, *plan.middle]
+        num_answer = len(ids) - num_reasoning + len(plan.tail)
+        examples.append(
+            Example(
+                task=problem.task,
+                id=problem.id,
+                style=row.style,
+                prompt=row.prompt,
+                answer=problem.answer,
+                input_ids=[*prompt_ids, *ids, *plan.tail],
+                segments=[PROMPT] * len(prompt_ids) + [REASONING] * num_reasoning + [ANSWER] * num_answer,
+                doc_hash=question_hash(problem.question),
+                prompt_hash=hashlib.sha256(row.prompt.encode()).hexdigest()[:32],
+                reasoning=problem.reasoning,
+                language=problem.language,
+                question=problem.question,
+            )
         )
-    num_answer = len(ids) - num_reasoning + len(plan.tail)
-    return Example(
-        task=problem.task,
-        id=problem.id,
-        style=row.style,
-        prompt=row.prompt,
-        answer=problem.answer,
-        input_ids=[*prompt_ids, *ids, *plan.tail],
-        segments=[PROMPT] * len(prompt_ids) + [REASONING] * num_reasoning + [ANSWER] * num_answer,
-        doc_hash=question_hash(problem.question),
-        prompt_hash=hashlib.sha256(row.prompt.encode()).hexdigest()[:32],
-        reasoning=problem.reasoning,
-        language=problem.language,
-        question=problem.question,
-    )
+    return examples
 
 
 def _after_anchor(row: Row, ids: list[int], anchor: list[int]) -> list[int]:
-    if not anchor:
-        return ids
     if ids[: len(anchor)] != anchor:
         raise DataError(
             f"{row.problem.task} / {row.problem.id} begins with a line end that the tokenizer joins to the one before",
@@ -180,9 +254,12 @@ def _after_anchor(row: Row, ids: list[int], anchor: list[int]) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class _Cut:
-    """A frame cut at its special tokens. before, after: the plain text on either side of the user's text; ending:
-    what follows the completion. head, middle, tail: pieces before, between and after those two stretches. num_: of
-    characters of the frame before and after the user's text."""
+    """A frame cut at its special tokens; all of it empty for a plain row.
+
+    before, after: the plain text on either side of the user's text. ending: what follows the completion. head, middle,
+    tail: pieces before, between and after those two stretches. num_: of characters of the frame before and after the
+    user's text.
+    """
 
     head: tuple[Piece, ...]
     before: str
@@ -192,16 +269,6 @@ class _Cut:
     tail: tuple[Piece, ...]
     num_opening: int
     num_middle: int
-
-    @property
-    def constants(self) -> list[str]:
-        return [piece.text for piece in (*self.head, *self.middle, *self.tail) if not piece.token]
-
-    def fill(self, row: Row) -> tuple[str, str]:
-        """The two stretches that differ from row to row."""
-        assert row.frame is not None
-        user = row.prompt[self.num_opening : len(row.prompt) - self.num_middle]
-        return f"{self.before}{user}{self.after}", row.completion + self.ending
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,43 +282,18 @@ class Plan:
     head: list[int]
     middle: list[int]
     tail: list[int]
-    cut: _Cut | None = None
+    cut: _Cut
     user_anchor: list[int] = field(default_factory=list)
     completion_anchor: list[int] = field(default_factory=list)
 
-    def texts(self, row: Row) -> tuple[_Text, _Text]:
-        """What is asked, and the completion with the character at which its answer begins."""
-        asked, completion = (row.prompt, row.completion) if self.cut is None else self.cut.fill(row)
-        end = len(row.reasoning)
-        if self.user_anchor:
-            asked = _ANCHOR + asked
-        if self.completion_anchor:
-            completion, end = _ANCHOR + completion, end and end + len(_ANCHOR)
-        return (asked, 0), (completion, end)
-
-    def shared(self, row: Row) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Where the problem's own words stand in the two texts: [start, end) in each, without the space around them.
-
-        What a template writes around them, and how many spaces it leaves, differs from tokenizer to tokenizer.
-        """
-        (asked, _), (completion, _) = self.texts(row)
-        start = len(_ANCHOR) if self.user_anchor else 0
-        end = len(asked)
-        if self.cut is not None:
-            start, end = start + len(self.cut.before), end - len(self.cut.after)
-        first = len(_ANCHOR) if self.completion_anchor else 0
-        last = first + len(row.completion)
-        return _without_space(asked, start, end), _without_space(completion, first, last)
-
-
-def _without_space(text: str, start: int, end: int) -> tuple[int, int]:
-    words = text[start:end]
-    return start + len(words) - len(words.lstrip()), start + len(words.rstrip())
-
 
 @lru_cache(maxsize=16)
-def _cut(frame: Frame) -> _Cut:
-    head, before = _split_last(frame.opening)
+def _cut(frame: Frame | None) -> _Cut:
+    if frame is None:
+        return _Cut((), "", "", (), "", (), 0, 0)
+    head, before = frame.opening, ""
+    if head and not head[-1].token:
+        head, before = head[:-1], head[-1].text
     after, middle = _split_first(frame.middle)
     ending, tail = _split_first(frame.closing)
     lengths = len(text_of(frame.opening)), len(text_of(frame.middle))
@@ -263,25 +305,22 @@ def _split_first(pieces: tuple[Piece, ...]) -> tuple[str, tuple[Piece, ...]]:
     return (pieces[0].text, pieces[1:]) if plain else ("", pieces)
 
 
-def _split_last(pieces: tuple[Piece, ...]) -> tuple[tuple[Piece, ...], str]:
-    plain = bool(pieces) and not pieces[-1].token
-    return (pieces[:-1], pieces[-1].text) if plain else (pieces, "")
-
-
 _PLANS: WeakKeyDictionary[PreTrainedTokenizerFast, dict[tuple[Frame | None, int | None, int], Plan]] = (
     WeakKeyDictionary()
 )
 
 
-def plan_of(tokenizer: PreTrainedTokenizerFast, frame: Frame | None) -> Plan:
-    """How rows of this frame (None: plain rows) become ids; made once for each tokenizer and frame."""
+def _plans_of(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row]) -> list[Plan]:
+    """How each row becomes ids; made once for each tokenizer and frame."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    plans = _PLANS.setdefault(tokenizer, {})
-    key = (frame, bos, eos)
-    if key not in plans:
-        plain = Plan([] if bos is None else [bos], [], [eos])
-        plans[key] = plain if frame is None else _plan_frame(tokenizer, frame)
-    return plans[key]
+    made, plans = _PLANS.setdefault(tokenizer, {}), {}
+    for number, frame in {id(row.frame): row.frame for row in rows}.items():
+        key = (frame, bos, eos)
+        if key not in made:
+            plain = Plan([] if bos is None else [bos], [], [eos], _cut(None))
+            made[key] = plain if frame is None else _plan_frame(tokenizer, frame)
+        plans[number] = made[key]
+    return [plans[id(row.frame)] for row in rows]
 
 
 def _plan_frame(tokenizer: PreTrainedTokenizerFast, frame: Frame) -> Plan:
@@ -343,11 +382,11 @@ def _gives_the_same(tokenizer: PreTrainedTokenizerFast, plan: Plan, frame: Frame
     prompt = f"{text_of(frame.opening)}What is 1+1?{text_of(frame.middle)}"
     reasoning = frame.lead + "It is 2."
     row = Row(Problem("", "", "What is 1+1?", "", "2"), "cot", prompt, reasoning, " #### 2", frame=frame)
-    asked, completion = _read(tokenizer, None, plan.texts(row))
-    for (ids, _), anchor in ((asked, plan.user_anchor), (completion, plan.completion_anchor)):
+    found = _read(tokenizer, _stretches([row], [plan]))
+    for (ids, _), anchor in zip(found, (plan.user_anchor, plan.completion_anchor), strict=True):
         if ids[: len(anchor)] != anchor:
             return False
-    example = _join(plan, row, asked, completion, None)
+    [example] = _join([row], [plan], found, None)
     if example.prompt_ids != at_once(prompt):
         return False
     whole = at_once(row.text)

@@ -43,6 +43,8 @@ SCHEMA = pa.schema(
         ("prompt_hash", pa.string()),
     ]
 )
+_LISTS = ("input_ids", "segments")
+_TEXTS = sorted(field.name for field in dataclasses.fields(Example) if field.name not in ("id", *_LISTS))
 
 
 def split_path(run: Path, split: str) -> Path:
@@ -71,10 +73,13 @@ class SplitWriter:
         self._table.write_table(pa.table(columns, schema=SCHEMA))
         self.num_rows += len(examples)
         self.max_tokens = max(self.max_tokens, *(len(example.input_ids) for example in examples))
-        for example in examples:
-            self._digest.update(_content(example))
+        for example in examples:  # as bytes that are the same on every machine
+            texts = json.dumps([getattr(example, name) for name in _TEXTS], ensure_ascii=False).encode()
+            numbers = (np.asarray(getattr(example, name), dtype="<i4").tobytes() for name in _LISTS)
+            self._digest.update(b"\n".join((texts, *numbers, b"")))
 
     def fingerprint(self) -> str:
+        """SHA-256 over content and order of the rows (texts, style, gold answer, token ids), ids left out."""
         return self._digest.hexdigest()
 
     def keep(self, path: Path) -> str:
@@ -117,7 +122,13 @@ class _Examples(Sequence[Example]):
 
     def __init__(self, table: pa.Table) -> None:
         self._texts = {name: table.column(name).combine_chunks() for name in SCHEMA.names if name not in _LISTS}
-        self._lists = {name: _packed(table.column(name)) for name in _LISTS}
+        self._lists: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # starts (rows + 1), and values
+        for name in _LISTS:
+            column = table.column(name)
+            lengths = column.combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
+            parts = [chunk.flatten() for chunk in column.chunks]
+            values = pa.chunked_array(parts, type=column.type.value_type).to_numpy()
+            self._lists[name] = np.cumsum(np.concatenate([[0], lengths])).astype(np.int64), values
         self._num_rows = table.num_rows
 
     def __len__(self) -> int:
@@ -142,17 +153,6 @@ class _Examples(Sequence[Example]):
         return isinstance(other, Sequence) and len(self) == len(other) and list(self) == list(other)
 
 
-_LISTS = ("input_ids", "segments")
-
-
-def _packed(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """A column of lists as one array of starts (rows + 1) and one of values."""
-    lengths = np.concatenate([[0], column.combine_chunks().value_lengths().to_numpy(zero_copy_only=False)])
-    return np.cumsum(lengths).astype(np.int64), pa.chunked_array(
-        [chunk.flatten() for chunk in column.chunks], type=column.type.value_type
-    ).to_numpy()
-
-
 def check_file(path: Path, sha256: str) -> None:
     """StoreError where the file is missing or its bytes are not those that were written."""
     fix = "delete the run's data/ folder and run `kvdistill prepare` again"
@@ -160,21 +160,3 @@ def check_file(path: Path, sha256: str) -> None:
         raise StoreError("a prepared file is missing", place=str(path), fix=fix)
     if sha256_file(path) != sha256:
         raise StoreError("a prepared file was torn or altered (checksum differs)", place=str(path), fix=fix)
-
-
-def fingerprint_examples(examples: Sequence[Example]) -> str:
-    """SHA-256 over content and order of the rows (texts, style, gold answer, token ids), ids left out."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(_content(example))
-    return digest.hexdigest()
-
-
-def _content(example: Example) -> bytes:
-    """The row as bytes, the same on every machine: texts as JSON, token ids and segments as little-endian integers."""
-    texts = json.dumps([getattr(example, name) for name in _TEXTS], ensure_ascii=False).encode()
-    numbers = (np.asarray(getattr(example, name), dtype="<i4").tobytes() for name in _LISTS)
-    return b"\n".join((texts, *numbers, b""))
-
-
-_TEXTS = sorted(field.name for field in dataclasses.fields(Example) if field.name not in ("id", *_LISTS))

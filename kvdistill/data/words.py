@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any, final
+from typing import Any
 from weakref import WeakKeyDictionary
 
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 _CONTRACTIONS = r"'(?:[sStTmMdD]|[rR][eE]|[vV][eE]|[lL][lL])"
@@ -34,43 +35,39 @@ _NOT_PLAIN = re.compile(r"[^\t\n\r -~]")
 _MOST_WORDS, _LONGEST_WORD = 100_000, 40  # what is remembered: some 20 MB
 
 
-@final
-class WordReader:
-    """Texts to ids for one tokenizer, as `encode_plain` gives them."""
+def read_known(
+    tokenizer: PreTrainedTokenizerFast, texts: Sequence[tuple[str, int]]
+) -> list[tuple[list[int], int] | None]:
+    """Of each text its ids, as `encode_plain` gives them, and how many of them begin before a character of it.
 
-    def __init__(self, pattern: re.Pattern[str], words: _Words, added: tuple[str, ...]) -> None:
-        self._find, self._words, self._added = pattern.findall, words, added
-
-    def read(self, text: str, end: int = 0) -> tuple[list[int], int] | None:
-        """The ids, and how many of them begin before character `end`; None: the tokenizer has to be asked."""
-        if _NOT_PLAIN.search(text) or any(map(text.__contains__, self._added)):
-            return None
-        words = self._find(text)
-        ids = list(chain.from_iterable(map(self._words.__getitem__, words)))
+    texts: with that character; 0 where it does not matter. None: the tokenizer has to be asked. What is learned of
+    words is kept as long as the tokenizer is.
+    """
+    found: list[tuple[list[int], int] | None] = [None] * len(texts)
+    find, words = find_cutter(tokenizer), _LEARNED.get(tokenizer)
+    if find is None:
+        return found
+    if words is None:
+        words = _LEARNED[tokenizer] = _Words(tokenizer.backend_tokenizer.model)
+    added = tuple(str(token) for token in tokenizer.added_tokens_decoder.values() if not token.special)
+    for number, (text, end) in enumerate(texts):
+        if _NOT_PLAIN.search(text) or any(map(text.__contains__, added)):
+            continue
+        cut = find(text)
+        ids = list(chain.from_iterable(map(words.__getitem__, cut)))
         if not end:
-            return ids, 0
+            found[number] = ids, 0
+            continue
         after, place = 0, len(text)
-        for word in reversed(words):
+        for word in reversed(cut):
             if place <= end:
                 break
             place -= len(word)
-            after += len(self._words[word])
+            after += len(words[word])
         # Some tokenizers do not count the space at a token's front, so what lies around a space is theirs to say.
-        if place != end or text[end - 1].isspace():
-            return None
-        return ids, len(ids) - after
-
-
-def find_reader(tokenizer: PreTrainedTokenizerFast) -> WordReader | None:
-    """The reader for a tokenizer, None for one of another kind. What it learns is kept as long as the tokenizer is."""
-    backend = tokenizer.backend_tokenizer
-    pattern = _pattern_of(backend)
-    if pattern is None or not _is_plain_bpe(backend.model):
-        return None
-    if tokenizer not in _LEARNED:
-        _LEARNED[tokenizer] = _Words(backend.model)
-    added = tuple(str(token) for token in tokenizer.added_tokens_decoder.values() if not token.special)
-    return WordReader(pattern, _LEARNED[tokenizer], added)
+        if place == end and not text[end - 1].isspace():
+            found[number] = ids, len(ids) - after
+    return found
 
 
 class _Words(dict[str, list[int]]):
@@ -94,29 +91,28 @@ class _Words(dict[str, list[int]]):
 _LEARNED: WeakKeyDictionary[PreTrainedTokenizerFast, _Words] = WeakKeyDictionary()
 
 
-def _pattern_of(backend: Tokenizer) -> re.Pattern[str] | None:
-    if backend.pre_tokenizer is None or (
-        backend.normalizer is not None and _state(backend.normalizer) != {"type": "NFC"}
-    ):
+def find_cutter(tokenizer: PreTrainedTokenizerFast) -> Callable[[str], list[str]] | None:
+    """What cuts a text into words as this tokenizer does; None for a tokenizer of another kind."""
+    backend = tokenizer.backend_tokenizer
+    model = backend.model
+    if not isinstance(model, models.BPE) or model.dropout or model.byte_fallback:
+        return None
+    if model.continuing_subword_prefix or model.end_of_word_suffix or backend.pre_tokenizer is None:
+        return None
+    if backend.normalizer is not None and _state(backend.normalizer) != {"type": "NFC"}:
         return None
     state = _state(backend.pre_tokenizer)
-    steps = state["pretokenizers"] if state["type"] == "Sequence" else [state]
-    *cuts, letters = steps
+    *cuts, letters = state["pretokenizers"] if state["type"] == "Sequence" else [state]
     if letters["type"] != "ByteLevel" or letters["add_prefix_space"] or letters["use_regex"] == bool(cuts):
         return None
     if not cuts:
-        return _PATTERNS[_GPT2]
+        return _PATTERNS[_GPT2].findall
     cut = cuts[0]
     if len(cuts) > 1 or cut["type"] != "Split" or cut["behavior"] != "Isolated" or cut["invert"]:
         return None
-    return _PATTERNS.get(cut["pattern"].get("Regex", "-"))
+    pattern = _PATTERNS.get(cut["pattern"].get("Regex", "-"))
+    return None if pattern is None else pattern.findall
 
 
 def _state(part: Any) -> dict[str, Any]:
     return json.loads(part.__getstate__())
-
-
-def _is_plain_bpe(model: Any) -> bool:
-    if not isinstance(model, models.BPE) or model.dropout:
-        return False
-    return not (model.continuing_subword_prefix or model.end_of_word_suffix or model.byte_fallback)

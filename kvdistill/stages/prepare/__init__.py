@@ -1,19 +1,21 @@
 """The stage `prepare`: sources in; tokenizer, encoded splits, leak report and manifest out. And `validate`, its check.
 
-    check.py     what is learned from against what is held out
-    encoding.py  problems to encoded examples, in chunks
+    check.py          what is learned from against what is held out
     teacher_texts.py  the same problems as teachers with their own tokenizer or chains read them
+    export.py         the prepared splits in the forms other trainers read
 
-Everything that can be wrong with the data is found before the first file is written. The manifest comes last, so a
-run folder with one is finished; the same data section then returns at once, another one is refused.
+Everything that can be wrong with the data is found before the first file is written. Problems are encoded in chunks,
+into files without names, so memory holds one chunk. The manifest comes last, so a run folder with one is finished; the
+same data section then returns at once, another one is refused.
 Knows no weights and no arm: one split serves all arms and seeds.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,13 @@ from kvdistill.core.files import read_json, replacing_folder, sha256_file, sha25
 from kvdistill.core.layout import data_folder, tokenizer_folder
 from kvdistill.core.progress import Progress, silent
 from kvdistill.core.recipe import DataRecipe, Recipe
+from kvdistill.data.chat import chat_tokenizer, write_chat_rows
+from kvdistill.data.encode import encode_rows, texts_of
 from kvdistill.data.leaks import question_hash
-from kvdistill.data.problems import SPLITS
+from kvdistill.data.problems import SPLITS, Row, styles_of
 from kvdistill.data.splits import Splits, load_splits, refuse_empty
-from kvdistill.data.tables import MANIFEST, check_file, read_split, split_path
-from kvdistill.data.tokenizers import fingerprint_tokenizer
+from kvdistill.data.tables import MANIFEST, SplitWriter, check_file, read_split, split_path
+from kvdistill.data.tokenizers import CHARACTERS, fingerprint_tokenizer, load_tokenizer, trim_tokenizer
 from kvdistill.stages.prepare.check import (
     checked_splits,
     count_leaks,
@@ -37,10 +41,10 @@ from kvdistill.stages.prepare.check import (
     report_as_dict,
     require_checked,
 )
-from kvdistill.stages.prepare.encoding import Encoded, encode_splits, make_tokenizer
 from kvdistill.stages.prepare.teacher_texts import prepare_teacher_texts
 
 _FORMAT = 2
+_CHUNK = 1000  # problems
 REPORT = "validation_report.json"
 
 
@@ -60,20 +64,26 @@ def prepare(recipe: Recipe, run: Path, progress: Progress | None = None) -> None
 def _prepare_data(recipe: Recipe, run: Path, progress: Progress) -> None:
     data = recipe.data
     splits, report, dropped = checked_splits(recipe, progress, beside=run)
-    tokenizer, id_map = make_tokenizer(data, splits)
-    existing = next(path for path in (run, *run.absolute().parents) if path.is_dir())
-    encoded = encode_splits(splits, data, tokenizer, beside=existing, progress=progress)
-    counts = _count(splits, encoded, dropped)
-    for task, per_split in counts.items():
-        _refuse_all_too_long(task, per_split, data.max_length)
-    _save_tokenizer(run, tokenizer, id_map)
+    tokenizer, id_map = _make_tokenizer(data, splits)
+    encoded = _encode(splits, data, tokenizer, run, progress)
+    counts = _count(splits, encoded, dropped, data.max_length)
+    with replacing_folder(tokenizer_folder(run)) as folder:
+        tokenizer.save_pretrained(str(folder))
+        if id_map is not None:
+            write_json(folder / "id_map.json", id_map)
     fingerprints = {split: encoded.tables[split].fingerprint() for split in SPLITS}
     found = report_as_dict(report, dropped, data.leaks, num_left=len(report.leaks) if data.leaks == "allow" else 0)
     manifest = {
         "format": _FORMAT,
         "section": _section(data),
         "fingerprint": {"all": sha256_of(fingerprints), **fingerprints},
-        "tokenizer": _describe_tokenizer(data, tokenizer, id_map, encoded),
+        "tokenizer": {
+            "name": data.tokenizer,
+            "fingerprint": fingerprint_tokenizer(tokenizer),
+            "size": len(tokenizer),
+            "trimmed": id_map is not None,
+            "unknown_tokens": {split: encoded.unknown[split] for split in SPLITS},
+        },
         "tasks": counts,
         "table": {task: {style: dict(n) for style, n in styles.items()} for task, styles in encoded.rows.items()},
         "duplicates_dropped": splits.duplicates,
@@ -86,6 +96,137 @@ def _prepare_data(recipe: Recipe, run: Path, progress: Progress) -> None:
     write_json(data_folder(run) / MANIFEST, manifest)
 
 
+# -- problems to encoded examples, chunk by chunk ------------------------------------------------------
+
+
+class _Written:
+    """The rows of all splits, written anew each time they are gone through.
+
+    Iterating gives the stretches of text that a tokenizer must be able to write. tokenizer: whose chat template to use,
+    where the recipe does; None: plain rows.
+    """
+
+    def __init__(self, splits: Splits, data: DataRecipe, tokenizer: PreTrainedTokenizerFast | None) -> None:
+        self.splits, self.data, self.tokenizer = splits, data, tokenizer
+
+    def chunks(self, split: str, *, read_back: bool = False) -> Iterator[list[Row]]:
+        """Each problem of a split in every style asked for, these side by side.
+
+        read_back: every row is read by its task; DataError where the gold answer does not come out of it.
+        """
+        data, rules, problems = self.data, self.splits.rules, iter(self.splits.problems[split])
+        while chunk := list(islice(problems, _CHUNK)):
+            rows = [rules[problem.task].write(problem, style) for problem in chunk for style in styles_of(data.style)]
+            for row in rows if read_back else ():
+                task, problem = rules[row.problem.task], row.problem
+                answer = task.extract(row.reasoning + row.answer)
+                if answer is None or not task.same(answer, problem.answer):
+                    raise DataError(
+                        f"the gold answer {problem.answer!r} reads back as {answer!r}",
+                        place=f"{problem.task} / {problem.id}",
+                        fix="take the task's answer mark out of the reasoning, or take the row out",
+                    )
+            if data.template == "chat" and self.tokenizer is not None:
+                rows = write_chat_rows(rows, self.tokenizer, system_prompt=data.system_prompt)
+            yield rows
+
+    def __iter__(self) -> Iterator[str]:
+        for split in SPLITS:
+            for rows in self.chunks(split):
+                yield from texts_of(rows)
+
+
+def _make_tokenizer(data: DataRecipe, splits: Splits) -> tuple[PreTrainedTokenizerFast, dict[int, int] | None]:
+    """The tokenizer of the data section; trimmed over the texts of all splits, as they will be tokenized.
+
+    Test texts count too: what a pretrained teacher reads must be the pieces it was trained on.
+    """
+    texts = _Written(splits, data, None) if data.tokenizer == CHARACTERS else ()
+    tokenizer = load_tokenizer(data.tokenizer, data.root, texts=texts)
+    if data.template == "chat":
+        tokenizer = chat_tokenizer(tokenizer)
+    if not data.trim_vocabulary:
+        return tokenizer, None
+    return trim_tokenizer(tokenizer, _Written(splits, data, tokenizer))
+
+
+@dataclass
+class _Encoded:
+    """What was written: a finished table per split, and counts. too_long: task -> split -> problems left out.
+
+    rows: task -> style -> split -> rows. problems: task -> split -> problems. unknown: split -> unknown tokens.
+    """
+
+    tables: dict[str, SplitWriter]
+    problems: dict[str, Counter[str]] = field(default_factory=dict)
+    rows: dict[str, dict[str, Counter[str]]] = field(default_factory=dict)
+    too_long: dict[str, Counter[str]] = field(default_factory=dict)
+    unknown: Counter[str] = field(default_factory=Counter)
+
+
+def _encode(
+    splits: Splits, data: DataRecipe, tokenizer: PreTrainedTokenizerFast, run: Path, progress: Progress
+) -> _Encoded:
+    """Every split encoded; problems of which any style is longer than `data.max_length` tokens are left out.
+
+    run: need not exist; the files without names lie on its disk.
+    """
+    existing = next(path for path in (run, *run.absolute().parents) if path.is_dir())
+    encoded = _Encoded({split: SplitWriter(existing) for split in SPLITS})
+    unk: Any = None if tokenizer.unk_token == tokenizer.eos_token else tokenizer.unk_token_id  # GPT-2: one for all
+    written, num_styles = _Written(splits, data, tokenizer), len(styles_of(data.style))
+    for split in SPLITS:
+        done, total = 0, len(splits.problems[split]) * num_styles
+        for rows in written.chunks(split, read_back=True):
+            examples = encode_rows(tokenizer, rows)
+            kept = []
+            for start in range(0, len(examples), num_styles):
+                problem = examples[start : start + num_styles]
+                task = problem[0].task
+                if any(len(example.input_ids) > data.max_length for example in problem):
+                    encoded.too_long.setdefault(task, Counter())[split] += 1
+                    continue
+                encoded.problems.setdefault(task, Counter())[split] += 1
+                for example in problem:
+                    encoded.rows.setdefault(task, {}).setdefault(example.style, Counter())[split] += 1
+                kept += problem
+            encoded.tables[split].write(kept)
+            if unk is not None:
+                encoded.unknown[split] += sum(example.input_ids.count(unk) for example in examples)
+            done += len(examples)
+            progress(f"encoding {split}", done, total)
+    return encoded
+
+
+def _count(
+    splits: Splits, encoded: _Encoded, dropped: dict[str, dict[str, int]], max_length: int
+) -> dict[str, dict[str, dict[str, int]]]:
+    """task -> split -> asked, problems, rows, too_long, dropped (as leaks). DataError for a split that is now empty."""
+    counts: dict[str, dict[str, dict[str, int]]] = {}
+    for task, asked in splits.asked.items():
+        counts[task] = {}
+        for split in SPLITS:
+            count = counts[task][split] = {
+                "asked": asked[split],
+                "problems": encoded.problems.get(task, Counter())[split],
+                "rows": sum(styles[split] for styles in encoded.rows.get(task, {}).values()),
+                "too_long": encoded.too_long.get(task, Counter())[split],
+                "dropped": dropped.get(split, {}).get(task, 0),
+            }
+            if count["problems"] == 0 and count["too_long"]:
+                raise DataError(
+                    f"all {count['too_long']} problems of split {split} of task {task} are longer than {max_length} "
+                    "tokens",
+                    place="data.max_length",
+                    fix="raise data.max_length",
+                )
+        refuse_empty({split: counts[task][split]["problems"] for split in SPLITS}, asked, task)
+    return counts
+
+
+# -- what is prepared already --------------------------------------------------------------------------
+
+
 def validate(recipe: Recipe, run: Path, progress: Progress | None = None, *, fix: bool = False) -> dict[str, Any]:
     """Hold what is learned from against what is held out, anew from the sources; the report, which is also written.
 
@@ -93,10 +234,20 @@ def validate(recipe: Recipe, run: Path, progress: Progress | None = None, *, fix
     them. fix: leaks are taken out of training (as `data.leaks: drop` does) and the data is prepared without them.
     `num_leaks` of the report are those that stay.
     """
-    run, progress = Path(run), progress or silent
+    run, progress, data = Path(run), progress or silent, recipe.data
     if fix:
-        return _fix(recipe, run, progress)
-    data = recipe.data
+        manifest = data_folder(run) / MANIFEST
+        if manifest.is_file() and read_json(manifest).get("num_leaks"):
+            used = [name for name in ("teachers", "store", "fit", "arms") if (run / name).exists()]
+            if used:
+                raise RunFolderError(
+                    f"models were already trained on this data ({', '.join(used)} are there)",
+                    place=str(run),
+                    fix="give another run_dir: what was learned from leaked problems cannot be taken back",
+                )
+            manifest.unlink()
+        prepare(recipe.model_copy(update={"data": data.model_copy(update={"leaks": "drop"})}), run, progress)
+        return read_json(data_folder(run) / REPORT)
     finished = _is_finished(data, run)
     splits = load_splits(data, progress, beside=run)
     leaks = find_split_leaks(recipe, splits, progress)
@@ -112,21 +263,6 @@ def validate(recipe: Recipe, run: Path, progress: Progress | None = None, *, fix
     found = report_as_dict(leaks, dropped, data.leaks, num_left=len(staying))
     write_json(data_folder(run) / REPORT, found)
     return found
-
-
-def _fix(recipe: Recipe, run: Path, progress: Progress) -> dict[str, Any]:
-    manifest = data_folder(run) / MANIFEST
-    if manifest.is_file() and read_json(manifest).get("num_leaks"):
-        used = [name for name in ("teachers", "store", "fit", "arms") if (run / name).exists()]
-        if used:
-            raise RunFolderError(
-                f"models were already trained on this data ({', '.join(used)} are there)",
-                place=str(run),
-                fix="give another run_dir: what was learned from leaked problems cannot be taken back",
-            )
-        manifest.unlink()
-    prepare(recipe.model_copy(update={"data": recipe.data.model_copy(update={"leaks": "drop"})}), run, progress)
-    return read_json(data_folder(run) / REPORT)
 
 
 def _hold_tables(splits: Splits, run: Path) -> dict[str, set[str]]:
@@ -201,52 +337,3 @@ def _check_sources(data: DataRecipe, sources: Sequence[dict[str, str]], manifest
                 place=str(manifest),
                 fix="give the recipe another run_dir, or put the file back",
             )
-
-
-def _count(
-    splits: Splits, encoded: Encoded, dropped: dict[str, dict[str, int]]
-) -> dict[str, dict[str, dict[str, int]]]:
-    """task -> split -> asked, problems, rows, too_long, dropped (as leaks)."""
-    counts: dict[str, dict[str, dict[str, int]]] = {}
-    for task, asked in splits.asked.items():
-        counts[task] = {}
-        for split in SPLITS:
-            rows = sum(styles[split] for styles in encoded.rows.get(task, {}).values())
-            counts[task][split] = {
-                "asked": asked[split],
-                "problems": encoded.problems.get(task, Counter())[split],
-                "rows": rows,
-                "too_long": encoded.too_long.get(task, Counter())[split],
-                "dropped": dropped.get(split, {}).get(task, 0),
-            }
-    return counts
-
-
-def _refuse_all_too_long(task: str, counts: dict[str, dict[str, int]], max_length: int) -> None:
-    for split, count in counts.items():
-        if count["problems"] == 0 and count["too_long"]:
-            raise DataError(
-                f"all {count['too_long']} problems of split {split} of task {task} are longer than {max_length} tokens",
-                place="data.max_length",
-                fix="raise data.max_length",
-            )
-    refuse_empty({s: c["problems"] for s, c in counts.items()}, {s: c["asked"] for s, c in counts.items()}, task)
-
-
-def _save_tokenizer(run: Path, tokenizer: PreTrainedTokenizerFast, id_map: dict[int, int] | None) -> None:
-    with replacing_folder(tokenizer_folder(run)) as folder:
-        tokenizer.save_pretrained(str(folder))
-        if id_map is not None:
-            write_json(folder / "id_map.json", id_map)
-
-
-def _describe_tokenizer(
-    data: DataRecipe, tokenizer: PreTrainedTokenizerFast, id_map: dict[int, int] | None, encoded: Encoded
-) -> dict[str, Any]:
-    return {
-        "name": data.tokenizer,
-        "fingerprint": fingerprint_tokenizer(tokenizer),
-        "size": len(tokenizer),
-        "trimmed": id_map is not None,
-        "unknown_tokens": {split: encoded.unknown[split] for split in SPLITS},
-    }

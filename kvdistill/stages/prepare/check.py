@@ -54,8 +54,10 @@ def find_split_leaks(recipe: Recipe, splits: Splits, progress: Progress) -> Leak
     if root is not None:
         questions, missing = evaluation_questions(root), missing_evaluations(root)
     else:
-        named = list(recipe.evaluate.tasks)
-        questions, missing = _hub_questions(named), sorted(set(EVALUATIONS) - set(named))
+        # Those that the recipe asks for; the others are not downloaded for the check's sake.
+        named = [find_evaluation(name, place="evaluate.tasks") for name in recipe.evaluate.tasks]
+        questions = (question for evaluation in named for question in questions_of(evaluation, None))
+        missing = sorted(set(EVALUATIONS) - set(recipe.evaluate.tasks))
     shown = _counted(questions, len(EVALUATIONS) - len(missing), progress)
     return find_leaks(splits.problems, shown, missing=missing, progress=progress)
 
@@ -70,12 +72,6 @@ def _counted(
             seen.add(question[0])
         yield question
     progress("reading evaluations", total, total)
-
-
-def _hub_questions(names: list[str]) -> Iterator[tuple[str, str, str, str]]:
-    """Of the evaluations that the recipe asks for; the others are not downloaded for the check's sake."""
-    for name in names:
-        yield from questions_of(find_evaluation(name, place="evaluate.tasks"), None)
 
 
 def require_checked(splits: Splits, report: LeakReport) -> None:

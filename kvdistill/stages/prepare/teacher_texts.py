@@ -23,11 +23,10 @@ from kvdistill.core.files import read_json, replacing_folder, sha256_file, write
 from kvdistill.core.layout import teacher_texts_folder
 from kvdistill.core.progress import Progress
 from kvdistill.core.recipe import DataRecipe, Recipe, TeacherRecipe
-from kvdistill.data.chat import chat_tokenizer, write_chat
-from kvdistill.data.encode import Example, encode_rows, texts_of
+from kvdistill.data.chat import chat_tokenizer, write_chat_rows
+from kvdistill.data.encode import Example, RowSpans, encode_rows, row_spans, texts_of
 from kvdistill.data.leaks import question_hash
-from kvdistill.data.problems import SPLITS, Problem, Row, Style
-from kvdistill.data.row_spans import row_spans
+from kvdistill.data.problems import SPLITS, Problem, Row
 from kvdistill.data.sets import find_rules
 from kvdistill.data.sources.jsonl import read_jsonl
 from kvdistill.data.tables import MANIFEST, SplitWriter, read_manifest, read_split
@@ -42,36 +41,31 @@ def prepare_teacher_texts(recipe: Recipe, run: Path, progress: Progress) -> None
 
     Raises DataError and ModelError naming the teacher, before anything of it is written.
     """
-    for teacher in recipe.teachers:
-        if may_have_own_text(teacher):
-            _prepare_one(recipe.data, run, teacher, teacher_place(recipe, teacher.name), progress)
-
-
-def _prepare_one(data: DataRecipe, run: Path, teacher: TeacherRecipe, place: str, progress: Progress) -> None:
-    folder = teacher_texts_folder(run, teacher.name)
-    section = _section(run, teacher, place)
-    if (folder / MANIFEST).is_file() and read_json(folder / MANIFEST)["section"] == section:
-        return
-    own = _own_tokenizer(data, run, teacher, place)
-    traces = _read_traces(teacher, place)
-    if own is None and traces is None:
-        write_json(folder / MANIFEST, {"section": section, "own_text": False, "one_text": True, "tokenizer": None})
-        return
-    students = _as_fast(run)
-    tokenizer = own or students
-    texts = _Texts(data, run, tokenizer, traces, place, writes=teacher.scratch is not None)
-    if own is not None and data.trim_vocabulary and teacher.scratch is not None:
-        tokenizer, _ = trim_tokenizer(tokenizer, texts)
-        texts = _Texts(data, run, tokenizer, traces, place, writes=teacher.scratch is not None)
-    with replacing_folder(folder) as part:
-        unknown, lost = _write_splits(part, texts, students, progress, teacher.name)
-        if own is not None:
-            tokenizer.save_pretrained(str(part / "tokenizer"))
-        files = {path.name: sha256_file(path) for path in sorted(part.iterdir()) if path.is_file()}
-        described = {"fingerprint": fingerprint_tokenizer(tokenizer), "size": len(tokenizer), "unknown": unknown}
-        write_json(
-            part / MANIFEST,
-            {
+    data = recipe.data
+    for teacher in filter(may_have_own_text, recipe.teachers):
+        place = teacher_place(recipe, teacher.name)
+        folder = teacher_texts_folder(run, teacher.name)
+        section = _section(run, teacher, place)
+        if (folder / MANIFEST).is_file() and read_json(folder / MANIFEST)["section"] == section:
+            continue
+        students = load_tokenizer_of(run)
+        assert isinstance(students, PreTrainedTokenizerFast)
+        own = _own_tokenizer(data, run, teacher, place, students)
+        traces = _read_traces(teacher, place)
+        if own is None and traces is None:
+            write_json(folder / MANIFEST, {"section": section, "own_text": False, "one_text": True, "tokenizer": None})
+            continue
+        texts = _Texts(data, run, teacher, own or students, traces, place)
+        if own is not None and data.trim_vocabulary and teacher.scratch is not None:
+            texts.tokenizer, _ = trim_tokenizer(own, texts)
+        tokenizer = texts.tokenizer
+        with replacing_folder(folder) as part:
+            unknown, lost = _write_splits(part, texts, students, progress)
+            if own is not None:
+                tokenizer.save_pretrained(str(part / "tokenizer"))
+            files = {path.name: sha256_file(path) for path in sorted(part.iterdir()) if path.is_file()}
+            described = {"fingerprint": fingerprint_tokenizer(tokenizer), "size": len(tokenizer), "unknown": unknown}
+            manifest = {
                 "section": section,
                 "own_text": True,
                 "one_text": traces is None,
@@ -79,8 +73,8 @@ def _prepare_one(data: DataRecipe, run: Path, teacher: TeacherRecipe, place: str
                 "pad_id": tokenizer.pad_token_id,
                 "lost": lost,
                 "files": files,
-            },
-        )
+            }
+            write_json(part / MANIFEST, manifest)
 
 
 def _section(run: Path, teacher: TeacherRecipe, place: str) -> dict[str, Any]:
@@ -102,7 +96,9 @@ def _section(run: Path, teacher: TeacherRecipe, place: str) -> dict[str, Any]:
     }
 
 
-def _own_tokenizer(data: DataRecipe, run: Path, teacher: TeacherRecipe, place: str) -> PreTrainedTokenizerFast | None:
+def _own_tokenizer(
+    data: DataRecipe, run: Path, teacher: TeacherRecipe, place: str, students: PreTrainedTokenizerFast
+) -> PreTrainedTokenizerFast | None:
     """This teacher's tokenizer, or None where it cuts text as the student's does."""
     if teacher.scratch is not None and teacher.tokenizer in (None, data.tokenizer):
         return None
@@ -113,7 +109,7 @@ def _own_tokenizer(data: DataRecipe, run: Path, teacher: TeacherRecipe, place: s
     else:
         assert teacher.path is not None
         theirs = load_model_tokenizer(teacher.path, place)
-        if tokenizer_difference(load_tokenizer_of(run), theirs, read_split(run, "train")[:COMPARED_EXAMPLES]) is None:
+        if tokenizer_difference(students, theirs, read_split(run, "train")[:COMPARED_EXAMPLES]) is None:
             return None
         if not theirs.is_fast:
             raise DataError(
@@ -123,12 +119,6 @@ def _own_tokenizer(data: DataRecipe, run: Path, teacher: TeacherRecipe, place: s
             )
         found = load_tokenizer(teacher.path, None, place)
     return chat_tokenizer(found) if data.template == "chat" else found
-
-
-def _as_fast(run: Path) -> PreTrainedTokenizerFast:
-    found = load_tokenizer_of(run)
-    assert isinstance(found, PreTrainedTokenizerFast)
-    return found
 
 
 def _read_traces(teacher: TeacherRecipe, place: str) -> dict[str, str] | None:
@@ -149,7 +139,7 @@ def _read_traces(teacher: TeacherRecipe, place: str) -> dict[str, str] | None:
 
 
 class _Texts:
-    """A teacher's rows beside the student's, chunk by chunk, made anew each time they are gone through.
+    """A teacher's rows beside the student's, chunk by chunk, written anew each time they are gone through.
 
     Iterating gives the stretches of text that a trimmed tokenizer must be able to write.
     """
@@ -158,114 +148,114 @@ class _Texts:
         self,
         data: DataRecipe,
         run: Path,
+        teacher: TeacherRecipe,
         tokenizer: PreTrainedTokenizerFast,
         traces: Mapping[str, str] | None,
         place: str,
-        *,
-        writes: bool,
     ) -> None:
-        """writes: whether the teacher is trained on these texts, and not only reads them."""
-        self.writes = writes
-        self.data, self.run, self.tokenizer, self.traces, self.place = data, run, tokenizer, traces, place
+        self.data, self.run, self.teacher = data, run, teacher
+        self.tokenizer, self.traces, self.place = tokenizer, traces, place
 
     def __iter__(self) -> Iterator[str]:
         for split in SPLITS:
             for _, rows in self.chunks(split):
-                for row in rows:
-                    yield from texts_of(row)
+                yield from texts_of(self.rendered(rows, self.tokenizer))
 
     def chunks(self, split: str) -> Iterator[tuple[list[Example], list[Row]]]:
-        """The student's examples, and the same problems as this teacher reads them."""
+        """The student's examples, and the same problems with this teacher's chains, as plain rows.
+
+        A row with a chain of the teacher's own is read back: DataError where the gold answer does not come out of it.
+        """
         examples = read_split(self.run, split)
         for start in range(0, len(examples), _CHUNK):
-            part = list(examples[start : start + _CHUNK])
-            yield part, [self._row(example, split, self.tokenizer, self.traces) for example in part]
-
-    def student_rows(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> list[Row]:
-        return [self._row(example, "", tokenizer, None) for example in examples]
-
-    def _row(
-        self, example: Example, split: str, tokenizer: PreTrainedTokenizerFast, traces: Mapping[str, str] | None
-    ) -> Row:
-        rules = find_rules(example.task)
-        reasoning = example.reasoning
-        if traces is not None and example.style == "cot":
-            own = traces.get(example.doc_hash)
-            if own is None and split in _LEARNED:
-                raise DataError(
-                    f"there is no trace for {example.task}/{example.id} of {split}: {example.question[:60]!r}",
-                    place=f"{self.place}.traces",
-                    fix="give a row for every train and val question, or take those problems out of the data",
+            part, rows = examples[start : start + _CHUNK], []
+            for example in part:
+                rules, reasoning = find_rules(example.task), example.reasoning
+                if self.traces is not None and example.style == "cot":
+                    own = self.traces.get(example.doc_hash)
+                    if own is None and split in _LEARNED:
+                        raise DataError(
+                            f"there is no trace for {example.task}/{example.id} of {split}: {example.question[:60]!r}",
+                            place=f"{self.place}.traces",
+                            fix="give a row for every train and val question, or take those problems out of the data",
+                        )
+                    reasoning = own or reasoning
+                problem = Problem(
+                    example.task, example.id, example.question, reasoning, example.answer, example.language
                 )
-            reasoning = own or reasoning
-        problem = Problem(
-            example.task, example.id, example.question, reasoning, example.answer, language=example.language
-        )
-        style: Style = "direct" if example.style == "direct" else "cot"
-        row = rules.write(problem, style)
-        answer = rules.extract(row.completion)
-        if answer is None or not rules.same(answer, problem.answer):
-            raise DataError(
-                f"with this trace the gold answer {problem.answer!r} reads back as {answer!r}",
-                place=f"{self.place}.traces: {example.task}/{example.id}",
-                fix="take the task's answer mark out of the trace",
-            )
-        if self.data.template == "chat":
-            row = write_chat(row, tokenizer, system_prompt=self.data.system_prompt)
-        return row
+                row = rules.write(problem, "direct" if example.style == "direct" else "cot")
+                answer = rules.extract(row.completion) if reasoning is not example.reasoning else problem.answer
+                if answer is None or not rules.same(answer, problem.answer):
+                    raise DataError(
+                        f"with this trace the gold answer {problem.answer!r} reads back as {answer!r}",
+                        place=f"{self.place}.traces: {example.task}/{example.id}",
+                        fix="take the task's answer mark out of the trace",
+                    )
+                rows.append(row)
+            yield list(part), rows
+
+    def rendered(self, rows: list[Row], tokenizer: PreTrainedTokenizerFast) -> list[Row]:
+        """Through the chat template of this tokenizer, where the recipe says so."""
+        if self.data.template != "chat":
+            return rows
+        return write_chat_rows(rows, tokenizer, system_prompt=self.data.system_prompt)
 
 
 def _write_splits(
-    part: Path, texts: _Texts, students: PreTrainedTokenizerFast, progress: Progress, name: str
+    part: Path, texts: _Texts, students: PreTrainedTokenizerFast, progress: Progress
 ) -> tuple[dict[str, int], dict[str, Any] | None]:
     """Tables of every split, and spans where targets are matched.
 
     Returns unknown tokens per split, and what of the training texts has no counterpart (None for other texts).
     """
-    unknown: dict[str, int] = {}
+    name, unknown = texts.teacher.name, {}
     lost: dict[str, Any] | None = None
     for split in SPLITS:
         writer = SplitWriter(part)
-        spans: dict[str, _Spans] = {"own": _Spans(), "students": _Spans()}
+        own: list[RowSpans] = []
+        theirs: list[RowSpans] = []  # the student's
         total = len(read_split(texts.run, split))
         matched = texts.traces is None and split in _LEARNED
-        for examples, rows in texts.chunks(split):
-            theirs = _encoded(texts, rows)
-            writer.write(theirs)
+        for examples, plain in texts.chunks(split):
+            rows = texts.rendered(plain, texts.tokenizer)
+            try:  # whoever is trained on these texts must be able to write them, not only to read them
+                encoded = encode_rows(texts.tokenizer, rows, spell_answers=texts.teacher.scratch is not None)
+            except DataError as error:  # said of data.tokenizer, the student's
+                raise DataError(error.what, place=f"{texts.place}.tokenizer", fix=error.fix) from None
+            writer.write(encoded)
             if matched:
-                spans["own"].add(texts.tokenizer, rows, theirs)
-                spans["students"].add(students, texts.student_rows(examples, students), examples)
+                own += row_spans(texts.tokenizer, rows, encoded)
+                theirs += row_spans(students, texts.rendered(plain, students), examples)
             progress(f"texts of {name}: {split}", writer.num_rows, total)
         writer.keep(part / own_table_path(texts.run, name, split).name)
         if matched:
-            unknown[split] = spans["own"].unknown
-            tensors = {f"{side}.{key}": value for side, one in spans.items() for key, value in one.tensors().items()}
+            unknown[split] = sum(row.unknown for row in own)
+            tensors: dict[str, torch.Tensor] = {}
+            for side, found in (("own", own), ("students", theirs)):  # packed, as `arms.texts` reads them
+                lengths = np.asarray([0, *(len(row.roles) for row in found)], np.int64)
+                spans = np.concatenate([np.zeros((0, 2), np.float32), *(row.spans for row in found)])
+                roles = np.concatenate([np.zeros(0, np.int8), *(row.roles for row in found)])
+                packed = {"offsets": np.cumsum(lengths), "spans": spans, "roles": roles}
+                tensors |= {f"{side}.{key}": torch.from_numpy(values) for key, values in packed.items()}
             write_tensors(part / spans_path(texts.run, name, split).name, tensors)
         if matched and split == "train":
-            lost = _lost(spans["own"], spans["students"], texts.place)
+            lost = _lost(own, theirs, texts.place)
     return unknown, lost
 
 
-def _encoded(texts: _Texts, rows: Sequence[Row]) -> list[Example]:
-    try:
-        return encode_rows(texts.tokenizer, rows, spell_answers=texts.writes)
-    except DataError as error:  # said of data.tokenizer, the student's
-        raise DataError(error.what, place=f"{texts.place}.tokenizer", fix=error.fix) from None
-
-
-def _lost(own: _Spans, students: _Spans, place: str) -> dict[str, Any] | None:
+def _lost(own: Sequence[RowSpans], students: Sequence[RowSpans], place: str) -> dict[str, Any] | None:
     """What of the texts has no counterpart on the other side, as shares of characters and tokens.
 
     Raises AlignmentError where nothing has: a teacher whose tokenizer cannot write these texts.
     """
     sums = torch.zeros(6, dtype=torch.float64)
     without = 0
-    for theirs, mine in zip(own.rows(), students.rows(), strict=True):
+    for theirs, mine in zip(own, students, strict=True):
         sides = [torch.from_numpy(side[part])[None] for part in (0, 1) for side in (theirs, mine)]
         counts = token_coverage(sides[0], sides[1], sides[2].long(), sides[3].long())
         sums += torch.cat(list(counts)).double()
         without += bool(counts.target_tokens_B == counts.empty_tokens_B)
-    if not len(own.rows()):
+    if not own:
         return None
     characters, lost, theirs_all, unread, tokens, empty = sums.tolist()
     if empty == tokens:
@@ -280,32 +270,3 @@ def _lost(own: _Spans, students: _Spans, place: str) -> dict[str, Any] | None:
         "tokens": empty / max(tokens, 1.0),
         "examples": without,
     }
-
-
-class _Spans:
-    """Packed spans of a split, as `teachers.texts.SpanTable` reads them."""
-
-    def __init__(self) -> None:
-        self._spans, self._roles, self._lengths = [], [], [0]  # type: ignore[var-annotated]
-        self.unknown = 0
-
-    def add(self, tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row], examples: Sequence[Example]) -> None:
-        for found in row_spans(tokenizer, rows, examples):
-            self._spans.append(found.spans)
-            self._roles.append(found.roles)
-            self._lengths.append(len(found.roles))
-            self.unknown += found.unknown
-
-    def rows(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(spans, roles) of each row."""
-        return list(zip(self._spans, self._roles, strict=True))
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        spans = np.concatenate([np.zeros((0, 2), np.float32), *self._spans])
-        roles = np.concatenate([np.zeros(0, np.int8), *self._roles])
-        offsets = np.cumsum(np.asarray(self._lengths, np.int64))
-        return {
-            "offsets": torch.from_numpy(offsets),
-            "spans": torch.from_numpy(spans),
-            "roles": torch.from_numpy(roles),
-        }
