@@ -208,11 +208,11 @@ def base_run() -> Path:
 
 def made_ready(recipe: Recipe, run: Path, *goals: str) -> None:
     """Everything before training, or these stages and what comes before them."""
-    from kvdistill.study.folder import claim_run_folder
+    from kvdistill.study.folder import claimed
     from kvdistill.study.plan import plan
 
-    claim_run_folder(recipe, run)
-    run_jobs_here(recipe, plan(recipe, run, goals or ("teach", "fit")), None)
+    with claimed(recipe, run):
+        run_jobs_here(recipe, plan(recipe, run, goals or ("teach", "fit")), None)
 
 
 def copy_base(folder: Path) -> Path:

@@ -23,9 +23,11 @@ def examine(folder: Path = Path(".")) -> dict[str, Any]:
     for name in PACKAGES:
         if versions[name] == "not installed":
             findings.append(f"{name} is not installed: `make setup`, or pip install kvdistill")
-        elif name in MINIMUM and _numbers(versions[name]) < MINIMUM[name]:
-            wanted = ".".join(map(str, MINIMUM[name]))
-            findings.append(f"{name} {versions[name]} is too old: {wanted} or newer is needed")
+        elif name in MINIMUM:
+            numbers = tuple(int(part) for part in versions[name].split("+")[0].split(".")[:2] if part.isdigit())
+            if numbers < MINIMUM[name]:
+                wanted = ".".join(map(str, MINIMUM[name]))
+                findings.append(f"{name} {versions[name]} is too old: {wanted} or newer is needed")
     free = shutil.disk_usage(folder).free
     if free < 2 * GIB:
         findings.append(f"only {free / GIB:.1f} GiB free here: the demo needs 2, a study with 7B teachers hundreds")
@@ -56,7 +58,3 @@ def _gpus() -> list[str]:
     command = [tool, "--query-gpu=name,memory.total", "--format=csv,noheader"]
     out = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     return [line.strip() for line in out.stdout.splitlines() if line.strip()] if out.returncode == 0 else []
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())

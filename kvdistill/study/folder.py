@@ -33,38 +33,46 @@ _BASE = ("data", "teachers", "student", "capture", "train", "evaluate")
 
 @contextmanager
 def claimed(recipe: Recipe, run: Path) -> Iterator[None]:
-    """Work in this run folder with this recipe. Others may too, at the same time, if they want the same but for arms
-    and seeds: each job has a lock of its own (`stages.table.perform`), and the folder's is held while it is claimed.
+    """Work in this run folder with this recipe: `recipe.json` is written, or the folder refused that another one made.
+
+    Others may work in it at the same time, if they want the same but for arms and seeds: each job has a lock of its
+    own (`stages.table.perform`), the folder's is held only while it is claimed. New arms and seeds are welcome.
     """
     check_run_folder(recipe, run)  # before the first lock, which leaves a file behind
-    with ExitStack() as working:
+    working = locks_folder(run) / "working"
+    path, mine = run / "recipe.json", recipe.model_dump(mode="json")
+    with ExitStack() as at_work:
         with folder_lock(run, wait=True):
-            claim_run_folder(recipe, run)
-            working.enter_context(file_lock(locks_folder(run) / "working", wait=True, shared=True))
+            theirs = read_json(path) if path.exists() else None
+            if theirs is not None and theirs != mine:
+                _refuse_difference(theirs, recipe, run, working)
+            if theirs != mine:
+                write_json(path, mine)
+            at_work.enter_context(file_lock(working, wait=True, shared=True))
         yield
 
 
-def claim_run_folder(recipe: Recipe, run: Path) -> None:
-    """Write `recipe.json`, or refuse a folder whose models another recipe made. New arms and seeds are welcome.
+def _refuse_difference(theirs: Any, recipe: Recipe, run: Path, working: Path) -> None:
+    differing = difference(theirs, recipe, run)
+    if differing is not None:
+        raise RunFolderError(
+            f"this run folder was made with another recipe: {differing} differs",
+            place=str(run),
+            fix="give another folder (run_dir=…), or delete this one to start over",
+        )
+    differing = difference(theirs, recipe, run, planned=True)
+    if differing is not None:  # what it asks for may be changed as long as nobody is making it
+        try:
+            with file_lock(working, wait=False):
+                return
+        except RunFolderError as error:
+            raise RunFolderError(
+                f"{error.what} with another recipe: {differing} differs", place=str(run), fix=error.fix
+            ) from None
 
-    While others work in the folder, their recipe counts for what they have not made yet, too.
-    """
-    try:
-        with file_lock(locks_folder(run) / "working", wait=False):
-            others = False
-    except RunFolderError:
-        others = True
-    check_run_folder(recipe, run, others=others)
-    path, mine = run / "recipe.json", recipe.model_dump(mode="json")
-    if not path.exists() or read_json(path) != mine:
-        write_json(path, mine)
 
-
-def check_run_folder(recipe: Recipe, run: Path, *, others: bool = False) -> None:
-    """Refuse, before anything is written, a folder that is not ours, and model folders that are not there.
-
-    others: whether another command is working in it.
-    """
+def check_run_folder(recipe: Recipe, run: Path) -> None:
+    """Refuse, before anything is written, a folder that is no run folder, and model folders that are not there."""
     models = [("student", recipe.student.path)]
     models += [(f"teachers.{i} ({t.name})", t.path) for i, t in enumerate(recipe.teachers)]
     for place, given in models:  # what can be seen without loading anything; the rest is the `check` job's
@@ -77,24 +85,9 @@ def check_run_folder(recipe: Recipe, run: Path, *, others: bool = False) -> None
                 place=f"{place}.path",
                 fix="give a folder with config.json and *.safetensors, or a hub id like Qwen/Qwen2.5-0.5B",
             )
-    path = run / "recipe.json"
-    if path.exists():
-        theirs = read_json(path)
-        differing = difference(theirs, recipe, run)
-        if differing is not None:
-            raise RunFolderError(
-                f"this run folder was made with another recipe: {differing} differs",
-                place=str(run),
-                fix="give another folder (run_dir=…), or delete this one to start over",
-            )
-        differing = difference(theirs, recipe, run, planned=True) if others else None
-        if differing is not None:
-            raise RunFolderError(
-                f"another command is working in this run folder with another recipe: {differing} differs",
-                place=str(run),
-                fix="wait for it, or stop it first; or give another folder (run_dir=…)",
-            )
-    elif run.exists() and (not run.is_dir() or any(entry.name not in (LOCK, LOCKS) for entry in run.iterdir())):
+    if (run / "recipe.json").exists() or not run.exists():
+        return
+    if not run.is_dir() or any(entry.name not in (LOCK, LOCKS) for entry in run.iterdir()):
         what = "this folder holds files but no recipe.json" if run.is_dir() else "this is a file, not a folder"
         raise RunFolderError(what, place=str(run), fix="give an empty or new folder with run_dir=…")
 
@@ -135,13 +128,13 @@ def _base_of(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _first_difference(old: Any, new: Any, where: str = "") -> str | None:
+    if old == new:
+        return None
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in sorted({*old, *new}):
             found = _first_difference(old.get(key), new.get(key), f"{where}.{key}" if where else str(key))
             if found:
                 return found
-        return None
-    if old == new:
         return None
     return f"{where} ({json.dumps(old, ensure_ascii=False)[:60]} there, {json.dumps(new, ensure_ascii=False)[:60]} now)"
 

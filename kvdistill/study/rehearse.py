@@ -39,9 +39,15 @@ def dry_run(recipe: Recipe, progress: Progress) -> dict[str, Any]:
     quiet_libraries()
     folder = run_folder(recipe) / "dry-run"
     notes: list[str] = []
+    sources: dict[str, ModelRecipe] = {"student": recipe.student} | {f"teacher {t.name}": t for t in recipe.teachers}
     with folder_lock(folder, wait=False):
         try:
-            configs = _true_configs(recipe, notes)
+            configs: dict[str, PreTrainedConfig] = {}
+            for name, source in sources.items():
+                known = published_config(source.path or "")  # first: a hub that does not answer costs minutes
+                configs[name] = known or check_model_exists(source, name)
+                if known is not None:
+                    notes.append(f"{name}: sizes as published for {source.path}; the weights were not looked for")
             depth = configs["student"].num_hidden_layers
             for arm in recipe.arms:
                 parse_layer_range(
@@ -51,25 +57,10 @@ def dry_run(recipe: Recipe, progress: Progress) -> dict[str, Any]:
             small = _with_small_models(small, folder, configs)
             jobs = plan(small, folder / "run", ("teach", "evaluate"))
             run_jobs(small, jobs, progress, what="dry run", here=True)
-            needs = _needs(recipe, configs)
+            needs = _needs(recipe, sources, configs)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     return {"rehearsed": [job.id.replace(":", " ") for job in jobs], "needs": needs, "notes": notes}
-
-
-def _sources(recipe: Recipe) -> dict[str, ModelRecipe]:
-    return {"student": recipe.student} | {f"teacher {t.name}": t for t in recipe.teachers}
-
-
-def _true_configs(recipe: Recipe, notes: list[str]) -> dict[str, PreTrainedConfig]:
-    """Configuration of the student and every teacher at their true size."""
-    configs = {}
-    for name, source in _sources(recipe).items():
-        known = published_config(source.path or "")  # first: a hub that does not answer costs minutes of retries
-        configs[name] = known or check_model_exists(source, name)
-        if known is not None:
-            notes.append(f"{name}: sizes as published for {source.path}; the weights were not looked for")
-    return configs
 
 
 def _prepared(recipe: Recipe, folder: Path, notes: list[str], progress: Progress) -> Recipe:
@@ -96,7 +87,12 @@ def _prepared(recipe: Recipe, folder: Path, notes: list[str], progress: Progress
     for teacher in tree["teachers"]:
         teacher["optimiser"] |= {"steps": 2, "batch_size": 2}
         teacher["traces"] = None  # of real questions; a rehearsal asks others
-        _read_tokenizer(teacher, recipe, notes)
+        if teacher["path"] is not None and teacher["tokenizer"] is None:
+            try:
+                load_tokenizer(teacher["path"], recipe.data.root)
+            except DataError:
+                teacher["tokenizer"] = recipe.data.tokenizer
+                notes.append(f"teacher {teacher['name']}: its tokenizer is not at hand; rehearsed with the student's")
     try:
         small = make_recipe(tree)
         prepare(small, folder / "run", progress)
@@ -119,58 +115,41 @@ def _prepared(recipe: Recipe, folder: Path, notes: list[str], progress: Progress
     return small
 
 
-def _read_tokenizer(teacher: dict[str, Any], recipe: Recipe, notes: list[str]) -> None:
-    """A pretrained teacher's tokenizer where it is at hand, else the student's in its place."""
-    if teacher["path"] is None or teacher["tokenizer"] is not None:
-        return
-    try:
-        load_tokenizer(teacher["path"], recipe.data.root)
-    except DataError:
-        teacher["tokenizer"] = recipe.data.tokenizer
-        notes.append(f"teacher {teacher['name']}: its tokenizer is not at hand; rehearsed with the student's")
-
-
 def _with_small_models(small: Recipe, folder: Path, configs: dict[str, PreTrainedConfig]) -> Recipe:
     """Every pretrained model replaced by a folder with random weights of its layer sizes, DEPTH layers deep."""
-    tree = small.model_dump(mode="json")
-    for name, section in [("student", tree["student"])] + [(f"teacher {t['name']}", t) for t in tree["teachers"]]:
-        if section["path"] is not None:
-            target = folder / "models" / name.replace(" ", "-")
-            of = next((t for t in small.teachers if f"teacher {t.name}" == name), None)
-            experiment = Experiment(small, folder / "run")
-            tokenizer = experiment.tokenizer if of is None else experiment.teachers[of.name].tokenizer
-            _save_random(configs[name], target, tokenizer, section["dtype"])
-            section["path"] = str(target)
+    tree, experiment = small.model_dump(mode="json"), Experiment(small, folder / "run")
+    teachers = {f"teacher {name}": teacher for name, teacher in experiment.teachers.items()}
+    for name, section in [("student", tree["student"]), *zip(teachers, tree["teachers"], strict=True)]:
+        if section["path"] is None:
+            continue
+        tokenizer = experiment.tokenizer if name == "student" else teachers[name].tokenizer
+        config = copy.deepcopy(configs[name])
+        config.num_hidden_layers = min(DEPTH, config.num_hidden_layers)
+        config.vocab_size = len(tokenizer)
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[: config.num_hidden_layers]
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, key, getattr(tokenizer, key))
+        target = folder / "models" / name.replace(" ", "-")
+        torch.manual_seed(derive_seed(0, "dry-run", target.name))
+        auto_class(config).from_config(config, dtype=DTYPES[section["dtype"]]).save_pretrained(target)
+        tokenizer.save_pretrained(target)
+        section["path"] = str(target)
     return make_recipe(tree)
 
 
-def _save_random(config: PreTrainedConfig, target: Path, tokenizer: Any, dtype: str) -> None:
-    small = copy.deepcopy(config)
-    small.num_hidden_layers = min(DEPTH, config.num_hidden_layers)
-    small.vocab_size = len(tokenizer)
-    if getattr(small, "layer_types", None):
-        small.layer_types = small.layer_types[: small.num_hidden_layers]
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(small, key, getattr(tokenizer, key))
-    torch.manual_seed(derive_seed(0, "dry-run", target.name))
-    model = auto_class(small).from_config(small, dtype=DTYPES[dtype])
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
-
-
-def _needs(recipe: Recipe, configs: dict[str, PreTrainedConfig]) -> dict[str, str]:
+def _needs(recipe: Recipe, sources: dict[str, ModelRecipe], configs: dict[str, PreTrainedConfig]) -> dict[str, str]:
     """What the real run needs, from the true sizes."""
     needs: dict[str, str] = {}
     shapes: dict[str, ModelShape] = {}
     for name, config in configs.items():
         shape = shapes[name] = describe_config(config)
-        source = _sources(recipe)[name]
-        size = torch.empty(0, dtype=DTYPES[source.dtype]).element_size()
+        size = torch.empty(0, dtype=DTYPES[sources[name].dtype]).element_size()
         gib = shape.num_parameters * size / GIB
         kv_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_size * size
         needs[name] = (
             f"{shape.num_parameters / 1e9:.2f} B parameters, {shape.num_layers} layers, "
-            f"{gib:.1f} GiB in {source.dtype}, {kv_bytes / 1000:.1f} kB of KV per token"
+            f"{gib:.1f} GiB in {sources[name].dtype}, {kv_bytes / 1000:.1f} kB of KV per token"
         )
     student = shapes["student"]
     tokens = recipe.train.batch_size * recipe.train.accumulation * recipe.data.max_length
@@ -181,17 +160,15 @@ def _needs(recipe: Recipe, configs: dict[str, PreTrainedConfig]) -> dict[str, st
         f"at most {step / 1e12:.3g} TFLOP per step"
     )
     if recipe.capture.source == "store":
-        needs["captured targets"] = _store_size(recipe, shapes, student)
+        size = torch.empty(0, dtype=DTYPES[recipe.capture.dtype]).element_size()
+        problems = sum(task.train for task in recipe.data.tasks)
+        per_token = sum(
+            2 * min(shape.num_layers, student.num_layers) * shape.num_kv_heads * shape.head_size * size
+            for name, shape in shapes.items()
+            if name != "student"
+        )
+        upper = problems * recipe.data.max_length * per_token / GIB
+        needs["captured targets"] = (
+            f"at most {upper:.1f} GiB ({per_token / 1000:.1f} kB per token, {problems} problems)"
+        )
     return needs
-
-
-def _store_size(recipe: Recipe, shapes: dict[str, ModelShape], student: ModelShape) -> str:
-    size = torch.empty(0, dtype=DTYPES[recipe.capture.dtype]).element_size()
-    problems = sum(task.train for task in recipe.data.tasks)
-    per_token = sum(
-        2 * min(shape.num_layers, student.num_layers) * shape.num_kv_heads * shape.head_size * size
-        for name, shape in shapes.items()
-        if name != "student"
-    )
-    upper = problems * recipe.data.max_length * per_token / GIB
-    return f"at most {upper:.1f} GiB ({per_token / 1000:.1f} kB per token, {problems} problems)"
