@@ -12,17 +12,28 @@ Axes: N teachers, L layers, B batch, T tokens, C channels, P prototypes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from kvdistill.core.errors import RecipeError
+from kvdistill.core.recipe import FuseRecipe
 from kvdistill.fuse.routing_record import RoutingRecord
-from kvdistill.fuse.similarity import fit_prototypes, k_means, similarity_weights
+from kvdistill.fuse.similarity import Grain, fit_prototypes, k_means, similarity_weights
 from kvdistill.fuse.weights import (
+    AbstractStrategy,
+    CompetenceStrategy,
+    FixedStrategy,
     Fusion,
-    build_fusion,
+    SimilarityStrategy,
     competence_weights,
     fixed_weights,
     fuse_caches,
 )
 
 __all__ = [
+    "FUSION_STRATEGIES",
+    "AbstractStrategy",
     "Fusion",
     "RoutingRecord",
     "build_fusion",
@@ -33,3 +44,31 @@ __all__ = [
     "k_means",
     "similarity_weights",
 ]
+
+FUSION_STRATEGIES: dict[str, type[AbstractStrategy]] = {
+    "fixed": FixedStrategy,
+    "competence": CompetenceStrategy,
+    "similarity": SimilarityStrategy,
+}
+
+
+def build_fusion(
+    recipe: FuseRecipe,
+    teacher_names: Sequence[str],
+    num_layers: int,
+    prototypes: Sequence[Tensor] | None = None,
+    grain: Grain = "example",
+) -> Fusion:
+    """The fusion `recipe` names, checked now: a wrong number of weights or prototypes is an error here.
+
+    prototypes: for similarity, one [L, P, C_n] a teacher (`fit_prototypes`). grain: for similarity, one
+    weight per example, per example and token, or per example and layer.
+    """
+    if recipe.fusion_strategy not in FUSION_STRATEGIES:
+        raise RecipeError(
+            f"unknown strategy {recipe.fusion_strategy!r}",
+            place="fuse.fusion_strategy",
+            fix=f"one of {', '.join(FUSION_STRATEGIES)}",
+        )
+    kind = FUSION_STRATEGIES[recipe.fusion_strategy]
+    return Fusion(tuple(teacher_names), kind.build(recipe, len(teacher_names), num_layers, prototypes, grain))

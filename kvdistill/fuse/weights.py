@@ -1,7 +1,6 @@
 """Weights per teacher (`Fusion` and its strategies), and the weighted mean of N caches.
 
-A strategy is one small frozen dataclass with `weights_NLBT`; `FUSION_STRATEGIES` names them. To add one:
-write the class, add a line to the dict. How a similarity is measured is in `similarity.py`.
+A strategy is one small frozen dataclass with `weights_NLBT`; `FUSION_STRATEGIES` (in `__init__`) names them.
 
 Axes: N teachers, L layers, B batch, T tokens, C channels; 1 where a strategy does not tell them apart.
 """
@@ -161,13 +160,6 @@ class SimilarityStrategy(AbstractStrategy):
         )
 
 
-FUSION_STRATEGIES: dict[str, type[AbstractStrategy]] = {
-    "fixed": FixedStrategy,
-    "competence": CompetenceStrategy,
-    "similarity": SimilarityStrategy,
-}
-
-
 @dataclass(frozen=True)
 class Fusion:
     """Weights of named teachers, whatever the strategy."""
@@ -204,28 +196,6 @@ class Fusion:
                 fix="pass what Fusion.needs names to Fusion.weights",
             )
         return self.strategy.weights_NLBT(inputs)
-
-
-def build_fusion(
-    recipe: FuseRecipe,
-    teacher_names: Sequence[str],
-    num_layers: int,
-    prototypes: Sequence[Tensor] | None = None,
-    grain: Grain = "example",
-) -> Fusion:
-    """The fusion `recipe` names, checked now: a wrong number of weights or prototypes is an error here.
-
-    prototypes: for similarity, one [L, P, C_n] a teacher (`fit_prototypes`). grain: for similarity, one
-    weight per example, per example and token, or per example and layer.
-    """
-    if recipe.fusion_strategy not in FUSION_STRATEGIES:
-        raise RecipeError(
-            f"unknown strategy {recipe.fusion_strategy!r}",
-            place="fuse.fusion_strategy",
-            fix=f"one of {', '.join(FUSION_STRATEGIES)}",
-        )
-    kind = FUSION_STRATEGIES[recipe.fusion_strategy]
-    return Fusion(tuple(teacher_names), kind.build(recipe, len(teacher_names), num_layers, prototypes, grain))
 
 
 # -- N caches into one ------------------------------------------------------------------------

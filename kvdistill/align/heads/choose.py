@@ -16,7 +16,7 @@ from kvdistill.core.errors import AlignmentError, RecipeError
 from kvdistill.core.runtime import derive_seed
 
 TOLERANCE = 1e-5
-PROJECTORS: dict[str, type[KVDimensionProjector] | type[HeadwiseMapProjector] | type[ElasticProjector]] = {
+PROJECTORS: dict[str, type[Any]] = {
     "flat": KVDimensionProjector,
     "structured": HeadwiseMapProjector,
     "elastic": ElasticProjector,
@@ -71,7 +71,7 @@ def make_projector(
     elif rank is not None:
         made = LowRankProjector(*ends, num_layers, rank=rank, **options)
     else:
-        made = KVDimensionProjector(*ends, num_layers, **options)
+        made = PROJECTORS[projection](*ends, num_layers, **options)
     if residual:
         made = ResidualProjector(made, guess_weight_PIO)
     if frozen:
