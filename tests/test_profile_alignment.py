@@ -10,16 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from kvdistill.stages.train.matching import match_on_held_out
-from kvdistill.study.profile.setting import Setting, open_setting
 from tiny_recipe import SEED, assert_one_message, invoke, no_work, write_recipe
 
+from kvdistill.arms.arm import Arm
+from kvdistill.arms.distiller import Distiller
+from kvdistill.arms.experiment import Experiment
 from kvdistill.cli.tables import as_text, layer_lines, profile_lines
-from kvdistill.core.config import arm_recipe, load_recipe
+from kvdistill.core.config import load_recipe
 from kvdistill.core.files import write_json
-from kvdistill.core.recipe import Recipe
-from kvdistill.stages.fit import initial_student, make_aligner
+from kvdistill.stages.train import match_on_held_out
 from kvdistill.store.packed import TargetReader
+from kvdistill.study.profile import profile_alignment
 from kvdistill.study.profile.numbers import FP16_MAX, StageMeter, number_figures
 from kvdistill.study.profile.shapes import _lost
 from kvdistill.study.profile.timing import PARTS, LiveTensors, PartClock
@@ -52,12 +53,15 @@ def few_steps(monkeypatch) -> None:
 
 
 @pytest.fixture
-def recipe(profiled) -> Recipe:
-    return load_recipe(str(profiled[0] / "tiny.yaml"))
+def experiment(profiled) -> Experiment:
+    recipe = load_recipe(str(profiled[0] / "tiny.yaml"))
+    return Experiment(recipe, Path(str(recipe.run_dir)))
 
 
-def setting_of(recipe: Recipe, arm: str = "fixed") -> Setting:
-    return open_setting(recipe, Path(str(recipe.run_dir)), arm, SEED)
+def arm_of(experiment: Experiment, name: str = "fixed") -> Arm:
+    arm = experiment.arm(name, SEED)
+    arm.distiller.eval()
+    return arm
 
 
 def taught_run(folder: Path, here: Path, arms: dict[str, Any], **changes: Any) -> Path:
@@ -119,14 +123,13 @@ def test_help_says_what_is_learned(monkeypatch):
 # -- figures against what they are of -----------------------------------------------------------------
 
 
-def test_parameters_are_the_modules(profiled, recipe):
-    run = Path(str(recipe.run_dir))
-    student = sum(p.numel() for p in initial_student(recipe, run, SEED).parameters())
+def test_parameters_are_the_modules(profiled, experiment):
+    student = sum(p.numel() for p in experiment.initial_model(SEED).parameters())
     for name, profile in profiled[1]["profiles"].items():
         found = profile["parameters"]
         assert found["student"] == {"parameters": student, "trained": student}
         for teacher in ("one", "two"):
-            aligner = make_aligner(recipe, run, arm_recipe(recipe, name), teacher, SEED)
+            aligner = experiment.arm(name, SEED).new_aligner(teacher)
             assert found["teachers"][teacher]["parameters"] == aligner.num_parameters
             assert found["teachers"][teacher]["parameters"] == sum(p.numel() for p in aligner.parameters())
             trained = sum(p.numel() for p in aligner.parameters() if p.requires_grad)
@@ -152,10 +155,9 @@ def test_shapes_are_the_recipes(profiled):
     assert channels == {"fixed": 16, "structural": 16, "shared": 12, "right": 16}
 
 
-def test_match_at_the_start_is_what_training_would_measure(profiled, recipe):
-    setting = setting_of(recipe)
-    run = Path(str(recipe.run_dir))
-    expected = match_on_held_out(recipe, run, setting.arm, setting.distiller, setting.pad_id, SEED)
+def test_match_at_the_start_is_what_training_would_measure(profiled, experiment):
+    arm = arm_of(experiment)
+    expected = match_on_held_out(arm, arm.distiller)
     match = profiled[1]["profiles"]["fixed"]["match"]
     assert match["texts"] == 8 and match["fit_texts"] == 96
     for teacher in ("one", "two"):
@@ -200,8 +202,8 @@ def test_teachers_that_run_in_every_step(profiled, tmp_path, monkeypatch):
 # -- where a NaN comes from ---------------------------------------------------------------------------
 
 
-def test_a_broken_stored_target_is_named_and_the_rest_still_told(profiled, recipe, monkeypatch):
-    whole = TargetReader.read
+def test_a_broken_stored_target_is_named_and_the_rest_still_told(profiled, experiment, monkeypatch):
+    whole, written = TargetReader.read, []
 
     def broken(self, *args, **kwargs):
         out = whole(self, *args, **kwargs)
@@ -210,11 +212,9 @@ def test_a_broken_stored_target_is_named_and_the_rest_still_told(profiled, recip
         return out
 
     monkeypatch.setattr(TargetReader, "read", broken)
-    monkeypatch.setattr("kvdistill.study.profile.write_json", lambda path, value: None)
-    monkeypatch.setattr("kvdistill.study.profile.read_json", lambda path: None)
-    from kvdistill.study.profile import _profile
-
-    found = _profile(recipe, Path(str(recipe.run_dir)), "fixed", lambda *a: None)
+    monkeypatch.setattr("kvdistill.study.profile.write_json", lambda path, value: written.append(value))
+    monkeypatch.setattr("kvdistill.study.profile.read_json", lambda path: written[-1])
+    found = profile_alignment(experiment, ["fixed"])["fixed"]
     first = found["numbers"]["first_non_finite"]
     assert (first["stage"], first["teacher"], first["what"]) == ("teacher, as captured", "one", "v")
     says = "non-finite values begin in the values of teacher 'one', as captured: 2 of them in layer 2"
@@ -224,18 +224,18 @@ def test_a_broken_stored_target_is_named_and_the_rest_still_told(profiled, recip
     assert "left out: there are non-finite values" in text and "→ non-finite values begin" in text
 
 
-def planted_in(setting: Setting, where: str) -> None:
-    distiller, aligner = setting.distiller, setting.aligner("two")
+def planted_in(distiller: Distiller, where: str) -> None:
+    aligner = distiller.aligner("two")
     with torch.no_grad():
         if where == "fit":
             aligner.k_scale[1, 3] = float("nan")
         elif where in ("student", "student and fit"):
             aligner.proj_k.bias[0, 0] = float("nan") if where != "student" else 0.0
-            distiller.student.model.layers[1].self_attn.v_proj.weight[2, 1] = float("nan")
+            distiller.student.model.model.layers[1].self_attn.v_proj.weight[2, 1] = float("nan")
         elif where == "source":
             aligner.proj_v.weight[0, :, 2], aligner.proj_v.bias[0, 2] = 3e38, -3.4e38  # finite, and too much
     if where == "gradient":
-        distiller.student.model.layers[0].mlp.up_proj.weight.register_hook(lambda g: g * float("nan"))
+        distiller.student.model.model.layers[0].mlp.up_proj.weight.register_hook(lambda g: g * float("nan"))
     if where == "loss":
 
         class Broken:
@@ -258,17 +258,17 @@ def planted_in(setting: Setting, where: str) -> None:
         ("gradient", "the student's gradient is not: 768 values, the first in model.layers.0.mlp.up_proj.weight"),
     ],
 )
-def test_a_planted_fault_is_named_at_its_stage(profiled, recipe, where, says):
-    setting = setting_of(recipe)
-    planted_in(setting, where)
-    found = number_figures(setting, 1)
+def test_a_planted_fault_is_named_at_its_stage(profiled, experiment, where, says):
+    arm = arm_of(experiment)
+    planted_in(arm.distiller, where)
+    found = number_figures(arm, 1)
     assert found["first_non_finite"]["stage"] == where.split(" and ")[0] and says in found["says"], found["says"]
 
 
-def test_a_broken_text_that_only_the_fit_read_is_found(profiled, recipe, monkeypatch):
-    setting, whole = setting_of(recipe), TargetReader.read
-    planted_in(setting, "fit")
-    assert number_figures(setting, 1)["says"] == "non-finite values begin in the aligner of teacher 'two': k_scale"
+def test_a_broken_text_that_only_the_fit_read_is_found(profiled, experiment, monkeypatch):
+    arm, whole = arm_of(experiment), TargetReader.read
+    planted_in(arm.distiller, "fit")
+    assert number_figures(arm, 1)["says"] == "non-finite values begin in the aligner of teacher 'two': k_scale"
 
     def broken(self, examples, **kwargs):
         out = whole(self, examples, **kwargs)
@@ -277,7 +277,7 @@ def test_a_broken_text_that_only_the_fit_read_is_found(profiled, recipe, monkeyp
         return out
 
     monkeypatch.setattr(TargetReader, "read", broken)
-    found = number_figures(setting, 1)
+    found = number_figures(arm, 1)
     assert found["first_non_finite"]["stage"] == "teacher, as captured" and found["first_non_finite"]["what"] == "k"
     assert "the keys of teacher 'two', as captured: 2 of them in layer 1 of example 91" in found["says"]
 
@@ -353,12 +353,12 @@ def test_live_tensors_count_what_is_made_and_forget_what_is_gone():
     assert live.now == 0 and view.numel() == 1000
 
 
-def test_part_clock_counts_the_outermost_and_leaves_no_trace(profiled, recipe):
+def test_part_clock_counts_the_outermost_and_leaves_no_trace(profiled, experiment):
     clock = PartClock(torch.device("cpu"))
     with clock.part("loss"), clock.part("backward"):
         pass
     assert clock.seconds["loss"] > 0 == clock.seconds["backward"]
-    distiller = setting_of(recipe).distiller
+    distiller = arm_of(experiment).distiller
     modules = [distiller, *distiller.modules()]
     before = [set(vars(module)) for module in modules]
     with clock.watching(distiller):

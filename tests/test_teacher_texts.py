@@ -14,13 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from kvdistill.arms.batches import BatchMaker
 from kvdistill.arms.checks import check_models
-from kvdistill.arms.texts import (
-    load_teacher_tokenizer,
-    load_tokenizer_of,
-    teacher_lessons,
-    teacher_manifest,
-    teacher_text,
-)
+from kvdistill.arms.experiment import Experiment
+from kvdistill.arms.texts import load_tokenizer_of
 from kvdistill.core.config import arm_recipe, make_recipe
 from kvdistill.core.errors import AlignmentError, DataError, KVDistillError, RecipeError
 from kvdistill.core.recipe import Recipe
@@ -119,10 +114,10 @@ def test_spans_name_the_characters_of_the_text(
 ) -> None:
     recipe, run = studies(task, *names, **data)
     mine = load_tokenizer_of(run)
-    for teacher in recipe.teachers:
-        theirs = load_teacher_tokenizer(run, teacher)
+    for teacher in Experiment(recipe, run).teachers.values():
+        theirs = teacher.tokenizer
         for split in ("train", "val"):
-            text = teacher_text(recipe, run, split, teacher)
+            text = teacher.text(split)
             assert text is not None and text.own is not None
             examples = read_split(run, split)
             assert len(text.examples) == len(examples)
@@ -159,27 +154,28 @@ def test_a_teacher_with_the_students_tokenizer_has_no_texts_of_its_own(
     same = tokenizers("gpt2")
     recipe = study(tmp_path, {"tokenizer": same}, {}, tokenizer=same, tasks=real_rows["gsm8k"])
     run = prepared(recipe)
-    assert [teacher_text(recipe, run, "train", teacher) for teacher in recipe.teachers] == [None, None]
-    assert teacher_lessons(run, "train", recipe.teachers[0]) == read_split(run, "train")
+    teachers = Experiment(recipe, run).teachers
+    assert [teacher.text("train") for teacher in teachers.values()] == [None, None]
+    assert teachers["t0"].lessons("train") == read_split(run, "train")
 
 
 def test_another_cut_gives_rows_that_sum_to_one(studies: Studies) -> None:
     recipe, run = studies("gsm8k", "gpt2", "qwen2.5", "llama3", **TRIMMED)
     arm = arm_recipe(recipe, "fixed")
-    texts = {t.name: teacher_text(recipe, run, "train", t) for t in recipe.teachers}
+    texts = {name: teacher.text("train") for name, teacher in Experiment(recipe, run).teachers.items()}
     examples = read_split(run, "train")
     batch = BatchMaker(examples, 0, arm, texts=texts)([3, 1, 7])
     for name in ("t0", "t1"):
-        ids, segments = batch["teacher_inputs"][name]
-        mapping = batch["maps"][name]
+        ids, segments = batch.teacher_inputs[name]
+        mapping = batch.maps[name]
         assert mapping.n_in == ids.shape[1] == segments.shape[1]
-        assert mapping.n_out == batch["input_ids"].shape[1]
-        real = batch["segments"] > 0
+        assert mapping.n_out == batch.input_ids_BT.shape[1]
+        real = batch.segments_BT > 0
         sums = mapping.weight.sum(-1)
         assert torch.allclose(sums[real & mapping.mask()], torch.ones(()))
         assert not mapping.mask()[~real].any()
         assert mapping.mask()[real].float().mean() > 0.98  # all of the text is common text
-        assert torch.equal(batch["kv_masks"][name], real & mapping.mask())
+        assert torch.equal(batch.kv_masks[name], real & mapping.mask())
         for b in range(3):
             dense = mapping.to_dense()[b]
             read = dense > 0
@@ -187,29 +183,29 @@ def test_another_cut_gives_rows_that_sum_to_one(studies: Studies) -> None:
             for t in torch.nonzero(mapping.mask()[b]).flatten().tolist():  # neighbours only, and of its own segment
                 places = torch.nonzero(read[t]).flatten()
                 assert int(places.max() - places.min()) < 8
-                assert batch["segments"][b, t] in segments[b][places]
+                assert batch.segments_BT[b, t] in segments[b][places]
 
 
 def test_nll_is_counted_per_token_of_the_student(studies: Studies) -> None:
     recipe, run = studies("gsm8k", "gpt2", "qwen2.5", "llama3", **TRIMMED)
-    texts = {t.name: teacher_text(recipe, run, "train", t) for t in recipe.teachers}
+    texts = {name: teacher.text("train") for name, teacher in Experiment(recipe, run).teachers.items()}
     examples = read_split(run, "train")
     arm = arm_recipe(recipe, "fixed")
-    assert "nll_scale" not in BatchMaker(examples, 0, arm, texts=texts)([0, 5])  # nobody asks for it
+    assert not BatchMaker(examples, 0, arm, texts=texts)([0, 5]).nll_scale  # nobody asks for it
     arm = arm.model_copy(update={"fuse": arm.fuse.model_copy(update={"fusion_strategy": "competence"})})
     batch = BatchMaker(examples, 0, arm, texts=texts)([0, 5])
     for name, text in texts.items():
         assert text is not None
-        for i, scale in zip((0, 5), batch["nll_scale"][name].tolist(), strict=True):
+        for i, scale in zip((0, 5), batch.nll_scale[name].tolist(), strict=True):
             both = text.examples[i], examples[i]
             theirs, mine = (sum(code in (REASONING, ANSWER) for code in e.segments) for e in both)
             assert scale == pytest.approx(theirs / mine)
-    assert batch["nll_scale"]["t0"].max() > 1  # Qwen cuts numbers into digits
+    assert batch.nll_scale["t0"].max() > 1  # Qwen cuts numbers into digits
 
 
 def test_chat_templates_of_two_families_meet_in_the_words_of_the_user(studies: Studies) -> None:
     recipe, run = studies("gsm8k", "qwen2.5", "llama3", template="chat", **TRIMMED)
-    text = teacher_text(recipe, run, "train", recipe.teachers[0])
+    text = Experiment(recipe, run).teachers["t0"].text("train")
     assert text is not None
     own, students = text.spans(2), text.student_spans(2)
     for spans, roles in (own, students):
@@ -225,11 +221,12 @@ def test_chat_templates_of_two_families_meet_in_the_words_of_the_user(studies: S
 
 def test_trimming_trims_the_teachers_tokenizer_too(studies: Studies) -> None:
     recipe, run = studies("gsm8k", "gpt2", "qwen2.5", "llama3", **TRIMMED)
-    for teacher in recipe.teachers:
-        manifest = teacher_manifest(run, teacher)
+    experiment = Experiment(recipe, run)
+    for teacher in experiment.teachers.values():
+        manifest = teacher.texts
         assert manifest is not None and manifest["tokenizer"]["size"] < 5000
-        assert max(max(e.input_ids) for e in teacher_lessons(run, "train", teacher)) < manifest["tokenizer"]["size"]
-    check_models(recipe, run)
+        assert max(max(e.input_ids) for e in teacher.lessons("train")) < manifest["tokenizer"]["size"]
+    check_models(experiment)
 
 
 # -- traces --------------------------------------------------------------------------------------------
@@ -251,16 +248,16 @@ def test_traces_are_what_the_teacher_reads(tmp_path: Path) -> None:
     write_traces(tmp_path / "traces.jsonl", run, chain="1+{}+1")
     recipe = study(tmp_path, {"traces": str(tmp_path / "traces.jsonl")}, arm={"align": {"time": "segment"}})
     prepared(recipe)
-    text = teacher_text(recipe, run, "train", recipe.teachers[0])
+    text = Experiment(recipe, run).teachers["t0"].text("train")
     assert text is not None and text.own is None
     for theirs, mine in zip(text.examples, read_split(run, "train"), strict=True):
         assert theirs.reasoning == f"1+{mine.reasoning}+1"
         assert theirs.segments.count(REASONING) == mine.segments.count(REASONING) + 4
         assert (theirs.answer, theirs.doc_hash) == (mine.answer, mine.doc_hash)
     batch = BatchMaker(read_split(run, "train"), 0, arm_recipe(recipe, "fixed"), texts={"t0": text})([0, 2])
-    assert batch["maps"]["t0"].n_in == batch["teacher_inputs"]["t0"][0].shape[1]
-    assert bool(batch["kv_masks"]["t0"].sum() > 0)
-    check_models(recipe, run)
+    assert batch.maps["t0"].n_in == batch.teacher_inputs["t0"][0].shape[1]
+    assert bool(batch.kv_masks["t0"].sum() > 0)
+    check_models(Experiment(recipe, run))
 
 
 @pytest.mark.parametrize(
@@ -279,7 +276,7 @@ def test_what_cannot_be_done_with_traces_is_said_before_training(
     recipe = study(tmp_path, {"traces": str(tmp_path / "traces.jsonl")}, arm=arm)
     prepared(recipe)
     with pytest.raises(AlignmentError, match=words):
-        check_models(recipe, run)
+        check_models(Experiment(recipe, run))
 
 
 def test_traces_that_lack_a_question_name_it(tmp_path: Path) -> None:
@@ -326,7 +323,7 @@ def test_logits_need_one_vocabulary(studies: Studies) -> None:
     recipe, run = studies("gsm8k", "gpt2", "qwen2.5", "llama3", **TRIMMED)
     with_logits = recipe.model_copy(update={"arms": {"logits": {"loss": {"logit_weight": 1.0, "kv_weight": 0}}}})
     with pytest.raises(AlignmentError, match="this one has its own tokenizer") as raised:
-        check_models(with_logits, run)
+        check_models(Experiment(with_logits, run))
     assert "arms.logits with teacher 't0'" in str(raised.value.place)
 
 
@@ -334,7 +331,7 @@ def test_rotated_keys_are_not_averaged_over_tokens(studies: Studies) -> None:
     recipe, run = studies("gsm8k", "gpt2", "qwen2.5", "llama3", **TRIMMED)
     rotated = recipe.model_copy(update={"arms": {"rotated": {"align": {"keys": "rotated"}}}})
     with pytest.raises(AlignmentError, match="rotated keys cannot be averaged"):
-        check_models(rotated, run)
+        check_models(Experiment(rotated, run))
 
 
 def test_an_unknown_tokenizer_of_a_teacher_names_the_teacher(real_rows: Any, tokenizers: Any, tmp_path: Path) -> None:
@@ -362,7 +359,7 @@ def test_a_teacher_that_only_reads_need_not_spell_answers_but_something(tmp_path
                 prepared(recipe)
             assert raised.value.place == "teachers.0 (t0).tokenizer"
             continue
-        manifest = teacher_manifest(prepared(recipe), recipe.teachers[0])
+        manifest = Experiment(recipe, prepared(recipe)).teachers["t0"].texts
         assert manifest is not None and 0.1 < manifest["lost"]["characters"] < 0.9
         assert manifest["tokenizer"]["unknown"]["train"] > 0
 
@@ -388,7 +385,7 @@ def test_texts_are_kept_for_the_same_tokenizer_made_anew_for_another_and_checked
     path.chmod(0o644)
     path.write_bytes(path.read_bytes()[:-4] + b"\0\1\2\3")
     with pytest.raises(KVDistillError, match="torn or altered"):
-        teacher_text(recipe, run, "train", recipe.teachers[0])
+        Experiment(recipe, run).teachers["t0"].text("train")
 
 
 @pytest.mark.parametrize(

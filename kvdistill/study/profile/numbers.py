@@ -282,10 +282,10 @@ def _add_step(terms: _Terms, gradients: _Gradients, arm: Arm, batch: Batch) -> N
     out.loss.backward()
     for name, parameter in distiller.named_parameters():
         if parameter.grad is not None:
-            first, _, rest = name.partition(".")
+            first, _, rest = name.partition(".")  # aligners.0.proj_k.weight, student.model.…
             number, _, inner = rest.partition(".")
             teacher = arm.recipe.teachers[int(number)] if first == "aligners" else None
-            gradients.add(teacher, inner if first == "aligners" else rest, parameter.grad)
+            gradients.add(teacher, inner or rest, parameter.grad)
     distiller.eval().zero_grad(set_to_none=True)
 
 
