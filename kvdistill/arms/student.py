@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
@@ -39,6 +39,7 @@ class StudentOutput(NamedTuple):
     kv: KV | None
 
 
+@runtime_checkable
 class Student(Protocol):
     """What every kind of student can do. `model` is what learns; its parameters are the student's."""
 
