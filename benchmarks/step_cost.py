@@ -27,9 +27,10 @@ from benchmarks.report import Row, print_table, save
 from benchmarks.timing import Moment, Turnstile, now, paired_ratio
 from benchmarks.toy import THREADS, ToySetup, toy_model, toy_segments, toy_teacher, toy_texts
 from kvdistill.align import MapProjectionAligner, layer_map, needed_teacher_layers
-from kvdistill.arms.batches import BatchMaker
+from kvdistill.arms.batches import Batch, BatchMaker
 from kvdistill.arms.distiller import Distiller
-from kvdistill.arms.running import run_teacher
+from kvdistill.arms.student import CausalStudent
+from kvdistill.arms.teacher import run_teacher
 from kvdistill.core.recipe import AlignRecipe, ArmRecipe, CompressRecipe, FuseRecipe, LossRecipe, TrainRecipe
 from kvdistill.core.runtime import pick_device, quiet_libraries
 from kvdistill.core.segments import PROMPT
@@ -258,7 +259,11 @@ def _ours(
         aligners[name] = aligner.to(device)
     student_layers = range(setup.student.layers)
     fusion = build_fusion(arm.fuse, names, len(student_layers))
-    distiller = Distiller(toy_model(setup.student, 0, device), arm, aligners, fusion, student_layers)
+    distiller = Distiller(CausalStudent(toy_model(setup.student, 0, device)), arm, aligners, fusion, student_layers)
+
+    def run_teachers(batch: Batch) -> Batch:
+        return batch.with_targets({name: runs[name](*given) for name, given in batch.teacher_inputs.items()})
+
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(5)).tolist()
     return DistillTrainer(
         distiller,
@@ -266,7 +271,7 @@ def _ours(
         BatchMaker(examples, 0, arm, dict(readers or {})),
         order,
         arm=arm,
-        run_teachers=None if readers else runs,
+        run_teachers=None if readers else run_teachers,
         log_file=folder / f"log-{strategy}-{num_teachers}-{bool(readers)}.jsonl",
     )
 

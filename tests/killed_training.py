@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tiny_recipe import tiny_recipe
 
+from kvdistill.arms.experiment import Experiment
 from kvdistill.core.runtime import quiet_libraries, set_threads
 from kvdistill.stages.fit import fit
 from kvdistill.stages.train import train_student
@@ -51,12 +52,12 @@ def main(run: Path, arm: str, seed: int, kills: int, changes: dict) -> None:
     folder = run / "arms" / arm / f"seed-{seed}"
     log = folder / "log.jsonl"
     chance = random.Random(seed)
-    assert ended_well(child(lambda: fit(recipe, run, [(arm, seed)])))
+    assert ended_well(child(lambda: fit(Experiment(recipe, run).arm(arm, seed))))
     killed_at: list[int] = []
     while len(killed_at) < kills:
         rows_wanted = chance.randint(1, 4)
         before = log.stat().st_mtime_ns if log.exists() else 0
-        pid = child(lambda: train_student(recipe, run, arm, seed))
+        pid = child(lambda: train_student(Experiment(recipe, run).arm(arm, seed)))
         start, deadline = None, time.monotonic() + 60
         while time.monotonic() < deadline:
             if log.exists() and log.stat().st_mtime_ns != before:
@@ -71,7 +72,7 @@ def main(run: Path, arm: str, seed: int, kills: int, changes: dict) -> None:
         os.waitpid(pid, 0)
         lines = log.read_bytes().split(b"\n")[:-1]
         killed_at.append(max((json.loads(line)["step"] for line in lines), default=0))
-    assert ended_well(child(lambda: train_student(recipe, run, arm, seed)))
+    assert ended_well(child(lambda: train_student(Experiment(recipe, run).arm(arm, seed))))
     print(json.dumps(killed_at))
 
 

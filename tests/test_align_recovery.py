@@ -29,8 +29,9 @@ from kvdistill.align import (
 )
 from kvdistill.align.heads import spread_heads
 from kvdistill.align.tokens import token_coverage, token_map
-from kvdistill.arms.batches import arm_batches, mismatched_partner
-from kvdistill.core.config import arm_recipe, make_recipe
+from kvdistill.arms.batches import mismatched_partner
+from kvdistill.arms.experiment import Experiment
+from kvdistill.core.config import make_recipe
 from kvdistill.core.errors import AlignmentError
 from kvdistill.core.kv import KV
 from kvdistill.core.maps import SparseMap
@@ -43,10 +44,9 @@ from kvdistill.data.tokenizers import load_tokenizer
 from kvdistill.match import TeacherMatch
 from kvdistill.models import capture_kv, positions_from_mask, rotate_keys, unrotate_keys
 from kvdistill.stages.capture import capture
-from kvdistill.stages.fit import fit, initial_student
+from kvdistill.stages.fit import fit
 from kvdistill.stages.prepare import prepare
-from kvdistill.stages.train import build_distiller
-from kvdistill.stages.train.matching import match_on_held_out
+from kvdistill.stages.train import match_on_held_out
 
 quiet_libraries()
 
@@ -486,27 +486,21 @@ def test_the_image_is_recovered_through_prepare_capture_store_and_fit(folders, d
     recipe = file_study(folders, dtype)
     run = Path(recipe.run_dir or "")
     prepare(recipe, run)
-    capture(recipe, run, "image")
-    fit(recipe, run, [(arm, 3) for arm in recipe.arms])
+    experiment = Experiment(recipe, run)
+    capture(experiment.teachers["image"])
+    for name in recipe.arms:
+        fit(experiment.arm(name, 3))
     seen = set()
     for name in recipe.arms:
-        arm = arm_recipe(recipe, name)
-        student = initial_student(recipe, run, 3)
-        distiller = build_distiller(recipe, run, arm, 3, student, torch.device("cpu"))
-        found = match_on_held_out(recipe, run, arm, distiller, 0, 3)["image"]
+        arm = experiment.arm(name, 3)
+        found = match_on_held_out(arm, arm.distiller)["image"]
         assert len(found["by_layer"]) == 1 and found["k"]["tokens"] > 200
         figures = [found[side]["r2"] for side in "kv"]
         assert max(figures) < 0.9 if name == "unrelated" else min(figures) >= least, (name, figures)
-        batch = arm_batches(recipe, run, arm, "train", 0, {"image": stored(recipe, run)})(range(120))
-        assert not batch["maps"]  # one tokenizer, one text: no map at all
-        seen.update(batch["input_ids"].unique().tolist())
+        batch = arm.batches("train")(range(120))
+        assert batch.targets and not batch.maps  # one tokenizer, one text: no map at all
+        seen.update(batch.input_ids_BT.unique().tolist())
     assert len(seen) > H * D + 5
-
-
-def stored(recipe: Recipe, run: Path) -> Any:
-    from kvdistill.arms.targets import open_targets
-
-    return open_targets(recipe, run, "image", "train")
 
 
 # -- other tokenizers ------------------------------------------------------------------------------------------

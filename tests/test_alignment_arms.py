@@ -18,9 +18,6 @@ from typing import Any
 
 import pytest
 import torch
-from kvdistill.arms.running import load_teacher, run_teacher
-from kvdistill.arms.sources import teacher_recipe
-from kvdistill.arms.targets import open_targets
 from tiny_recipe import SEED, environment, invoke, made_ready, rows_of, tiny_recipe, tiny_tree
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -31,26 +28,23 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from kvdistill.arms.batches import BatchMaker, arm_batches, token_counts
+from kvdistill.arms.arm import Arm
+from kvdistill.arms.batches import Batch, BatchMaker, token_counts
 from kvdistill.arms.distiller import Distiller, DistillOutput
-from kvdistill.arms.pairing import needed_layers
-from kvdistill.arms.texts import load_tokenizer_of, read_examples, teacher_text
-from kvdistill.core.config import arm_recipe
+from kvdistill.arms.experiment import Experiment
+from kvdistill.arms.teacher import run_teacher
 from kvdistill.core.files import sha256_file
 from kvdistill.core.layout import store_root
-from kvdistill.core.recipe import ArmRecipe, Recipe
+from kvdistill.core.recipe import Recipe
 from kvdistill.core.runtime import quiet_libraries, set_threads
 from kvdistill.core.targets import ATTENTION, TeacherTargets
 from kvdistill.data.tables import read_split
 from kvdistill.models import describe_model
-from kvdistill.stages.fit import initial_student
 from kvdistill.stages.prepare import prepare
-from kvdistill.stages.train import build_distiller, online_teacher
 
 quiet_libraries()
 set_threads(1)  # as the driver of killed trainings: same sums, same bits
 
-CPU = torch.device("cpu")
 KV_WEIGHT = 5.0
 STEPS = {"optimiser": {"steps": 4, "batch_size": 8}}
 IN_STUDENT = {"match_in": "student", "init": "ridge"}
@@ -148,35 +142,35 @@ class Study:
     """A run folder that is captured and fitted, and the loss of each of its arms on a batch."""
 
     def __init__(self, recipe: Recipe, run: Path, folder: Path) -> None:
-        self.recipe, self.run, self.folder = recipe, run, folder
-        self.pad_id = load_tokenizer_of(run).pad_token_id
+        self.run, self.folder = run, folder
+        recipe = recipe.model_copy(update={"hardware": recipe.hardware.model_copy(update={"device": "cpu"})})
         alone = {name: arm for name, arm in recipe.arms.items() if name not in NOTED_ONLY}
         source = recipe.capture.model_copy(update={"source": "online"})
-        self.online = recipe.model_copy(update={"capture": source, "arms": alone})
+        self.experiment = Experiment(recipe, run)
+        self.online = Experiment(recipe.model_copy(update={"capture": source, "arms": alone}), run)
         self.distiller, self.batches = functools.cache(self.new_distiller), functools.cache(self._batches)
 
-    def arm(self, name: str) -> ArmRecipe:
+    def arm(self, name: str, *, online: bool = False) -> Arm:
         """Without cross-entropy: what is left is the KV term."""
-        arm = arm_recipe(self.recipe, name)
-        return arm.model_copy(update={"loss": arm.loss.model_copy(update={"ce_weight": 0.0})})
+        experiment = self.online if online else self.experiment
+        recipe = experiment.arms[name]
+        loss = recipe.loss.model_copy(update={"ce_weight": 0.0})
+        return Arm(experiment, recipe.model_copy(update={"loss": loss}), SEED)
 
     def new_distiller(self, name: str) -> Distiller:
-        student = initial_student(self.recipe, self.run, SEED)
-        return build_distiller(self.recipe, self.run, self.arm(name), SEED, student, CPU).eval()
+        return self.arm(name).distiller.eval()
 
-    def _batches(self, name: str, *, online: bool = False) -> BatchMaker:
-        arm = self.arm(name)
-        readers = {} if online else {n: open_targets(self.recipe, self.run, n, "train") for n in arm.teachers}
-        return arm_batches(self.recipe, self.run, arm, "train", self.pad_id, readers, SEED)
+    def _batches(self, name: str) -> BatchMaker:
+        return self.arm(name).batches("train")
 
     def by_length(self) -> list[int]:
-        rows = read_split(self.run, "train")
+        rows = self.experiment.split("train")
         return sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))
 
 
-def kv_loss(distiller: Distiller, batch: dict[str, Any], counts: torch.Tensor | None = None) -> DistillOutput:
+def kv_loss(distiller: Distiller, batch: Batch, counts: torch.Tensor | None = None) -> DistillOutput:
     counts = token_counts(batch, distiller.arm) if counts is None else counts
-    return distiller(**batch, counts=counts.float().clamp_min(1.0), kv_weight=KV_WEIGHT)
+    return distiller(batch, counts.float().clamp_min(1.0), kv_weight=KV_WEIGHT)
 
 
 @pytest.fixture(scope="module")
@@ -191,9 +185,10 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 
 def test_the_teachers_are_as_unlike_as_they_should_be(study):
-    shapes = [describe_model(load_teacher(study.recipe, study.run, t.name, CPU)) for t in study.recipe.teachers]
+    teachers = study.experiment.teachers
+    shapes = [describe_model(teacher.load()) for teacher in teachers.values()]
     assert len({(s.num_layers, s.num_kv_heads, s.head_size) for s in shapes}) == 4
-    own = {t.name: teacher_text(study.recipe, study.run, "train", t) for t in study.recipe.teachers}
+    own = {name: teacher.text("train") for name, teacher in teachers.items()}
     assert [name for name, text in own.items() if text is not None] == ["llama", "neox"]
     mine = read_split(study.run, "train")[0]
     cut, chained = (own[name].examples[0] for name in ("llama", "neox"))
@@ -207,13 +202,13 @@ def test_a_loss_is_finite_falls_and_its_gradient_reaches_what_learns(study, name
     distiller = study.new_distiller(name)
     batch = study.batches(name)(study.by_length()[:6])
     out = kv_loss(distiller, batch)
-    arm = study.arm(name)
+    arm = study.arm(name).recipe
     ends = {term.split("/")[-1] for term in out.terms} - {"ce"}
     assert ends == ({"attention"} if arm.compares_attention else {"k", "v"})
     assert float(out.loss.detach()) > 0 and bool(out.loss.isfinite())
     out.loss.backward()
     heads = "qkv" if arm.compares_attention else "kv"
-    for layer in distiller.student.model.layers:
+    for layer in distiller.student.model.model.layers:
         for head in heads:
             assert float(getattr(layer.self_attn, f"{head}_proj").weight.grad.abs().max()) > 0, head
     learned = [p for p in distiller.aligners.parameters() if p.requires_grad]
@@ -236,11 +231,10 @@ def test_online_and_stored_targets_give_the_same_loss(study, name):
     """Relative 1e-5: the same teacher, batched with other neighbours."""
     distiller, numbers = study.distiller(name), study.by_length()[3:40:9]
     stored = kv_loss(distiller, study.batches(name)(numbers))
-    batch = study.batches(name, online=True)(numbers)
-    given = batch.pop("teacher_inputs")
-    arm = study.arm(name)
-    batch["targets"] = {n: online_teacher(study.online, study.run, arm, n, CPU)(*given[n]) for n in arm.teachers}
-    online = kv_loss(distiller, batch)
+    arm = study.arm(name, online=True)
+    batch = arm.batches("train")(numbers)
+    assert batch.teacher_inputs.keys() == arm.teachers.keys() and not batch.targets
+    online = kv_loss(distiller, arm.run_teachers(batch))
     assert online.terms.keys() == stored.terms.keys()
     for term, (raw, _, entered) in stored.terms.items():
         assert float(online.terms[term][0]) == pytest.approx(float(raw), rel=1e-5), term
@@ -269,18 +263,18 @@ def test_padding_changes_no_loss(study, name):
     distiller, make = study.distiller(name), study.batches(name)
     order = study.by_length()
     alone, beside = make(order[:3]), make([*order[:3], order[-1]])
-    assert beside["input_ids"].shape[1] > alone["input_ids"].shape[1] + 3
+    assert beside.input_ids_BT.shape[1] > alone.input_ids_BT.shape[1] + 3
     counts = token_counts(alone, distiller.arm)
-    masks = {n: mask.clone() for n, mask in beside["kv_masks"].items()}
+    masks = {n: mask.clone() for n, mask in beside.kv_masks.items()}
     for mask in masks.values():
         mask[..., -1, :] = False
-    weights = beside["token_weights"]
+    weights = beside.token_weights
     if weights:  # they have mean 1 over the batch: those of the three texts, and nothing for the fourth
         weights = {n: torch.zeros_like(weight) for n, weight in weights.items()}
-        for n, weight in alone["token_weights"].items():
+        for n, weight in alone.token_weights.items():
             weights[n][:, :3, : weight.shape[2]] = weight
     wanted = float(kv_loss(distiller, alone, counts).loss.detach())
-    padded = kv_loss(distiller, {**beside, "kv_masks": masks, "token_weights": weights}, counts)
+    padded = kv_loss(distiller, replace(beside, kv_masks=masks, token_weights=weights), counts)
     assert float(padded.loss.detach()) == pytest.approx(wanted, rel=1e-5, abs=1e-7)
 
 
@@ -289,12 +283,10 @@ def test_padding_changes_no_loss(study, name):
 
 @pytest.mark.parametrize("name", ["qwen", "llama"])
 def test_queries_and_scores_come_back_from_the_store_as_the_teacher_gave_them(study, name):
-    recipe, run = study.recipe, study.run
+    teacher = study.experiment.teachers[name]
     numbers = [5, 0, 17]
-    stored = open_targets(recipe, run, name, "train").read(numbers)
-    model = load_teacher(recipe, run, name, CPU)
-    rows = read_examples(recipe, run, "train", teacher_recipe(recipe, name))
-    layers = needed_layers(recipe, run, name)
+    stored = teacher.targets("train").read(numbers)
+    model, rows, layers = teacher.load(), teacher.examples("train"), teacher.layers
     heads = describe_model(model)
     for place, number in enumerate(numbers):
         ids, segments = (torch.tensor([x]) for x in (rows[number].input_ids, rows[number].segments))
@@ -308,14 +300,14 @@ def test_queries_and_scores_come_back_from_the_store_as_the_teacher_gave_them(st
         paid_M = stored.scores_BSMRG[place, :n, :, ATTENTION].mean((0, -1))
         torch.testing.assert_close(paid_M, torch.ones(len(layers)), atol=1e-4, rtol=0)  # what the answer pays: mean 1
     assert stored.kv.queries[0].shape[1] == heads.num_heads and stored.kv.layers == tuple(layers)
-    (folder,) = store_root(run).glob(f"targets-train-{name}-*")
+    (folder,) = store_root(study.run).glob(f"targets-train-{name}-*")
     written = json.loads((folder / "manifest.json").read_text())["extra"]["scaling"]
     assert written == pytest.approx([heads.head_size**-0.5] * len(layers))
     assert stored.kv.scaling == tuple(written)
 
 
 def test_what_no_arm_needs_is_not_stored(study):
-    stored = open_targets(study.recipe, study.run, "gpt2", "train").read([0])
+    stored = study.experiment.teachers["gpt2"].targets("train").read([0])
     assert stored.scores_BSMRG is None and stored.topk_index_BSK is None
 
 
@@ -466,9 +458,9 @@ def test_a_decoder_learns_from_an_encoder_and_an_encoder_decoder(encoders, name)
 def test_an_encoder_has_no_nll_and_its_layers_keep_their_scaling(encoders):
     stored: dict[str, TeacherTargets] = {}
     for name in ("bert", "t5"):
-        stored[name] = open_targets(encoders.recipe, encoders.run, name, "train").read([0, 3])
+        stored[name] = encoders.experiment.teachers[name].targets("train").read([0, 3])
         assert stored[name].nll_B is None and stored[name].kv.rope == "none"
     assert stored["bert"].kv.scaling == pytest.approx([6**-0.5] * len(stored["bert"].kv.layers))
     assert set(stored["t5"].kv.scaling) == {1.0}
-    text = teacher_text(encoders.recipe, encoders.run, "train", encoders.recipe.teachers[0])
+    text = encoders.experiment.teachers["bert"].text("train")
     assert replace(stored["bert"], kv=None).segments_BS.shape[1] < 48 and text is not None and text.own is not None

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from kvdistill.arms.identity import similarity_path
 from safetensors.torch import load_file
 from test_alignment_arms import made_ready, save_encoders, word_piece_tokenizer
 from tiny_models import tiny_model
@@ -34,6 +33,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from kvdistill.arms.experiment import Experiment
 from kvdistill.core.cka import CKAAccumulator
 from kvdistill.core.files import write_json
 from kvdistill.core.recipe import LossRecipe
@@ -141,8 +141,8 @@ def test_a_layer_map_of_models_with_other_weights(tmp_path, monkeypatch):
     arms = {"mapped": {"teachers": ["one"], "align": {"layers": "cka", "cka_texts": 20}}}
     run = tmp_path / "run"
     recipe = tiny_recipe(run, arms=arms, teachers=tiny_tree()["teachers"][:1])
-    made_ready(recipe, run, "prepare", "teachers", "layers")
-    path = similarity_path(run, "one")
+    made_ready(recipe, run, "prepare", "teach", "map-layers")
+    path = Experiment(recipe, run).teachers["one"].similarity_path
     found = json.loads(path.read_text())
     found["teacher"]["identity"] = "another's"
     write_json(tmp_path / "another.json", found)
@@ -186,7 +186,7 @@ def test_heads_that_do_not_divide(tmp_path, monkeypatch):
     recipe = tiny_recipe(run, student=student, arms=arms, train={"steps": 2}, teachers=one)
     made_ready(recipe, run)
     for name in arms:
-        train_student(recipe, run, name, SEED)
+        train_student(Experiment(recipe, run).arm(name, SEED))
         folder = run / "arms" / name / f"seed-{SEED}"
         assert all(torch.tensor(row["loss"]).isfinite() for row in rows_of(folder / "log.jsonl") if "loss" in row)
         shapes = {key: tuple(x.shape) for key, x in load_file(folder / "adapters.safetensors").items()}

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kvdistill.arms.tokenizers import check_saved_tokenizer
 from tiny_recipe import (
     ARMS,
     SEED,
@@ -28,6 +27,8 @@ from tiny_recipe import (
     write_recipe,
 )
 
+from kvdistill.arms.checks import check_saved_tokenizer
+from kvdistill.arms.experiment import Experiment
 from kvdistill.core.errors import KVDistillError, TrainingStopped
 from kvdistill.core.recipe import ScratchRecipe
 from kvdistill.stages.table import Job
@@ -143,8 +144,10 @@ def test_a_tokenizer_that_would_not_survive_saving_is_found_before_training(tmp_
     data = {"tokenizer": "root:gpt2", "root": str(data_root), "trim_vocabulary": True, "max_length": 64}
     answer = invoke(monkeypatch, "run", write_recipe(tmp_path, data=data), work=no_training)
     assert_one_message(answer, "load this tokenizer differently", "student.scratch.architecture", "llama")
+    experiment = Experiment(tiny_recipe(tmp_path / "run", data=data), tmp_path / "run")
     for architecture in ("llama", "qwen3", "gpt2"):
-        check_saved_tokenizer(tmp_path / "run", ScratchRecipe(architecture=architecture), "student")
+        scratch = ScratchRecipe(architecture=architecture)
+        check_saved_tokenizer(experiment, scratch, "student", experiment.tokenizer)
     assert not list((tmp_path / "run").glob(".check-*"))
 
 

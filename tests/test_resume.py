@@ -30,6 +30,8 @@ from tiny_recipe import (
     write_recipe,
 )
 
+from kvdistill.arms.experiment import Experiment
+from kvdistill.arms.student import CausalStudent
 from kvdistill.core.errors import RunFolderError
 from kvdistill.core.files import sha256_file
 from kvdistill.core.runtime import quiet_libraries, set_threads
@@ -64,9 +66,10 @@ def captured_run() -> Path:
     run = copy_base(folder)
     (run / "recipe.json").unlink()
     recipe = tiny_recipe(run, **CHANGES)
-    for teacher in ("one", "two"):
-        capture(recipe, run, teacher)
-    fit(recipe, run, [(ARM, SEED)])
+    experiment = Experiment(recipe, run)
+    for teacher in experiment.teachers.values():
+        capture(teacher)
+    fit(experiment.arm(ARM, SEED))
     return run
 
 
@@ -79,7 +82,7 @@ def prepared(folder: Path, changes: dict[str, Any] = SHORT) -> tuple[Path, Any]:
 
 def trained_whole(folder: Path, changes: dict[str, Any]) -> Path:
     run, recipe = prepared(folder, changes)
-    train_student(recipe, run, ARM, SEED)
+    train_student(Experiment(recipe, run).arm(ARM, SEED))
     return arm_folder(run)
 
 
@@ -140,7 +143,7 @@ def stop_at(step: int) -> Callable[[str, float, float], None]:
 def interrupted(run: Path, recipe: Any, step: int) -> Path:
     """Train until `step` is done but not logged; its checkpoints folder."""
     with pytest.raises(Stopped):
-        train_student(recipe, run, ARM, SEED, progress=stop_at(step))
+        train_student(Experiment(recipe, run).arm(ARM, SEED), progress=stop_at(step))
     return arm_folder(run) / "checkpoints"
 
 
@@ -174,7 +177,7 @@ def test_a_torn_checkpoint_is_passed_over_for_the_one_before(tmp_path, undisturb
             (folder / "manifest.json").write_text("{")
         expected = None
     assert newest_checkpoint(checkpoints) == expected
-    train_student(recipe, run, ARM, SEED)
+    train_student(Experiment(recipe, run).arm(ARM, SEED))
     assert_same_end(arm_folder(run), undisturbed)
 
 
@@ -185,16 +188,11 @@ def test_torn_log_lines_and_early_stops(tmp_path, undisturbed):
     interrupted(run, recipe, 15)  # the newest checkpoint is of step 12, the newest row of step 14
     log = arm_folder(run) / "log.jsonl"
     log.write_bytes(log.read_bytes()[:-9])
-    import kvdistill.stages.train as stage
-
-    save, stage._save_model = stage._save_model, lambda *a: (_ for _ in ()).throw(Stopped())
-    try:
-        with pytest.raises(Stopped):
-            train_student(recipe, run, ARM, SEED)
-    finally:
-        stage._save_model = save
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(CausalStudent, "save", lambda *a: (_ for _ in ()).throw(Stopped()))
+        train_student(Experiment(recipe, run).arm(ARM, SEED))
     assert newest_checkpoint(arm_folder(run) / "checkpoints").name == "checkpoint-18"
-    train_student(recipe, run, ARM, SEED)
+    train_student(Experiment(recipe, run).arm(ARM, SEED))
     assert_same_end(arm_folder(run), undisturbed)
 
 
@@ -202,7 +200,7 @@ def test_time_spent_is_added_up_over_resumptions(tmp_path, monkeypatch):
     run, recipe = prepared(tmp_path)
     interrupted(run, recipe, 15)
     rows = rows_of(arm_folder(run) / "log.jsonl")
-    train_student(recipe, run, ARM, SEED)
+    train_student(Experiment(recipe, run).arm(ARM, SEED))
     seconds = [row["seconds"] for row in rows_of(arm_folder(run) / "log.jsonl") if "loss" in row]
     assert seconds == sorted(seconds)
     ledger = json.loads((arm_folder(run) / "ledger.json").read_text())
@@ -221,7 +219,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     manifest = file.with_name("manifest.json")
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), file.name: sha256_file(file)}))
     with pytest.raises(RunFolderError, match="stranger"):
-        train_student(recipe, run, ARM, SEED)
+        train_student(Experiment(recipe, run).arm(ARM, SEED))
 
 
 def test_a_teacher_resumes_to_the_same_bits(tmp_path):
@@ -232,8 +230,8 @@ def test_a_teacher_resumes_to_the_same_bits(tmp_path):
     whole = sha256_file(run / "teachers/one/model/model.safetensors")
     shutil.rmtree(run / "teachers/one")
     with pytest.raises(Stopped):
-        train_teacher(recipe, run, "one", progress=stop_at(4))
-    train_teacher(recipe, run, "one")
+        train_teacher(Experiment(recipe, run).teachers["one"], progress=stop_at(4))
+    train_teacher(Experiment(recipe, run).teachers["one"])
     assert sha256_file(run / "teachers/one/model/model.safetensors") == whole
 
 
@@ -255,11 +253,11 @@ def test_a_capture_killed_between_shards_goes_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr(StoreWriter, "add", add_and_stop)
     with pytest.raises(Stopped):
-        stage.capture(recipe, run, "one")
+        stage.capture(Experiment(recipe, run).teachers["one"])
     monkeypatch.setattr(StoreWriter, "add", add)
-    stage.capture(recipe, run, "one")
+    stage.capture(Experiment(recipe, run).teachers["one"])
     whole = copy_base(tmp_path / "whole")
-    stage.capture(recipe, whole, "one")
+    stage.capture(Experiment(recipe, whole).teachers["one"])
     digests = [
         {f.name: sha256_file(f) for f in sorted((r / "store").rglob("*.safetensors")) if "-one-" in str(f)}
         for r in (run, whole)

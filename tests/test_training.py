@@ -27,12 +27,13 @@ from tiny_recipe import (
 )
 from transformers import AutoModelForCausalLM
 
-import kvdistill.stages.train as train_stage
 from kvdistill.arms.batches import data_order, mismatched_partner
+from kvdistill.arms.experiment import Experiment
+from kvdistill.arms.student import CausalStudent
 from kvdistill.core.errors import TrainingStopped
 from kvdistill.core.files import read_json_lines, sha256_file
 from kvdistill.core.runtime import quiet_libraries
-from kvdistill.stages.fit import fit, initial_student
+from kvdistill.stages.fit import fit
 from kvdistill.stages.train import train_student
 
 quiet_libraries()
@@ -47,7 +48,7 @@ def run(tmp_path_factory) -> Path:
 def trained(run: Path, arm: str, seed: int = SEED, **changes: Any) -> Path:
     """Train `arm` in `run` (unless it is there) and return its folder."""
     changes = {"arms": ARMS, **changes}
-    train_student(tiny_recipe(run, **changes), run, arm, seed)
+    train_student(Experiment(tiny_recipe(run, **changes), run).arm(arm, seed))
     return run / "arms" / arm / f"seed-{seed}"
 
 
@@ -86,12 +87,11 @@ def test_every_kind_of_arm_trains(run, arm):
     assert [row["step"] for row in rows_of(folder / "log.jsonl") if "loss" in row] == [1, 2, 3, 4, 5, 6]
     assert all(torch.tensor(list(row.values())).isfinite().all() for row in log)
     named = {name.split("/")[0] for name in log[0]} - {"loss", "ce"}
-    recipe = tiny_recipe(run, arms=ARMS)
     made = ARMS[arm].get("loss", {})
     wanted = set() if arm == "ce" else ({"kv"} if made.get("kv_weight", 1) else set())
     wanted |= {"logit"} if made.get("logit_weight") else set()
     assert named == wanted
-    before = initial_student(recipe, run, SEED).state_dict()
+    before = Experiment(tiny_recipe(run, arms=ARMS), run).initial_model(SEED).state_dict()
     after = load_file(folder / "model" / "model.safetensors")
     assert sum(not torch.equal(before[name], after[name]) for name in after) > len(after) / 2
     assert (folder / "adapters.safetensors").exists() == ("kv" in wanted)
@@ -138,7 +138,7 @@ def test_the_same_recipe_twice_is_the_same_bits_and_another_seed_is_not(run, tmp
     first, again = trained(run, "competence"), in_copy(tmp_path, "competence")
     assert [sha256_file(first / name) for name in files] == [sha256_file(again / name) for name in files]
     assert losses_of(first) == losses_of(again)
-    fit(tiny_recipe(run, arms=ARMS), run, [("competence", SEED + 1)])
+    fit(Experiment(tiny_recipe(run, arms=ARMS), run).arm("competence", SEED + 1))
     other = trained(run, "competence", SEED + 1)
     assert sha256_file(first / files[0]) != sha256_file(other / files[0])
     ledgers = [json.loads((folder / "ledger.json").read_text()) for folder in (first, other)]
@@ -163,7 +163,7 @@ def test_stored_and_online_targets_are_the_same_numbers(run, tmp_path, arm):
     stored = trained(run, arm)
     online = copy_base(tmp_path)
     recipe = tiny_recipe(online, arms=ARMS, capture={"source": "online"})
-    train_student(recipe, online, arm, SEED)
+    train_student(Experiment(recipe, online).arm(arm, SEED))
     assert_same_training(stored, online / "arms" / arm / f"seed-{SEED}", loss=1e-5, weights=2e-5)
 
 
@@ -194,18 +194,18 @@ def test_the_saved_student_is_the_trained_one_and_loads_with_plain_transformers(
     """With adapters: under gradient checkpointing, merged on saving (1e-5)."""
     ids = torch.arange(3, 15)[None]
     kept: dict[str, Any] = {}
-    save = train_stage._save_model
+    save = CausalStudent.save
 
-    def keep_logits(folder: Path, distiller: Any, tokenizer: Any) -> None:
-        distiller.eval()
+    def keep_logits(student: CausalStudent, folder: Path, tokenizer: Any) -> None:
+        student.eval()
         with torch.no_grad():
-            kept["logits"] = distiller.student(input_ids=ids, use_cache=False).logits
-        save(folder, distiller, tokenizer)
+            kept["logits"] = student.model(input_ids=ids, use_cache=False).logits
+        save(student, folder, tokenizer)
 
-    monkeypatch.setattr(train_stage, "_save_model", keep_logits)
+    monkeypatch.setattr(CausalStudent, "save", keep_logits)
     changes: dict[str, Any] = {"student": {"lora": lora, "gradient_checkpointing": True}} if lora else {}
     run = copy_base(tmp_path)
-    fit(tiny_recipe(run, arms=ARMS, **changes), run, [("competence", SEED)])
+    fit(Experiment(tiny_recipe(run, arms=ARMS, **changes), run).arm("competence", SEED))
     folder = trained(run, "competence", **changes)
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     with torch.no_grad():
@@ -213,14 +213,14 @@ def test_the_saved_student_is_the_trained_one_and_loads_with_plain_transformers(
     torch.testing.assert_close(logits, kept["logits"], rtol=1e-5, atol=1e-5)
     assert not any("lora" in name for name in model.state_dict())
     assert model.generation_config.eos_token_id == model.config.eos_token_id is not None
-    before = initial_student(tiny_recipe(run, arms=ARMS, **changes), run, SEED).state_dict()
+    before = Experiment(tiny_recipe(run, arms=ARMS, **changes), run).initial_model(SEED).state_dict()
     assert any(not torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(run, tmp_path):
     changes = {"student": {"gradient_checkpointing": True}}
     copied = copy_base(tmp_path)
-    fit(tiny_recipe(copied, arms=ARMS, **changes), copied, [("fixed", SEED)])
+    fit(Experiment(tiny_recipe(copied, arms=ARMS, **changes), copied).arm("fixed", SEED))
     assert_same_training(trained(run, "fixed"), trained(copied, "fixed", **changes), loss=1e-6, weights=1e-6)
 
 
@@ -229,7 +229,7 @@ def test_bf16_autocast_and_gpt2_students_train(tmp_path):
     gpt2 = {"scratch": {"architecture": "gpt2", "hidden_size": 16, "num_layers": 2, "num_heads": 2}}
     run = copy_base(tmp_path)
     changes: dict[str, Any] = {"student": gpt2, "train": {"bf16": True}}
-    fit(tiny_recipe(run, arms=ARMS, **changes), run, [("fixed", SEED)])
+    fit(Experiment(tiny_recipe(run, arms=ARMS, **changes), run).arm("fixed", SEED))
     log = losses_of(trained(run, "fixed", **changes))
     assert all(torch.tensor(list(row.values())).isfinite().all() for row in log)
 
