@@ -74,7 +74,7 @@ def row_in_prepare() -> dict[str, int]:
     from kvdistill.stages.prepare import prepare
 
     def seen(num_rows: int) -> list[Entry]:
-        words = "seven nine four blue red tall grey wide long".split()[:num_rows]
+        words = ["seven", "nine", "four", "blue", "red", "tall", "grey", "wide", "long"][:num_rows]
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             rows = [

@@ -41,9 +41,7 @@ class StudentOutput(NamedTuple):
 
 @runtime_checkable
 class Student(Protocol):
-    """What every kind of student can do. `model` is what learns; its parameters are the student's."""
-
-    model: nn.Module
+    """What every kind of student can do. It is a module as well: its parameters are what learns."""
 
     def __call__(
         self,
