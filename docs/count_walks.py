@@ -2,14 +2,15 @@
 
     python docs/count_walks.py
 
-Two walks: the recipe through one training, one problem row through `prepare`. For the recipe a stop is a function of the package
-that is handed the recipe, a section of it, or an object that holds it (an Experiment, Arm or Teacher), counted once for
-each function that hands it on. For the row a stop is any function entered for its sake: entries with nine rows less
-entries with eight. A change of room is a stop in another file than the stop before.
+Two walks: the recipe through one training, one problem row through `prepare`. For the recipe a stop is a function of
+the package that is handed the recipe, a section of it, or an object that holds it (an Experiment, Arm or Teacher),
+counted once for each function that hands it on. For the row a stop is any function entered for its sake: entries with
+nine rows less entries with eight. A change of room is a stop in another file than the stop before.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import tempfile
@@ -48,7 +49,7 @@ def entries(work: Callable[[], Any], carries: Callable[[dict[str, Any]], bool]) 
 
 
 def changes(seen: list[Entry]) -> int:
-    return sum(a[0] != b[0] for a, b in zip(seen, seen[1:], strict=False))
+    return sum(a[0] != b[0] for a, b in itertools.pairwise(seen))
 
 
 def recipe_in_training() -> dict[str, int]:

@@ -22,7 +22,7 @@ def sections() -> list[tuple[str, int, int, str]]:
 
 
 def edited(text: str, diff: str, file: str) -> tuple[str, int]:
-    """`text` after a diff without line numbers: lines with a minus are found together, and replaced by those with a plus.
+    """`text` after a diff without line numbers: lines with a minus make place for those with a plus.
 
     Lines without a sign are context. Returns the number of lines with a plus too.
     """
