@@ -15,6 +15,7 @@ import pytest
 from run_factory import make_record
 from tiny_recipe import SEED, environment, invoke, rows_of, tiny_recipe, write_recipe
 
+from kvdistill.arms.experiment import Experiment
 from kvdistill.core.errors import RunFolderError
 from kvdistill.core.records import SCHEMA, read_records, write_records
 from kvdistill.stages.evaluate import evaluate
@@ -116,9 +117,9 @@ def test_a_study_that_is_killed_while_it_evaluates_asks_the_rest_only(tmp_path: 
     with monkeypatch.context() as patch:
         patch.setattr(AnswerBook, "append", append)
         with pytest.raises(KeyboardInterrupt):
-            evaluate(recipe, run, "ce", SEED)
+            evaluate(Experiment(recipe, run).arm("ce", SEED))
     assert not (folder / "evaluated.json").exists() and len(rows_of(folder / "evaluated" / "records.jsonl")) == 12
-    evaluate(recipe, run, "ce", SEED)
+    evaluate(Experiment(recipe, run).arm("ce", SEED))
     assert asked == [12, 12, 8]
     rows = rows_of(folder / "records.jsonl")
     for row in (*whole, *rows):

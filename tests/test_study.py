@@ -26,6 +26,8 @@ from tiny_recipe import (
     write_recipe,
 )
 
+from kvdistill.arms.arm import Arm
+from kvdistill.arms.experiment import Experiment
 from kvdistill.core.errors import JobsFailed, RecipeError, RunFolderError, TrainingStopped
 from kvdistill.core.files import sha256_file
 from kvdistill.core.layout import LOCK, arm_folder, evaluated_mark, file_lock, folder_lock, locks_folder, trained_mark
@@ -128,16 +130,28 @@ def test_a_single_stage_brings_the_check_and_the_layer_maps_only(tmp_path, verb,
 # -- doing it -----------------------------------------------------------------------------------------
 
 
+def taken_apart(taken: tuple[Any, ...]) -> tuple[Path, tuple[Any, ...]]:
+    """The run folder and what the job is about, from what a stage's function takes (`Stage.takes`)."""
+    if len(taken) == 2:  # recipe and run folder
+        return taken[1], ()
+    (subject,) = taken
+    if isinstance(subject, Experiment):
+        return subject.run, ()
+    about = (subject.name, subject.seed) if isinstance(subject, Arm) else (subject.name,)
+    return subject.experiment.run, about
+
+
 @pytest.fixture
 def done(monkeypatch) -> list[str]:
     """Stages that do nothing but leave their marks; what was done, in order."""
     order: list[str] = []
 
     def stage(verb: str) -> Callable[..., None]:
-        def work(recipe: Any, run: Path, *about: Any, progress: Any) -> None:
+        def work(*taken: Any, progress: Any) -> None:
+            run, about = taken_apart(taken)
             progress(verb, 1, 2)
             time.sleep(0.01)
-            order.append(":".join([verb, *(str(part) for part in about if not isinstance(part, list))]))
+            order.append(":".join([verb, *map(str, about)]))
             if STAGES[verb].mark is not None:
                 touch(STAGES[verb].mark(run, **dict(zip(STAGES[verb].about, about, strict=True))))
 
@@ -154,10 +168,11 @@ def failing(monkeypatch: pytest.MonkeyPatch, verb: str, wrong: dict[Any, Excepti
     module, _, name = place.rpartition(".")
     real = getattr(__import__(module, fromlist=[name]), name)
 
-    def work(recipe: Any, run: Path, *about: Any, progress: Any) -> None:
+    def work(*taken: Any, progress: Any) -> None:
+        _, about = taken_apart(taken)
         if about[0] in wrong:
             raise wrong[about[0]]
-        real(recipe, run, *about, progress=progress)
+        real(*taken, progress=progress)
 
     monkeypatch.setattr(place, work)
 
