@@ -155,7 +155,7 @@ class Study:
         experiment = self.online if online else self.experiment
         recipe = experiment.arms[name]
         loss = recipe.loss.model_copy(update={"ce_weight": 0.0})
-        return Arm(experiment, recipe.model_copy(update={"loss": loss}), SEED)
+        return Arm(experiment, experiment.teachers, recipe.model_copy(update={"loss": loss}), SEED)
 
     def new_distiller(self, name: str) -> Distiller:
         return self.arm(name).distiller.eval()

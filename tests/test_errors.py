@@ -29,7 +29,9 @@ from tiny_recipe import (
 
 from kvdistill.arms.checks import check_saved_tokenizer
 from kvdistill.arms.experiment import Experiment
-from kvdistill.core.errors import KVDistillError, TrainingStopped
+from kvdistill.core.errors import KVDistillError, RunFolderError, TrainingStopped
+from kvdistill.core.files import write_json
+from kvdistill.core.layout import refuse_foreign
 from kvdistill.core.recipe import ScratchRecipe
 from kvdistill.stages.table import Job
 from kvdistill.study.folder import claimed
@@ -370,6 +372,27 @@ def test_a_folder_that_is_no_run_folder_is_left_alone(tmp_path, monkeypatch):
     assert_one_message(answer, "a file, not a folder", "thesis.tex")
     answer = invoke(monkeypatch, "run", recipe, "run_dir=/proc/no/run", work=no_work)
     assert_one_message(answer, "cannot write here", "/proc/no/run")
+
+
+def test_a_folder_in_which_another_command_has_just_begun_is_welcome(tmp_path, monkeypatch):
+    listed = Path.iterdir
+
+    def meanwhile(folder):  # the other one's files appear between two looks at the folder
+        write_json(folder / "recipe.json", {})
+        (folder / "data").mkdir(exist_ok=True)
+        return listed(folder)
+
+    monkeypatch.setattr(Path, "iterdir", meanwhile)
+    refuse_foreign(tmp_path, "recipe.json", fix="none")
+
+
+def test_what_a_kill_leaves_of_the_first_file_is_nobodys(tmp_path):
+    for name in (".lock", ".recipe.json.part-12345"):
+        (tmp_path / name).touch()
+    refuse_foreign(tmp_path, "recipe.json", fix="none")
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(RunFolderError, match=r"holds files but no recipe\.json"):
+        refuse_foreign(tmp_path, "recipe.json", fix="none")
 
 
 def test_two_commands_at_once_in_one_run_folder(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from kvdistill.align import MapProjectionAligner
 from kvdistill.arms.batches import Batch, BatchMaker, data_order
 from kvdistill.arms.distiller import Distiller
-from kvdistill.arms.pairing import Pairing, pair
+from kvdistill.arms.pairing import Pairing
+from kvdistill.arms.setting import Setting
 from kvdistill.arms.student import CausalStudent, Student
 from kvdistill.arms.teacher import Teacher, run_teacher
 from kvdistill.arms.texts import spread
@@ -33,18 +34,24 @@ from kvdistill.fuse import build_fusion
 from kvdistill.store.packed import TargetReader
 from kvdistill.store.shards import StoreReader, find_store
 
-if TYPE_CHECKING:
-    from kvdistill.arms.experiment import Experiment
-
 FIT_KIND = "aligner"
 
 
 class Arm:
-    """experiment: recipe and run folder. recipe: the arm's, complete. name: in the study; empty for a made-up arm."""
+    """One arm of an experiment with one seed.
 
-    def __init__(self, experiment: Experiment, recipe: ArmRecipe, seed: int, name: str = "") -> None:
+    Args:
+        experiment: what it shares with the others: recipe, run folder, texts.
+        teachers: by name, among others those that it learns from.
+        recipe: the arm's own, complete.
+        name: in the study; empty for a made-up arm.
+    """
+
+    def __init__(
+        self, experiment: Setting, teachers: Mapping[str, Teacher], recipe: ArmRecipe, seed: int, name: str = ""
+    ) -> None:
         self.experiment, self.recipe, self.seed, self.name = experiment, recipe, seed, name
-        self.teachers: dict[str, Teacher] = {teacher: experiment.teachers[teacher] for teacher in recipe.teachers}
+        self.teachers: dict[str, Teacher] = {teacher: teachers[teacher] for teacher in recipe.teachers}
         self.device = experiment.device
         self.uses_teachers = recipe.needs_kv or recipe.needs_logits
         self._readers: dict[str, dict[str, TargetReader]] = {}  # by split: checked once
@@ -62,14 +69,15 @@ class Arm:
 
     def alone(self, name: str) -> Arm:
         """The same arm with one of its teachers and its own texts: what is fitted to that teacher."""
-        return Arm(self.experiment, self.recipe.model_copy(update={"teachers": [name], "placebo": False}), self.seed)
+        recipe = self.recipe.model_copy(update={"teachers": [name], "placebo": False})
+        return Arm(self.experiment, self.teachers, recipe, self.seed)
 
     # -- student beside teachers --------------------------------------------------------------------------
 
     @cached_property
     def pairings(self) -> dict[str, Pairing]:
         """By teacher whose keys and values are matched."""
-        return {name: pair(self.recipe, self.teachers[name]) for name in self.recipe.teachers if self.recipe.needs_kv}
+        return {name: teacher.pair(self.recipe) for name, teacher in self.teachers.items() if self.recipe.needs_kv}
 
     @property
     def shared_size(self) -> int:

@@ -11,7 +11,6 @@ from transformers import AutoTokenizer
 
 from kvdistill.arms.arm import Arm
 from kvdistill.arms.experiment import Experiment
-from kvdistill.arms.pairing import check_pair
 from kvdistill.arms.teacher import Teacher
 from kvdistill.core.errors import AlignmentError, ModelError, RecipeError
 from kvdistill.core.files import write_json
@@ -114,7 +113,7 @@ def _check_meets(arm: Arm, teacher: Teacher) -> None:
             fix="set fuse.fusion_strategy: fixed or similarity",
         )
     try:
-        check_pair(recipe, teacher)
+        teacher.check_pair(recipe)
     except RecipeError as error:
         raise RecipeError(error.what, place=f"{place}: {error.place}", fix=error.fix) from None
 

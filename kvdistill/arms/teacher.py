@@ -7,13 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from kvdistill.arms.pairing import pair, shape_of
+from kvdistill.align import layer_map, parse_layer_range
+from kvdistill.align.layers import read_layer_similarity
+from kvdistill.arms.pairing import Pairing, shape_of
+from kvdistill.arms.setting import Setting
 from kvdistill.arms.texts import (
     SPAN_NAMES,
     PickedRows,
@@ -26,7 +29,7 @@ from kvdistill.arms.texts import (
     teacher_place,
 )
 from kvdistill.compress import rkv_layer_scores
-from kvdistill.core.errors import RunFolderError
+from kvdistill.core.errors import RecipeError, RunFolderError
 from kvdistill.core.files import open_tensors, read_json, sha256_file, sha256_of, write_json
 from kvdistill.core.kv import KV
 from kvdistill.core.layout import (
@@ -48,14 +51,11 @@ from kvdistill.models import ModelShape, auto_class, load_model, model_config, r
 from kvdistill.store.packed import TargetReader
 from kvdistill.store.shards import find_store
 
-if TYPE_CHECKING:
-    from kvdistill.arms.experiment import Experiment
-
 
 class Teacher:
     """One teacher of an experiment, by its name. Asks the disk when it is asked; loads weights only in `load`."""
 
-    def __init__(self, experiment: Experiment, name: str) -> None:
+    def __init__(self, experiment: Setting, name: str) -> None:
         self.experiment, self.name, self._run = experiment, name, experiment.run
         self.recipe: TeacherRecipe = next(t for t in experiment.recipe.teachers if t.name == name)
         self.place = teacher_place(experiment.recipe, name)  # in errors
@@ -97,7 +97,7 @@ class Teacher:
         return read_table(path, self.texts["files"][path.name])
 
     def text(self, split: str) -> TeacherText | None:
-        """Its own texts for `Experiment.examples(split)`, or None where it reads what the student reads."""
+        """Its own texts for `Setting.examples(split)`, or None where it reads what the student reads."""
         if not self.texts["own_text"]:
             return None
         theirs, numbers = self.lessons(split), self.experiment.numbers(split)
@@ -113,7 +113,7 @@ class Teacher:
         return TeacherText(PickedRows(theirs, numbers), int(self.texts["pad_id"]), tables[0], tables[1], numbers)
 
     def examples(self, split: str) -> Sequence[Example]:
-        """`Experiment.examples(split)` as this teacher reads them."""
+        """`Setting.examples(split)` as this teacher reads them."""
         text = self.text(split)
         return self.experiment.examples(split) if text is None else text.examples
 
@@ -175,6 +175,48 @@ class Teacher:
 
     # -- what the arms want of it -------------------------------------------------------------------------
 
+    def pair(self, arm: ArmRecipe) -> Pairing:
+        """Sizes and layer map of an arm's student and this teacher. Raises RecipeError for layers outside a model."""
+        theirs, mine, align = self.shape, self.experiment.student_shape, arm.align
+        layers = tuple(parse_layer_range(arm.loss.distill_layers, mine.num_layers))
+        sizes = theirs.num_layers, mine.num_layers
+        if align.layers != "cka":
+            explicit = align.layer_map if align.layers == "explicit" else None
+            return Pairing(theirs, mine, layers, layer_map(align.layers, *sizes, explicit))
+        mapping = layer_map(
+            "cka",
+            *sizes,
+            str(align.layer_map or self.similarity_path),
+            top_k=align.cka_top_k,
+            monotone=align.cka_monotone,
+            on=align.cka_on,
+            **self.identities,
+        )
+        return Pairing(theirs, mine, layers, mapping)
+
+    def check_pair(self, arm: ArmRecipe) -> None:
+        """What `pair` would say, as far as it can be said before the teacher is trained and its layers are compared."""
+        if arm.align.layers != "cka":
+            self.pair(arm)
+            return
+        num_layers, of_student = self.shape.num_layers, self.experiment.student_shape.num_layers
+        parse_layer_range(arm.loss.distill_layers, of_student)
+        if arm.align.cka_top_k > num_layers:
+            raise RecipeError(
+                f"{arm.align.cka_top_k} teacher layers for each student layer, the teacher has {num_layers}",
+                place="align.cka_top_k",
+                fix=f"choose between 1 and {num_layers}",
+            )
+        if isinstance(arm.align.layer_map, dict):
+            raise RecipeError(
+                "layers: cka reads a file that map-layers wrote",
+                place="align.layer_map",
+                fix="leave it out, or name a file",
+            )
+        if isinstance(arm.align.layer_map, str):  # of models that are not trained yet: their numbers of layers at least
+            who = {} if self.recipe.scratch is not None else self.identities
+            read_layer_similarity(arm.align.layer_map, num_layers, of_student, on=arm.align.cka_on, **who)
+
     @cached_property
     def _arms(self) -> list[ArmRecipe]:
         return [arm for arm in self.experiment.arms.values() if self.name in arm.teachers]
@@ -185,7 +227,7 @@ class Teacher:
         needed: set[int] = set()
         for arm in self._arms:
             if arm.needs_kv:
-                needed.update(pair(arm, self).teacher_layers)
+                needed.update(self.pair(arm).teacher_layers)
         return sorted(needed)
 
     @property

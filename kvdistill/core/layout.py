@@ -80,6 +80,24 @@ def locks_folder(run: Path) -> Path:
     return run / LOCKS
 
 
+def refuse_foreign(folder: Path, identity: str, fix: str) -> None:
+    """RunFolderError where `folder` is a file, or holds files of somebody else: any, but no file named `identity`.
+
+    The file is looked for after the listing, since whoever begins here writes it before anything else; what a lock
+    or a kill while writing it leaves behind is nobody's.
+    """
+    if not folder.exists():
+        return
+    what = "this is a file, not a folder"
+    if folder.is_dir():
+        ours = (LOCK, LOCKS, identity)
+        foreign = [e for e in folder.iterdir() if e.name not in ours and not e.name.startswith(f".{identity}.part-")]
+        if not foreign or (folder / identity).exists():
+            return
+        what = f"this folder holds files but no {identity}"
+    raise RunFolderError(what, place=str(folder), fix=fix)
+
+
 def folder_lock(folder: Path, *, wait: bool) -> AbstractContextManager[None]:
     """Only one process works in `folder`. `wait`: until the other one ends; else RunFolderError at once."""
     return file_lock(folder / LOCK, wait=wait)

@@ -103,7 +103,7 @@ class _Measuring:
             fuse=recipe.fuse,
             loss=recipe.loss.model_copy(update=changes),
         )
-        return Arm(self.experiment, made, recipe.seeds[0])
+        return Arm(self.experiment, {self.teacher.name: self.teacher}, made, recipe.seeds[0])
 
     @cached_property
     def numbers(self) -> list[int]:

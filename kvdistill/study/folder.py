@@ -14,8 +14,6 @@ from kvdistill.core.config import arm_recipe, recipe_hash
 from kvdistill.core.errors import ModelError, RunFolderError
 from kvdistill.core.files import read_json, sha256_of, write_json
 from kvdistill.core.layout import (
-    LOCK,
-    LOCKS,
     arm_folder,
     data_folder,
     evaluated_mark,
@@ -23,6 +21,7 @@ from kvdistill.core.layout import (
     folder_lock,
     layers_folder,
     locks_folder,
+    refuse_foreign,
 )
 from kvdistill.core.provenance import machine_facts, package_versions
 from kvdistill.core.recipe import Recipe
@@ -85,11 +84,7 @@ def check_run_folder(recipe: Recipe, run: Path) -> None:
                 place=f"{place}.path",
                 fix="give a folder with config.json and *.safetensors, or a hub id like Qwen/Qwen2.5-0.5B",
             )
-    if (run / "recipe.json").exists() or not run.exists():
-        return
-    if not run.is_dir() or any(entry.name not in (LOCK, LOCKS) for entry in run.iterdir()):
-        what = "this folder holds files but no recipe.json" if run.is_dir() else "this is a file, not a folder"
-        raise RunFolderError(what, place=str(run), fix="give an empty or new folder with run_dir=…")
+    refuse_foreign(run, "recipe.json", fix="give an empty or new folder with run_dir=…")
 
 
 def difference(theirs: Any, recipe: Recipe, run: Path, *, planned: bool = False) -> str | None:

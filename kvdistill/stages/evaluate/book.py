@@ -23,7 +23,7 @@ from typing import Any
 
 from kvdistill.core.errors import RunFolderError
 from kvdistill.core.files import read_json, sha256_file, sha256_of, write_json
-from kvdistill.core.layout import folder_lock
+from kvdistill.core.layout import folder_lock, refuse_foreign
 from kvdistill.core.records import Record, read_records, write_records
 from kvdistill.data.tokenizers import fingerprint_tokenizer
 from kvdistill.stages.evaluate.exams import AbstractExam, SuiteOptions
@@ -133,9 +133,8 @@ def check_folder(
     if (folder / IDENTITY).exists():
         identity = read_json(folder / IDENTITY)
         _refuse_difference(folder, "model", identity.get("asked"), _plain(asker))
-    elif folder.exists() and (not folder.is_dir() or any(entry.name != ".lock" for entry in folder.iterdir())):
-        what = f"this folder holds files but no {IDENTITY}" if folder.is_dir() else "this is a file, not a folder"
-        raise RunFolderError(what, place=str(folder), fix="give an empty or new folder with --out")
+    else:
+        refuse_foreign(folder, IDENTITY, fix="give an empty or new folder with --out")
     for name, members in exams.items():
         now = _plain({**prompts, "members": {exam.name: exam.identity() for exam in members}})
         there = identity["evaluations"].setdefault(name, {"options": now, "limits": []})

@@ -1,0 +1,75 @@
+"""A recipe in its run folder: what all arms, seeds and teachers of a study share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvdistill.arms.pairing import shape_of
+from kvdistill.arms.texts import load_tokenizer_of, spread
+from kvdistill.core.config import arm_recipe
+from kvdistill.core.recipe import ArmRecipe, Recipe
+from kvdistill.core.runtime import derive_seed, pick_device
+from kvdistill.data.encode import Example
+from kvdistill.data.tables import read_split
+from kvdistill.models import ModelShape, load_model
+
+
+class Setting:
+    """recipe: the study's. run: its folder, in which data is prepared. Loads and reads when it is asked."""
+
+    def __init__(self, recipe: Recipe, run: Path) -> None:
+        self.recipe, self.run = recipe, run
+        self._splits: dict[str, Sequence[Example]] = {}
+
+    @cached_property
+    def device(self) -> torch.device:
+        return pick_device(self.recipe.hardware.device)
+
+    @cached_property
+    def arms(self) -> dict[str, ArmRecipe]:
+        """The complete recipe of every arm."""
+        return {name: arm_recipe(self.recipe, name) for name in self.recipe.arms}
+
+    # -- the student --------------------------------------------------------------------------------------
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The student's, as `prepare` left it. Raises RunFolderError where data is not prepared."""
+        return load_tokenizer_of(self.run)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        return len(self.tokenizer)
+
+    @property
+    def student_shape(self) -> ModelShape:
+        return shape_of(self.recipe.student, self.vocab_size, "student")
+
+    def initial_model(self, seed: int) -> PreTrainedModel:
+        """The student as training starts it, before adapters, on the CPU: the same bits for every arm of a seed."""
+        seed = derive_seed(seed, "student")
+        return load_model(self.recipe.student, vocab_size=self.vocab_size, seed=seed, place="student")
+
+    # -- the texts ----------------------------------------------------------------------------------------
+
+    def split(self, name: str) -> Sequence[Example]:
+        """A whole split as the student reads it; checked against its checksum when it is first asked for."""
+        if name not in self._splits:
+            self._splits[name] = read_split(self.run, name)
+        return self._splits[name]
+
+    def numbers(self, split: str) -> Sequence[int]:
+        """Rows of a split whose targets are captured: all of train, those of val that curves and match figures use."""
+        if split == "train":
+            return range(len(self.split(split)))
+        return spread(self.split(split), max(self.recipe.train.eval_examples, self.recipe.evaluate.match_examples))
+
+    def examples(self, split: str) -> Sequence[Example]:
+        """The examples whose targets are captured, as the student reads them."""
+        examples = self.split(split)
+        return examples if split == "train" else [examples[i] for i in self.numbers(split)]
