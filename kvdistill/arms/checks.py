@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer
 
 from kvdistill.arms.arm import Arm
 from kvdistill.arms.experiment import Experiment
+from kvdistill.arms.student import CausalStudent
 from kvdistill.arms.teacher import Teacher
 from kvdistill.core.errors import AlignmentError, ModelError, RecipeError
-from kvdistill.core.files import write_json
+from kvdistill.core.files import file_stamps, read_json, sha256_of, write_json
 from kvdistill.core.progress import Progress, silent
 from kvdistill.core.recipe import ScratchRecipe
 from kvdistill.data.encode import Example
+from kvdistill.data.tokenizers import fingerprint_tokenizer, load_tokenizer
 
 COMPARED_EXAMPLES = 200
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -32,6 +36,7 @@ def check_models(experiment: Experiment, progress: Progress = silent) -> None:
         check_same_tokenizer(experiment, recipe.student.path, "student")
     elif recipe.student.scratch is not None:
         check_saved_tokenizer(experiment, recipe.student.scratch, "student", experiment.tokenizer)
+    try_saving(experiment)
     for number, teacher in enumerate(teachers.values()):
         try:
             kind = teacher.shape.kind
@@ -136,10 +141,61 @@ def load_model_tokenizer(path: str, place: str) -> Any:
         ) from None
 
 
+def try_saving(experiment: Experiment) -> None:
+    """Save the student as training will in the end, load it and compare; noted in `check.json`, and done once.
+
+    Its adapters are made to matter first: those that training starts from change nothing. Raises ModelError where it
+    comes back as another one, and whatever saving raises.
+    """
+    student, note = experiment.recipe.student, experiment.run / "check.json"
+    what = sha256_of(
+        {
+            "student": student.model_dump(mode="json"),
+            "files": [] if student.path is None else file_stamps(Path(student.path).expanduser()),
+            "tokenizer": fingerprint_tokenizer(experiment.tokenizer),
+            "versions": [version(name) for name in ("torch", "transformers", "peft", "safetensors")],
+        }
+    )
+    if note.exists() and read_json(note).get("saved") == what:
+        return
+    made = CausalStudent(experiment.initial_model(experiment.recipe.seeds[0]), lora=student.lora)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in made.named_parameters():
+        if "lora_B" in name:
+            with torch.no_grad():
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    with tempfile.TemporaryDirectory(dir=experiment.run, prefix=".check-") as folder:
+        made.save(Path(folder) / "model", experiment.as_read(experiment.tokenizer))
+        theirs = AutoTokenizer.from_pretrained(Path(folder) / "model")
+    special = [*experiment.tokenizer.get_added_vocab()]
+    for example in experiment.split("train")[:COMPARED_EXAMPLES]:
+        if not any(token in example.prompt for token in special) and theirs(example.prompt)["input_ids"] != (
+            example.prompt_ids
+        ):
+            raise AlignmentError(
+                f"the tokenizer that is saved with the student would read {example.prompt[:40]!r} otherwise than "
+                "training does",
+                place="data.tokenizer",
+                fix="use the tokenizer of the student's own family",
+            )
+    write_json(note, {"saved": what})
+
+
 def check_same_tokenizer(experiment: Experiment, path: str, place: str) -> None:
     """Raise unless a pretrained model cuts text exactly as the run does (compared as tokenizers, never by size)."""
     theirs = load_model_tokenizer(path, place)
-    if difference := tokenizer_difference(experiment.tokenizer, theirs, experiment.split("train")[:COMPARED_EXAMPLES]):
+    ours, texts = experiment.tokenizer, experiment.split("train")[:COMPARED_EXAMPLES]
+    if difference := tokenizer_difference(ours, theirs, texts):
+        as_written = (Path(path).expanduser() / "tokenizer.json").is_file() and load_tokenizer(path, place=place)
+        if as_written and tokenizer_difference(ours, as_written, texts) is None:
+            raise AlignmentError(
+                f"transformers does not read this folder's tokenizer as it is written: AutoTokenizer makes a "
+                f"{type(theirs).__name__} of it because of the model's family, and that cuts texts otherwise "
+                f"({difference})",
+                place=place,
+                fix="keep a tokenizer of the model's own family beside it (and as data.tokenizer), or take a student "
+                "of another family for this tokenizer (llama, qwen3, …)",
+            )
         raise AlignmentError(
             f"this model's tokenizer differs from data.tokenizer: {difference}",
             place=place,

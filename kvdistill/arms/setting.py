@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from kvdistill.arms.pairing import shape_of
 from kvdistill.arms.texts import load_tokenizer_of, spread
@@ -16,6 +16,7 @@ from kvdistill.core.recipe import ArmRecipe, Recipe
 from kvdistill.core.runtime import derive_seed, pick_device
 from kvdistill.data.encode import Example
 from kvdistill.data.tables import read_split
+from kvdistill.data.tokenizers import as_read
 from kvdistill.models import ModelShape, load_model
 
 
@@ -38,9 +39,13 @@ class Setting:
     # -- the student --------------------------------------------------------------------------------------
 
     @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> PreTrainedTokenizerFast:
         """The student's, as `prepare` left it. Raises RunFolderError where data is not prepared."""
         return load_tokenizer_of(self.run)
+
+    def as_read(self, tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+        """A tokenizer as it is saved beside a model: called by itself it begins a text as this recipe's texts begin."""
+        return as_read(tokenizer, template=self.recipe.data.template)
 
     @cached_property
     def vocab_size(self) -> int:

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from kvdistill.core.errors import RunFolderError
+from kvdistill.core.errors import ModelError, RunFolderError
 from kvdistill.core.files import replacing_folder
 from kvdistill.core.kv import KV, RopeFrame
 from kvdistill.core.recipe import LoraRecipe
@@ -30,6 +30,9 @@ from kvdistill.models import (
     unrotate_keys,
 )
 from kvdistill.models.generate import Answer, Rows, generate_greedy, segment_nll
+
+# how far logits may be off after saving, relative: merging adapters rounds once more
+_SAVED_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
 
 
 class StudentOutput(NamedTuple):
@@ -170,14 +173,38 @@ class CausalStudent(nn.Module):
         return segment_nll(self.model, rows, counted, pad_id=pad_id, batch_size=batch_size)
 
     def save(self, folder: Path, tokenizer: Any) -> None:
-        """A folder that plain transformers loads: merged weights (safetensors), config, generation ids, tokenizer."""
+        """A folder that plain transformers loads: merged weights (safetensors), config, generation ids, tokenizer.
+
+        Generation is greedy, as the student is evaluated, whatever the publisher of its weights preferred. What was
+        written is loaded again and must give the logits that the student gave before its adapters were merged; else
+        ModelError, and nothing is left behind.
+        """
+        before = self._some_logits(self.model)
         model = merge_lora(self.model)
-        for config in (model.config, model.generation_config):
-            config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
-            config.bos_token_id = tokenizer.bos_token_id
+        ids = {role: getattr(tokenizer, role) for role in ("pad_token_id", "eos_token_id", "bos_token_id")}
+        for role, number in ids.items():
+            setattr(model.config, role, number)
+        model.generation_config = GenerationConfig(do_sample=False, **ids)
         with replacing_folder(folder) as part:
             model.save_pretrained(part)
             tokenizer.save_pretrained(part)
+            saved, _ = CausalStudent.load(part, model.dtype)
+            away = float((self._some_logits(saved.model) - before).norm() / before.norm())
+            if not away <= _SAVED_TOLERANCE[model.dtype]:
+                raise ModelError(
+                    f"the saved student is another one: its logits are off by {away:.2g} of their size",
+                    place=str(folder),
+                    fix="train without adapters (student.lora), or on other modules (student.lora.target_modules)",
+                )
+
+    @torch.no_grad()
+    def _some_logits(self, model: Any) -> Tensor:
+        """Next-token logits [4, 8, V] of texts of no meaning, in float32 on the CPU."""
+        ids = torch.arange(32, device=model.device).view(4, 8) * 7919 % self.shape.vocab_size
+        training = model.training
+        logits = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        model.train(training)
+        return logits.float().cpu()
 
     def flops(self, num_tokens: int, sum_squared_lengths: int) -> tuple[int, int]:
         """As `Student.flops`. A backward pass is two forwards (one where the base weights are frozen under LoRA), and

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from kvdistill.align import layer_map, parse_layer_range
 from kvdistill.align.layers import read_layer_similarity
@@ -46,6 +46,7 @@ from kvdistill.core.segments import ANSWER
 from kvdistill.core.targets import TeacherTargets
 from kvdistill.data.encode import Example
 from kvdistill.data.tables import check_file, read_table
+from kvdistill.data.tokenizers import load_tokenizer
 from kvdistill.losses import answer_attention
 from kvdistill.models import ModelShape, auto_class, load_model, model_config, rotate_keys, teacher_forward
 from kvdistill.store.packed import TargetReader
@@ -77,11 +78,11 @@ class Teacher:
         return dict(read_json(path))
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> PreTrainedTokenizerFast:
         """Of what this teacher reads; the run's where it has none of its own."""
         folder = own_tokenizer_folder(self._run, self.name)
         if self.texts["own_text"] and folder.is_dir():
-            return AutoTokenizer.from_pretrained(folder)
+            return load_tokenizer(str(folder), place=str(folder))
         return self.experiment.tokenizer
 
     @property

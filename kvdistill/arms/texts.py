@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from kvdistill.core.layout import teacher_texts_folder, tokenizer_folder
 from kvdistill.core.recipe import Recipe, TeacherRecipe
 from kvdistill.data.encode import Example
 from kvdistill.data.tables import read_manifest
+from kvdistill.data.tokenizers import load_tokenizer
 
 SPAN_NAMES = ("offsets", "spans", "roles")
 
@@ -81,10 +82,10 @@ class PickedRows(Sequence[Example]):
         return self._table[self._numbers[index]]
 
 
-def load_tokenizer_of(run: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer_of(run: Path) -> PreTrainedTokenizerFast:
     """The run's tokenizer, as `prepare` left it: the student's."""
     read_manifest(run)  # says so where prepare has not finished
-    return AutoTokenizer.from_pretrained(tokenizer_folder(run))
+    return load_tokenizer(str(tokenizer_folder(run)), place=str(tokenizer_folder(run)))
 
 
 def teacher_place(recipe: Recipe, name: str) -> str:

@@ -131,6 +131,12 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def file_stamps(folder: Path) -> list[list[Any]]:
+    """Name, size and time of change of a folder's own files: a quick way to see that none was replaced."""
+    files = sorted(file for file in folder.glob("*") if file.is_file())
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
 def sha256_of(value: Any) -> str:
     """Hash of a JSON-able value, independent of key order."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))

@@ -16,7 +16,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from kvdistill.core.errors import DataError
@@ -110,6 +110,28 @@ def with_end_token(
         backend = Tokenizer.from_str(json.dumps(definition))
     roles = {role: getattr(tokenizer, role) for role in _ROLES} | {"eos_token": end}
     return _plain(backend, roles, tokenizer.chat_template, tokenizer.model_max_length)
+
+
+def as_read(tokenizer: PreTrainedTokenizerFast, *, template: str) -> PreTrainedTokenizerFast:
+    """A copy that puts around a text, when it is simply called, what `encode_rows` puts there, and nothing else.
+
+    template: `plain`: beginning-of-text in front, where the tokenizer has one; `chat`: nothing, since the template
+    writes its own. So that a model saved beside it is asked by plain transformers as it was trained.
+    """
+    copied = _plain(
+        tokenizer.backend_tokenizer,
+        {role: getattr(tokenizer, role) for role in _ROLES},
+        tokenizer.chat_template,
+        tokenizer.model_max_length,
+    )
+    bos, number = copied.bos_token, copied.bos_token_id
+    begins = template == "plain" and bos is not None
+    copied.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos}:0 $A:0" if begins else "$A:0",
+        pair=f"{bos}:0 $A:0 $B:0" if begins else "$A:0 $B:0",
+        special_tokens=[(bos, number)] if begins else [],
+    )
+    return copied
 
 
 def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str:

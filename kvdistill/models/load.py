@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -205,16 +206,28 @@ def add_lora(model: PreTrainedModel, lora: LoraRecipe, *, seed: int, place: str 
         fan_in_fan_out=model.config.model_type == "gpt2",  # GPT-2 stores its matrices transposed
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(devices=[]):
+    shared = model.get_input_embeddings().weight  # of the output layer as well, where the two are tied
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(derive_seed(seed, "lora", "init"))
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # refused below
         try:
-            return get_peft_model(model, config)
+            adapted = get_peft_model(model, config)
         except ValueError as error:
             raise ModelError(
                 f"no adapter fits: {str(error).strip().splitlines()[0]}",
                 place=f"{place}.target_modules",
                 fix="name linear layers of this model (q_proj, v_proj, …), or all-linear",
             ) from error
+    for name, module in adapted.named_modules():
+        base = getattr(module, "base_layer", None)
+        if model.config.get_text_config(decoder=True).tie_word_embeddings and getattr(base, "weight", None) is shared:
+            raise ModelError(
+                f"{name.removeprefix('base_model.model.')} shares its weights with the other end of the model "
+                "(tied embeddings): merged into them, an adapter of the one would change both",
+                place=f"{place}.target_modules",
+                fix="leave lm_head and the embeddings out of it",
+            )
+    return adapted
 
 
 def merge_lora(model: nn.Module) -> PreTrainedModel:

@@ -78,7 +78,7 @@ def train_student(arm: Arm, progress: Progress = silent) -> None:
         }
         if tensors:
             write_tensors(folder / "adapters.safetensors", tensors, {"teachers": ",".join(distiller.teachers)})
-        distiller.student.save(folder / "model", arm.experiment.tokenizer)
+        distiller.student.save(folder / "model", arm.experiment.as_read(arm.experiment.tokenizer))
         write_json(trained_mark(folder), {"arm": arm.name, "seed": arm.seed, "steps": recipe.train.steps})
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
@@ -134,7 +134,7 @@ def train_teacher(teacher: Teacher, progress: Progress = silent) -> None:
             on_step=_step_hook(optimiser.steps, progress, f"teacher {name}", None),
         )
         trainer.resume_or_start()
-        student.save(folder / "model", tokenizer)
+        student.save(folder / "model", experiment.as_read(tokenizer))
         val = teacher.lessons("val")
         held_out = [val[i] for i in spread(val, 4 * experiment.recipe.train.eval_examples)]
         by_task = accuracy_by_task(student, tokenizer, held_out, experiment.recipe.evaluate.max_new_tokens)
