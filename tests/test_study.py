@@ -31,6 +31,7 @@ from kvdistill.arms.experiment import Experiment
 from kvdistill.core.errors import JobsFailed, RecipeError, RunFolderError, TrainingStopped
 from kvdistill.core.files import sha256_file
 from kvdistill.core.layout import LOCK, arm_folder, evaluated_mark, file_lock, folder_lock, locks_folder, trained_mark
+from kvdistill.core.marks import write_mark
 from kvdistill.core.progress import silent
 from kvdistill.core.runtime import set_threads
 from kvdistill.stages.table import STAGES, Job, perform
@@ -43,8 +44,7 @@ THREE: dict[str, Any] = {"seeds": [1, 2], "arms": {"ce": {"teachers": []}, "one"
 
 
 def touch(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("{}")
+    write_mark(path, {}, [])
 
 
 # -- the graph ----------------------------------------------------------------------------------------

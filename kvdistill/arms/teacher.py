@@ -40,6 +40,7 @@ from kvdistill.core.layout import (
     teacher_texts_folder,
     trained_mark,
 )
+from kvdistill.core.marks import check_marked, read_mark
 from kvdistill.core.recipe import ArmRecipe, ModelRecipe, TeacherRecipe
 from kvdistill.core.runtime import DTYPES
 from kvdistill.core.segments import ANSWER
@@ -133,7 +134,7 @@ class Teacher:
         path = self.recipe.path
         if self.recipe.scratch is not None:
             folder = teacher_folder(self._run, self.name)
-            if not trained_mark(folder).exists():
+            if read_mark(trained_mark(folder)) is None:
                 raise RunFolderError(
                     f"teacher {self.name!r} is not trained yet",
                     place=str(folder),
@@ -157,9 +158,15 @@ class Teacher:
         note = teacher_folder(self._run, self.name) / "fingerprint.json"
         if note.exists() and (known := read_json(note))["stamp"] == stamp:
             return str(known["sha256"])
+        self._check_files()
         digest = sha256_of([[f.name, sha256_file(f)] for f in files])
         write_json(note, {"stamp": stamp, "sha256": digest})
         return digest
+
+    def _check_files(self) -> None:
+        if self.recipe.scratch is not None:
+            folder = teacher_folder(self._run, self.name)
+            check_marked(trained_mark(folder), "model/", fix=f"delete {folder} and teach it again")
 
     @property
     def identities(self) -> dict[str, Any]:
@@ -280,7 +287,8 @@ class Teacher:
     # -- how it is run ------------------------------------------------------------------------------------
 
     def load(self) -> PreTrainedModel:
-        """The model on the experiment's device, frozen, in eval mode."""
+        """The model on the experiment's device, frozen, in eval mode. RunFolderError where its files were altered."""
+        self._check_files()
         model = load_model(self.source, vocab_size=self.vocab_size, seed=0, place=self.place)
         return model.requires_grad_(False).eval().to(self.experiment.device)  # type: ignore[arg-type]
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from kvdistill.core.config import arm_recipe
 from kvdistill.core.layout import arm_folder, evaluated_mark, file_lock, locks_folder, teacher_folder, trained_mark
+from kvdistill.core.marks import read_mark
 from kvdistill.core.progress import Progress, silent
 from kvdistill.core.recipe import Recipe
 
@@ -135,7 +136,7 @@ def perform(job: Job, recipe: Recipe, progress: Progress = silent) -> None:
     lock = locks_folder(run) / (job.verb if stage.alone else job.id)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))  # of a torchrun: training has one lock for all, held by the first
     with file_lock(lock, wait=True) if ranks == 1 else nullcontext():
-        if ranks > 1 or job.mark is None or not (run / job.mark).exists():
+        if ranks > 1 or job.mark is None or read_mark(run / job.mark) is None:
             function = getattr(importlib.import_module(module), name)
             function(*_subject(stage, job, recipe, run), progress=progress)
 

@@ -23,6 +23,7 @@ from kvdistill.core.layout import (
     locks_folder,
     refuse_foreign,
 )
+from kvdistill.core.marks import read_mark
 from kvdistill.core.provenance import machine_facts, package_versions
 from kvdistill.core.recipe import Recipe
 
@@ -140,7 +141,7 @@ def is_finished(recipe: Recipe, run: Path) -> bool:
         return False
     if read_json(mark).get("recipe") != recipe_hash(recipe) or not (data_folder(run) / "manifest.json").exists():
         return False
-    return all(evaluated_mark(arm_folder(run, arm, seed)).exists() for arm in recipe.arms for seed in recipe.seeds)
+    return all(read_mark(evaluated_mark(arm_folder(run, arm, seed))) for arm in recipe.arms for seed in recipe.seeds)
 
 
 def result_of(run: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
     prepare ─▶ check ─▶ teach:T ─▶ map-layers ─▶ capture:T ─▶ fit:A:S ─▶ train:A:S ─▶ evaluate:A:S ─▶ report
 
-Pure but for looking whether marks are there. `run`, a dry run, the verbs of single stages and every launcher read
+Pure but for reading marks. `run`, a dry run, the verbs of single stages and every launcher read
 the same graph.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 
 from kvdistill.core.config import arm_recipe
 from kvdistill.core.layout import arm_folder, evaluated_mark
+from kvdistill.core.marks import read_mark
 from kvdistill.core.recipe import Recipe
 from kvdistill.stages.table import STAGES, Job
 
@@ -34,7 +35,7 @@ def plan(
     """
     if runs is None:
         runs = [(a, s) for s in recipe.seeds for a in recipe.arms]
-        runs = [pair for pair in runs if not evaluated_mark(arm_folder(run, *pair)).exists()]
+        runs = [pair for pair in runs if read_mark(evaluated_mark(arm_folder(run, *pair))) is None]
     arms = {name: arm_recipe(recipe, name) for name in recipe.arms}
     used = {teacher for arm, _ in runs for teacher in arms[arm].teachers}
     maps = any(a.needs_kv and a.align.layers == "cka" and a.align.layer_map is None for a in arms.values())
@@ -70,7 +71,7 @@ def _left_to_do(jobs: Sequence[Job], run: Path, goals: Collection[str]) -> list[
     kept: list[Job] = []
     awaited: set[str] = set()
     for job in reversed(jobs):
-        if (job.verb in goals or job.id in awaited) and (job.mark is None or not (run / job.mark).exists()):
+        if (job.verb in goals or job.id in awaited) and (job.mark is None or read_mark(run / job.mark) is None):
             kept.append(job)
             awaited |= {*job.after}
     there = {job.id for job in kept}

@@ -19,8 +19,8 @@ from transformers import AutoTokenizer
 from kvdistill.arms.arm import Arm
 from kvdistill.arms.student import CausalStudent
 from kvdistill.core.errors import DataError, RunFolderError
-from kvdistill.core.files import write_json
 from kvdistill.core.layout import evaluated_mark, tokenizer_folder, trained_mark
+from kvdistill.core.marks import check_marked, read_mark, write_mark
 from kvdistill.core.progress import Progress, silent
 from kvdistill.core.recipe import Recipe
 from kvdistill.core.records import Record, read_records, write_records
@@ -36,12 +36,13 @@ FOLDER = "evaluated"
 def evaluate(arm: Arm, progress: Progress = silent) -> None:
     """Answer and score every question with one trained student. Returns at once where that is done."""
     recipe, run, folder = arm.experiment.recipe, arm.experiment.run, arm.folder
-    if evaluated_mark(folder).exists():
+    if read_mark(evaluated_mark(folder)):
         return
-    if not trained_mark(folder).exists():
+    if read_mark(trained_mark(folder)) is None:
         raise RunFolderError(
             "this student is not trained yet", place=str(folder), fix="run `kvdistill train RECIPE` first"
         )
+    check_marked(trained_mark(folder), "model/", fix=f"delete {folder} and train again")
     student, tokenizer = CausalStudent.load(folder / "model", DTYPES[recipe.student.dtype])
     student.to(arm.device)
     options, public = recipe_options(recipe), check_public(recipe, run)
@@ -66,7 +67,8 @@ def evaluate(arm: Arm, progress: Progress = silent) -> None:
     answers = folder / FOLDER / RECORDS
     found = report_rows(read_records(answers) if answers.exists() else [], exams, {t.key for t in recipe.data.tasks})
     write_records(folder / "records.jsonl", [dataclasses.replace(one, arm=arm.name, seed=arm.seed) for one in found])
-    write_json(evaluated_mark(folder), {"arm": arm.name, "seed": arm.seed, "questions": len(found)})
+    facts = {"arm": arm.name, "seed": arm.seed, "questions": len(found)}
+    write_mark(evaluated_mark(folder), facts, ["records.jsonl", *([FOLDER] if public else [])])
     if not public:  # else the figures of public evaluations stay beside their answers
         shutil.rmtree(folder / FOLDER)
 

@@ -23,6 +23,7 @@ from kvdistill.arms.texts import spread
 from kvdistill.core.errors import DataError
 from kvdistill.core.files import read_json, write_json, write_tensors
 from kvdistill.core.layout import data_folder, folder_lock, teacher_folder, trained_mark
+from kvdistill.core.marks import read_mark, write_mark
 from kvdistill.core.progress import Progress, silent
 from kvdistill.core.runtime import Stopwatch, derive_seed, seed_everything
 from kvdistill.data.encode import Example
@@ -32,11 +33,14 @@ from kvdistill.stages.train.curves import BATCH, LearningCurve, accuracy_by_task
 from kvdistill.stages.train.ledger import training_ledger
 from kvdistill.stages.train.trainer import DistillTrainer, training_arguments
 
+# what a mark vouches for, as far as it is made
+MADE = ("model", "adapters.safetensors", "log.jsonl", "ledger.json", "match.json", "report.json")
+
 
 def train_student(arm: Arm, progress: Progress = silent) -> None:
     """Train one arm with one seed. Returns at once where that is done."""
     folder, recipe = arm.folder, arm.experiment.recipe
-    if trained_mark(folder).exists():
+    if read_mark(trained_mark(folder)):
         return
     watch = Stopwatch()
     # one lock for all ranks of a torchrun, held by the first
@@ -79,7 +83,8 @@ def train_student(arm: Arm, progress: Progress = silent) -> None:
         if tensors:
             write_tensors(folder / "adapters.safetensors", tensors, {"teachers": ",".join(distiller.teachers)})
         distiller.student.save(folder / "model", arm.experiment.as_read(arm.experiment.tokenizer))
-        write_json(trained_mark(folder), {"arm": arm.name, "seed": arm.seed, "steps": recipe.train.steps})
+        facts = {"arm": arm.name, "seed": arm.seed, "steps": recipe.train.steps}
+        write_mark(trained_mark(folder), facts, MADE)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
@@ -107,7 +112,7 @@ def train_teacher(teacher: Teacher, progress: Progress = silent) -> None:
     """Train a scratch teacher on its own tasks with plain cross-entropy; note how well it does on validation."""
     experiment, name, optimiser = teacher.experiment, teacher.name, teacher.recipe.optimiser
     folder = teacher_folder(experiment.run, name)
-    if trained_mark(folder).exists():
+    if read_mark(trained_mark(folder)):
         return
     watch = Stopwatch()
     with folder_lock(folder, wait=True):
@@ -140,7 +145,7 @@ def train_teacher(teacher: Teacher, progress: Progress = silent) -> None:
         by_task = accuracy_by_task(student, tokenizer, held_out, experiment.recipe.evaluate.max_new_tokens)
         report = {"accuracy_by_task": by_task, "steps": optimiser.steps, "seconds": watch.wall_s()}
         write_json(folder / "report.json", {**report, "parameters": student.shape.num_parameters})
-        write_json(trained_mark(folder), {"teacher": name, "steps": optimiser.steps})
+        write_mark(trained_mark(folder), {"teacher": name, "steps": optimiser.steps}, MADE)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
