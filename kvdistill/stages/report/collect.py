@@ -147,7 +147,7 @@ def read_questions(run: Path) -> dict[tuple[str, str, str], str]:
         return {}
     import pyarrow.parquet as pq
 
-    rows = pq.read_table(path, columns=["task", "id", "style", "prompt"]).to_pylist()
+    rows = pq.ParquetFile(path).read(columns=["task", "id", "style", "prompt"]).to_pylist()
     return {(r["task"], r["id"], str(r["style"] or "")): r["prompt"] for r in rows}
 
 
