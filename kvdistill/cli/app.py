@@ -186,7 +186,7 @@ def evaluate(
     is_recipe = target.endswith((".yaml", ".yml")) or Path(target).is_file()
 
     def model() -> dict[str, Any]:
-        from kvdistill.stages.evaluate import evaluate_model
+        from kvdistill.stages.evaluate.command import evaluate_model
 
         return _with_bars(
             as_json, lambda bars: evaluate_model(target, overrides or (), flags=flags, out=out, progress=bars)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -25,6 +24,7 @@ from kvdistill.core.layout import (
     locks_folder,
 )
 from kvdistill.core.provenance import machine_facts, package_versions
+from kvdistill.core.quoting import first_difference
 from kvdistill.core.recipe import Recipe
 
 # sections a finished model depends on: a run folder made with others is refused
@@ -102,7 +102,7 @@ def difference(theirs: Any, recipe: Recipe, run: Path, *, planned: bool = False)
     if planned or any((run / made).exists() for made in ("teachers", "store", "fit", "arms")):
         sections = list(_BASE)
     old_base, new_base = _base_of(theirs), _base_of(recipe.model_dump(mode="json"))
-    differing = _first_difference({s: old_base[s] for s in sections}, {s: new_base[s] for s in sections})
+    differing = first_difference({s: old_base[s] for s in sections}, {s: new_base[s] for s in sections})
     if differing is not None:
         return differing
     shared = [arm for arm in recipe.arms if arm in theirs.get("arms", {})]
@@ -116,7 +116,7 @@ def difference(theirs: Any, recipe: Recipe, run: Path, *, planned: bool = False)
     for arm in shared:
         then, now = arm_recipe(old, arm).model_dump(mode="json"), arm_recipe(recipe, arm).model_dump(mode="json")
         if then != now:
-            return _first_difference(then, now, f"arms.{arm}")
+            return first_difference(then, now, f"arms.{arm}")
     return None
 
 
@@ -125,18 +125,6 @@ def _base_of(tree: Mapping[str, Any]) -> dict[str, Any]:
     # where a copy lies changes nothing, and the manifest knows whether leaks are in the data
     base["data"] = {k: v for k, v in (base["data"] or {}).items() if k not in ("root", "leaks")}
     return base
-
-
-def _first_difference(old: Any, new: Any, where: str = "") -> str | None:
-    if old == new:
-        return None
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for key in sorted({*old, *new}):
-            found = _first_difference(old.get(key), new.get(key), f"{where}.{key}" if where else str(key))
-            if found:
-                return found
-        return None
-    return f"{where} ({json.dumps(old, ensure_ascii=False)[:60]} there, {json.dumps(new, ensure_ascii=False)[:60]} now)"
 
 
 def is_finished(recipe: Recipe, run: Path) -> bool:

@@ -10,23 +10,7 @@ book.py     the folder: identity, records, resuming; scores and costs
 
 from __future__ import annotations
 
-from typing import Any
-
 from kvdistill.stages.evaluate.stage import check_public, evaluate
 from kvdistill.stages.evaluate.suite import SuiteOptions, evaluate_suite, plan_suite
 
-_LATER = {  # lm-eval takes seconds to import
-    "MeteredLM": "kvdistill.stages.evaluate.lm",
-    "evaluate_model": "kvdistill.stages.evaluate.command",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(_LATER[name]), name)
-
-
-__all__ = ["SuiteOptions", "check_public", "evaluate", "evaluate_suite", "plan_suite", *_LATER]
+__all__ = ["SuiteOptions", "check_public", "evaluate", "evaluate_suite", "plan_suite"]

@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from kvdistill.core.recipe import EvaluateRecipe
+
 Mode = Literal["likelihood", "generation"]
 Render = Callable[..., str]  # messages -> prompt, as lm-eval's `LM.apply_chat_template`
-OWN_STYLE: Literal["cot", "direct"] = "cot"
+DEFAULT_NEW_TOKENS = 256  # lm-eval's own, where a definition sets none
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,24 @@ class SuiteOptions:
     limit: int | None = None
     max_new_tokens: int | None = None
     batch_size: int = 64
-    style: Literal["cot", "direct"] = OWN_STYLE
+    style: Literal["cot", "direct"] = "cot"
     run: Path | None = None
     gold_nll: bool = False
+
+    @classmethod
+    def of(cls, asked: EvaluateRecipe, root: str | None, style: str | None, **more: Any) -> SuiteOptions:
+        """From the section `evaluate` of a recipe or command. style: whatever is not `direct` is `cot`."""
+        return cls(
+            root=Path(root).expanduser() if root else None,
+            num_fewshot=asked.num_fewshot,
+            choice=asked.choice,
+            chat=asked.chat,
+            limit=asked.limit,
+            max_new_tokens=asked.max_new_tokens if "max_new_tokens" in asked.model_fields_set else None,
+            batch_size=asked.batch_size,
+            style="direct" if style == "direct" else "cot",
+            **more,
+        )
 
 
 @dataclass(frozen=True)

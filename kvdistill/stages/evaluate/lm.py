@@ -22,10 +22,9 @@ from torch import Tensor
 from kvdistill.arms.student import Student
 from kvdistill.data.chat import TODAY
 from kvdistill.models.generate import Rows, generate_greedy, left_padded
-from kvdistill.stages.evaluate.exams import Usage
+from kvdistill.stages.evaluate.exams import DEFAULT_NEW_TOKENS, Usage
 from kvdistill.stages.evaluate.own import StudentLM
 
-DEFAULT_NEW_TOKENS = 256  # lm-eval's own default where a definition sets none
 _MAX_LOGITS = 1 << 28  # entries of one block of scored logits: 1 GiB in float32
 
 

@@ -14,41 +14,49 @@ from kvdistill.core.files import sha256_of
 from kvdistill.core.runtime import derive_seed
 from kvdistill.data.leaks import question_hash
 from kvdistill.data.sets import Evaluation, Lettered, Member
-from kvdistill.stages.evaluate.exams import AbstractExam, Judgement, Question, Render, Request, SuiteOptions
+from kvdistill.stages.evaluate.exams import (
+    DEFAULT_NEW_TOKENS,
+    AbstractExam,
+    Judgement,
+    Question,
+    Render,
+    Request,
+    SuiteOptions,
+)
 
-DEFAULT_NEW_TOKENS = 256
 _STOPS = {"en": "Question:", "zh": "问题："}  # where a model goes on with a problem of its own
 
 
-def gold_request(
-    evaluation: Evaluation, member: Member, row: Any, asked: Any, number: int, options: SuiteOptions
-) -> Request | None:
-    """The published answer after the prompt of a generated one, to be scored; None where that is not wanted.
-
-    asked: the request that generates, ours or lm-eval's.
-    """
-    if not options.gold_nll or asked.request_type != "generate_until":
-        return None
-    answer = evaluation.published_gold(member, row)
-    space = "" if answer[:1].isspace() or evaluation.language == "zh" or options.chat else " "
-    return Request("loglikelihood", row, (asked.args[0], space + answer), member.name, number)
-
-
-def token_limit_note(max_new_tokens: int) -> str:
-    return f"answers of at most {max_new_tokens} tokens (evaluate.max_new_tokens)"
-
-
-class _PublicExam(AbstractExam):
-    """One member's rows, each in a prompt of ours."""
+class PublicExam(AbstractExam):
+    """One member's rows, whoever writes the prompts."""
 
     def __init__(self, evaluation: Evaluation, member: Member, options: SuiteOptions) -> None:
+        """Reads and checks the rows. Raises DataError for them, RecipeError for more examples than there are."""
         self.evaluation, self.name, self.mode = evaluation.name, member.name, "generation"
         self._rules, self._member, self._options = evaluation, member, options
-        self.note = token_limit_note(options.max_new_tokens) if options.max_new_tokens else ""
+        if options.max_new_tokens:
+            self.note = f"answers of at most {options.max_new_tokens} tokens (evaluate.max_new_tokens)"
         self._rows = evaluation.load(member, options.root, "test")
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def gold_request(self, asked: Any, number: int) -> Request | None:
+        """The published answer after the prompt of a generated one, to be scored; None where that is not wanted.
+
+        asked: the request that generates, ours or lm-eval's.
+        """
+        if not self._options.gold_nll or asked.request_type != "generate_until":
+            return None
+        answer = self._rules.published_gold(self._member, self._rows[number])
+        space = "" if answer[:1].isspace() or self._rules.language == "zh" or self._options.chat else " "
+        return Request("loglikelihood", self._rows[number], (asked.args[0], space + answer), self.name, number)
+
+    def judge(self, question: Question, responses: Sequence[Any]) -> Judgement:
+        gold = self._rules.gold(self._member, self._rows[question.number])
+        answer = self._rules.extract(self._member, responses[0])
+        correct = answer is not None and self._rules.same(self._member, answer, gold)
+        return Judgement(answer, responses[0], gold, correct, float(correct))
 
     def _question(
         self, number: int, id: str, style: str, prompt: str, said: str, render: Render | None, stops: Sequence[str]
@@ -61,11 +69,11 @@ class _PublicExam(AbstractExam):
         new_tokens = options.max_new_tokens or DEFAULT_NEW_TOKENS
         settings = {"until": list(stops), "do_sample": False, "max_gen_toks": new_tokens}
         asked = Request("generate_until", row, (prompt, settings), self.name, number)
-        gold = gold_request(self._rules, self._member, row, asked, number, options)
-        return Question(number, id, style, question_hash(self._rules.question(row)), prompt, [asked], gold)
+        doc_hash = question_hash(self._rules.question(row))
+        return Question(number, id, style, doc_hash, prompt, [asked], self.gold_request(asked, number))
 
 
-class LetteredExam(_PublicExam):
+class LetteredExam(PublicExam):
     """Multiple choice by generation: the choices stand in the prompt with letters, and a letter is to be written."""
 
     def __init__(self, evaluation: Evaluation, member: Member, options: SuiteOptions) -> None:
@@ -124,7 +132,7 @@ class LetteredExam(_PublicExam):
         return Judgement(answer, responses[0], asked.gold, correct, float(correct))
 
 
-class TemplateExam(_PublicExam):
+class TemplateExam(PublicExam):
     """A training task's held-out rows, in the template that students are trained on (data.template: chat, too)."""
 
     def identity(self) -> dict[str, Any]:
@@ -144,9 +152,3 @@ class TemplateExam(_PublicExam):
             written = rules.write(self._rules.problem(row), style)
             said = written.user or written.prompt
             yield self._question(number, str(row["id"]), style, written.prompt, said, render, stops)
-
-    def judge(self, question: Question, responses: Sequence[Any]) -> Judgement:
-        gold = self._rules.gold(self._member, self._rows[question.number])
-        answer = self._rules.extract(self._member, responses[0])
-        correct = answer is not None and self._rules.same(self._member, answer, gold)
-        return Judgement(answer, responses[0], gold, correct, float(correct))
