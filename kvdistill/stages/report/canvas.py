@@ -22,7 +22,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from kvdistill.stages.report.collect import write_atomically
+from kvdistill.core.files import write_bytes
 from kvdistill.stages.report.text import make_visible
 
 WIDTH = 9.0  # inches, a page's width
@@ -52,7 +52,7 @@ class Picture:
         for kind, content in (("svg", self.svg), ("png", self.png)):
             path = folder / f"{self.name}.{kind}"
             if content:
-                write_atomically(path, content)
+                write_bytes(path, content)
                 written.append(path)
             else:
                 path.unlink(missing_ok=True)
@@ -105,10 +105,15 @@ def render(name: str, title: str, caption: str, draw: Callable[[], Figure | str]
         if engine := drawn.get_layout_engine():  # lay out once; savefig would do it, and a draw to nowhere, per file
             engine.execute(drawn)
             drawn.set_layout_engine("none")
-        png, svg = io.BytesIO(), io.BytesIO()
-        FigureCanvasAgg(drawn).print_png(png, metadata={"Software": None})
-        FigureCanvasSVG(drawn).print_svg(svg, metadata={"Date": None, "Creator": None})
-    return Picture(name, title, caption, svg.getvalue(), png.getvalue())
+        return Picture(name, title, caption, *printed(drawn))
+
+
+def printed(figure: Figure) -> tuple[bytes, bytes]:
+    """The figure as SVG and as PNG, without date and maker."""
+    png, svg = io.BytesIO(), io.BytesIO()
+    FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})  # type: ignore[dict-item]
+    FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None, "Creator": None})
+    return svg.getvalue(), png.getvalue()
 
 
 def label(text: object, limit: int = 26) -> str:

@@ -25,10 +25,10 @@ def shape_figures(arm: Arm, num_batches: int) -> dict[str, Any]:
     numbers = first_batches(arm, num_batches)
     batches = [arm.load(maker, one) for one in numbers]
     lengths = torch.cat([batch.mask_BT.sum(1) for batch in batches])
-    student = _sizes(arm.experiment.student_shape)
+    used = {"layers_used": arm.distiller.student_layers, "tokens": float(lengths.double().mean())}
     return {
         "texts": len(lengths),
-        "student": {**student, "layers_used": arm.distiller.student_layers, "tokens": _mean(lengths)},
+        "student": {**_sizes(arm.experiment.student_shape), **used},
         "meeting": {
             "space": recipe.align.match_in,
             "keys": recipe.align.keys,
@@ -58,7 +58,7 @@ def _teacher(arm: Arm, name: str, maker: BatchMaker, numbers: list[list[int]], b
             missing[what] = missing.get(what, 0) + count
     found: dict[str, Any] = {
         **_sizes(teacher.shape),
-        "tokens": _mean(torch.cat([(target.segments_BS > 0).sum(1) for target in targets])),
+        "tokens": float(torch.cat([(target.segments_BS > 0).sum(1) for target in targets]).double().mean()),
         "own_tokens": text is not None,
         "one_text": text is None or text.own is not None,
         "channels": aligner.student_heads[0] * aligner.student_heads[1] if in_student else aligner.proj_k.num_out,
@@ -87,10 +87,6 @@ def _sizes(shape: Any) -> dict[str, Any]:
         "vocabulary": shape.vocab_size,
         "parameters": shape.num_parameters,
     }
-
-
-def _mean(lengths: Tensor) -> float:
-    return float(lengths.double().mean())
 
 
 def _captured(arm: Arm, name: str) -> dict[str, Any]:
@@ -150,22 +146,21 @@ def parameter_figures(arm: Arm) -> dict[str, Any]:
     """Numbers in the student and in each teacher's maps: learned, and saved with them but fixed."""
     trained = sum(p.numel() for p in arm.distiller.student.parameters() if p.requires_grad)
     total = sum(p.numel() for p in arm.distiller.student.parameters())
+    teachers: dict[str, Any] = {}
+    for name in arm.recipe.teachers:
+        aligner = arm.distiller.aligner(name)
+        names = ("proj_k", "proj_v", "proj_q", "adapter_k", "adapter_v")
+        present = {what: module for what in names if (module := getattr(aligner, what, None)) is not None}
+        teachers[name] = {
+            "parameters": sum(m.num_parameters for m in present.values()),
+            "fixed": sum(m.num_fixed for m in present.values()),
+            "trained": sum(p.numel() for p in aligner.parameters() if p.requires_grad),
+            "modules": {
+                what: {"kind": type(m).__name__, "parameters": m.num_parameters, "fixed": m.num_fixed}
+                for what, m in present.items()
+            },
+        }
     return {
         "student": {"parameters": total, "trained": trained},
-        "teachers": {name: _projectors(arm, name) for name in arm.recipe.teachers},
-    }
-
-
-def _projectors(arm: Arm, name: str) -> dict[str, Any]:
-    aligner = arm.distiller.aligner(name)
-    modules = {what: getattr(aligner, what, None) for what in ("proj_k", "proj_v", "proj_q", "adapter_k", "adapter_v")}
-    present = {what: module for what, module in modules.items() if module is not None}
-    return {
-        "parameters": sum(m.num_parameters for m in present.values()),
-        "fixed": sum(m.num_fixed for m in present.values()),
-        "trained": sum(p.numel() for p in aligner.parameters() if p.requires_grad),
-        "modules": {
-            what: {"kind": type(m).__name__, "parameters": m.num_parameters, "fixed": m.num_fixed}
-            for what, m in present.items()
-        },
+        "teachers": teachers,
     }
