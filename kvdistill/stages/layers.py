@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,17 +36,6 @@ from kvdistill.models import capture_kv, find_backbone, model_kind, positions_fr
 
 FORMAT = 1  # that `align.layers` reads
 BATCH_TEXTS = 8  # all layers of two models at once: small batches
-
-
-class Pairs(NamedTuple):
-    """States of all layers at the same places, by kind (keys, values, hidden), and where there is something to compare.
-
-    teacher, student: [M, B, T, C] and [L, B, T, D], T student tokens. mask_BT: real tokens with a teacher behind them.
-    """
-
-    teacher: dict[str, Tensor]
-    student: dict[str, Tensor]
-    mask_BT: Tensor
 
 
 def map_layers(experiment: Experiment, progress: Progress = silent) -> None:
@@ -137,10 +126,9 @@ class _Measuring:
         sides = f"teacher {self.teacher.name}", "the student"
         sums = {kind: CKAAccumulator(names=sides) for kind in self.kinds}
         num_batches = -(-len(self.numbers) // BATCH_TEXTS)
-        for done, pairs in enumerate(self._paired_batches()):
+        for done, (theirs, mine, mask_BT) in enumerate(self._paired_batches()):
             for kind in self.kinds:
-                x, y = pairs.teacher[kind].flatten(1, 2), pairs.student[kind].flatten(1, 2)
-                sums[kind].update(x, y, pairs.mask_BT.flatten())
+                sums[kind].update(theirs[kind].flatten(1, 2), mine[kind].flatten(1, 2), mask_BT.flatten())
             progress((done + 1) / (num_batches + 1))
         matrices = {kind: sums[kind].matrix() for kind in self.kinds}
         first, identities = matrices[self.kinds[0]], self.teacher.identities
@@ -154,8 +142,11 @@ class _Measuring:
             "similarity": {kind: matrix.tolist() for kind, matrix in matrices.items()},
         }
 
-    def _paired_batches(self) -> Iterator[Pairs]:
-        """Both models' states at paired positions: the teacher's go through the time map where there is one."""
+    def _paired_batches(self) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor], Tensor]]:
+        """States of all layers at the same places, by kind (keys, values, hidden): teacher [M, B, T, C], student
+        [L, B, T, D], T student tokens; and which [B, T] are real and have a teacher behind them. The teacher's go
+        through the time map where there is one.
+        """
         maker, name = self.arm.batches("train", stored=False), self.teacher.name
         teacher, student = self.teacher.load(), self.arm.initial_model.to(self.arm.device)  # type: ignore[arg-type]
         for start in range(0, len(self.numbers), BATCH_TEXTS):
@@ -167,7 +158,7 @@ class _Measuring:
                 theirs = {
                     kind: torch.stack([mapping.apply(x_BSC, 1) for x_BSC in states]) for kind, states in theirs.items()
                 }
-            yield Pairs(theirs, mine, batch.kv_masks[name])
+            yield theirs, mine, batch.kv_masks[name]
 
 
 @torch.no_grad()

@@ -45,30 +45,21 @@ def claimed(recipe: Recipe, run: Path) -> Iterator[None]:
         with folder_lock(run, wait=True):
             theirs = read_json(path) if path.exists() else None
             if theirs is not None and theirs != mine:
-                _refuse_difference(theirs, recipe, run, working)
+                if differing := difference(theirs, recipe, run):
+                    what = f"this run folder was made with another recipe: {differing} differs"
+                    fix = "give another folder (run_dir=…), or delete this one to start over"
+                    raise RunFolderError(what, place=str(run), fix=fix)
+                if differing := difference(theirs, recipe, run, planned=True):
+                    try:  # what it asks for may be changed as long as nobody is making it
+                        with file_lock(working, wait=False):
+                            pass
+                    except RunFolderError as error:
+                        what = f"{error.what} with another recipe: {differing} differs"
+                        raise RunFolderError(what, place=str(run), fix=error.fix) from None
             if theirs != mine:
                 write_json(path, mine)
             at_work.enter_context(file_lock(working, wait=True, shared=True))
         yield
-
-
-def _refuse_difference(theirs: Any, recipe: Recipe, run: Path, working: Path) -> None:
-    differing = difference(theirs, recipe, run)
-    if differing is not None:
-        raise RunFolderError(
-            f"this run folder was made with another recipe: {differing} differs",
-            place=str(run),
-            fix="give another folder (run_dir=…), or delete this one to start over",
-        )
-    differing = difference(theirs, recipe, run, planned=True)
-    if differing is not None:  # what it asks for may be changed as long as nobody is making it
-        try:
-            with file_lock(working, wait=False):
-                return
-        except RunFolderError as error:
-            raise RunFolderError(
-                f"{error.what} with another recipe: {differing} differs", place=str(run), fix=error.fix
-            ) from None
 
 
 def check_run_folder(recipe: Recipe, run: Path) -> None:

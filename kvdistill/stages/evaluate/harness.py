@@ -11,8 +11,7 @@ import dataclasses
 import logging
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,7 @@ from kvdistill.core.files import sha256_of
 from kvdistill.core.runtime import derive_seed
 from kvdistill.data.leaks import question_hash
 from kvdistill.data.sets import Evaluation, Member
-from kvdistill.stages.evaluate.exams import DEFAULT_NEW_TOKENS, Judgement, Question, Render, SuiteOptions
-from kvdistill.stages.evaluate.plain import PublicExam
+from kvdistill.stages.evaluate.exams import DEFAULT_NEW_TOKENS, Judgement, PublicExam, Question, Render, SuiteOptions
 
 FEWSHOT_SEED = 1234  # lm-eval's own
 _TOKEN_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -58,9 +56,13 @@ class HarnessExam(PublicExam):
             for split, kind in evaluation.splits.items()
         }
         config["custom_dataset"] = lambda **_: tables
-        with _own_random_state(member.name):
+        state = random.getstate()  # definitions that shuffle do it alike whatever ran before, and leave no trace
+        random.seed(derive_seed(0, "evaluate", member.name))
+        try:
             self._task = _Task(config=config)
             self._docs = list(self._task.eval_docs)
+        finally:
+            random.setstate(state)
         assert len(self._docs) == len(self._rows), f"{member.definition} drops rows"
         task, wanted = self._task, self._num_fewshot
         own_split = task.fewshot_cfg.split is not None and task.fewshot_cfg.split == task.config.test_split
@@ -112,7 +114,18 @@ class HarnessExam(PublicExam):
     def judge(self, question: Question, responses: Sequence[Any]) -> Judgement:
         """A choice is the likeliest, the first of equals. Nothing is predicted where a log-likelihood is NaN."""
         doc, row = self._docs[question.number], self._rows[question.number]
-        metrics = self._metrics(doc, question, responses)
+        for request, response in zip(question.requests, responses, strict=True):
+            request.resps, request.filtered_resps = [response], {}
+        self._task._instances = list(question.requests)
+        self._task.apply_filters()
+        metrics: dict[str, float] = {}
+        for name in question.requests[0].filtered_resps:
+            filtered = [request.filtered_resps[name] for request in question.requests]
+            with np.errstate(all="ignore"):  # probabilities that underflow: lm-eval's figure is then NaN, ours is not
+                values = self._task.process_results(doc, filtered)
+            for metric, value in values.items():
+                if isinstance(value, int | float) or (hasattr(value, "dtype") and getattr(value, "ndim", 1) == 0):
+                    metrics[f"{metric},{name}"] = float(value)
         if self.mode == "generation":
             return dataclasses.replace(super().judge(question, responses), metrics=metrics)
         gold = self._rules.gold(self._member, row)
@@ -128,21 +141,6 @@ class HarnessExam(PublicExam):
             return Judgement(prediction, None, gold, mass > 0.5, mass, right, metrics)
         correct = sound and best == right
         return Judgement(prediction, None, gold, correct, float(correct), right, metrics)
-
-    def _metrics(self, doc: Mapping[str, Any], question: Question, responses: Sequence[Any]) -> dict[str, float]:
-        for request, response in zip(question.requests, responses, strict=True):
-            request.resps, request.filtered_resps = [response], {}
-        self._task._instances = list(question.requests)
-        self._task.apply_filters()
-        found: dict[str, float] = {}
-        for name in question.requests[0].filtered_resps:
-            filtered = [request.filtered_resps[name] for request in question.requests]
-            with np.errstate(all="ignore"):  # probabilities that underflow: lm-eval's figure is then NaN, ours is not
-                values = self._task.process_results(doc, filtered)
-            for metric, value in values.items():
-                if isinstance(value, int | float) or (hasattr(value, "dtype") and getattr(value, "ndim", 1) == 0):
-                    found[f"{metric},{name}"] = float(value)
-        return found
 
 
 def _true_mass(likelihoods: Sequence[float], labels: Sequence[int]) -> float:
@@ -179,17 +177,6 @@ class _Task(ConfigurableTask):
         if key not in kept:
             kept[key] = render(doc, template)
         return kept[key]
-
-
-@contextmanager
-def _own_random_state(name: str) -> Iterator[None]:
-    """Definitions that shuffle with the global generator do it alike whatever ran before, and leave no trace."""
-    state = random.getstate()
-    random.seed(derive_seed(0, "evaluate", name))
-    try:
-        yield
-    finally:
-        random.setstate(state)
 
 
 def quiet_harness() -> None:

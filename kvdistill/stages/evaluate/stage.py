@@ -105,6 +105,3 @@ def report_rows(records: Sequence[Record], exams: Mapping[str, Sequence[Any]], o
         alone = len(exams[name]) == 1 or name in SCORED_BY
         rows.append(dataclasses.replace(record, task=task, id=record.id if alone else f"{member}/{record.id}"))
     return rows
-
-
-__all__ = ["check_public", "evaluate", "recipe_options", "report_rows"]
