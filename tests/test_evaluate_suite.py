@@ -29,10 +29,9 @@ from kvdistill.data.sets import EVALUATIONS
 from kvdistill.data.tokenizers import character_tokenizer
 from kvdistill.models.generate import Rows, generate_greedy
 from kvdistill.stages.evaluate.book import check_folder
-from kvdistill.stages.evaluate.exams import SuiteOptions
+from kvdistill.stages.evaluate.exams import LetteredExam, SuiteOptions
 from kvdistill.stages.evaluate.harness import HarnessExam, quiet_harness
 from kvdistill.stages.evaluate.lm import MeteredLM
-from kvdistill.stages.evaluate.plain import LetteredExam
 from kvdistill.stages.evaluate.suite import Exams, evaluate_suite, plan_suite
 
 CHOICES = ("cmmlu", "ceval", "arc_challenge", "truthfulqa")

@@ -18,10 +18,11 @@ import pytest
 from run_factory import ARMS, TASKS, make_recipe, write_lines, write_object, write_run
 
 from kvdistill.core.errors import RunFolderError, TrainingStopped
+from kvdistill.core.files import write_bytes
 from kvdistill.core.recipe import Recipe
 from kvdistill.stages.report import LearningCurveTracker, report
 from kvdistill.stages.report.canvas import Picture
-from kvdistill.stages.report.collect import collect_tables, read_log, write_atomically, write_json
+from kvdistill.stages.report.collect import collect_tables, read_log, write_json
 from kvdistill.stages.report.compare import Runs, SeedRun, compare_family, find_refusals
 from kvdistill.stages.report.curves import band, train_kv, val
 from kvdistill.stages.report.figures import draw_comparison, match_table, routing_tables
@@ -259,10 +260,10 @@ def test_resumed_logs_keep_the_later_row(tmp_path: Path) -> None:
 
 
 def test_atomic_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_atomically(tmp_path / "a", b"old")
+    write_bytes(tmp_path / "a", b"old")
     monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(TrainingStopped, match="disk is full"):
-        write_atomically(tmp_path / "a", b"new")
+        write_bytes(tmp_path / "a", b"new")
     assert (tmp_path / "a").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
 

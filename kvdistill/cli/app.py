@@ -185,29 +185,26 @@ def evaluate(
     }
     is_recipe = target.endswith((".yaml", ".yml")) or Path(target).is_file()
 
+    given = out is not None or any(value is not None for value in flags.values())
+    if is_recipe and not given:
+        _with_recipe(target, overrides, as_json, "run.run_arms", verb="evaluate", arm=arm, seed=seed)
+        return
+
     def model() -> dict[str, Any]:
-        from kvdistill.stages.evaluate import evaluate_model
-
-        return _with_bars(
-            as_json, lambda bars: evaluate_model(target, overrides or (), flags=flags, out=out, progress=bars)
-        )
-
-    def mixed_up() -> dict[str, Any]:
         from kvdistill.core.errors import RecipeError
 
         if is_recipe:
             fix = "leave them out; a recipe has evaluate.tasks, evaluate.limit, evaluate.num_fewshot, …"
             raise RecipeError("--tasks, --limit, … and --out go with a model", place=target, fix=fix)
-        raise RecipeError("--arm and --seed go with a recipe", place=target, fix="leave them out, or give a recipe")
+        if arm is not None or seed is not None:
+            raise RecipeError("--arm and --seed go with a recipe", place=target, fix="leave them out, or give a recipe")
+        from kvdistill.stages.evaluate.command import evaluate_model
 
-    if is_recipe and (out is not None or any(value is not None for value in flags.values())):
-        _guarded(mixed_up, as_json)
-    elif is_recipe:
-        _with_recipe(target, overrides, as_json, "run.run_arms", verb="evaluate", arm=arm, seed=seed)
-    elif arm is not None or seed is not None:
-        _guarded(mixed_up, as_json)
-    else:
-        _guarded(model, as_json)
+        return _with_bars(
+            as_json, lambda bars: evaluate_model(target, overrides or (), flags=flags, out=out, progress=bars)
+        )
+
+    _guarded(model, as_json)
 
 
 @app.command()
@@ -227,13 +224,9 @@ def recipe() -> None:
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Is this machine ready? Versions, cores, memory, GPUs, disk; what is missing and how to get it."""
+    from kvdistill.study.doctor import examine
 
-    def work() -> dict[str, Any]:
-        from kvdistill.study.doctor import examine
-
-        return examine()
-
-    _guarded(work, as_json)
+    _guarded(examine, as_json)
 
 
 # -- how every verb runs ------------------------------------------------------------------------------

@@ -29,6 +29,15 @@ _STAGES = {
     "student": "student",
     "source": "projected",
 }
+_SIZES = {
+    "family": "{family}",
+    "layers": "{num_layers}",
+    "KV heads x size": "{num_kv_heads} x {head_size}",
+    "queries": "{num_heads}",
+    "rotary": "{turns}",
+    "pieces": "{vocabulary:,}",
+    "tokens": "{tokens:.1f}",
+}
 _SPACES = {"teacher": "each teacher's space", "student": "the student's space", "shared": "a space shared by all"}
 
 
@@ -114,8 +123,7 @@ def _leak_lines(leaks: Mapping[str, Any]) -> list[str]:
     for pair in leaks["leaks"][:_SHOWN_PAIRS]:
         for place, text in ((pair["first"], pair["question"]), (pair["second"], pair["other"])):
             where = " / ".join(printable(place[part]) for part in ("split", "task", "id"))
-            text = printable(" ".join(text.split()))
-            text = text if len(text) <= 100 else text[:99] + "…"
+            text = _begun(" ".join(text.split()), 100)
             lines.append(f"  {pair['kind']:<5} {pair['similarity']:.2f}  {where}: {text}")
     if leaks["num_pairs_found"] > _SHOWN_PAIRS:
         lines.append(f"  … {leaks['num_pairs_found'] - _SHOWN_PAIRS:,} more pairs in the report")
@@ -162,8 +170,7 @@ def evaluation_table(results: Mapping[str, Any]) -> list[str]:
 
 
 def _row(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
-    name = printable(name)
-    name = name if len(name) <= _WIDEST_NAME else name[: _WIDEST_NAME - 1] + "…"
+    name = _begun(name, _WIDEST_NAME)
     if found.get("score") is None:
         return (name, "", str(found["questions"]), *["–"] * (len(_HEADER) - 3))
     shots = found["style"].removeprefix("fewshot-")
@@ -228,11 +235,14 @@ def profile_lines(profiles: Mapping[str, Any]) -> list[str]:
 def _shapes(profile: Mapping[str, Any]) -> list[str]:
     shapes = profile["shapes"]
     student, meeting = shapes["student"], shapes["meeting"]
-    rows = [["", "family", "layers", "KV heads x size", "queries", "rotary", "pieces", "tokens", "reads"]]
-    rows.append([*_size_row("student", student), "its own tokens"])
-    for name, teacher in shapes["teachers"].items():
-        reads = "the same tokens" if not teacher["own_tokens"] else "own tokens"
-        rows.append([*_size_row(name, teacher), reads if teacher["one_text"] else "own chains"])
+    rows = [["", *_SIZES, "reads"]]
+    for name, shape in {"student": student, **shapes["teachers"]}.items():
+        reads = "its own tokens"
+        if shape is not student:
+            reads = "own tokens" if shape["own_tokens"] else "the same tokens"
+            reads = reads if shape["one_text"] else "own chains"
+        turns = "yes" if shape["rotary"] else "no"
+        rows.append([_short(name), *(form.format(**shape, turns=turns) for form in _SIZES.values()), reads])
     lines = ["sizes (tokens: per text)", *_table(rows, left=2)]
     keys = "" if meeting["keys"] == "unrotated" else ", keys rotated"
     channels = {name: teacher["channels"] for name, teacher in shapes["teachers"].items()}
@@ -248,19 +258,6 @@ def _shapes(profile: Mapping[str, Any]) -> list[str]:
         lines += _said(f"{printable(name)}: layers by {meeting['layers']}, student←teacher: {', '.join(pairs)}")
     lines += _taught(shapes)
     return lines
-
-
-def _size_row(name: str, shape: Mapping[str, Any]) -> list[str]:
-    return [
-        _short(name),
-        shape["family"],
-        str(shape["num_layers"]),
-        f"{shape['num_kv_heads']} x {shape['head_size']}",
-        str(shape["num_heads"]),
-        "yes" if shape["rotary"] else "no",
-        f"{shape['vocabulary']:,}",
-        f"{shape['tokens']:.1f}",
-    ]
 
 
 def _taught(shapes: Mapping[str, Any]) -> list[str]:
@@ -355,7 +352,7 @@ def _match(profile: Mapping[str, Any]) -> list[str]:
     notes = [f"linear{'' if everyone else ' for ' + ', '.join(names)}: {how}" for how, names in hows.items()]
     notes.append("centred: cosine around the means; found: retrieval, the nearest is its own")
     notes.append("* with mismatched texts, fitted and measured on them: so much needs no common text")
-    return [head, *_table(rows, left=2), *(line for note in notes for line in _said(note))]
+    return [head, *_table(rows, left=2), *_said(*notes)]
 
 
 # -- numbers ------------------------------------------------------------------------------------------
@@ -363,20 +360,25 @@ def _match(profile: Mapping[str, Any]) -> list[str]:
 
 def _numbers(profile: Mapping[str, Any]) -> list[str]:
     numbers = profile["numbers"]
-    rows = [["stage", "of", "largest", "of fp16", "where", "min std", "dead", "zero", "NaN, inf"]]
+    rows: list[list[str]] = [["stage", "of", "largest", "of fp16", "where", "min std", "dead", "zero", "NaN, inf"]]
     merged: dict[tuple[str, str | None], list[Mapping[str, Any]]] = {}
     for row in numbers["stages"]:
         merged.setdefault((row["stage"], row["teacher"]), []).append(row)
-    rows += [_stage_row(stage, of, found) for (stage, of), found in merged.items()]
+    for (stage, of), found in merged.items():  # keys, values, queries: the largest of them, the sum of what is counted
+        worst = max(found, key=lambda row: row["largest"])
+        stds = [row["smallest_std"] for row in found if row["smallest_std"] is not None]
+        what = {"k": "keys", "v": "values", "q": "queries"}[worst["what"]]
+        where = f"{what}, layer {worst['largest_layer']}"
+        rows.append([_STAGES[stage], _short(of or ""), _largest(worst["largest"]), _of(worst["of_fp16"]), where])
+        rows[-1] += [_largest(min(stds, default=None))]
+        rows[-1] += [_or_dash(sum(row[key] for row in found)) for key in ("dead_channels", "zero_vectors")]
+        rows[-1] += [_or_dash(sum(row["non_finite"] + row["non_finite_masked"] for row in found), ",")]
     for name, term in numbers["terms"].items():
-        rows.append(
-            ["loss", _short(name, 20), _largest(term["raw"]), "", "", "", "", "", str(term["non_finite"] or "–")]
-        )
+        rows.append(["loss", _short(name, 20), _largest(term["raw"]), *[""] * 5, _or_dash(term["non_finite"])])
     for row in numbers["gradients"]:
-        where = _short(row["largest_in"] or "", 18)
-        bad = str(row["non_finite"] or "–")
         of = "student" if row["teacher"] is None else f"maps, {_short(row['teacher'], 12)}"
-        rows.append(["gradient", of, _largest(row["largest"]), _of(row["of_fp16"]), where, "", "", "", bad])
+        rows.append(["gradient", of, _largest(row["largest"]), _of(row["of_fp16"])])
+        rows[-1] += [_short(row["largest_in"] or "", 18), *[""] * 3, _or_dash(row["non_finite"])]
     notes = [
         f"{printable(name)}: {count['empty']:,} of {count['tokens']:,} student tokens have nothing behind them"
         for name, count in numbers["empty"].items()
@@ -386,30 +388,8 @@ def _numbers(profile: Mapping[str, Any]) -> list[str]:
         if over := sorted({layer for row in found for layer in row["layers_over_fp16"]}):
             where = f"{_STAGES[stage]}, {printable(whose)}" if whose else _STAGES[stage]
             notes.append(f"fp16 would overflow in {where}: layers {', '.join(map(str, over))}")
-    lines = [f"numbers, over {numbers['texts']} texts", *_table(rows, left=2, words=(4,))]
-    lines += [line for note in notes for line in _said(note)]
+    lines = [f"numbers, over {numbers['texts']} texts", *_table(rows, left=2, words=(4,)), *_said(*notes)]
     return [*lines, *textwrap.wrap(printable(numbers["says"]), WIDTH - 2, initial_indent="→ ", subsequent_indent="  ")]
-
-
-def _stage_row(stage: str, of: str | None, found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Keys, values and queries in one row: the largest of them, the sum of what is counted."""
-    worst = max(found, key=lambda row: row["largest"])
-    stds = [row["smallest_std"] for row in found if row["smallest_std"] is not None]
-    bad = sum(row["non_finite"] + row["non_finite_masked"] for row in found)
-    dead = sum(row["dead_channels"] for row in found)
-    zero = sum(row["zero_vectors"] for row in found)
-    what = {"k": "keys", "v": "values", "q": "queries"}[worst["what"]]
-    return [
-        _STAGES[stage],
-        "" if of is None else _short(of),
-        _largest(worst["largest"]),
-        _of(worst["of_fp16"]),
-        f"{what}, layer {worst['largest_layer']}",
-        _largest(min(stds)) if stds else "–",
-        f"{dead}" if dead else "–",
-        f"{zero}" if zero else "–",
-        f"{bad:,}" if bad else "–",
-    ]
 
 
 # -- words and figures --------------------------------------------------------------------------------
@@ -428,13 +408,23 @@ def _table(rows: Sequence[Sequence[str]], left: int, words: Sequence[int] = (), 
     return lines
 
 
-def _said(text: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH - 2, initial_indent="  ", subsequent_indent="    ")
+def _said(*notes: str) -> list[str]:
+    wrapped = (textwrap.wrap(note, WIDTH - 2, initial_indent="  ", subsequent_indent="    ") for note in notes)
+    return [line for lines in wrapped for line in lines]
 
 
 def _short(name: str, length: int = 16) -> str:
     name = printable(name)
     return name if len(name) <= length else "…" + name[1 - length :]
+
+
+def _begun(text: str, length: int) -> str:
+    text = printable(text)
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _or_dash(value: object, form: str = "") -> str:
+    return format(value, form) if value else "–"
 
 
 def _points(value: object) -> str:

@@ -57,9 +57,14 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    with replacing(path) as part:
+        part.write_bytes(content)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Indented JSON; NaN and infinities become null (JSON has no word for them)."""
-    write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
@@ -74,7 +79,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str,
 def append_json_line(path: Path, row: Mapping[str, Any]) -> None:
     """One row at the end of a JSONL file, in one write."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(_finite(row), ensure_ascii=False) + "\n"
+    line = json.dumps(finite(row), ensure_ascii=False) + "\n"
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(line)
@@ -114,7 +119,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """A whole JSONL file at once."""
-    write_text(path, "".join(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows))
 
 
 def keep_json_lines(path: Path, keep: Any) -> None:
@@ -184,11 +189,12 @@ def open_tensors(path: Path) -> dict[str, Any]:
         ) from None
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value with null for NaN and infinities, for which JSON has no word."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value

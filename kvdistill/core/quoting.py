@@ -7,9 +7,11 @@ screen that way. Knows no file and no row.
 from __future__ import annotations
 
 import difflib
+import json
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 _LENGTH = 80
 _NAMES_SHOWN = 12
@@ -41,6 +43,23 @@ def at_line(path: Path, number: int | None = None) -> str:
     name = str(path)
     name = name if name.isprintable() else printable(name)
     return name if number is None else f"{name}:{number}"
+
+
+def first_difference(there: Any, now: Any, where: str = "", *, length: int = 60) -> str | None:
+    """Where two JSON values differ first, and how: `train.steps (100 there, 200 now)`; None where they are equal.
+
+    Of a mapping that stands under a key `members` only the keys that both have are compared.
+    length: of each value that is shown.
+    """
+    if there == now:
+        return None
+    if isinstance(there, Mapping) and isinstance(now, Mapping):
+        keys = {*there} & {*now} if where.endswith(".members") else {*there, *now}
+        inner = ((key, f"{where}.{key}" if where else str(key)) for key in sorted(keys))
+        found = (first_difference(there.get(key), now.get(key), name, length=length) for key, name in inner)
+        return next((one for one in found if one), None)
+    old, new = (json.dumps(value, ensure_ascii=False)[:length] for value in (there, now))
+    return f"{where} ({old} there, {new} now)"
 
 
 def missing(column: str, present: Iterable[object]) -> str:

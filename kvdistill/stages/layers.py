@@ -12,11 +12,10 @@ prefer layers: ratio. Targets are not needed and not stored: all teacher layers 
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ from kvdistill.arms.experiment import Experiment
 from kvdistill.arms.teacher import Teacher
 from kvdistill.core.cka import CKAAccumulator
 from kvdistill.core.errors import AlignmentError, KVDistillError
-from kvdistill.core.files import read_json, replacing, sha256_of, write_json
+from kvdistill.core.files import read_json, sha256_of, write_json
 from kvdistill.core.layout import folder_lock, layers_folder
 from kvdistill.core.maps import SparseMap
 from kvdistill.core.progress import Progress, silent
@@ -37,18 +36,6 @@ from kvdistill.models import capture_kv, find_backbone, model_kind, positions_fr
 
 FORMAT = 1  # that `align.layers` reads
 BATCH_TEXTS = 8  # all layers of two models at once: small batches
-_INK, _WIDTH_INCHES = "#1c1c1c", 9.0
-
-
-class Pairs(NamedTuple):
-    """States of all layers at the same places, by kind (keys, values, hidden), and where there is something to compare.
-
-    teacher, student: [M, B, T, C] and [L, B, T, D], T student tokens. mask_BT: real tokens with a teacher behind them.
-    """
-
-    teacher: dict[str, Tensor]
-    student: dict[str, Tensor]
-    mask_BT: Tensor
 
 
 def map_layers(experiment: Experiment, progress: Progress = silent) -> None:
@@ -71,7 +58,7 @@ def map_layers(experiment: Experiment, progress: Progress = silent) -> None:
             except AlignmentError as error:
                 place = f"teacher {teacher.name} and the student"
                 raise AlignmentError(error.what, place=place, fix=error.fix) from None
-            _draw(folder / teacher.name, similarities, maps, found)
+            _draw(folder, similarities, maps, found)
             rows = {kind: layer_sources(mapping, range(mapping.n_out)) for kind, mapping in maps.items()}
             layer_maps = {  # student layer -> [[teacher layer, weight], …]
                 kind: {str(layer): [[m, round(w, 6)] for m, w in pairs] for layer, pairs in enumerate(sources)}
@@ -139,10 +126,9 @@ class _Measuring:
         sides = f"teacher {self.teacher.name}", "the student"
         sums = {kind: CKAAccumulator(names=sides) for kind in self.kinds}
         num_batches = -(-len(self.numbers) // BATCH_TEXTS)
-        for done, pairs in enumerate(self._paired_batches()):
+        for done, (theirs, mine, mask_BT) in enumerate(self._paired_batches()):
             for kind in self.kinds:
-                x, y = pairs.teacher[kind].flatten(1, 2), pairs.student[kind].flatten(1, 2)
-                sums[kind].update(x, y, pairs.mask_BT.flatten())
+                sums[kind].update(theirs[kind].flatten(1, 2), mine[kind].flatten(1, 2), mask_BT.flatten())
             progress((done + 1) / (num_batches + 1))
         matrices = {kind: sums[kind].matrix() for kind in self.kinds}
         first, identities = matrices[self.kinds[0]], self.teacher.identities
@@ -156,8 +142,11 @@ class _Measuring:
             "similarity": {kind: matrix.tolist() for kind, matrix in matrices.items()},
         }
 
-    def _paired_batches(self) -> Iterator[Pairs]:
-        """Both models' states at paired positions: the teacher's go through the time map where there is one."""
+    def _paired_batches(self) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor], Tensor]]:
+        """States of all layers at the same places, by kind (keys, values, hidden): teacher [M, B, T, C], student
+        [L, B, T, D], T student tokens; and which [B, T] are real and have a teacher behind them. The teacher's go
+        through the time map where there is one.
+        """
         maker, name = self.arm.batches("train", stored=False), self.teacher.name
         teacher, student = self.teacher.load(), self.arm.initial_model.to(self.arm.device)  # type: ignore[arg-type]
         for start in range(0, len(self.numbers), BATCH_TEXTS):
@@ -169,7 +158,7 @@ class _Measuring:
                 theirs = {
                     kind: torch.stack([mapping.apply(x_BSC, 1) for x_BSC in states]) for kind, states in theirs.items()
                 }
-            yield Pairs(theirs, mine, batch.kv_masks[name])
+            yield theirs, mine, batch.kv_masks[name]
 
 
 @torch.no_grad()
@@ -197,48 +186,35 @@ def _states(model: Any, ids_BT: Tensor, segments_BT: Tensor, kinds: Sequence[str
 
 
 def _draw(
-    stem: Path, similarities: Mapping[str, Tensor], maps: Mapping[str, SparseMap], found: Mapping[str, Any]
-) -> list[Path]:
-    """stem.png and stem.svg: a panel per kind, student layers down, teacher layers across, dark is alike.
+    folder: Path, similarities: Mapping[str, Tensor], maps: Mapping[str, SparseMap], found: Mapping[str, Any]
+) -> None:
+    """NAME.png and NAME.svg: a panel per kind, student layers down, teacher layers across, dark is alike.
 
     Rings mark the chosen cells, their areas the weights: seen in grey as well as in colour.
     """
     import matplotlib  # a second to import
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+
+    from kvdistill.stages.report.canvas import INK, WIDTH, Picture, printed
 
     rules: Any = {"font.size": 9, "svg.fonttype": "path", "svg.hashsalt": "kvdistill", "text.parse_math": False}
     L, M = next(iter(similarities.values())).shape
-    png, svg = io.BytesIO(), io.BytesIO()
+    name = found["teacher"]["name"]
     with matplotlib.rc_context(rules):
-        panel = _WIDTH_INCHES / max(2, len(maps))
+        panel = WIDTH / max(2, len(maps))
         height = 1.6 + min(panel, max(1.0, panel * 0.8 * L / M))
         figure = Figure(figsize=(panel * len(maps), height), dpi=150, layout="constrained", facecolor="white")
         grid = figure.subplots(1, len(maps), squeeze=False)[0]
         for axes, (kind, mapping) in zip(grid, maps.items(), strict=True):
-            image = _draw_panel(axes, similarities[kind].numpy(), mapping)
-            axes.set_title(f"{kind}: {found['teacher']['name']}", loc="left", fontweight="bold", fontsize=9.5)
+            cells_LM = similarities[kind].numpy()
+            image = axes.imshow(cells_LM, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+            for layer, sources in enumerate(layer_sources(mapping, range(L))):
+                for m, weight in sources:
+                    ring = {"s": min(90.0, 2000.0 / max(L, M)) * weight, "facecolors": "none", "linewidths": 1.3}
+                    axes.scatter(m, layer, edgecolors="white" if cells_LM[layer, m] > 0.6 else INK, **ring)
+            axes.set(xlabel="teacher layer", ylabel="student layer")
+            axes.set_xticks(range(0, M, 1 + (M - 1) // 14))
+            axes.set_yticks(range(0, L, 1 + (L - 1) // 14))
+            axes.set_title(f"{kind}: {name}", loc="left", fontweight="bold", fontsize=9.5)
         figure.colorbar(image, ax=list(grid), label="CKA", shrink=0.9, pad=0.02)
-        FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})  # type: ignore[dict-item]
-        FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None, "Creator": None})
-    files = [stem.with_name(stem.name + ending) for ending in (".png", ".svg")]  # a name may hold dots
-    for file, drawn in zip(files, (png, svg), strict=True):
-        with replacing(file) as part:
-            part.write_bytes(drawn.getvalue())
-    return files
-
-
-def _draw_panel(axes: Any, cells_LM: Any, mapping: SparseMap) -> Any:
-    L, M = cells_LM.shape
-    image = axes.imshow(cells_LM, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    size = min(90.0, 2000.0 / max(L, M))
-    for layer, sources in enumerate(layer_sources(mapping, range(L))):
-        for m, weight in sources:
-            colour = "white" if cells_LM[layer, m] > 0.6 else _INK
-            axes.scatter(m, layer, s=size * weight, facecolors="none", edgecolors=colour, linewidths=1.3)
-    axes.set_xlabel("teacher layer")
-    axes.set_ylabel("student layer")
-    axes.set_xticks(range(0, M, 1 + (M - 1) // 14))
-    axes.set_yticks(range(0, L, 1 + (L - 1) // 14))
-    return image
+        Picture(name, "", "", *printed(figure)).save(folder)

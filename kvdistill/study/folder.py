@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -25,6 +24,7 @@ from kvdistill.core.layout import (
 )
 from kvdistill.core.marks import read_mark
 from kvdistill.core.provenance import machine_facts, package_versions
+from kvdistill.core.quoting import first_difference
 from kvdistill.core.recipe import Recipe
 
 # sections a finished model depends on: a run folder made with others is refused
@@ -45,30 +45,21 @@ def claimed(recipe: Recipe, run: Path) -> Iterator[None]:
         with folder_lock(run, wait=True):
             theirs = read_json(path) if path.exists() else None
             if theirs is not None and theirs != mine:
-                _refuse_difference(theirs, recipe, run, working)
+                if differing := difference(theirs, recipe, run):
+                    what = f"this run folder was made with another recipe: {differing} differs"
+                    fix = "give another folder (run_dir=…), or delete this one to start over"
+                    raise RunFolderError(what, place=str(run), fix=fix)
+                if differing := difference(theirs, recipe, run, planned=True):
+                    try:  # what it asks for may be changed as long as nobody is making it
+                        with file_lock(working, wait=False):
+                            pass
+                    except RunFolderError as error:
+                        what = f"{error.what} with another recipe: {differing} differs"
+                        raise RunFolderError(what, place=str(run), fix=error.fix) from None
             if theirs != mine:
                 write_json(path, mine)
             at_work.enter_context(file_lock(working, wait=True, shared=True))
         yield
-
-
-def _refuse_difference(theirs: Any, recipe: Recipe, run: Path, working: Path) -> None:
-    differing = difference(theirs, recipe, run)
-    if differing is not None:
-        raise RunFolderError(
-            f"this run folder was made with another recipe: {differing} differs",
-            place=str(run),
-            fix="give another folder (run_dir=…), or delete this one to start over",
-        )
-    differing = difference(theirs, recipe, run, planned=True)
-    if differing is not None:  # what it asks for may be changed as long as nobody is making it
-        try:
-            with file_lock(working, wait=False):
-                return
-        except RunFolderError as error:
-            raise RunFolderError(
-                f"{error.what} with another recipe: {differing} differs", place=str(run), fix=error.fix
-            ) from None
 
 
 def check_run_folder(recipe: Recipe, run: Path) -> None:
@@ -98,7 +89,7 @@ def difference(theirs: Any, recipe: Recipe, run: Path, *, planned: bool = False)
     if planned or any((run / made).exists() for made in ("teachers", "store", "fit", "arms")):
         sections = list(_BASE)
     old_base, new_base = _base_of(theirs), _base_of(recipe.model_dump(mode="json"))
-    differing = _first_difference({s: old_base[s] for s in sections}, {s: new_base[s] for s in sections})
+    differing = first_difference({s: old_base[s] for s in sections}, {s: new_base[s] for s in sections})
     if differing is not None:
         return differing
     shared = [arm for arm in recipe.arms if arm in theirs.get("arms", {})]
@@ -112,7 +103,7 @@ def difference(theirs: Any, recipe: Recipe, run: Path, *, planned: bool = False)
     for arm in shared:
         then, now = arm_recipe(old, arm).model_dump(mode="json"), arm_recipe(recipe, arm).model_dump(mode="json")
         if then != now:
-            return _first_difference(then, now, f"arms.{arm}")
+            return first_difference(then, now, f"arms.{arm}")
     return None
 
 
@@ -121,18 +112,6 @@ def _base_of(tree: Mapping[str, Any]) -> dict[str, Any]:
     # where a copy lies changes nothing, and the manifest knows whether leaks are in the data
     base["data"] = {k: v for k, v in (base["data"] or {}).items() if k not in ("root", "leaks")}
     return base
-
-
-def _first_difference(old: Any, new: Any, where: str = "") -> str | None:
-    if old == new:
-        return None
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for key in sorted({*old, *new}):
-            found = _first_difference(old.get(key), new.get(key), f"{where}.{key}" if where else str(key))
-            if found:
-                return found
-        return None
-    return f"{where} ({json.dumps(old, ensure_ascii=False)[:60]} there, {json.dumps(new, ensure_ascii=False)[:60]} now)"
 
 
 def is_finished(recipe: Recipe, run: Path) -> bool:

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,9 @@ def ways(jobs: Sequence[Job]) -> dict[str, float]:
 
 def failure(failed: Mapping[str, BaseException], num_jobs: int) -> BaseException:
     """What to raise for these jobs: their reason if they have one and the same, at all its places; else a list."""
-    errors = [_reason(job, error) for job, error in failed.items()]
+    fix = "lower hardware.workers or batch sizes, then give the same command again: it goes on where it stopped"
+    ended = partial(TrainingStopped, "a worker process was ended from outside (out of memory?)", fix=fix)
+    errors = [ended(place=job) if isinstance(e, BrokenProcessPool) else e for job, e in failed.items()]
     first, mistakes = errors[0], [error for error in errors if isinstance(error, KVDistillError)]
     if len({(type(e), e.what, e.fix) if isinstance(e, KVDistillError) else (type(e), str(e)) for e in errors}) > 1:
         said = [f"{job}: {error}".replace("\n", "\n  ") for job, error in zip(failed, errors, strict=True)]
@@ -111,16 +114,6 @@ def failure(failed: Mapping[str, BaseException], num_jobs: int) -> BaseException
         more = f" and {len(places) - 3} more" if len(places) > 3 else ""
         return type(mistakes[0])(mistakes[0].what, place=", ".join(places[:3]) + more, fix=mistakes[0].fix)
     return first
-
-
-def _reason(job: str, error: BaseException) -> BaseException:
-    if not isinstance(error, BrokenProcessPool):
-        return error
-    return TrainingStopped(
-        "a worker process was ended from outside (out of memory?)",
-        place=job,
-        fix="lower hardware.workers or batch sizes, then give the same command again: it goes on where it stopped",
-    )
 
 
 class Workers:

@@ -24,6 +24,7 @@ from typing import Any
 from kvdistill.core.errors import RunFolderError
 from kvdistill.core.files import read_json, sha256_file, sha256_of, write_json
 from kvdistill.core.layout import folder_lock, refuse_foreign
+from kvdistill.core.quoting import first_difference
 from kvdistill.core.records import Record, read_records, write_records
 from kvdistill.data.tokenizers import fingerprint_tokenizer
 from kvdistill.stages.evaluate.exams import AbstractExam, SuiteOptions
@@ -144,27 +145,13 @@ def check_folder(
 
 
 def _refuse_difference(folder: Path, where: str, there: Any, now: Any) -> None:
-    found = _first_difference(there, now, where)
-    if found:
+    # a member that only one of the two has (a file more, or less, below data.root) is asked or left as it is
+    if found := first_difference(there, now, where, length=70):
         raise RunFolderError(
             f"this folder holds answers to something else: {found}",
             place=str(folder),
             fix="give another folder with --out, or delete this one to start over",
         )
-
-
-def _first_difference(there: Any, now: Any, where: str) -> str | None:
-    if isinstance(there, Mapping) and isinstance(now, Mapping):
-        # a member that only one of the two has (a file more, or less, below data.root) is asked or left as it is
-        keys = {*there} & {*now} if where.endswith(".members") else {*there, *now}
-        for key in sorted(keys):
-            if found := _first_difference(there.get(key), now.get(key), f"{where}.{key}"):
-                return found
-        return None
-    if there == now:
-        return None
-    shown = [json.dumps(value, ensure_ascii=False)[:70] for value in (there, now)]
-    return f"{where} ({shown[0]} there, {shown[1]} now)"
 
 
 def _plain(value: Any) -> Any:

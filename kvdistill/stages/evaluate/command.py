@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,16 +54,6 @@ class ModelOptions(Section):
     trust_remote_code: bool = Field(False, description="run code that comes with the model: only if you read it")
 
 
-@dataclass(frozen=True)
-class _Subject:
-    """The model to evaluate, before its weights are loaded. asker: what identifies it."""
-
-    recipe: ModelRecipe
-    tokenizer: Any
-    asker: dict[str, Any]
-    out: Path
-
-
 def evaluate_model(
     model: str,
     overrides: Sequence[str] = (),
@@ -94,44 +83,45 @@ def evaluate_model(
     run = run_of(Path(model)) if Path(model).is_dir() else None
     suite = suite_options(options, run)
     exams = plan_suite(options.evaluate.tasks, suite)
-    subject = _look_at(model, options, run, out)
-    check_folder(exams, suite, subject.out, subject.asker)
+    recipe, tokenizer, asker = _look_at(model, options, run)
+    folder = Path(model)
+    if out is None and run is not None:
+        out = folder.resolve().parent / "evaluations"
+    elif out is None:
+        out = Path("runs") / "evaluations" / (folder.resolve().name if folder.is_dir() else model.replace("/", "--"))
+    check_folder(exams, suite, Path(out), asker)
 
     def load() -> Any:
-        model = _load(subject.recipe, len(subject.tokenizer), options.hardware.device)
-        student = CausalStudent(model) if run is not None else None
-        bos = subject.asker["begins_with_bos"]
-        return make_lm(model, subject.tokenizer, exams, suite, student=student, begins_with_bos=bos)
+        loaded: Any = load_model(recipe, vocab_size=len(tokenizer), seed=0, place=_PLACE)
+        try:
+            loaded = loaded.to(pick_device(options.hardware.device))
+        except (RuntimeError, AssertionError) as error:  # no such device, or too little memory on it
+            raise ModelError(
+                f"the model does not go to device {options.hardware.device} ({_reason(error)})",
+                place="hardware.device",
+                fix="give another device (cpu, cuda:0), or a smaller dtype",
+            ) from error
+        student = CausalStudent(loaded) if run is not None else None
+        bos = asker["begins_with_bos"]
+        return make_lm(loaded, tokenizer, exams, suite, student=student, begins_with_bos=bos)
 
-    results = evaluate_suite(load, exams, suite, subject.out, progress, asker=subject.asker)
-    return {"evaluations": results, "folder": str(subject.out)}
+    results = evaluate_suite(load, exams, suite, Path(out), progress, asker=asker)
+    return {"evaluations": results, "folder": str(out)}
 
 
 def suite_options(options: ModelOptions, run: Path | None) -> SuiteOptions:
     """What the suite needs of the options; a run's own style where the model lies in a run folder."""
-    asked, style = options.evaluate, options.data.style or "cot"
-    if run is not None and options.data.style is None:
-        section = json.loads((run / "recipe.json").read_text(encoding="utf-8")).get("data", {})
-        style = "direct" if section.get("style") == "direct" else "cot"
-    return SuiteOptions(
-        root=Path(options.data.root).expanduser() if options.data.root else None,
-        num_fewshot=asked.num_fewshot,
-        choice=asked.choice,
-        chat=asked.chat,
-        system_prompt=options.data.system_prompt,
-        limit=asked.limit,
-        max_new_tokens=asked.max_new_tokens if "max_new_tokens" in asked.model_fields_set else None,
-        batch_size=asked.batch_size,
-        style=style,
-        run=run,
-    )
+    data, style = options.data, options.data.style
+    if run is not None and style is None:
+        style = json.loads((run / "recipe.json").read_text(encoding="utf-8")).get("data", {}).get("style")
+    return SuiteOptions.of(options.evaluate, data.root, style, system_prompt=data.system_prompt, run=run)
 
 
 # -- the model ----------------------------------------------------------------------------------------
 
 
-def _look_at(model: str, options: ModelOptions, run: Path | None, out: str | Path | None) -> _Subject:
-    """Everything that can be known and checked without the weights."""
+def _look_at(model: str, options: ModelOptions, run: Path | None) -> tuple[ModelRecipe, Any, dict[str, Any]]:
+    """All that can be known and checked without the weights: the model, its tokenizer, and what identifies it."""
     recipe = ModelRecipe(
         path=model, dtype="float32", attention=options.attention, trust_remote_code=options.trust_remote_code
     )
@@ -146,13 +136,7 @@ def _look_at(model: str, options: ModelOptions, run: Path | None, out: str | Pat
         raise DataError("the tokenizer has no chat template", place=f"{model} (--chat)", fix="leave out --chat")
     # students of ours have seen beginning-of-text before every plain prompt, whatever their tokenizer does by itself
     bos = run is not None and not options.evaluate.chat
-    asker = identify(model, config, tokenizer, recipe.dtype, begins_with_bos=bos)
-    if out is None and run is not None:
-        out = Path(model).resolve().parent / "evaluations"
-    elif out is None:
-        name = Path(model).resolve().name if Path(model).is_dir() else model.replace("/", "--")
-        out = Path("runs") / "evaluations" / name
-    return _Subject(recipe, tokenizer, asker, Path(out))
+    return recipe, tokenizer, identify(model, config, tokenizer, recipe.dtype, begins_with_bos=bos)
 
 
 def load_own_tokenizer(model: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -165,18 +149,9 @@ def load_own_tokenizer(model: str, trust_remote_code: bool) -> PreTrainedTokeniz
     try:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code, local_files_only=local)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"the model's tokenizer cannot be loaded ({reason})", place=model, fix=fix) from error
+        what = f"the model's tokenizer cannot be loaded ({_reason(error)})"
+        raise DataError(what, place=model, fix=fix) from error
 
 
-def _load(recipe: ModelRecipe, vocab_size: int, device: str) -> Any:
-    model: Any = load_model(recipe, vocab_size=vocab_size, seed=0, place=_PLACE)
-    try:
-        return model.to(pick_device(device))
-    except (RuntimeError, AssertionError) as error:  # no such device, or too little memory on it
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"the model does not go to device {device} ({reason})",
-            place="hardware.device",
-            fix="give another device (cpu, cuda:0), or a smaller dtype",
-        ) from error
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

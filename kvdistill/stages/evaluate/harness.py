@@ -7,11 +7,11 @@ Knows no model.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,26 +27,23 @@ from kvdistill.core.files import sha256_of
 from kvdistill.core.runtime import derive_seed
 from kvdistill.data.leaks import question_hash
 from kvdistill.data.sets import Evaluation, Member
-from kvdistill.stages.evaluate.exams import AbstractExam, Judgement, Mode, Question, Render, SuiteOptions
-from kvdistill.stages.evaluate.plain import gold_request, token_limit_note
+from kvdistill.stages.evaluate.exams import DEFAULT_NEW_TOKENS, Judgement, PublicExam, Question, Render, SuiteOptions
 
 FEWSHOT_SEED = 1234  # lm-eval's own
-DEFAULT_NEW_TOKENS = 256  # lm-eval's own, where a definition sets none
 _TOKEN_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _MASS = "truthfulqa_mc2"
 
 
-class HarnessExam(AbstractExam):
+class HarnessExam(PublicExam):
     """One lm-eval task over rows of ours."""
 
     def __init__(self, evaluation: Evaluation, member: Member, options: SuiteOptions) -> None:
-        """Reads and checks the rows. Raises DataError for them, RecipeError for more examples than there are."""
-        self.evaluation, self.name = evaluation.name, member.name
-        self._rules, self._member, self._options = evaluation, member, options
+        super().__init__(evaluation, member, options)
         config = load_yaml(Path(lm_eval.__file__).parent / "tasks" / member.definition)
         config.pop("tag", None)
-        self._num_fewshot = _num_fewshot(evaluation, config, options)
-        self._rows = evaluation.load(member, options.root, "test")
+        self._num_fewshot = evaluation.num_fewshot if options.num_fewshot is None else options.num_fewshot
+        if evaluation.fewshot_from == "none" or config.get("num_fewshot") == 0:  # lm-eval's own rule
+            self._num_fewshot = 0
         rows = {"test": self._rows}
         if self._num_fewshot and evaluation.fewshot_from == "rows":
             rows["fewshot"] = evaluation.load(member, options.root, "fewshot")
@@ -59,9 +56,13 @@ class HarnessExam(AbstractExam):
             for split, kind in evaluation.splits.items()
         }
         config["custom_dataset"] = lambda **_: tables
-        with _own_random_state(member.name):
+        state = random.getstate()  # definitions that shuffle do it alike whatever ran before, and leave no trace
+        random.seed(derive_seed(0, "evaluate", member.name))
+        try:
             self._task = _Task(config=config)
             self._docs = list(self._task.eval_docs)
+        finally:
+            random.setstate(state)
         assert len(self._docs) == len(self._rows), f"{member.definition} drops rows"
         task, wanted = self._task, self._num_fewshot
         own_split = task.fewshot_cfg.split is not None and task.fewshot_cfg.split == task.config.test_split
@@ -71,14 +72,9 @@ class HarnessExam(AbstractExam):
                 place="--num-fewshot (evaluate.num_fewshot)",
                 fix=f"ask for at most {available}, or leave it out: {evaluation.num_fewshot} is usual",
             )
-        self.mode: Mode = "likelihood" if self._task.OUTPUT_TYPE == "multiple_choice" else "generation"
-        if options.choice == "generation" and self.mode == "likelihood":
-            self.note = f"{self.name} has no lettered form: by likelihood"
-        elif options.max_new_tokens and self.mode == "generation":
-            self.note = token_limit_note(options.max_new_tokens)
-
-    def __len__(self) -> int:
-        return len(self._docs)
+        if self._task.OUTPUT_TYPE == "multiple_choice":
+            self.mode = "likelihood"
+            self.note = f"{self.name} has no lettered form: by likelihood" if options.choice == "generation" else ""
 
     def identity(self) -> dict[str, Any]:
         return {
@@ -112,18 +108,27 @@ class HarnessExam(AbstractExam):
                 own = [settings.pop(key) for key in _TOKEN_LIMITS if key in settings]
                 settings["max_gen_toks"] = self._options.max_new_tokens or (own[0] if own else DEFAULT_NEW_TOKENS)
             doc_hash = question_hash(self._rules.question(self._rows[number]))
-            gold = gold_request(self._rules, self._member, self._rows[number], requests[0], number, self._options)
+            gold = self.gold_request(requests[0], number)
             yield Question(number, str(number), style, doc_hash, context, requests, gold)
 
     def judge(self, question: Question, responses: Sequence[Any]) -> Judgement:
         """A choice is the likeliest, the first of equals. Nothing is predicted where a log-likelihood is NaN."""
         doc, row = self._docs[question.number], self._rows[question.number]
-        metrics = self._metrics(doc, question, responses)
-        gold = self._rules.gold(self._member, row)
+        for request, response in zip(question.requests, responses, strict=True):
+            request.resps, request.filtered_resps = [response], {}
+        self._task._instances = list(question.requests)
+        self._task.apply_filters()
+        metrics: dict[str, float] = {}
+        for name in question.requests[0].filtered_resps:
+            filtered = [request.filtered_resps[name] for request in question.requests]
+            with np.errstate(all="ignore"):  # probabilities that underflow: lm-eval's figure is then NaN, ours is not
+                values = self._task.process_results(doc, filtered)
+            for metric, value in values.items():
+                if isinstance(value, int | float) or (hasattr(value, "dtype") and getattr(value, "ndim", 1) == 0):
+                    metrics[f"{metric},{name}"] = float(value)
         if self.mode == "generation":
-            answer = self._rules.extract(self._member, responses[0])
-            correct = answer is not None and self._rules.same(self._member, answer, gold)
-            return Judgement(answer, responses[0], gold, correct, float(correct), metrics=metrics)
+            return dataclasses.replace(super().judge(question, responses), metrics=metrics)
+        gold = self._rules.gold(self._member, row)
         likelihoods = [float(response[0]) for response in responses]
         choices, target = self._task.doc_to_choice(doc), self._task.doc_to_target(doc)
         right = int(target) if isinstance(target, int) else choices.index(target)
@@ -136,21 +141,6 @@ class HarnessExam(AbstractExam):
             return Judgement(prediction, None, gold, mass > 0.5, mass, right, metrics)
         correct = sound and best == right
         return Judgement(prediction, None, gold, correct, float(correct), right, metrics)
-
-    def _metrics(self, doc: Mapping[str, Any], question: Question, responses: Sequence[Any]) -> dict[str, float]:
-        for request, response in zip(question.requests, responses, strict=True):
-            request.resps, request.filtered_resps = [response], {}
-        self._task._instances = list(question.requests)
-        self._task.apply_filters()
-        found: dict[str, float] = {}
-        for name in question.requests[0].filtered_resps:
-            filtered = [request.filtered_resps[name] for request in question.requests]
-            with np.errstate(all="ignore"):  # probabilities that underflow: lm-eval's figure is then NaN, ours is not
-                values = self._task.process_results(doc, filtered)
-            for metric, value in values.items():
-                if isinstance(value, int | float) or (hasattr(value, "dtype") and getattr(value, "ndim", 1) == 0):
-                    found[f"{metric},{name}"] = float(value)
-        return found
 
 
 def _true_mass(likelihoods: Sequence[float], labels: Sequence[int]) -> float:
@@ -187,24 +177,6 @@ class _Task(ConfigurableTask):
         if key not in kept:
             kept[key] = render(doc, template)
         return kept[key]
-
-
-def _num_fewshot(evaluation: Evaluation, config: Mapping[str, Any], options: SuiteOptions) -> int:
-    """As asked for; a definition that says 0, or has no examples to show, stays without any (lm-eval's own rule)."""
-    if evaluation.fewshot_from == "none" or config.get("num_fewshot") == 0:
-        return 0
-    return evaluation.num_fewshot if options.num_fewshot is None else options.num_fewshot
-
-
-@contextmanager
-def _own_random_state(name: str) -> Iterator[None]:
-    """Definitions that shuffle with the global generator do it alike whatever ran before, and leave no trace."""
-    state = random.getstate()
-    random.seed(derive_seed(0, "evaluate", name))
-    try:
-        yield
-    finally:
-        random.setstate(state)
 
 
 def quiet_harness() -> None:

@@ -22,10 +22,9 @@ from torch import Tensor
 from kvdistill.arms.student import Student
 from kvdistill.data.chat import TODAY
 from kvdistill.models.generate import Rows, generate_greedy, left_padded
-from kvdistill.stages.evaluate.exams import Usage
+from kvdistill.stages.evaluate.exams import DEFAULT_NEW_TOKENS, Usage
 from kvdistill.stages.evaluate.own import StudentLM
 
-DEFAULT_NEW_TOKENS = 256  # lm-eval's own default where a definition sets none
 _MAX_LOGITS = 1 << 28  # entries of one block of scored logits: 1 GiB in float32
 
 
@@ -50,7 +49,11 @@ class MeteredLM(HFLM, StudentLM):
     ) -> None:
         if tokenizer.pad_token_id is None:  # padding is known by its mask: any token of the vocabulary will do
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
-        self._end_ids = sorted({*_end_ids(model, tokenizer), *(_turn_ends(tokenizer) if chat else ())})
+        # end-of-text, the tokens at which the model's publisher stops (chat models: end of turn), the template's
+        published = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        ends = [tokenizer.eos_token_id, *(published if isinstance(published, list | tuple) else [published])]
+        ends += _turn_ends(tokenizer) if chat else []
+        self._end_ids = sorted({int(i) for i in ends if i is not None})
         HFLM.__init__(self, pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         StudentLM.__init__(self, student, tokenizer, batch_size)
         template = str(tokenizer.chat_template)
@@ -200,13 +203,6 @@ class MeteredLM(HFLM, StudentLM):
             done += len(members)
         self.usage = usage
         return texts
-
-
-def _end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """End-of-text of the tokenizer, and the tokens at which the model's publisher stops (chat models: end of turn)."""
-    published = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    listed = published if isinstance(published, list | tuple) else [published]
-    return sorted({int(i) for i in [tokenizer.eos_token_id, *listed] if i is not None})
 
 
 def _turn_ends(tokenizer: Any) -> list[int]:

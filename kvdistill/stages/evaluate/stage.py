@@ -76,19 +76,8 @@ def evaluate(arm: Arm, progress: Progress = silent) -> None:
 def recipe_options(recipe: Recipe) -> SuiteOptions:
     """How a recipe wants its evaluations asked. NLL of the gold answers comes with them: it tells arms apart where no
     answer is right yet."""
-    asked, data = recipe.evaluate, recipe.data
-    return SuiteOptions(
-        root=Path(data.root).expanduser() if data.root else None,
-        num_fewshot=asked.num_fewshot,
-        choice=asked.choice,
-        chat=asked.chat,
-        system_prompt=data.system_prompt if asked.chat else None,
-        limit=asked.limit,
-        max_new_tokens=asked.max_new_tokens if "max_new_tokens" in asked.model_fields_set else None,
-        batch_size=asked.batch_size,
-        style="direct" if data.style == "direct" else "cot",
-        gold_nll=True,
-    )
+    data, system = recipe.data, recipe.data.system_prompt if recipe.evaluate.chat else None
+    return SuiteOptions.of(recipe.evaluate, data.root, data.style, system_prompt=system, gold_nll=True)
 
 
 def check_public(recipe: Recipe, run: Path) -> Exams:
@@ -118,6 +107,3 @@ def report_rows(records: Sequence[Record], exams: Mapping[str, Sequence[Any]], o
         alone = len(exams[name]) == 1 or name in SCORED_BY
         rows.append(dataclasses.replace(record, task=task, id=record.id if alone else f"{member}/{record.id}"))
     return rows
-
-
-__all__ = ["check_public", "evaluate", "recipe_options", "report_rows"]

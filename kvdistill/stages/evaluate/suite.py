@@ -23,9 +23,16 @@ from kvdistill.core.progress import Progress, silent
 from kvdistill.core.records import Record
 from kvdistill.data.sets import EVALUATIONS, Evaluation, Member, find_evaluation
 from kvdistill.stages.evaluate.book import RESULTS, AnswerBook, open_book, summarise_book
-from kvdistill.stages.evaluate.exams import AbstractExam, Question, Render, SuiteOptions, Usage
+from kvdistill.stages.evaluate.exams import (
+    AbstractExam,
+    LetteredExam,
+    Question,
+    Render,
+    SuiteOptions,
+    TemplateExam,
+    Usage,
+)
 from kvdistill.stages.evaluate.own import RunTest, RunTestExam, StudentLM
-from kvdistill.stages.evaluate.plain import LetteredExam, TemplateExam
 
 Exams = dict[str, list[AbstractExam]]  # evaluation -> its members
 _Asked = tuple[AbstractExam, Question]

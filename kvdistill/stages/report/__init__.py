@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from kvdistill.core.files import write_text
 from kvdistill.core.progress import Progress, silent
 from kvdistill.core.recipe import Recipe
-from kvdistill.stages.report.collect import collect_tables, write_atomically, write_json
+from kvdistill.stages.report.collect import collect_tables, write_json
 from kvdistill.stages.report.curves import LearningCurveTracker
 from kvdistill.stages.report.figures import draw_all
 from kvdistill.stages.report.page import build_page
@@ -40,7 +41,7 @@ def report(recipe: Recipe, run: Path, progress: Progress | None = None) -> Path:
         picture.save(run / "figures")
     tell("page", 3, total)
     page = run / "report.html"
-    write_atomically(page, build_page(recipe, tables, summary, pictures).encode("utf-8"))
+    write_text(page, build_page(recipe, tables, summary, pictures))
     summary["figures"] = {p.name: None if p.svg else p.reason for p in pictures}
     write_json(run / "summary.json", summary)  # last: whoever finds it finds the rest
     tell("done", total, total)

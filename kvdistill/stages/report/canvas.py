@@ -5,6 +5,7 @@ Figures are made without pyplot, so nothing global is left behind. Knows nothing
 
 from __future__ import annotations
 
+import gc
 import io
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from kvdistill.stages.report.collect import write_atomically
+from kvdistill.core.files import write_bytes
 from kvdistill.stages.report.text import make_visible
 
 WIDTH = 9.0  # inches, a page's width
@@ -51,7 +52,7 @@ class Picture:
         for kind, content in (("svg", self.svg), ("png", self.png)):
             path = folder / f"{self.name}.{kind}"
             if content:
-                write_atomically(path, content)
+                write_bytes(path, content)
                 written.append(path)
             else:
                 path.unlink(missing_ok=True)
@@ -71,10 +72,17 @@ def figure_rules() -> Iterator[None]:
         "grid.linewidth": 0.6, "axes.axisbelow": True, "axes.linewidth": 0.8, "hatch.linewidth": 0.5,
         "lines.linewidth": 1.5, "lines.markersize": 4.5, "legend.frameon": False, "figure.facecolor": "white",
         "text.parse_math": False, "svg.fonttype": "path", "svg.hashsalt": "kvdistill", "figure.dpi": 150,
+        "axes.titley": 1.0,  # where it comes to stand anyway, without being looked for
     }  # fmt: skip
     with matplotlib.rc_context(rules), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        yield
+        collects = gc.isenabled()
+        gc.disable()  # it would look through a figure's many small objects again and again
+        try:
+            yield
+        finally:
+            if collects:
+                gc.enable()
 
 
 def new_grid(num_panels: int, *, columns: int = 3, height: float = 2.4, **shared: Any) -> tuple[Figure, list[Axes]]:
@@ -97,11 +105,15 @@ def render(name: str, title: str, caption: str, draw: Callable[[], Figure | str]
         if engine := drawn.get_layout_engine():  # lay out once; savefig would do it, and a draw to nowhere, per file
             engine.execute(drawn)
             drawn.set_layout_engine("none")
-        png, svg = io.BytesIO(), io.BytesIO()
-        FigureCanvasAgg(drawn).print_png(png, metadata={"Software": None})
-        FigureCanvasSVG(drawn).print_svg(svg, metadata={"Date": None, "Creator": None})
-        drawn.clear()
-    return Picture(name, title, caption, svg.getvalue(), png.getvalue())
+        return Picture(name, title, caption, *printed(drawn))
+
+
+def printed(figure: Figure) -> tuple[bytes, bytes]:
+    """The figure as SVG and as PNG, without date and maker."""
+    png, svg = io.BytesIO(), io.BytesIO()
+    FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})  # type: ignore[dict-item]
+    FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None, "Creator": None})
+    return svg.getvalue(), png.getvalue()
 
 
 def label(text: object, limit: int = 26) -> str:

@@ -7,7 +7,6 @@ What an unfinished study lacks is noted, not fatal; a file that contradicts itse
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from kvdistill.core.errors import RunFolderError
-from kvdistill.core.files import read_json_lines, replacing
+from kvdistill.core.files import finite, read_json_lines, write_text
 from kvdistill.core.recipe import Recipe
 from kvdistill.core.records import Record, read_records
 from kvdistill.stages.report.compare import SeedRun
@@ -62,7 +61,7 @@ def collect_tables(recipe: Recipe, run: Path) -> RunTables:
             if match := _read_object(folder / "match.json"):
                 tables.matches[arm][seed] = match
             if (folder / "records.jsonl").is_file():
-                tables.runs[arm][seed] = _read_run(folder, arm, seed)
+                tables.runs[arm][seed] = read_run(folder, arm, seed)
             else:
                 tables.missing.append((arm, seed))
     if not any(tables.runs.values()):
@@ -99,14 +98,13 @@ def read_log(path: Path) -> list[Row]:
 def _read_object(path: Path) -> Row:
     if not path.is_file():
         return {}
+    fix = "run the stage that writes it again"
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise RunFolderError(
-            f"not JSON ({error})", place=str(path), fix="run the stage that writes it again"
-        ) from error
+        raise RunFolderError(f"not JSON ({error})", place=str(path), fix=fix) from error
     if not isinstance(value, dict):
-        raise RunFolderError("should be a JSON object", place=str(path), fix="run the stage that writes it again")
+        raise RunFolderError("should be a JSON object", place=str(path), fix=fix)
     return value
 
 
@@ -125,7 +123,7 @@ def run_records(folder: Path, arm: str, seed: int) -> list[Record]:
     return [found[key] for key in sorted(found)]
 
 
-def _read_run(folder: Path, arm: str, seed: int) -> SeedRun:
+def read_run(folder: Path, arm: str, seed: int) -> SeedRun:
     records = run_records(folder, arm, seed)
     if not records:
         raise RunFolderError("no records in it", place=str(folder / "records.jsonl"), fix="evaluate again")
@@ -147,27 +145,11 @@ def read_questions(run: Path) -> dict[tuple[str, str, str], str]:
         return {}
     import pyarrow.parquet as pq
 
-    rows = pq.read_table(path, columns=["task", "id", "style", "prompt"]).to_pylist()
+    rows = pq.ParquetFile(path).read(columns=["task", "id", "style", "prompt"]).to_pylist()
     return {(r["task"], r["id"], str(r["style"] or "")): r["prompt"] for r in rows}
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """The whole file or the old one, never half; a full disk is one clear error."""
-    with replacing(path) as part:
-        part.write_bytes(content)
 
 
 def write_json(path: Path, value: Any) -> None:
     """JSON with NaN and infinities as null: who needs the reason finds it in the neighbouring `reasons`."""
-    text = json.dumps(_null_undefined(value), indent=1, allow_nan=False)  # ASCII: safe for any reader's encoding
-    write_atomically(path, (text + "\n").encode())
-
-
-def _null_undefined(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _null_undefined(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_null_undefined(v) for v in value]
-    if isinstance(value, float | np.floating):
-        return float(value) if math.isfinite(value) else None
-    return value
+    text = json.dumps(finite(value), indent=1, allow_nan=False)  # ASCII: safe for any reader's encoding
+    write_text(path, text + "\n")

@@ -16,8 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from kvdistill.core.files import write_bytes
 from kvdistill.stages.report.canvas import Picture, label, line_style, new_grid, percent_axis, render
-from kvdistill.stages.report.collect import Row, read_log, write_atomically
+from kvdistill.stages.report.collect import Row, read_log
 
 Logs = Mapping[str, Mapping[int, Sequence[Row]]]
 Pick = Callable[[Row], Any]
@@ -199,7 +200,7 @@ class LearningCurveTracker:
         if self.path.is_file():  # a kill may have left half a line, which the next row must not be glued to
             whole = self.path.read_bytes()
             if not whole.endswith(b"\n"):
-                write_atomically(self.path, whole[: whole.rfind(b"\n") + 1])
+                write_bytes(self.path, whole[: whole.rfind(b"\n") + 1])
 
     def log_train(self, step: int, figures: Mapping[str, Any]) -> None:
         """One training step: `loss`, `lr`, `kv_loss`, `ce_loss` …; names ending in `_loss` become raw loss terms."""

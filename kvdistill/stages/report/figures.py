@@ -5,8 +5,8 @@ From tables in memory to pictures in memory; `draw_all` lists them. Knows nothin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -112,8 +112,9 @@ def _draw_arm(axes: Axes, row: int, found: Row, scale: float) -> None:
                   va="center", fontsize=8)  # fmt: skip
 
 
-def _mean_weights(entries: Sequence[Mapping[str, float]], teachers: Sequence[str]) -> list[float]:
-    return [float(np.mean([e[t] for e in entries if e.get(t) is not None] or [np.nan])) for t in teachers]
+def _mean(values: Iterable[float | None]) -> float:
+    """Of those that are known; NaN where none is."""
+    return float(np.mean([float(value) for value in values if value is not None] or [np.nan]))
 
 
 def routing_tables(tables: RunTables, arm: str) -> tuple[list[str], dict[str, list[float]], dict[str, list[float]]]:
@@ -132,11 +133,11 @@ def routing_tables(tables: RunTables, arm: str) -> tuple[list[str], dict[str, li
     means = [entry.get("mean") or {} for entry in late]
     everything = [*means, *(w for part in (by_task, by_layer) for entries in part.values() for w in entries)]
     teachers = sorted({t for weights in everything for t in weights})
-    return (
-        teachers,
-        {task: _mean_weights(by_task[task], teachers) for task in sorted(by_task)},
-        {layer: _mean_weights(entries, teachers) for layer, entries in by_layer.items()},
+    of_tasks, of_layers = (
+        {key: [_mean(entry.get(t) for entry in part[key]) for t in teachers] for key in keys}
+        for part, keys in ((by_task, sorted(by_task)), (by_layer, by_layer))
     )
+    return teachers, of_tasks, of_layers
 
 
 def draw_routing(tables: RunTables, across: Literal["task", "layer"]) -> Figure | str:
@@ -190,16 +191,11 @@ def match_table(recipe: Recipe, tables: RunTables) -> list[Row]:
         row: Row = {"arm": arm, "teacher": teacher, "is_placebo": arm in placebo_arms}
         for part in ("k", "v"):
             for key, _ in MATCH_FIGURES:
-                row[f"{part}/{key}"] = _mean_entry(entries, part, key)
-                row[f"placebo/{part}/{key}"] = np.nan if row["is_placebo"] else _mean_entry(own or others, part, key)
+                mine, theirs = ([(e.get(part) or {}).get(key) for e in side] for side in (entries, own or others))
+                row[f"{part}/{key}"] = _mean(mine)
+                row[f"placebo/{part}/{key}"] = np.nan if row["is_placebo"] else _mean(theirs)
         rows.append(row)
     return rows
-
-
-def _mean_entry(entries: Sequence[Mapping[str, Any]], part: str, key: str) -> float:
-    values = [(entry.get(part) or {}).get(key) for entry in entries]
-    known = [float(v) for v in values if v is not None]
-    return float(np.mean(known)) if known else float("nan")
 
 
 def draw_match(rows: Sequence[Row]) -> Figure | str:

@@ -107,29 +107,24 @@ def _flatten_without(value: Mapping[str, Any], *shown_elsewhere: str) -> list[tu
 
 def _pick_examples(tables: RunTables, summary: Row) -> Row:
     """A few right and a few wrong answers of one run, the first ones by task in turn: not chosen by how they look."""
-    listed = summary["comparisons"]
-    wanted = [listed[0]["arm"]] if listed and listed[0]["arm"] in tables.arms else []
-    for arm in [*wanted, *tables.arms]:
-        if tables.runs[arm]:
-            seed = min(tables.runs[arm])
-            break
-    else:
+    wanted = [first["arm"] for first in summary["comparisons"][:1] if first["arm"] in tables.arms]
+    arm = next((name for name in [*wanted, *tables.arms] if tables.runs[name]), "")
+    if not arm:
         return {"arm": "", "seed": 0, "rows": []}
-    questions, rows = read_questions(tables.path), []
+    seed, questions = min(tables.runs[arm]), read_questions(tables.path)
+    rows: list[Record] = []
     records = run_records(tables.seed_folder(arm, seed), arm, seed)
     for correct in (True, False):
         queues = [[r for r in records if r.task == task and r.correct is correct] for task in tables.tasks]
         turns = [queue[i] for i in range(EXAMPLES_PER_KIND) for queue in queues if i < len(queue)]
         rows += turns[:EXAMPLES_PER_KIND]
-    return {"arm": arm, "seed": seed, "rows": [_example(r, questions) for r in rows]}
-
-
-def _example(record: Record, questions: Mapping[tuple[str, str, str], str]) -> Row:
-    return {
-        "task": record.task, "id": record.id, "correct": record.correct,
-        "question": _excerpt(questions.get(record.question, "")), "gold": _excerpt(record.gold or ""),
-        "prediction": None if record.prediction is None else _excerpt(record.prediction),
-    }  # fmt: skip
+    shown = [
+        {"task": row.task, "id": row.id, "correct": row.correct,
+         "question": _excerpt(questions.get(row.question, "")), "gold": _excerpt(row.gold or ""),
+         "prediction": None if row.prediction is None else _excerpt(row.prediction)}
+        for row in rows
+    ]  # fmt: skip
+    return {"arm": arm, "seed": seed, "rows": shown}
 
 
 def _excerpt(value: str) -> str:

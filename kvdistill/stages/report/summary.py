@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from kvdistill import stats
 from kvdistill.core.recipe import Recipe
 from kvdistill.stages.report.collect import RunTables
-from kvdistill.stages.report.compare import Comparison, SeedRun, compare_family, describe_comparison
+from kvdistill.stages.report.compare import Comparison, compare_family, describe_comparison
 from kvdistill.stats import NAN
 
 NEAR_ZERO = 0.05
@@ -47,26 +47,28 @@ def compare_all(recipe: Recipe, tables: RunTables) -> dict[str, list[Comparison]
     }
 
 
-def _spread(tables: RunTables, arm: str, pick: Callable[[SeedRun], float]) -> dict[str, Any]:
-    """mean, std, per_seed (recipe order, NaN where missing) and the reason of what is undefined."""
-    runs = tables.runs[arm]
-    values = [pick(runs[s]) for s in tables.seeds if s in runs]
-    result = stats.mean_and_std(values)
-    out: dict[str, Any] = {"mean": result.mean, "std": result.std,
-                           "per_seed": [pick(runs[s]) if s in runs else NAN for s in tables.seeds]}  # fmt: skip
+def _spread(tables: RunTables, arm: str, figure: str, task: str | None = None) -> dict[str, Any]:
+    """mean, std, per_seed (recipe order, NaN where missing) and the reason of what is undefined.
+
+    task: of this one; unset: the mean over tasks.
+    """
+    values = {
+        seed: run.macro(figure) if task is None else run.by_task(figure).get(task, NAN)
+        for seed, run in tables.runs[arm].items()
+    }
+    result = stats.mean_and_std([values[seed] for seed in tables.seeds if seed in values])
+    per_seed = [values.get(seed, NAN) for seed in tables.seeds]
+    out: dict[str, Any] = {"mean": result.mean, "std": result.std, "per_seed": per_seed}
     if result.reason:
         out["reasons"] = {k: result.reason for k in ("mean", "std") if math.isnan(out[k])}
     return out
 
 
 def _figure(tables: RunTables, arm: str, name: str) -> dict[str, Any]:
-    def of_task(task: str) -> Callable[[SeedRun], float]:
-        return lambda run: run.by_task(name).get(task, NAN)
-
     tasks = sorted({t for run in tables.runs[arm].values() for t in run.by_task(name)})
     return {
-        **_spread(tables, arm, lambda run: run.macro(name)),
-        "by_task": {t: _spread(tables, arm, of_task(t)) for t in tasks},
+        **_spread(tables, arm, name),
+        "by_task": {task: _spread(tables, arm, name, task) for task in tasks},
     }
 
 
@@ -154,7 +156,7 @@ def summarise(recipe: Recipe, tables: RunTables, family: dict[str, list[Comparis
     """What `summary.json` holds. Accuracies are shares (0 to 1), nll nats per answer token, per_seed in seed order."""
     arms = {}
     for arm in tables.arms:
-        nll, tokens = _figure(tables, arm, "nll"), _spread(tables, arm, lambda run: run.macro("tokens_out"))
+        nll, tokens = _figure(tables, arm, "nll"), _spread(tables, arm, "tokens_out")
         arms[arm] = {
             **_figure(tables, arm, "accuracy"), "nll": nll, "tokens_out": tokens,
             "questions": max((len(run.keys) for run in tables.runs[arm].values()), default=0),

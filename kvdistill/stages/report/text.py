@@ -20,7 +20,7 @@ def make_visible(text: str, *, keep: str = "\n\t") -> str:
         c for c in set(text) - set(keep)
         if ord(c) in _INVISIBLE or unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Cn")
     }  # fmt: skip
-    return "".join(f"⟨U+{ord(c):04X}⟩" if c in hidden else c for c in text)
+    return "".join(f"⟨U+{ord(c):04X}⟩" if c in hidden else c for c in text) if hidden else text
 
 
 def is_known(value: object) -> TypeGuard[float]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,106 +40,89 @@ class StageMeter:
 
     def __init__(self, layers: Sequence[int]) -> None:
         self.layers = list(layers)
-        n = len(self.layers)
-        self._bad, self._bad_masked, self._zero, self._rows = [0] * n, [0] * n, [0] * n, [0] * n
-        self._largest = [0.0] * n
-        self._sums: list[tuple[Tensor, Tensor, Tensor] | None] = [None] * n
+        self._found = [_Layer(layer) for layer in self.layers]
 
     @torch.no_grad()
-    def add(self, place: int, x_NC: Tensor, mask_N: Tensor) -> None:
-        """Rows of the layer at `place` of `layers`."""
-        finite_NC = x_NC.isfinite()
-        bad_N = (~finite_NC).sum(1)
-        self._bad[place] += int(bad_N[mask_N].sum())
-        self._bad_masked[place] += int(bad_N[~mask_N].sum())
-        real_NC = torch.where(finite_NC, x_NC, 0)[mask_N].double()
-        if not real_NC.numel():
-            return
-        self._rows[place] += len(real_NC)
-        self._largest[place] = max(self._largest[place], float(real_NC.abs().max()))
-        self._zero[place] += int((x_NC[mask_N] == 0).all(1).sum())
-        before = self._sums[place]
-        around_C = real_NC.mean(0) if before is None else before[0]  # so that no large squares cancel
-        off_NC = real_NC - around_C
-        total_C, square_C = off_NC.sum(0), off_NC.square().sum(0)
-        if before is not None:
-            total_C, square_C = total_C + before[1], square_C + before[2]
-        self._sums[place] = (around_C, total_C, square_C)
-
     def add_layers(self, x_LNC: Tensor | Sequence[Tensor], mask: Tensor) -> None:
         """[L, B, T, …] (or L times [B, T, …]); mask [B, T], or [L, B, T]."""
-        for place, x in enumerate(x_LNC):
+        for place, (one, x) in enumerate(zip(self._found, x_LNC, strict=True)):
             mask_N = (mask if mask.ndim == 2 else mask[place]).flatten()
-            self.add(place, x.reshape(len(mask_N), -1), mask_N)
+            one.add(x.reshape(len(mask_N), -1), mask_N)
 
     def figures(self) -> dict[str, Any]:
-        worst = max(range(len(self.layers)), key=self._largest.__getitem__)
-        stds = [self._std(place) for place in range(len(self.layers))]
-        known = [pair for pair in stds if pair is not None]
+        worst = max(self._found, key=lambda one: one.largest)
+        known = [one.stds() for one in self._found if one.rows]
         return {
-            "non_finite": sum(self._bad),
-            "non_finite_masked": sum(self._bad_masked),
-            "non_finite_layers": [
-                n for n, *bad in zip(self.layers, self._bad, self._bad_masked, strict=True) if sum(bad)
-            ],
-            "rows": sum(self._rows),
-            "largest": self._largest[worst],
-            "largest_layer": self.layers[worst],
-            "of_fp16": self._largest[worst] / FP16_MAX,
-            "of_bf16": self._largest[worst] / BF16_MAX,
-            "layers_over_fp16": [
-                n for n, largest in zip(self.layers, self._largest, strict=True) if largest > FP16_MAX
-            ],
+            "non_finite": sum(one.bad for one in self._found),
+            "non_finite_masked": sum(one.bad_masked for one in self._found),
+            "non_finite_layers": [one.layer for one in self._found if one.bad or one.bad_masked],
+            "rows": sum(one.rows for one in self._found),
+            "largest": worst.largest,
+            "largest_layer": worst.layer,
+            "of_fp16": worst.largest / FP16_MAX,
+            "of_bf16": worst.largest / BF16_MAX,
+            "layers_over_fp16": [one.layer for one in self._found if one.largest > FP16_MAX],
             "smallest_std": min((low for low, _, _ in known), default=None),
             "dead_channels": sum(dead for _, dead, _ in known),
             "channels": sum(channels for _, _, channels in known),
-            "zero_vectors": sum(self._zero),
+            "zero_vectors": sum(one.zero for one in self._found),
         }
 
-    def _std(self, place: int) -> tuple[float, int, int] | None:
-        """Smallest std of a layer's live channels, how many are dead (`channels.floored_std`), and of how many."""
-        sums = self._sums[place]
-        if sums is None:
-            return None
-        around_C, total_C, square_C = sums
-        shift_C = total_C / self._rows[place]
-        std_1C = (square_C / self._rows[place] - shift_C.square()).clamp_min(0).sqrt()[None]
+
+@dataclass
+class _Layer:
+    """The same of one layer. sums: around which point, the sum of what is off it, the sum of its squares."""
+
+    layer: int
+    bad: int = 0
+    bad_masked: int = 0
+    zero: int = 0
+    rows: int = 0
+    largest: float = 0.0
+    sums: tuple[Tensor, ...] = ()
+
+    def add(self, x_NC: Tensor, mask_N: Tensor) -> None:
+        finite_NC = x_NC.isfinite()
+        bad_N = (~finite_NC).sum(1)
+        self.bad += int(bad_N[mask_N].sum())
+        self.bad_masked += int(bad_N[~mask_N].sum())
+        real_NC = torch.where(finite_NC, x_NC, 0)[mask_N].double()
+        if not real_NC.numel():
+            return
+        self.rows += len(real_NC)
+        self.largest = max(self.largest, float(real_NC.abs().max()))
+        self.zero += int((x_NC[mask_N] == 0).all(1).sum())
+        around_C = self.sums[0] if self.sums else real_NC.mean(0)  # so that no large squares cancel
+        off_NC = real_NC - around_C
+        total_C, square_C = off_NC.sum(0), off_NC.square().sum(0)
+        if self.sums:
+            total_C, square_C = total_C + self.sums[1], square_C + self.sums[2]
+        self.sums = (around_C, total_C, square_C)
+
+    def stds(self) -> tuple[float, int, int]:
+        """Smallest std of the live channels, how many are dead (`channels.floored_std`), and of how many."""
+        around_C, total_C, square_C = self.sums
+        shift_C = total_C / self.rows
+        std_1C = (square_C / self.rows - shift_C.square()).clamp_min(0).sqrt()[None]
         is_dead_C = (floored_std((around_C + shift_C)[None], std_1C) != std_1C)[0]
         live = std_1C[0][~is_dead_C]
         return (float(live.min()) if len(live) else 0.0), int(is_dead_C.sum()), len(is_dead_C)
 
 
-class Stages:
-    """Meters by (stage, teacher, what), in the order in which they were first asked for."""
-
-    def __init__(self) -> None:
-        self._meters: dict[tuple[str, str | None, str], StageMeter] = {}
-
-    def add(
-        self,
-        stage: str,
-        of: str | None,
-        tensors: Mapping[str, Tensor | Sequence[Tensor]],
-        mask: Tensor,
-        layers: Sequence[int],
-    ) -> None:
-        for what, x in tensors.items():
-            if len(x):
-                self._meters.setdefault((stage, of, what), StageMeter(layers)).add_layers(x, mask)
-
-    def rows(self) -> list[dict[str, Any]]:
-        return [{"stage": s, "teacher": of, "what": what, **m.figures()} for (s, of, what), m in self._meters.items()]
+Meters = dict[tuple[str, str | None, str], StageMeter]  # (stage, teacher, what) -> meter, in the order of the data
 
 
 def number_figures(arm: Arm, num_batches: int) -> dict[str, Any]:
     """{"stages": in order, "terms", "gradients", "empty", "first_non_finite", "says"}; see `StageMeter.figures`."""
-    stages, terms, gradients = Stages(), _Terms(), _Gradients()
+    meters: Meters = {}
+    terms: dict[str, dict[str, Any]] = {}
+    gradients: dict[str | None, dict[str, Any]] = {}
     empty: dict[str, dict[str, int]] = {name: {"tokens": 0, "empty": 0} for name in arm.recipe.teachers}
     maker = arm.batches("train")
     for numbers in first_batches(arm, num_batches):
         batch = arm.load(maker, numbers)
         with torch.no_grad():
-            _add_sides(stages, arm, batch)
+            _add_sides(meters, arm, batch)
         _add_step(terms, gradients, arm, batch)
         wanted_BT = in_segments(batch.segments_BT, KV_SEGMENTS[arm.recipe.loss.kv_on])
         for name, count in empty.items():
@@ -146,45 +130,52 @@ def number_figures(arm: Arm, num_batches: int) -> dict[str, Any]:
             wanted = wanted_BT.expand_as(mask)
             count["tokens"] += int(wanted.sum())
             count["empty"] += int((wanted & ~mask).sum())
-    rows = stages.rows()
-    first = _first_non_finite(rows, terms.found, gradients.rows())
+    rows = [{"stage": s, "teacher": of, "what": what, **one.figures()} for (s, of, what), one in meters.items()]
+    steps = list(gradients.values())
+    first = _first_non_finite(rows, terms, steps)
     if first is not None and first["stage"] in ("target", "source"):
         first = _in_what_was_fitted(arm, rows) or first  # a fit reads other texts than these
     return {
         "texts": num_batches * arm.experiment.recipe.train.batch_size,
         "stages": rows,
-        "terms": terms.found,
-        "gradients": gradients.rows(),
+        "terms": terms,
+        "gradients": steps,
         "empty": empty,
         "first_non_finite": first,
-        "says": first["says"] if first is not None else _nearest(rows + gradients.rows()),
+        "says": first["says"] if first is not None else _nearest(rows + steps),
     }
 
 
-def _add_sides(stages: Stages, arm: Arm, batch: Batch) -> None:
+def _add_sides(meters: Meters, arm: Arm, batch: Batch) -> None:
     """Both sides of a batch, stage by stage, in the order of the data."""
+
+    def add(stage: str, of: str | None, tensors: Mapping[str, Any], mask: Tensor, layers: Sequence[int]) -> None:
+        for what, x in tensors.items():
+            if len(x):
+                meters.setdefault((stage, of, what), StageMeter(layers)).add_layers(x, mask)
+
     distiller, compares = arm.distiller, arm.recipe.compares_attention
     student = arm.student_kv(distiller.student, batch)
     theirs = {name: arm.teacher_kv(batch, name) for name in arm.recipe.teachers}
     for name, kv in theirs.items():
-        stages.add(_CAPTURED, name, _token_major(kv), kv.mask_BT, kv.layers)
+        add(_CAPTURED, name, _token_major(kv), kv.mask_BT, kv.layers)
     layers, masks, maps = student.layers, batch.kv_masks, batch.maps
     for name, kv in theirs.items():
         mapped, _ = distiller.aligner(name).teacher_channels(kv, maps.get(name), standardise=False)
-        stages.add("after time and layer map", name, mapped._asdict(), masks[name], layers)
+        add("after time and layer map", name, mapped._asdict(), masks[name], layers)
     for name, kv in theirs.items():
         aligner, mapping = distiller.aligner(name), maps.get(name)
         target: Any = aligner.targets(kv, mapping)[0] if not compares else None
         if compares:
             target = attention_targets(aligner, student, kv, mapping, distiller.rotation(name))
-        stages.add("target", name, target._asdict(), masks[name], layers)
-    stages.add("student", None, _token_major(student), batch.mask_BT, layers)
+        add("target", name, target._asdict(), masks[name], layers)
+    add("student", None, _token_major(student), batch.mask_BT, layers)
     for name, kv in theirs.items():
         aligner = distiller.aligner(name)
         source: Any = aligner.sources(student) if not compares else None
         if compares:
             source = attention_sources(aligner, student, kv, distiller.rotation(name))
-        stages.add("source", name, source._asdict(), masks[name], layers)
+        add("source", name, source._asdict(), masks[name], layers)
 
 
 def _token_major(kv: KV) -> dict[str, list[Tensor]]:
@@ -230,62 +221,44 @@ def _in_what_was_fitted(arm: Arm, rows: Sequence[Mapping[str, Any]]) -> dict[str
 # -- one real step ------------------------------------------------------------------------------------
 
 
-class _Terms:
-    """The largest value of each loss term, and the first that is not finite."""
+def _add_step(
+    terms: dict[str, dict[str, Any]], gradients: dict[str | None, dict[str, Any]], arm: Arm, batch: Batch
+) -> None:
+    """Loss and gradients at the full KV weight (after the warm-up), of one micro-batch, unclipped.
 
-    def __init__(self) -> None:
-        self.found: dict[str, dict[str, Any]] = {}
-
-    def add(self, name: str, raw: Tensor, entered: Tensor) -> None:
-        row = self.found.setdefault(name, {"raw": 0.0, "weighted": 0.0, "non_finite": 0})
-        values = float(raw), float(entered)
-        if not all(map(math.isfinite, values)):
-            row["non_finite"] += 1
-        row["raw"], row["weighted"] = (max(a, b) for a, b in zip((row["raw"], row["weighted"]), values, strict=True))
-
-
-class _Gradients:
-    """Gradients of the student and of each teacher's projectors: the largest, whose it is, and what is not finite."""
-
-    def __init__(self) -> None:
-        self._rows: dict[str | None, dict[str, Any]] = {}
-
-    def add(self, teacher: str | None, name: str, gradient: Tensor) -> None:
-        row = self._rows.setdefault(
-            teacher, {"non_finite": 0, "largest": 0.0, "largest_in": None, "first_non_finite": None}
-        )
-        finite = gradient.isfinite()
-        bad = int((~finite).sum())
-        row["non_finite"] += bad
-        if bad and row["first_non_finite"] is None:
-            row["first_non_finite"] = name
-        largest = float(torch.where(finite, gradient, 0).abs().max()) if gradient.numel() else 0.0
-        if largest >= row["largest"]:
-            row["largest"], row["largest_in"] = largest, name
-
-    def rows(self) -> list[dict[str, Any]]:
-        return [
-            {"stage": "gradient", "teacher": of, "of_fp16": row["largest"] / FP16_MAX, **row}
-            for of, row in self._rows.items()
-        ]
-
-
-def _add_step(terms: _Terms, gradients: _Gradients, arm: Arm, batch: Batch) -> None:
-    """Loss and gradients at the full KV weight (after the warm-up), of one micro-batch, unclipped."""
+    terms: the largest value of each loss term, and how often it is not finite. gradients: of the student (None) and of
+    each teacher's projectors: the largest, whose it is, and what is not finite.
+    """
     distiller = arm.distiller
     distiller.train().zero_grad(set_to_none=True)
     counts = token_counts(batch, arm.recipe).to(device=arm.device, dtype=torch.float32).clamp_min(1.0)
     with torch.autocast(arm.device.type, torch.bfloat16, enabled=arm.experiment.recipe.train.bf16):
         out = distiller(batch, counts, kv_weight=arm.recipe.loss.kv_weight)
     for name, (raw, _, entered) in out.terms.items():
-        terms.add(name, raw, entered)
+        term = terms.setdefault(name, {"raw": 0.0, "weighted": 0.0, "non_finite": 0})
+        values = {"raw": float(raw), "weighted": float(entered)}
+        term["non_finite"] += not all(map(math.isfinite, values.values()))
+        term |= {key: max(term[key], value) for key, value in values.items()}
     out.loss.backward()
     for name, parameter in distiller.named_parameters():
-        if parameter.grad is not None:
-            first, _, rest = name.partition(".")  # aligners.0.proj_k.weight, student.model.…
-            number, _, inner = rest.partition(".")
-            teacher = arm.recipe.teachers[int(number)] if first == "aligners" else None
-            gradients.add(teacher, inner or rest, parameter.grad)
+        if parameter.grad is None:
+            continue
+        first, _, rest = name.partition(".")  # aligners.0.proj_k.weight, student.model.…
+        number, _, inner = rest.partition(".")
+        teacher = arm.recipe.teachers[int(number)] if first == "aligners" else None
+        row = gradients.setdefault(
+            teacher,
+            {"stage": "gradient", "teacher": teacher, "of_fp16": 0.0, "non_finite": 0}
+            | {"largest": 0.0, "largest_in": None, "first_non_finite": None},
+        )
+        finite = parameter.grad.isfinite()
+        bad = int((~finite).sum())
+        row["non_finite"] += bad
+        if bad and row["first_non_finite"] is None:
+            row["first_non_finite"] = inner or rest
+        largest = float(torch.where(finite, parameter.grad, 0).abs().max()) if parameter.grad.numel() else 0.0
+        if largest >= row["largest"]:
+            row |= {"largest": largest, "of_fp16": largest / FP16_MAX, "largest_in": inner or rest}
     distiller.eval().zero_grad(set_to_none=True)
 
 

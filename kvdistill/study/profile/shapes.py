@@ -5,10 +5,12 @@ Counts what the batches say: how many student tokens have something behind them,
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from kvdistill.align.time import segment_report
 from kvdistill.align.tokens import token_coverage
@@ -16,7 +18,6 @@ from kvdistill.arms.arm import Arm
 from kvdistill.arms.batches import Batch, BatchMaker
 from kvdistill.core.files import read_json
 from kvdistill.core.segments import SEGMENT_NAMES
-from kvdistill.models.generate import right_padded
 
 
 def shape_figures(arm: Arm, num_batches: int) -> dict[str, Any]:
@@ -25,10 +26,10 @@ def shape_figures(arm: Arm, num_batches: int) -> dict[str, Any]:
     numbers = first_batches(arm, num_batches)
     batches = [arm.load(maker, one) for one in numbers]
     lengths = torch.cat([batch.mask_BT.sum(1) for batch in batches])
-    student = _sizes(arm.experiment.student_shape)
+    used = {"layers_used": arm.distiller.student_layers, "tokens": float(lengths.double().mean())}
     return {
         "texts": len(lengths),
-        "student": {**student, "layers_used": arm.distiller.student_layers, "tokens": _mean(lengths)},
+        "student": {**_sizes(arm.experiment.student_shape), **used},
         "meeting": {
             "space": recipe.align.match_in,
             "keys": recipe.align.keys,
@@ -52,13 +53,26 @@ def _teacher(arm: Arm, name: str, maker: BatchMaker, numbers: list[list[int]], b
     targets = [batch.targets[name] for batch in batches]
     text = maker.texts.get(name)
     in_student = arm.recipe.align.match_in == "student"
-    missing: dict[str, int] = {}  # texts with a segment on one side only
+    missing: Counter[str] = Counter()  # texts with a segment on one side only
     for target, batch in zip(targets, batches, strict=True):
-        for what, count in segment_report(target.segments_BS, batch.segments_BT).items():
-            missing[what] = missing.get(what, 0) + count
+        missing.update(segment_report(target.segments_BS, batch.segments_BT))
+    capture = arm.experiment.recipe.capture
+    captured: dict[str, Any] = {
+        "source": capture.source,
+        "dtype": capture.dtype,
+        "layers": teacher.layers,
+        "queries": teacher.queries,
+        "scores": teacher.scores,
+        "logits_top_k": teacher.top_k,
+    }
+    if not arm.runs_online:  # over all tokens of its training texts
+        shards = read_json(teacher.target_folder("train") / "manifest.json")["shards"]
+        num_bytes = sum(shard["bytes"] for shard in shards)
+        num_tokens = sum(len(example.input_ids) for example in teacher.examples("train"))
+        captured |= {"bytes": num_bytes, "tokens": num_tokens, "bytes_per_token": num_bytes / max(1, num_tokens)}
     found: dict[str, Any] = {
         **_sizes(teacher.shape),
-        "tokens": _mean(torch.cat([(target.segments_BS > 0).sum(1) for target in targets])),
+        "tokens": float(torch.cat([(target.segments_BS > 0).sum(1) for target in targets]).double().mean()),
         "own_tokens": text is not None,
         "one_text": text is None or text.own is not None,
         "channels": aligner.student_heads[0] * aligner.student_heads[1] if in_student else aligner.proj_k.num_out,
@@ -66,7 +80,7 @@ def _teacher(arm: Arm, name: str, maker: BatchMaker, numbers: list[list[int]], b
             layer: [[m, round(share, 6)] for m, share in row]
             for layer, row in zip(aligner.student_layers, aligner.sources_by_layer, strict=True)
         },
-        "captured": _captured(arm, name),
+        "captured": captured,
         "taught": _taught([(batch.segments_BT, batch.kv_masks[name]) for batch in batches]),
         "segments": {what: count for what, count in missing.items() if count},
     }
@@ -89,28 +103,6 @@ def _sizes(shape: Any) -> dict[str, Any]:
     }
 
 
-def _mean(lengths: Tensor) -> float:
-    return float(lengths.double().mean())
-
-
-def _captured(arm: Arm, name: str) -> dict[str, Any]:
-    """What of the teacher is captured; in the store: its bytes, over all tokens of its training texts."""
-    teacher, capture = arm.teachers[name], arm.experiment.recipe.capture
-    found: dict[str, Any] = {
-        "source": capture.source,
-        "dtype": capture.dtype,
-        "layers": teacher.layers,
-        "queries": teacher.queries,
-        "scores": teacher.scores,
-        "logits_top_k": teacher.top_k,
-    }
-    if arm.runs_online:
-        return found
-    num_bytes = sum(shard["bytes"] for shard in read_json(teacher.target_folder("train") / "manifest.json")["shards"])
-    num_tokens = sum(len(example.input_ids) for example in teacher.examples("train"))
-    return found | {"bytes": num_bytes, "tokens": num_tokens, "bytes_per_token": num_bytes / max(1, num_tokens)}
-
-
 def _taught(sides: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
     """Share of the student's tokens that take part in the KV term: by segment, and of all. Layers count alike."""
     names = {"all": None, **SEGMENT_NAMES}
@@ -128,15 +120,11 @@ def _lost(text: Any, batches: list[list[int]]) -> dict[str, float]:
     """Where tokenizers differ: what of the text the teacher's tokens do not tell, and the reverse."""
     sums = torch.zeros(6, dtype=torch.float64)
     for numbers in batches:
-        sides = []
-        for rows in ([text.spans(i) for i in numbers], [text.student_spans(i) for i in numbers]):
-            roles = right_padded([row[1].tolist() for row in rows], 0)
-            spans = torch.zeros(*roles.shape, 2)
-            for place, (row, _) in zip(spans, rows, strict=True):
-                place[: len(row)] = row
-            sides.append((spans, roles))
-        (theirs, their_roles), (mine, my_roles) = sides
-        coverage = token_coverage(theirs, mine, their_roles, my_roles)
+        sides = [text.spans(i) for i in numbers], [text.student_spans(i) for i in numbers]
+        (theirs, their_roles), (mine, my_roles) = (
+            [pad_sequence(list(part), batch_first=True) for part in zip(*rows, strict=True)] for rows in sides
+        )
+        coverage = token_coverage(theirs, mine, their_roles.long(), my_roles.long())
         sums += torch.stack([part.double().sum() for part in coverage])
     mine, lost, theirs, unread, tokens, empty = sums.tolist()
     return {
@@ -150,22 +138,21 @@ def parameter_figures(arm: Arm) -> dict[str, Any]:
     """Numbers in the student and in each teacher's maps: learned, and saved with them but fixed."""
     trained = sum(p.numel() for p in arm.distiller.student.parameters() if p.requires_grad)
     total = sum(p.numel() for p in arm.distiller.student.parameters())
+    teachers: dict[str, Any] = {}
+    for name in arm.recipe.teachers:
+        aligner = arm.distiller.aligner(name)
+        names = ("proj_k", "proj_v", "proj_q", "adapter_k", "adapter_v")
+        present = {what: module for what in names if (module := getattr(aligner, what, None)) is not None}
+        teachers[name] = {
+            "parameters": sum(m.num_parameters for m in present.values()),
+            "fixed": sum(m.num_fixed for m in present.values()),
+            "trained": sum(p.numel() for p in aligner.parameters() if p.requires_grad),
+            "modules": {
+                what: {"kind": type(m).__name__, "parameters": m.num_parameters, "fixed": m.num_fixed}
+                for what, m in present.items()
+            },
+        }
     return {
         "student": {"parameters": total, "trained": trained},
-        "teachers": {name: _projectors(arm, name) for name in arm.recipe.teachers},
-    }
-
-
-def _projectors(arm: Arm, name: str) -> dict[str, Any]:
-    aligner = arm.distiller.aligner(name)
-    modules = {what: getattr(aligner, what, None) for what in ("proj_k", "proj_v", "proj_q", "adapter_k", "adapter_v")}
-    present = {what: module for what, module in modules.items() if module is not None}
-    return {
-        "parameters": sum(m.num_parameters for m in present.values()),
-        "fixed": sum(m.num_fixed for m in present.values()),
-        "trained": sum(p.numel() for p in aligner.parameters() if p.requires_grad),
-        "modules": {
-            what: {"kind": type(m).__name__, "parameters": m.num_parameters, "fixed": m.num_fixed}
-            for what, m in present.items()
-        },
+        "teachers": teachers,
     }

@@ -140,8 +140,10 @@ class _Steps:
         self._trained, train = trained, arm.experiment.recipe.train
         self._optimizer = torch.optim.AdamW(trained, lr=0.0, betas=train.adam_betas, weight_decay=0.0)
 
-    def step(self, numbers: list[int], clock: PartClock) -> None:
+    def step(self, numbers: list[int], clock: PartClock | None = None) -> None:
+        """clock: for its parts; else nothing waits for the device."""
         arm, train, device = self._arm, self._arm.experiment.recipe.train, self._arm.device
+        clock = clock or PartClock(torch.device("cpu"))
         with clock.part("reading"):
             batch = self._maker(numbers).to(device)
         with clock.part("teacher_forward"):
@@ -160,9 +162,9 @@ class _Steps:
 
     def whole(self, numbers: list[int]) -> float:
         """Seconds of a step, as it runs."""
-        clock, silent = PartClock(self._arm.device), PartClock(torch.device("cpu"))
+        clock = PartClock(self._arm.device)
         begun = clock.now()
-        self.step(numbers, silent)
+        self.step(numbers)
         return clock.now() - begun
 
     def parts(self, numbers: list[int]) -> dict[str, float]:
@@ -176,16 +178,15 @@ class _Steps:
 
     def peak_bytes(self, numbers: list[int]) -> int:
         device = self._arm.device
-        silent = PartClock(torch.device("cpu"))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
-            self.step(numbers, silent)
+            self.step(numbers)
             torch.cuda.synchronize(device)
             return torch.cuda.max_memory_allocated(device) - before
         with LiveTensors() as live:
-            self.step(numbers, silent)
+            self.step(numbers)
         return live.peak
 
 
@@ -202,17 +203,10 @@ def step_figures(arm: Arm, num_steps: int) -> dict[str, Any]:
         Distiller(arm.distiller.student, plain_arm).train(),
         BatchMaker(arm.batches("train").examples, arm.experiment.tokenizer.pad_token_id),
     )
-    whole: dict[str, list[float]] = {"taught": [], "plain": []}
-    parts: list[dict[str, float]] = []
-    for i in range(_WARM_UP + num_steps):
-        chosen = numbers[i % len(numbers)]
-        seconds = {"taught": taught.whole(chosen), "plain": plain.whole(chosen)}
-        split = taught.parts(chosen)
-        if i >= _WARM_UP:
-            parts.append(split)
-            for kind, taken in seconds.items():
-                whole[kind].append(taken)
-    step_ms, plain_ms = (1000 * statistics.median(whole[kind]) for kind in ("taught", "plain"))
+    chosen = [numbers[i % len(numbers)] for i in range(_WARM_UP + num_steps)]
+    taken = [(taught.whole(one), plain.whole(one), taught.parts(one)) for one in chosen][_WARM_UP:]
+    taught_s, plain_s, parts = zip(*taken, strict=True)
+    step_ms, plain_ms = (1000 * statistics.median(seconds) for seconds in (taught_s, plain_s))
     peak, plain_peak = (steps.peak_bytes(numbers[0]) for steps in (taught, plain))
     on_gpu = arm.device.type == "cuda"
     return {
@@ -221,8 +215,8 @@ def step_figures(arm: Arm, num_steps: int) -> dict[str, Any]:
         "parts_ms": {name: 1000 * statistics.median(one[name] for one in parts) for name in PARTS},
         "whole_ms": step_ms,
         "cross_entropy_ms": plain_ms,
-        "fastest_ms": 1000 * min(whole["taught"]),
-        "cross_entropy_fastest_ms": 1000 * min(whole["plain"]),
+        "fastest_ms": 1000 * min(taught_s),
+        "cross_entropy_fastest_ms": 1000 * min(plain_s),
         "ratio": step_ms / plain_ms,
         "memory": "peak of the GPU's allocator over what stood before the step"
         if on_gpu
