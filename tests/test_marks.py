@@ -100,3 +100,27 @@ def test_a_scratch_teacher_that_was_altered_is_not_captured(tmp_path, monkeypatc
     file.write_bytes(content)
     answer = invoke(monkeypatch, "capture", write_recipe(tmp_path))
     assert_one_message(answer, "teachers/two/model/model.safetensors", "checksum differs")
+
+
+def test_records_and_ledgers_that_were_edited_give_no_page(tmp_path, monkeypatch):
+    run = copy_base(tmp_path)
+    recipe = write_recipe(tmp_path)
+    assert invoke(monkeypatch, "run", recipe).code == 0
+    folder = run / f"arms/ce/seed-{SEED}"
+    for name, edit in (
+        ("records.jsonl", lambda text: text.replace('"correct": false', '"correct": true', 1)),
+        ("records.jsonl", lambda text: text.split("\n", 1)[1]),
+        ("ledger.json", lambda text: (run / f"arms/fixed/seed-{SEED}/ledger.json").read_text()),
+        ("evaluated.json", lambda text: text.replace('"questions": ', '"questions": 1')),
+    ):
+        file = folder / name
+        before = file.read_text()
+        file.write_text(edit(before))
+        assert file.read_text() != before
+        answer = invoke(monkeypatch, "report", recipe)
+        assert_one_message(answer, f"seed-{SEED}/{name}", "damaged" if name == "evaluated.json" else "checksum differs")
+        file.write_text(before)
+    assert invoke(monkeypatch, "report", recipe).code == 0
+    (folder / "evaluated.json").unlink()
+    assert invoke(monkeypatch, "report", recipe).code == 0
+    assert "1 mark(s) missing" in (run / "report.html").read_text()

@@ -15,6 +15,8 @@ import numpy as np
 
 from kvdistill.core.errors import RunFolderError
 from kvdistill.core.files import finite, read_json_lines, write_text
+from kvdistill.core.layout import evaluated_mark, trained_mark
+from kvdistill.core.marks import check_marked, read_mark
 from kvdistill.core.recipe import Recipe
 from kvdistill.core.records import Record, read_records
 from kvdistill.stages.report.compare import SeedRun
@@ -51,11 +53,19 @@ class RunTables:
 
 def collect_tables(recipe: Recipe, run: Path) -> RunTables:
     """All tables of a run folder. Raises RunFolderError if no run has records, or a file is damaged."""
-    tables = RunTables(run, list(recipe.arms), list(recipe.seeds))
+    tables, unmarked = RunTables(run, list(recipe.arms), list(recipe.seeds)), 0
     for arm in tables.arms:
         tables.runs[arm], tables.logs[arm], tables.matches[arm] = {}, {}, {}
         for seed in tables.seeds:
             folder = tables.seed_folder(arm, seed)
+            for mark, verb in ((trained_mark(folder), "train"), (evaluated_mark(folder), "evaluate")):
+                fix = f"delete {mark} and {verb} again"
+                check_marked(mark, fix=fix)
+                if mark.exists() and read_mark(mark) is None:
+                    raise RunFolderError(
+                        "this mark is damaged: nothing vouches for its files", place=str(mark), fix=fix
+                    )
+                unmarked += not mark.exists() and (folder / "records.jsonl").is_file()
             if rows := read_log(folder / "log.jsonl"):
                 tables.logs[arm][seed] = rows
             if match := _read_object(folder / "match.json"):
@@ -72,6 +82,8 @@ def collect_tables(recipe: Recipe, run: Path) -> RunTables:
     tables.manifest = _read_object(run / "data" / "manifest.json")
     tables.validation = _read_object(run / "data" / "validation_report.json")
     tables.provenance = _read_object(run / "provenance.json")
+    if unmarked:
+        tables.notes.append(f"{unmarked} mark(s) missing beside records: nothing vouches for these files.")
     if tables.missing:
         tables.notes.append(
             "Not evaluated yet: " + ", ".join(f"{arm} seed {seed}" for arm, seed in tables.missing) + "."
