@@ -25,7 +25,7 @@ from benchmarks.report import Row, print_table, save
 from benchmarks.timing import interleave, paired_ratio
 from kvdistill.core.provenance import package_versions
 from kvdistill.data.leaks.near import NearIndex
-from kvdistill.data.leaks.wording import take_apart, weigh
+from kvdistill.data.leaks.wording import take_apart
 
 CPU = torch.device("cpu")
 ROUNDS = 3
@@ -233,7 +233,7 @@ def _by_length(questions: Sequence[str]) -> dict[str, str]:
     """Words of the question (a Chinese character is half a word) -> found/planted, of two words changed."""
     index, planted, hits = index_of(questions), Counter[int](), Counter[int]()
     for number, text in plant(questions, NEAR["two words changed"]):
-        length = int(weigh(take_apart(questions[number]).words))
+        length = int(take_apart(questions[number]).wording.size)
         planted[length] += 1
         hits[length] += is_found(index, questions, number, text)
     return {str(length): f"{hits[length]}/{planted[length]}" for length in sorted(planted)}

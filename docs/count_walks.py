@@ -2,7 +2,8 @@
 
     python docs/count_walks.py
 
-Two walks: the recipe through one training, one problem row through `prepare`. For the recipe a stop is a function of
+Three walks: the recipe through one training and through a study of which only the report is left (stages and workers
+left out), one problem row through `prepare`. For the recipe a stop is a function of
 the package that is handed the recipe, a section of it, or an object that holds it (an Experiment, Arm or Teacher),
 counted once for each function that hands it on. For the row a stop is any function entered for its sake: entries with
 nine rows less entries with eight. A change of room is a stop in another file than the stop before.
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest import mock
 
 HERE = Path(__file__).resolve().parent.parent
 PACKAGE = str(HERE / "kvdistill")
@@ -52,20 +54,42 @@ def changes(seen: list[Entry]) -> int:
     return sum(a[0] != b[0] for a, b in itertools.pairwise(seen))
 
 
-def recipe_in_training() -> dict[str, int]:
+def with_recipe(arguments: dict[str, Any]) -> bool:
+    from kvdistill.core.recipe import Section
+
+    return any(isinstance(value, Section) or type(value).__name__ in HOLDERS for value in arguments.values())
+
+
+def recipe_in_study() -> dict[str, int]:
     from tiny_recipe import ARMS, SEED, copy_base, tiny_recipe
 
-    from kvdistill.arms.experiment import Experiment
-    from kvdistill.core.recipe import Section
-    from kvdistill.stages.train import train_student
-
-    def carries(arguments: dict[str, Any]) -> bool:
-        return any(isinstance(value, Section) or type(value).__name__ in HOLDERS for value in arguments.values())
+    from kvdistill.core.layout import arm_folder, evaluated_mark
+    from kvdistill.core.progress import silent
+    from kvdistill.study import run as study
 
     with tempfile.TemporaryDirectory() as folder:
         run = copy_base(Path(folder))
         recipe = tiny_recipe(run, arms=ARMS)
-        seen = entries(lambda: train_student(Experiment(recipe, run).arm("competence", SEED)), carries)
+        for arm in recipe.arms:
+            mark = evaluated_mark(arm_folder(run, arm, SEED))
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.write_text("{}")
+        with mock.patch.object(study, "run_jobs"):
+            seen = entries(lambda: study.run_study(recipe, silent), with_recipe)
+    once = list(dict.fromkeys(seen))
+    return {"stops": len(once), "rooms": len({file for file, _, _ in once}), "changes of room": changes(once)}
+
+
+def recipe_in_training() -> dict[str, int]:
+    from tiny_recipe import ARMS, SEED, copy_base, tiny_recipe
+
+    from kvdistill.arms.experiment import Experiment
+    from kvdistill.stages.train import train_student
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = copy_base(Path(folder))
+        recipe = tiny_recipe(run, arms=ARMS)
+        seen = entries(lambda: train_student(Experiment(recipe, run).arm("competence", SEED)), with_recipe)
     once = list(dict.fromkeys(seen))
     return {"stops": len(once), "rooms": len({file for file, _, _ in once}), "changes of room": changes(once)}
 
@@ -96,5 +120,6 @@ def row_in_prepare() -> dict[str, int]:
 
 
 if __name__ == "__main__":
+    print("recipe in a study:", recipe_in_study())
     print("recipe in training:", recipe_in_training())
     print("one row in prepare:", row_in_prepare())

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from kvdistill.core.marks import write_mark
 from kvdistill.core.recipe import Recipe
 from kvdistill.core.records import Record
 
@@ -130,12 +131,20 @@ def make_match(spec: dict[str, Any]) -> dict[str, Any]:
     return {t: {"k": k, "v": v, "by_layer": []} for t in teachers}
 
 
+def unmark(folder: Path) -> None:
+    """No mark vouches for this folder's files any more."""
+    for name in ("trained.json", "evaluated.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
 def write_lines(path: Path, rows: list[Any]) -> None:
+    unmark(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def write_object(path: Path, value: Any) -> None:
+    unmark(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value), encoding="utf-8")
 
@@ -158,6 +167,8 @@ def write_run(
             write_object(folder / "ledger.json", make_ledger(seed, spec))
             if match := make_match(spec):
                 write_object(folder / "match.json", match)
+            write_mark(folder / "trained.json", {}, ["log.jsonl", "ledger.json", "match.json"])
+            write_mark(folder / "evaluated.json", {}, ["records.jsonl"])
     for teacher, task in zip(TEACHERS, TASKS, strict=True):
         by_task = {t: 0.97 if t == task else 0.02 for t in TASKS}
         write_object(

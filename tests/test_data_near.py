@@ -205,7 +205,7 @@ def test_differences_leave_a_longest_common_subsequence(a: list[str], b: list[st
 
 @given(SENTENCES, SENTENCES)
 def test_similarity_is_bounded_and_the_bound_holds(first: str, second: str) -> None:
-    a, b = (Wording(take_apart(text).words) for text in (first, second))
+    a, b = (take_apart(text).wording for text in (first, second))
     similarity, _ = compare(a, b)
     assert 0.0 <= similarity <= 1.0
     assert similarity <= most_similar(a, b) + 1e-9 or similarity == 0.0

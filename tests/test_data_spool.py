@@ -19,17 +19,19 @@ problems = st.builds(Problem, texts, texts, texts, texts, texts, texts)
 def test_what_goes_in_comes_out_also_between_appends(tmp_path_factory: pytest.TempPathFactory, given: list[Problem]):
     spool = Spool(tmp_path_factory.getbasetemp())
     for number, problem in enumerate(given):
-        assert spool.append(problem) == number and spool[number] == problem
-    assert [spool[i] for i in range(len(spool))] == given and len(spool) == len(given)
+        assert spool.append(problem) == number and spool.read([number]) == [problem]
+    assert spool.read(range(len(given))) == given
     chosen = Selection(spool, reversed(range(len(given))))
     assert chosen == given[::-1] and list(chosen[1:3]) == given[::-1][1:3]
     assert list(chosen.without({0})) == given[:0:-1]
     with pytest.raises(IndexError):
-        spool[len(given)]
+        spool.read([len(given)])
+    with pytest.raises(IndexError):
+        chosen[len(given)]
 
 
 def test_no_file_is_ever_seen(tmp_path: Path) -> None:
     spool = spool_beside(tmp_path / "not" / "there" / "yet")
     for number in range(3000):
         spool.append(Problem("t", str(number), "q" * 500, "r", "1"))
-    assert list(tmp_path.iterdir()) == [] and spool[2999].id == "2999"
+    assert list(tmp_path.iterdir()) == [] and spool.read([2999])[0].id == "2999"

@@ -86,6 +86,11 @@ class DataRecipe(Section):
             raise ValueError(f"ratios {ratios} add up to {sum(ratios):g}, not 1")
         return ratios
 
+    @property
+    def num_learned(self) -> int:
+        """About how many problems are learned from; with `total`, that."""
+        return self.total or sum(task.train for task in self.tasks)
+
 
 class ScratchRecipe(Section):
     """A model with random weights of a known family."""

@@ -11,6 +11,7 @@ import os
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import overload
 
@@ -18,6 +19,7 @@ from kvdistill.data.problems import Problem
 
 _FIELDS = ("task", "id", "question", "reasoning", "answer", "language")
 _FLUSH_BYTES = 1 << 20
+_BATCH = 1000  # problems read at once
 
 
 class Spool:
@@ -29,9 +31,6 @@ class Spool:
         self._pending: list[bytes] = []
         self._pending_bytes = 0
 
-    def __len__(self) -> int:
-        return len(self._starts) - 1
-
     def append(self, problem: Problem) -> int:
         """Keep a problem; its number."""
         line = json.dumps([getattr(problem, name) for name in _FIELDS], ensure_ascii=False).encode()
@@ -40,14 +39,13 @@ class Spool:
         self._starts.append(self._starts[-1] + len(line))
         if self._pending_bytes >= _FLUSH_BYTES:
             self._flush()
-        return len(self) - 1
+        return len(self._starts) - 2
 
-    def __getitem__(self, number: int) -> Problem:
-        if not 0 <= number < len(self):
-            raise IndexError(number)
+    def read(self, numbers: Iterable[int]) -> list[Problem]:
+        """The problems of these numbers, in this order."""
         self._flush()
-        start, end = self._starts[number], self._starts[number + 1]
-        return Problem(*json.loads(os.pread(self._file.fileno(), end - start, start)))
+        file, starts = self._file.fileno(), self._starts
+        return [Problem(*json.loads(os.pread(file, starts[n + 1] - starts[n], starts[n]))) for n in numbers]
 
     def _flush(self) -> None:
         if self._pending:
@@ -72,10 +70,15 @@ class Selection(Sequence[Problem]):
     def __getitem__(self, index: int | slice) -> Problem | Selection:
         if isinstance(index, slice):
             return Selection(self.spool, self.numbers[index])
-        return self.spool[self.numbers[index]]
+        return self.spool.read([self.numbers[index]])[0]
 
     def __iter__(self) -> Iterator[Problem]:
-        return (self.spool[number] for number in self.numbers)
+        return chain.from_iterable(self.batches(_BATCH))
+
+    def batches(self, size: int) -> Iterator[list[Problem]]:
+        """All of them, so many at a time."""
+        for start in range(0, len(self.numbers), size):
+            yield self.spool.read(self.numbers[start : start + size])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and len(self) == len(other) and all(a == b for a, b in zip(self, other))  # noqa: B905

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from kvdistill.core.config import arm_recipe
 from kvdistill.core.layout import arm_folder, evaluated_mark, file_lock, locks_folder, teacher_folder, trained_mark
 from kvdistill.core.marks import read_mark
 from kvdistill.core.progress import Progress, silent
@@ -48,7 +47,8 @@ class Stage:
 
     function: `module:name`, called with what it takes and `progress`.
     needs: verbs whose jobs, of the same teacher, arm and seed, come first.
-    cost: of a job, from the recipe and what the job is about. about: `teacher`, or `arm` and `seed`.
+    cost: of a job, from the recipe and what the job is about (an arm as its own complete recipe).
+    about: `teacher`, or `arm` and `seed`.
     takes: `recipe` (and the run folder), the `experiment` that both make, or its `teacher` or `arm` of the job.
     mark: from the run folder and what the job is about. alone: its jobs share folders, so one is done at a time.
     """
@@ -62,18 +62,9 @@ class Stage:
     takes: Literal["recipe", "experiment", "teacher", "arm"] = "recipe"
 
 
-def _rows(recipe: Recipe) -> int:
-    return recipe.data.total or sum(task.train for task in recipe.data.tasks)
-
-
-def _training_cost(recipe: Recipe, arm: str, seed: int) -> float:
-    made = arm_recipe(recipe, arm)
-    return recipe.train.steps * ((1 + 0.25 * len(made.teachers)) if made.needs_kv or made.needs_logits else 1.0)
-
-
 ARM = ("arm", "seed")
 STAGES: dict[str, Stage] = {
-    "prepare": Stage("kvdistill.stages.prepare:prepare", (), lambda recipe: 10 + _rows(recipe) / 200),
+    "prepare": Stage("kvdistill.stages.prepare:prepare", (), lambda recipe: 10 + recipe.data.num_learned / 200),
     "check": Stage("kvdistill.stages.table:check", ("prepare",), lambda recipe: 10.0, takes="experiment"),
     "teach": Stage(
         "kvdistill.stages.train:train_teacher",
@@ -92,7 +83,7 @@ STAGES: dict[str, Stage] = {
     "capture": Stage(
         "kvdistill.stages.capture:capture",
         ("check", "teach", "map-layers"),
-        lambda recipe, teacher: 5 + _rows(recipe) / (3 * recipe.train.batch_size),
+        lambda recipe, teacher: 5 + recipe.data.num_learned / (3 * recipe.train.batch_size),
         about=("teacher",),
         takes="teacher",
     ),
@@ -107,7 +98,9 @@ STAGES: dict[str, Stage] = {
     "train": Stage(
         "kvdistill.stages.train:train_student",
         ("check", "fit"),
-        _training_cost,
+        lambda recipe, arm, seed: (
+            recipe.train.steps * (1 + 0.25 * len(arm.teachers) if arm.needs_kv or arm.needs_logits else 1.0)
+        ),
         about=ARM,
         takes="arm",
         mark=lambda run, arm, seed: trained_mark(arm_folder(run, arm, seed)),
@@ -138,21 +131,17 @@ def perform(job: Job, recipe: Recipe, progress: Progress = silent) -> None:
     with file_lock(lock, wait=True) if ranks == 1 else nullcontext():
         if ranks > 1 or job.mark is None or read_mark(run / job.mark) is None:
             function = getattr(importlib.import_module(module), name)
-            function(*_subject(stage, job, recipe, run), progress=progress)
+            if stage.takes == "recipe":
+                function(recipe, run, progress=progress)
+                return
+            from kvdistill.arms.experiment import Experiment  # imports torch
 
-
-def _subject(stage: Stage, job: Job, recipe: Recipe, run: Path) -> tuple[Any, ...]:
-    """What the stage's function takes, made from a job's plain arguments."""
-    if stage.takes == "recipe":
-        return recipe, run
-    from kvdistill.arms.experiment import Experiment  # imports torch
-
-    experiment = Experiment(recipe, run)
-    if stage.takes == "experiment":
-        return (experiment,)
-    if stage.takes == "teacher":
-        return (experiment.teachers[str(job.arguments["teacher"])],)
-    return (experiment.arm(str(job.arguments["arm"]), int(job.arguments["seed"])),)
+            subject: Any = Experiment(recipe, run)
+            if stage.takes == "teacher":
+                subject = subject.teachers[str(job.arguments["teacher"])]
+            elif stage.takes == "arm":
+                subject = subject.arm(str(job.arguments["arm"]), int(job.arguments["seed"]))
+            function(subject, progress=progress)
 
 
 def check(experiment: Any, progress: Progress = silent) -> None:

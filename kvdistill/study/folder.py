@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,7 @@ from kvdistill.core.recipe import Recipe
 _BASE = ("data", "teachers", "student", "capture", "train", "evaluate")
 
 
-@contextmanager
-def claimed(recipe: Recipe, run: Path) -> Iterator[None]:
+def claimed(recipe: Recipe, run: Path) -> ExitStack:
     """Work in this run folder with this recipe: `recipe.json` is written, or the folder refused that another one made.
 
     Others may work in it at the same time, if they want the same but for arms and seeds: each job has a lock of its
@@ -59,7 +58,7 @@ def claimed(recipe: Recipe, run: Path) -> Iterator[None]:
             if theirs != mine:
                 write_json(path, mine)
             at_work.enter_context(file_lock(working, wait=True, shared=True))
-        yield
+        return at_work.pop_all()
 
 
 def check_run_folder(recipe: Recipe, run: Path) -> None:

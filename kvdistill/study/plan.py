@@ -61,7 +61,7 @@ def plan(
             ]
             identity = ":".join([verb, *map(str, mine.values())])
             mark = None if stage.mark is None else stage.mark(run, **mine).relative_to(run).as_posix()
-            cost = stage.cost(recipe, **mine)
+            cost = stage.cost(recipe, **mine | ({"arm": arms[mine["arm"]]} if "arm" in mine else {}))
             jobs[identity] = Job(identity, verb, {"run": str(run), **mine}, tuple(after), cost, mark)
     return _left_to_do(list(jobs.values()), run, goals)
 

@@ -95,6 +95,8 @@ def same_number(first: str, second: str) -> bool:
 
 def same_value(first: str, second: str) -> bool:
     """Equal as numbers where both are numbers, else as folded text; what wraps a whole answer does not count."""
+    if first == second:
+        return True
     numbers = normalise_number(first), normalise_number(second)
     if None not in numbers:
         return numbers[0] == numbers[1]

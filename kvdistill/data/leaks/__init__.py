@@ -8,16 +8,15 @@ evaluation is no leak: nobody learns from either. Only the held-out side is kept
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from kvdistill.core.errors import DataError
 from kvdistill.core.progress import Progress, silent
 from kvdistill.data.leaks.near import NearIndex
-from kvdistill.data.leaks.wording import fold_question
+from kvdistill.data.leaks.wording import fold_question as fold_question
+from kvdistill.data.leaks.wording import question_hash as question_hash
 from kvdistill.data.problems import Problem
 
 LEARNED = ("train", "teach", "val")  # in this order a leak is taken out of the first that has it
@@ -49,9 +48,6 @@ class Leak:
     question: str
     other: str
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass
 class LeakReport:
@@ -73,11 +69,6 @@ class LeakReport:
         """`train against test, exact` -> pairs."""
         kinds = Counter(f"{leak.first.split} against {leak.second.split}, {leak.kind}" for leak in self.leaks)
         return dict(sorted(kinds.items()))
-
-
-def question_hash(text: str) -> str:
-    """128 bits of SHA-256 of the folded question, in hex: what a problem is known by (`doc_hash`)."""
-    return hashlib.sha256(fold_question(text).encode()).hexdigest()[:32]
 
 
 def find_leaks(

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from operator import itemgetter
@@ -45,11 +45,9 @@ from kvdistill.data.leaks.wording import (
     Wording,
     are_equal_but_for_marks,
     compare,
-    hash_letters,
     most_similar,
     share_in_place,
     take_apart,
-    weigh,
 )
 
 Kind = Literal["exact", "near", "variant"]
@@ -78,18 +76,17 @@ class Match:
 
 @dataclass(slots=True)
 class _Entry:
-    """An indexed text: its parts, its wording, and the keys of the questions that have it."""
+    """An indexed text, and the keys of the questions that have it."""
 
-    folded: str
-    values: tuple[str, ...]
-    wording: _Group
+    parts: Parts
     keys: list[Hashable]
 
 
 @dataclass(slots=True)
-class _Group(Wording):
+class _Group:
     """A wording of the index with its texts. equal: those with the same values. first: the one to show of very many."""
 
+    wording: Wording
     texts: list[int] = field(default_factory=list)
     equal: dict[tuple[str, ...], list[int]] = field(default_factory=dict)
     first: int = -1
@@ -119,17 +116,17 @@ class NearIndex:
             return
         self._family.clear()
         number = self._by_folded[parts.folded] = len(self._entries)
-        group = self._groups.get(parts.words)
+        group = self._groups.get(parts.wording.words)
         if group is None:
-            group = self._groups[parts.words] = _Group(parts.words)
-            if _is_comparable(group):
-                self._bands.add(group.types)
+            group = self._groups[parts.wording.words] = _Group(parts.wording)
+            if _is_comparable(parts.wording):
+                self._bands.add(parts.wording.types)
                 self._comparable.append(group)
-        self._entries.append(_Entry(parts.folded, parts.values, group, [key]))
-        self._by_letters.setdefault(hash_letters(parts.folded), []).append(number)
+        self._entries.append(_Entry(parts._replace(wording=group.wording), [key]))
+        self._by_letters.setdefault(parts.letters, []).append(number)
         group.texts.append(number)
         group.equal.setdefault(parts.values, []).append(number)
-        if group.first < 0 or parts.folded < self._entries[group.first].folded:
+        if group.first < 0 or parts.folded < self._entries[group.first].parts.folded:
             group.first = number
 
     def matches(self, question: str) -> list[Match]:
@@ -137,94 +134,83 @@ class NearIndex:
         parts = take_apart(question)
         found: list[tuple[int, float, str, Kind, list[Hashable]]] = []
         for number, similarity, is_near in self._close(parts, SIMILAR_WITH_NUMBERS):
-            entry = self._entries[number]
-            if entry.folded == parts.folded:
-                found.append((0, -1.0, entry.folded, "exact", entry.keys))
+            folded, keys = self._entries[number].parts.folded, self._entries[number].keys
+            if folded == parts.folded:
+                found.append((0, -1.0, folded, "exact", keys))
             elif is_near and self._stands_out(number, 1 - similarity, parts.folded):
-                found.append((1, -similarity, entry.folded, "near", entry.keys))
+                found.append((1, -similarity, folded, "near", keys))
             elif similarity >= SIMILAR:
-                found.append((2, -similarity, entry.folded, "variant", entry.keys))
+                found.append((2, -similarity, folded, "variant", keys))
         found.sort(key=itemgetter(0, 1, 2))
         num_leaks = sum(rank < 2 for rank, *_ in found)
         shown = found[: num_leaks + MAX_VARIANTS]
         return [Match(key, kind, -negative) for _, negative, _, kind, keys in shown for key in keys]
 
-    def _close(self, parts: Parts, least: float) -> Iterator[tuple[int, float, bool]]:
+    def _close(self, parts: Parts, least: float) -> list[tuple[int, float, bool]]:
         """Number, similarity, and whether it is near but for families, of the texts that are `least` similar."""
-        seen = {number for number in (self._by_folded.get(parts.folded),) if number is not None}
-        yield from ((number, 1.0, True) for number in seen)
-        asked = Wording(parts.words)
+        asked, same = parts.wording, self._by_folded.get(parts.folded)
+        found = {} if same is None else {same: (1.0, True)}
         if len(asked.types) >= 3:  # else it is a formula, and every mark counts
-            for number in self._by_letters.get(hash_letters(parts.folded), ()):
-                if number not in seen and are_equal_but_for_marks(parts.folded, self._entries[number].folded):
-                    seen.add(number)
-                    yield number, 1.0, True
-        if not _is_comparable(asked):
-            return
-        for group in self._candidates(asked, least):
-            similarity, has_more = compare(asked, group)
-            if similarity < least:
-                continue
-            texts: Sequence[int] = group.texts
-            if len(texts) > MAX_COMPARED:  # of very many those with equal numbers, or else one: every number counts
-                texts = group.equal.get(parts.values, [group.first])
-            for number in texts:
-                if number not in seen:
-                    lost = _count_lost(parts.values, self._entries[number].values)
-                    if lost and has_more:
-                        lost = None  # a number was put in, not exchanged for a word
-                    yield number, similarity, _is_near(similarity, lost, parts.values, least)
+            for number in self._by_letters.get(parts.letters, ()):
+                if number not in found and are_equal_but_for_marks(parts.folded, self._entries[number].parts.folded):
+                    found[number] = 1.0, True
+        if _is_comparable(asked):
+            groups = self._candidates(asked, least)
+            for group, (similarity, has_more) in zip(groups, [compare(asked, g.wording) for g in groups], strict=True):
+                texts: Sequence[int] = group.texts if similarity >= least else ()
+                if len(texts) > MAX_COMPARED:  # of very many those with equal numbers, or else one: every number counts
+                    texts = group.equal.get(parts.values, [group.first])
+                for number in texts:
+                    if number not in found:
+                        values = self._entries[number].parts.values
+                        found[number] = similarity, _is_near(similarity, has_more, parts.values, values, least)
+        return [(number, similarity, is_near) for number, (similarity, is_near) in found.items()]
 
     def _candidates(self, asked: Wording, least: float) -> list[_Group]:
         """The most promising first, as far as they can be `least` similar at all."""
         found = (self._comparable[place] for place in self._bands.find(asked.types))
-        kept = ((share_in_place(asked, one), one) for one in found if most_similar(asked, one) >= least)
-        ranked = sorted(((-share, one.words, one) for share, one in kept if share >= IN_PLACE), key=itemgetter(0, 1))
-        return [one for *_, one in ranked[:MAX_COMPARED]]
+        kept = ((share_in_place(asked, one.wording), one) for one in found if most_similar(asked, one.wording) >= least)
+        ranked = [(-share, one.wording.words, one) for share, one in kept if share >= IN_PLACE]
+        return [one for *_, one in sorted(ranked, key=itemgetter(0, 1))[:MAX_COMPARED]]
 
     def _stands_out(self, number: int, distance: float, folded: str) -> bool:
         """Whether a text is nearer to the indexed one than the other problems of its family are, if it has one."""
         if number not in self._family:
-            entry = self._entries[number]
-            close = self._close(Parts(entry.folded, entry.wording.words, entry.values), FAMILY_SIMILAR)
-            near = ((1 - similarity, self._entries[other].folded) for other, similarity, is_near in close if is_near)
-            self._family[number] = sorted(one for one in near if one[1] != entry.folded)[: FAMILY + 1]
+            parts = self._entries[number].parts
+            close = self._close(parts, FAMILY_SIMILAR)
+            near = ((1 - similarity, self._entries[n].parts.folded) for n, similarity, is_near in close if is_near)
+            self._family[number] = sorted(one for one in near if one[1] != parts.folded)[: FAMILY + 1]
         others = [far for far, other in self._family[number] if other != folded]
         third = others[FAMILY - 1] if len(others) >= FAMILY else math.inf
         return third > 0 and distance * FAMILY_RATIO <= third
 
 
 def _is_comparable(wording: Wording) -> bool:
-    words = weigh(wording.types)
+    words = wording.types_size
     return words >= FEWEST_WORDS and words + wording.words.count(NUMBER) >= FEWEST_WITH_NUMBERS
 
 
-def _is_near(similarity: float, lost: int | None, values: Sequence[str], least: float) -> bool:
-    """The rule for near; with `least` below it, the rule for a neighbour in a family."""
-    if lost is None or similarity >= SIMILAR:
-        return lost is not None
-    numbers = {value for value in values if value[0].isalnum()} - {ONE}
-    return least < SIMILAR_WITH_NUMBERS or (lost == 0 and len(numbers) >= ENOUGH_NUMBERS)
+def _is_near(similarity: float, has_more: bool, a: Sequence[str], b: Sequence[str], least: float) -> bool:
+    """The rule for near; with `least` below it, the rule for a neighbour in a family.
 
-
-def _count_lost(a: Sequence[str], b: Sequence[str]) -> int | None:
-    """How many values one has beside the other's, in the same order; None where both have others or it is too many.
-
-    `one` may come and go, but it may not become another number.
+    a, b: the values of both. Those that only one of them has are lost, at most two, in the same order; `one` may come
+    and go, but it may not become another number.
     """
-    if a == b:
-        return 0
-    (short, ones), (long, other_ones) = sorted((_set_ones_apart(a), _set_ones_apart(b)), key=lambda one: len(one[0]))
-    rest = iter(long)
-    if len(long) - len(short) > LOST_VALUES or not all(value in rest for value in short):
-        return None
-    more = set(Counter(long) - Counter(short))
-    return None if more - {"1"} and ones > other_ones else len(long) - len(short)
-
-
-def _set_ones_apart(values: Sequence[str]) -> tuple[list[str], int]:
-    rest = [value for value in values if value != ONE]
-    return rest, len(values) - len(rest)
+    num_lost = 0
+    if a != b:
+        fewer, more = sorted((a, b), key=lambda values: len(values) - values.count(ONE))
+        short, long = ([value for value in values if value != ONE] for values in (fewer, more))
+        rest, num_lost = iter(long), len(long) - len(short)
+        if num_lost > LOST_VALUES or not all(value in rest for value in short):
+            return False
+        if num_lost and has_more:  # a number was put in, not exchanged for a word
+            return False
+        if set(Counter(long) - Counter(short)) - {"1"} and fewer.count(ONE) > more.count(ONE):
+            return False
+    if similarity >= SIMILAR:
+        return True
+    numbers = {value for value in a if value[0].isalnum()} - {ONE}
+    return least < SIMILAR_WITH_NUMBERS or (num_lost == 0 and len(numbers) >= ENOUGH_NUMBERS)
 
 
 class _Bands:

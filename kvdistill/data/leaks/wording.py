@@ -6,6 +6,7 @@ their order. Punctuation is in neither. What is the same problem and what is ano
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -58,12 +59,30 @@ _VALUES = {
 _TWENTY_ONE = re.compile(rf"\b({'|'.join(_TENS.split())})[- ](one|{'|'.join(_TWO_AND_MORE.split()[:8])})\b")
 
 
+@dataclass(slots=True)
+class Wording:
+    """words: in their order, numbers as `#`. types: the different ones but `#`. size, types_size: their weights."""
+
+    words: tuple[str, ...]
+    types: frozenset[str] = field(init=False)
+    size: float = field(init=False)
+    types_size: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.types = frozenset(self.words) - {NUMBER}
+        self.size, self.types_size = weigh(self.words), weigh(self.types)
+
+
 class Parts(NamedTuple):
-    """folded: case, spacing and width folded. words: numbers as `#`. values: numbers and signs in their order."""
+    """A question taken apart. folded: case, spacing and width folded. values: numbers and signs in their order.
+
+    letters: a hash of letters and digits alone, for this process only.
+    """
 
     folded: str
-    words: tuple[str, ...]
+    wording: Wording
     values: tuple[str, ...]
+    letters: int
 
 
 def take_apart(question: str) -> Parts:
@@ -84,17 +103,19 @@ def take_apart(question: str) -> Parts:
         if value is not None or token in _ONES:
             values.append(ONE if value is None else intern(value))
         words.append(intern(token) if value is None else NUMBER)
-    return Parts(folded, tuple(words), tuple(values))
+    letters = hash("".join(filter(str.isalnum, folded)))
+    return Parts(folded, Wording(tuple(words)), tuple(values), letters)
 
 
 def fold_question(text: str) -> str:
     """Lower case, narrow punctuation, single spaces."""
-    return " ".join(fold_width(text).casefold().split())
+    narrow = text if text.isascii() else fold_width(text)
+    return " ".join(narrow.casefold().split())
 
 
-def hash_letters(folded: str) -> int:
-    """Of letters and digits alone, for this process only."""
-    return hash("".join(sign for sign in folded if sign.isalnum()))
+def question_hash(text: str) -> str:
+    """128 bits of SHA-256 of the folded question, in hex: what a problem is known by (`doc_hash`)."""
+    return hashlib.sha256(fold_question(text).encode()).hexdigest()[:32]
 
 
 def are_equal_but_for_marks(a: str, b: str) -> bool:
@@ -113,22 +134,9 @@ def weigh(words: Collection[str]) -> float:
     return len(words) - (1 - CJK_WEIGHT) * sum(map(lt, repeat(_BEFORE_CJK), words))
 
 
-@dataclass(slots=True)
-class Wording:
-    """words: in their order, numbers as `#`. types: the different ones but `#`. size: their weight."""
-
-    words: tuple[str, ...]
-    types: frozenset[str] = field(init=False)
-    size: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.types = frozenset(self.words) - {NUMBER}
-        self.size = weigh(self.words)
-
-
 def most_similar(a: Wording, b: Wording) -> float:
     """`compare` never gives more: every word that only one of them has was changed."""
-    changed = max(weigh(a.types - b.types), weigh(b.types - a.types), abs(a.size - b.size))
+    changed = max(max(a.types_size, b.types_size) - weigh(a.types & b.types), abs(a.size - b.size))
     return 1 - changed / max(a.size, b.size)
 
 

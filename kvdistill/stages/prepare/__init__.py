@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +114,9 @@ class _Written:
 
         read_back: every row is read by its task; DataError where the gold answer does not come out of it.
         """
-        data, rules, problems = self.data, self.splits.rules, iter(self.splits.problems[split])
-        while chunk := list(islice(problems, _CHUNK)):
-            rows = [rules[problem.task].write(problem, style) for problem in chunk for style in styles_of(data.style)]
+        data, rules, styles = self.data, self.splits.rules, styles_of(self.data.style)
+        for problems in self.splits.problems[split].batches(_CHUNK):
+            rows = [rules[problem.task].write(problem, style) for problem in problems for style in styles]
             for row in rows if read_back else ():
                 task, problem = rules[row.problem.task], row.problem
                 answer = task.extract(row.reasoning + row.answer)
@@ -131,9 +131,7 @@ class _Written:
             yield rows
 
     def __iter__(self) -> Iterator[str]:
-        for split in SPLITS:
-            for rows in self.chunks(split):
-                yield from texts_of(rows)
+        return chain.from_iterable(texts_of(rows) for split in SPLITS for rows in self.chunks(split))
 
 
 def _make_tokenizer(data: DataRecipe, splits: Splits) -> tuple[PreTrainedTokenizerFast, dict[int, int] | None]:

@@ -6,6 +6,7 @@ Knows where the public evaluations come from (`data/sets`); knows no tokenizer a
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def report_as_dict(report: LeakReport, dropped: dict[str, Any], policy: str, *, 
         "num_pairs_found": len(report.leaks),
         "pairs_by_kind": report.counts(),
         "dropped": dropped,
-        "leaks": [leak.as_dict() for leak in report.leaks[:_MOST_SHOWN]],
+        "leaks": [asdict(leak) for leak in report.leaks[:_MOST_SHOWN]],
         "num_variants": report.num_variants,
-        "variants": [leak.as_dict() for leak in report.variants],
+        "variants": [asdict(leak) for leak in report.variants],
     }

@@ -62,9 +62,7 @@ def collect_tables(recipe: Recipe, run: Path) -> RunTables:
                 fix = f"delete {mark} and {verb} again"
                 check_marked(mark, fix=fix)
                 if mark.exists() and read_mark(mark) is None:
-                    raise RunFolderError(
-                        "this mark is damaged: nothing vouches for its files", place=str(mark), fix=fix
-                    )
+                    raise RunFolderError("this mark is damaged", place=str(mark), fix=fix)
                 unmarked += not mark.exists() and (folder / "records.jsonl").is_file()
             if rows := read_log(folder / "log.jsonl"):
                 tables.logs[arm][seed] = rows
