@@ -16,9 +16,9 @@ from kvdistill.core.quoting import quoted, shown
 from kvdistill.data.answers.numbers import fold_width, text_after, unwrap
 from kvdistill.data.fields import gold_column, text_column, text_field, texts_field
 from kvdistill.data.problems import ANSWER_MARK, Problem, write_plain
-from kvdistill.data.sets.base import DataSet, Evaluation, Member, RowDict, Task
+from kvdistill.data.sets.base import DataSet, Evaluation, Task
 from kvdistill.data.sets.letters import read_letter, write_lettered
-from kvdistill.data.sets.published import Layout, Published
+from kvdistill.data.sets.published import Layout, Member, Published, RowDict
 from kvdistill.data.sources import RawRow
 
 _LETTERS = "ABCDE"
@@ -115,7 +115,6 @@ _DATA = Published(
 ARC_CHALLENGE = DataSet(
     Task("arc_challenge", _DATA.load, write_plain, extract, operator.eq),
     Evaluation(
-        name="arc_challenge",
         title="ARC-Challenge",
         data=_DATA,
         num_fewshot=25,

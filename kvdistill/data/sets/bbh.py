@@ -14,9 +14,9 @@ from kvdistill.core.quoting import quoted
 from kvdistill.data.answers.latex import last_boxed
 from kvdistill.data.answers.numbers import fold_width, leading_number, normalise_text, same_number
 from kvdistill.data.fields import gold_column, text_column
-from kvdistill.data.sets.base import DataSet, Evaluation, Member, RowDict
+from kvdistill.data.sets.base import DataSet, Evaluation
 from kvdistill.data.sets.letters import ALPHABET, read_label
-from kvdistill.data.sets.published import Layout, Published
+from kvdistill.data.sets.published import Layout, Member, Published, RowDict
 from kvdistill.data.sources import RawRow
 
 _MARK = re.compile(r"\bthe answer is\b[ \t]*(?::\s*)?(?=(?P<answer>[^\n]{0,1000}))", re.IGNORECASE)
@@ -167,7 +167,6 @@ _DATA = Published(
 )
 BBH = DataSet(
     evaluation=Evaluation(
-        name="bbh",
         title="BIG-Bench Hard",
         data=_DATA,
         num_fewshot=3,

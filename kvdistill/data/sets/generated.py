@@ -22,7 +22,8 @@ from kvdistill.core.recipe import DataRecipe, TaskRecipe
 from kvdistill.core.runtime import derive_seed
 from kvdistill.data.answers.numbers import normalise_number, same_number, text_after
 from kvdistill.data.problems import Problem, Row, Style
-from kvdistill.data.sets.base import DataSet, Loaded, Task
+from kvdistill.data.sets.base import DataSet, Task
+from kvdistill.data.sets.published import Loaded
 from kvdistill.data.sources import Source
 
 _MARK = "="

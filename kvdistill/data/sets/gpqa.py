@@ -8,9 +8,9 @@ with Python's global `random`, so that the order depended on whatever ran before
 from __future__ import annotations
 
 from kvdistill.data.fields import gold_column, text_column
-from kvdistill.data.sets.base import DataSet, Evaluation, Member, RowDict, fixed_order
+from kvdistill.data.sets.base import DataSet, Evaluation, fixed_order
 from kvdistill.data.sets.letters import list_choices, read_letter, write_lettered
-from kvdistill.data.sets.published import Layout, Published
+from kvdistill.data.sets.published import Layout, Member, Published, RowDict
 from kvdistill.data.sources import RawRow
 
 _WRONG = ("Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
@@ -40,7 +40,6 @@ def _choices(row: RowDict) -> list[str]:
 def _gpqa(name: str, config: str, title: str) -> DataSet:
     paths = ("gpqa/{}.csv", "gpqa/dataset/{}.csv", "gpqa/{}/train.parquet")
     evaluation = Evaluation(
-        name=name,
         title=title,
         data=Published(
             name=name,

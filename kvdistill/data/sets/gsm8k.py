@@ -12,8 +12,8 @@ import re
 from kvdistill.data.answers.numbers import leading_number, normalise_number, same_number, text_after
 from kvdistill.data.fields import gold_column, text_column, text_field
 from kvdistill.data.problems import ANSWER_MARK, Problem, write_plain
-from kvdistill.data.sets.base import DataSet, Evaluation, Member, RowDict, Task
-from kvdistill.data.sets.published import Layout, Published
+from kvdistill.data.sets.base import DataSet, Evaluation, Task
+from kvdistill.data.sets.published import Layout, Member, Published, RowDict
 from kvdistill.data.sources import RawRow
 
 STRIP_CALCULATOR = True
@@ -68,7 +68,6 @@ _DATA = Published(
 GSM8K = DataSet(
     Task("gsm8k", _DATA.load, write_plain, extract, same_number),
     Evaluation(
-        name="gsm8k",
         title="GSM8K",
         data=_DATA,
         num_fewshot=5,

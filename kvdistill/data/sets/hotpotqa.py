@@ -14,8 +14,8 @@ from typing import Any
 
 from kvdistill.data.answers.numbers import fold_width, normalise_number, normalise_text, unwrap
 from kvdistill.data.fields import text_field
-from kvdistill.data.problems import ANSWER_MARK, Problem, write_plain
-from kvdistill.data.sets.base import Task, extract_marked
+from kvdistill.data.problems import ANSWER_MARK, Problem
+from kvdistill.data.sets.base import extract_marked
 from kvdistill.data.sets.held_out import with_own_template
 from kvdistill.data.sets.published import Layout, Published
 from kvdistill.data.sources import RawRow
@@ -93,6 +93,4 @@ _DATA = Published(
     ),
     problem=read_row,
 )
-HOTPOTQA = with_own_template(
-    Task("hotpotqa", _DATA.load, write_plain, extract_marked, same), "HotpotQA (closed book)", _DATA.hub
-)
+HOTPOTQA = with_own_template(_DATA, "HotpotQA (closed book)", extract_marked, same)

@@ -15,10 +15,10 @@ import re
 from kvdistill.data.answers.latex import last_boxed, same_latex
 from kvdistill.data.answers.numbers import text_after
 from kvdistill.data.fields import gold_column, text_column, text_field
-from kvdistill.data.problems import ANSWER_MARK, Problem, write_plain
-from kvdistill.data.sets.base import DataSet, Evaluation, Member, RowDict, Task
+from kvdistill.data.problems import ANSWER_MARK, Problem
+from kvdistill.data.sets.base import DataSet, Evaluation
 from kvdistill.data.sets.held_out import with_own_template
-from kvdistill.data.sets.published import Layout, Published
+from kvdistill.data.sets.published import Layout, Member, Published, RowDict
 from kvdistill.data.sources import RawRow
 
 _FINAL = re.compile(r"the final answer is:?[ \t]*(?P<answer>[^\n]*)", re.IGNORECASE)
@@ -91,9 +91,7 @@ _MATH = Published(
     ),
     problem=read_row,
 )
-MATH = with_own_template(
-    Task("math", _MATH.load, write_plain, extract, same_latex, spoils=("math500",)), "MATH", _MATH.hub
-)
+MATH = with_own_template(_MATH, "MATH", extract, same_latex, spoils=("math500",))
 _MATH500 = Published(
     name="math500",
     hub="HuggingFaceH4/MATH-500",
@@ -105,7 +103,6 @@ _MATH500 = Published(
 )
 MATH500 = DataSet(
     evaluation=Evaluation(
-        name="math500",
         title="MATH-500",
         data=_MATH500,
         num_fewshot=4,

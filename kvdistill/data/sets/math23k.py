@@ -12,8 +12,7 @@ from string import ascii_lowercase
 from kvdistill.core.quoting import quoted
 from kvdistill.data.answers.numbers import leading_ratio, normalise_ratio, same_ratio, text_after
 from kvdistill.data.fields import text_field
-from kvdistill.data.problems import ANSWER_MARK, Problem, write_plain
-from kvdistill.data.sets.base import Task
+from kvdistill.data.problems import ANSWER_MARK, Problem
 from kvdistill.data.sets.held_out import with_own_template
 from kvdistill.data.sets.published import Layout, Published
 from kvdistill.data.sources import RawRow
@@ -85,6 +84,4 @@ _DATA = Published(
     ),
     problem=read_row,
 )
-MATH23K = with_own_template(
-    Task("math23k", _DATA.load, write_plain, extract, same_ratio), "Math23K", _DATA.hub, language="zh"
-)
+MATH23K = with_own_template(_DATA, "Math23K", extract, same_ratio, language="zh")

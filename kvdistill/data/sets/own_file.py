@@ -21,7 +21,8 @@ from kvdistill.core.recipe import DataRecipe, TaskRecipe
 from kvdistill.data.answers.numbers import same_value
 from kvdistill.data.fields import text_field
 from kvdistill.data.problems import ANSWER_MARK, Problem, write_plain
-from kvdistill.data.sets.base import DataSet, Loaded, Task, extract_marked
+from kvdistill.data.sets.base import DataSet, Task, extract_marked
+from kvdistill.data.sets.published import Loaded
 from kvdistill.data.sources import Column, RawRow, file_source, read_csv, read_json_objects, read_jsonl, read_parquet
 
 _FIELDS = ("id", "question", "reasoning", "answer", "language")

@@ -7,8 +7,7 @@ import re
 from kvdistill.core.quoting import quoted
 from kvdistill.data.answers.numbers import fold_width, normalise_text, text_after, unwrap
 from kvdistill.data.fields import text_field, texts_field
-from kvdistill.data.problems import ANSWER_MARK, Problem, write_plain
-from kvdistill.data.sets.base import Task
+from kvdistill.data.problems import ANSWER_MARK, Problem
 from kvdistill.data.sets.held_out import with_own_template
 from kvdistill.data.sets.published import Layout, Published
 from kvdistill.data.sources import RawRow
@@ -63,8 +62,4 @@ _DATA = Published(
     layouts=(Layout(train="strategyqa/train.json", test="strategyqa/dev.json"),),
     problem=read_row,
 )
-STRATEGYQA = with_own_template(
-    Task("strategyqa", _DATA.load, write_plain, extract, lambda a, b: normalise_text(a) == normalise_text(b)),
-    "StrategyQA",
-    _DATA.hub,
-)
+STRATEGYQA = with_own_template(_DATA, "StrategyQA", extract, lambda a, b: normalise_text(a) == normalise_text(b))

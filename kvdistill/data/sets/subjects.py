@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from kvdistill.core.quoting import quoted
 from kvdistill.data.fields import gold_column, text_column
-from kvdistill.data.sets.base import DataSet, Evaluation, Member, RowDict
+from kvdistill.data.sets.base import DataSet, Evaluation
 from kvdistill.data.sets.letters import list_choices, read_letter, write_lettered
-from kvdistill.data.sets.published import Layout, Published
+from kvdistill.data.sets.published import Layout, Member, Published, RowDict
 from kvdistill.data.sources import RawRow
 
 _LETTERS = "ABCD"
@@ -72,7 +72,6 @@ def _subjects(
         return [row[letter].strip() for letter in _LETTERS]
 
     evaluation = Evaluation(
-        name=name,
         title=title,
         language="zh",
         data=Published(

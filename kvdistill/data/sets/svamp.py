@@ -11,8 +11,7 @@ import re
 from kvdistill.core.quoting import quoted
 from kvdistill.data.answers.numbers import normalise_number, same_number
 from kvdistill.data.fields import text_field
-from kvdistill.data.problems import Problem, write_plain
-from kvdistill.data.sets.base import Task
+from kvdistill.data.problems import Problem
 from kvdistill.data.sets.gsm8k import extract
 from kvdistill.data.sets.held_out import with_own_template
 from kvdistill.data.sets.published import Layout, Published
@@ -52,4 +51,4 @@ _DATA = Published(
     layouts=(Layout(pool="svamp/SVAMP.json"), Layout(pool="svamp/qwen_eval_test.jsonl")),
     problem=read_row,
 )
-SVAMP = with_own_template(Task("svamp", _DATA.load, write_plain, extract, same_number), "SVAMP", _DATA.hub)
+SVAMP = with_own_template(_DATA, "SVAMP", extract, same_number)

@@ -13,9 +13,9 @@ from typing import Any
 from kvdistill.core.quoting import quoted
 from kvdistill.data.answers.numbers import normalise_text
 from kvdistill.data.fields import gold_column, text_column
-from kvdistill.data.sets.base import DataSet, Evaluation, Member, RowDict, fixed_order
+from kvdistill.data.sets.base import DataSet, Evaluation, fixed_order
 from kvdistill.data.sets.letters import ALPHABET, Lettered, read_letter, write_lettered
-from kvdistill.data.sets.published import Layout, Published
+from kvdistill.data.sets.published import Layout, Member, Published, RowDict
 from kvdistill.data.sources import RawRow
 
 MC1, MC2 = "truthfulqa_mc1", "truthfulqa_mc2"
@@ -122,7 +122,6 @@ _DATA = Published(
 )
 TRUTHFULQA = DataSet(
     evaluation=Evaluation(
-        name="truthfulqa",
         title="TruthfulQA",
         data=_DATA,
         native="likelihood",
