@@ -14,7 +14,6 @@ from collections.abc import Mapping
 
 from kvdistill.core.quoting import quoted, shown
 from kvdistill.data.answers.numbers import fold_width, text_after, unwrap
-from kvdistill.data.fields import gold_column, text_column, text_field, texts_field
 from kvdistill.data.problems import ANSWER_MARK, Problem, write_plain
 from kvdistill.data.sets.base import DataSet, Evaluation, Task
 from kvdistill.data.sets.letters import read_letter, write_lettered
@@ -34,8 +33,8 @@ _SECOND = re.compile(
 
 def read_row(row: RawRow, id: str) -> Problem:
     """Columns `question`, `choices` {`text`, `label`} and `answerKey`."""
-    texts, labels = texts_field(row, "text", inside="choices"), texts_field(row, "label", inside="choices")
-    key = text_field(row, "answerKey")
+    texts, labels = row.texts("text", inside="choices"), row.texts("label", inside="choices")
+    key = row.text("answerKey")
     if len(texts) != len(labels) or not 2 <= len(texts) <= len(_LETTERS) or len(set(labels)) != len(labels):
         raise row.error(
             f"{len(texts)} choices with the labels {shown(', '.join(labels))}",
@@ -45,7 +44,7 @@ def read_row(row: RawRow, id: str) -> Problem:
         raise row.error(f"the key {quoted(key)} is not among {shown(', '.join(labels))}", fix="mend `answerKey`")
     right = labels.index(key)
     choices = [f"{letter}. {' '.join(text.split())}" for letter, text in zip(_LETTERS, texts, strict=False)]
-    question = "\n".join([text_field(row, "question"), *choices])
+    question = "\n".join([row.text("question"), *choices])
     return Problem("arc_challenge", id, question, " ".join(texts[right].split()), _LETTERS[right])
 
 
@@ -70,11 +69,11 @@ def read_columns(member: Member, row: RawRow) -> RowDict:
         columns["question"] = inside.get("stem")
         columns["choices"] = {name: [pair.get(name) for pair in pairs] for name in ("text", "label")}
     flat = RawRow(columns, row.place, row.number)
-    key = gold_column(flat, "answerKey")
+    key = flat.gold("answerKey")
     read_row(flat, "")  # refuses whatever is wrong with it
     choices = columns["choices"]
     return {
-        "question": text_column(flat, "question"),
+        "question": flat.published("question"),
         "choices": {"text": list(choices["text"]), "label": [label.strip() for label in choices["label"]]},
         "answerKey": key,
     }

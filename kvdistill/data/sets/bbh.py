@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from kvdistill.core.quoting import quoted
 from kvdistill.data.answers.latex import last_boxed
 from kvdistill.data.answers.numbers import fold_width, leading_number, normalise_text, same_number
-from kvdistill.data.fields import gold_column, text_column
 from kvdistill.data.sets.base import DataSet, Evaluation
 from kvdistill.data.sets.letters import ALPHABET, read_label
 from kvdistill.data.sets.published import Layout, Member, Published, RowDict
@@ -111,7 +110,7 @@ KINDS: Mapping[str, AnswerKind] = {
 
 def read_columns(member: Member, row: RawRow) -> RowDict:
     """Columns `input` and `target`. DataError for a target of another kind than the task's, or not offered."""
-    asked, target = text_column(row, "input"), gold_column(row, "target")
+    asked, target = row.published("input"), row.gold("target")
     kind = kind_of(member)
     gold = kind.read(target)
     if kind is OPTION and gold is not None and gold not in asked:

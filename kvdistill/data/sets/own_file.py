@@ -19,7 +19,6 @@ from kvdistill.core.errors import DataError
 from kvdistill.core.quoting import missing, quoted
 from kvdistill.core.recipe import DataRecipe, TaskRecipe
 from kvdistill.data.answers.numbers import same_value
-from kvdistill.data.fields import text_field
 from kvdistill.data.problems import ANSWER_MARK, Problem, write_plain
 from kvdistill.data.sets.base import DataSet, Task, extract_marked
 from kvdistill.data.sets.published import Loaded
@@ -108,7 +107,7 @@ class OwnFile:
             column = self.columns[ours]
             if self.is_optional(ours) and _is_absent(row.columns.get(column)):
                 return default
-            return text_field(row, column, number_too=ours in _NUMBERS_TOO, fix=self.fix(ours))
+            return row.text(column, number_too=ours in _NUMBERS_TOO, fix=self.fix(ours))
 
         question, reasoning, answer = field("question"), field("reasoning"), field("answer")
         if "\n" in answer or ANSWER_MARK in answer or ANSWER_MARK in reasoning:
@@ -193,7 +192,7 @@ class _Ids:
             if _is_absent(earlier.columns.get(column)):
                 theirs = f"{self._file.unit}-{earlier.number}"
             else:
-                theirs = text_field(earlier, column, number_too=True)
+                theirs = earlier.text(column, number_too=True)
             if theirs == id:
                 return earlier.place
         return ""

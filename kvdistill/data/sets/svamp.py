@@ -10,7 +10,6 @@ import re
 
 from kvdistill.core.quoting import quoted
 from kvdistill.data.answers.numbers import normalise_number, same_number
-from kvdistill.data.fields import text_field
 from kvdistill.data.problems import Problem
 from kvdistill.data.sets.gsm8k import extract
 from kvdistill.data.sets.held_out import with_own_template
@@ -22,13 +21,13 @@ _WHOLE = re.compile(r"(?<=[0-9])\.0+(?![0-9])")
 
 def read_row(row: RawRow, id: str) -> Problem:
     """Columns `Body`, `Question`, `Equation` and `Answer` (a number, or text of one)."""
-    body, question = text_field(row, "Body"), text_field(row, "Question")
-    answer = text_field(row, "Answer", number_too=True)
+    body, question = row.text("Body"), row.text("Question")
+    answer = row.text("Answer", number_too=True)
     number = normalise_number(answer)
     if number is None:
         raise row.error(f"the answer {quoted(answer)} is not one number", fix="write it as 51 or 51.0")
     story = body if body.endswith((".", "?", "!", ",")) else f"{body}."
-    equation = _WHOLE.sub("", " ".join(text_field(row, "Equation").split())).replace("( ", "(").replace(" )", ")")
+    equation = _WHOLE.sub("", " ".join(row.text("Equation").split())).replace("( ", "(").replace(" )", ")")
     equation = equation[1:-1] if _is_wrapped(equation) else equation  # `((13 + 15) / 28)` -> `(13 + 15) / 28`
     return Problem("svamp", id, f"{story} {question}", equation, number)
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from kvdistill.core.quoting import quoted
 from kvdistill.data.answers.numbers import normalise_text
-from kvdistill.data.fields import gold_column, text_column
 from kvdistill.data.sets.base import DataSet, Evaluation, fixed_order
 from kvdistill.data.sets.letters import ALPHABET, Lettered, read_letter, write_lettered
 from kvdistill.data.sets.published import Layout, Member, Published, RowDict
@@ -24,12 +23,12 @@ MC1, MC2 = "truthfulqa_mc1", "truthfulqa_mc2"
 def read_columns(member: Member, row: RawRow) -> RowDict:
     """Columns `question`, `mc1_targets` and `mc2_targets`, in either shape; or the columns of the publisher's table."""
     if "Best Answer" not in row.columns:
-        question = text_column(row, "question")
+        question = row.published("question")
         return _checked(row, question, _targets(row, "mc1_targets"), _targets(row, "mc2_targets"))
     # `Question`, `Best Answer`, `Correct Answers` and `Incorrect Answers` (separated by semicolons)
-    question, best = text_column(row, "Question"), gold_column(row, "Best Answer")
-    right = gold_column(row, "Correct Answers").split(";")
-    wrong = text_column(row, "Incorrect Answers").split(";")
+    question, best = row.published("Question"), row.gold("Best Answer")
+    right = row.gold("Correct Answers").split(";")
+    wrong = row.published("Incorrect Answers").split(";")
     false = [(choice, 0) for choice in wrong]
     return _checked(row, question, [(best, 1), *false], [*((choice, 1) for choice in right), *false])
 
