@@ -11,6 +11,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Mapping
+from typing import Literal
 
 from kvdistill.core.quoting import quoted, shown
 from kvdistill.data.answers.numbers import fold_width, text_after, unwrap
@@ -83,29 +84,22 @@ def _problem(row: RowDict) -> Problem:
     return read_row(RawRow(row, "", 0), "")
 
 
-_FOLDER = "arc_challenge"
+def _below(serves: Literal["both", "training", "evaluation"] = "both", **names: str) -> Layout:
+    return Layout(**{split: f"arc_challenge/{name}" for split, name in names.items()}, serves=serves)  # type: ignore[arg-type]
+
+
 _DATA = Published(
     name="arc_challenge",
     hub="allenai/ai2_arc",
     hub_config="ARC-Challenge",
     hub_splits={"train": "train", "val": "validation", "test": "test"},
     layouts=(
-        Layout(train=f"{_FOLDER}/train.jsonl", val=f"{_FOLDER}/validation.jsonl", test=f"{_FOLDER}/test.jsonl"),
-        Layout(
-            train=f"{_FOLDER}/hf_train", val=f"{_FOLDER}/hf_validation", test=f"{_FOLDER}/hf_test", serves="training"
-        ),
-        Layout(train=f"{_FOLDER}/hf_train.jsonl", test=f"{_FOLDER}/hf_test.jsonl", serves="evaluation"),
-        Layout(
-            train=f"{_FOLDER}/ARC-Challenge/train.parquet",
-            test=f"{_FOLDER}/ARC-Challenge/test.parquet",
-            serves="evaluation",
-        ),
-        Layout(
-            train=f"{_FOLDER}/ARC-Challenge-Train.jsonl",
-            test=f"{_FOLDER}/ARC-Challenge-Test.jsonl",
-            serves="evaluation",
-        ),
-        Layout(train=f"{_FOLDER}/train_subset.jsonl", val=f"{_FOLDER}/hf_validation", test=f"{_FOLDER}/test.jsonl"),
+        _below(train="train.jsonl", val="validation.jsonl", test="test.jsonl"),
+        _below("training", train="hf_train", val="hf_validation", test="hf_test"),
+        _below("evaluation", train="hf_train.jsonl", test="hf_test.jsonl"),
+        _below("evaluation", train="ARC-Challenge/train.parquet", test="ARC-Challenge/test.parquet"),
+        _below("evaluation", train="ARC-Challenge-Train.jsonl", test="ARC-Challenge-Test.jsonl"),
+        _below(train="train_subset.jsonl", val="hf_validation", test="test.jsonl"),
     ),
     problem=read_row,
     members=(Member("arc_challenge", "arc/arc_challenge.yaml", "ARC-Challenge"),),

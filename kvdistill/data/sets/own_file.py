@@ -28,16 +28,7 @@ _FIELDS = ("id", "question", "reasoning", "answer", "language")
 _OPTIONAL = ("id", "language")
 _NUMBERS_TOO = ("id", "answer")
 _TITLES = {"jsonl": "JSON", "csv": "CSV", "parquet": "Parquet"}
-_TASK_OF_SUFFIX = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".tab": "csv",
-    ".parquet": "parquet",
-    ".pq": "parquet",
-}
+_SUFFIXES = {"jsonl": (".jsonl", ".ndjson", ".json"), "csv": (".csv", ".tsv", ".tab"), "parquet": (".parquet", ".pq")}
 
 
 @dataclass(frozen=True)
@@ -127,8 +118,7 @@ def load(task: TaskRecipe, data: DataRecipe) -> Loaded:
     """
     place = f"data.tasks ({task.name})"
     if task.file is None:
-        example = {"csv": "rows.csv", "parquet": "rows.parquet"}.get(task.name, "rows.jsonl")
-        fix = f"add `file: path/to/{example}` to the task"
+        fix = f"add `file: path/to/rows{_SUFFIXES[task.name][0]}` to the task"
         raise DataError(f"{task.name} needs a file", place=f"{place}.file", fix=fix)
     if task.revision is not None:
         raise DataError(
@@ -137,7 +127,7 @@ def load(task: TaskRecipe, data: DataRecipe) -> Loaded:
             fix="take it out: the file's checksum is recorded",
         )
     path = Path(task.file).expanduser()
-    other = _TASK_OF_SUFFIX.get(path.suffix.lower(), task.name)
+    other = next((name for name, its in _SUFFIXES.items() if path.suffix.lower() in its), task.name)
     if other != task.name:
         raise DataError(
             f"task {task.name} reads {_TITLES[task.name]}, and {quoted(path.name)} is called a {_TITLES[other]} file",
