@@ -22,7 +22,10 @@ from kvdistill.data.answers.numbers import same_value
 from kvdistill.data.problems import ANSWER_MARK, Problem, write_plain
 from kvdistill.data.sets.base import DataSet, Task, extract_marked
 from kvdistill.data.sets.published import Loaded
-from kvdistill.data.sources import Column, RawRow, file_source, read_csv, read_json_objects, read_jsonl, read_parquet
+from kvdistill.data.sources import Column, Found, RawRow, found_source
+from kvdistill.data.sources.csv_table import read_csv
+from kvdistill.data.sources.jsonl import read_json_objects, read_jsonl
+from kvdistill.data.sources.parquet import read_parquet
 
 _FIELDS = ("id", "question", "reasoning", "answer", "language")
 _OPTIONAL = ("id", "language")
@@ -146,7 +149,7 @@ def load(task: TaskRecipe, data: DataRecipe) -> Loaded:
     columns = {name: task.fields.get(name, name) for name in _FIELDS}
     need_reasoning = data.style != "direct"
     file = OwnFile(task.name, task.key, path, columns, frozenset(task.fields), need_reasoning, f"{place}.file")
-    return Loaded(file.problems(file.rows()), [file_source(task.key, path, task.file)])
+    return Loaded(file.problems(file.rows()), [found_source(task.key, Found((path,), task.file))])
 
 
 class _Ids:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import csv
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from kvdistill.core.errors import DataError
 from kvdistill.core.quoting import at_line, quoted, shown
@@ -26,8 +26,7 @@ _QUOTING_FIX = (
 )
 
 
-@dataclass(frozen=True)
-class _Header:
+class _Header(NamedTuple):
     names: list[str]
     delimiter: str
     line: int

@@ -36,38 +36,35 @@ class RawRow:
         Raises DataError at the row's place where it is missing, of another type, empty, not a number (NaN), or holds
         characters that no text has.
         """
+        name = quoted(column)
         if column not in self.columns:
-            raise self.error(
-                f"field {quoted(column)} {missing(column, self.columns)}", fix=fix or f"add {quoted(column)} to the row"
-            )
+            raise self._refused(column, missing(column, self.columns), fix or f"add {name} to the row")
         value = self.columns[column]
         if number_too and isinstance(value, int | float | Decimal) and not isinstance(value, bool):
             return self._number(value, column)
         if not isinstance(value, str):
             kind = "null (NoneType)" if value is None else type(value).__name__
             wanted = "text or a number" if number_too else "text"
-            raise self.error(
-                f"field {quoted(column)} is {kind}, not {wanted}",
-                fix=f"write {quoted(column)} as a string, or take the row out",
-            )
+            fix = f"write {name} as a string, or take the row out"
+            raise self._refused(column, f"is {kind}, not {wanted}", fix)
         text = value.strip()
         if not text:
-            raise self.error(f"field {quoted(column)} is empty", fix="fill it in, or take the row out")
+            raise self._refused(column, "is empty", "fill it in, or take the row out")
         if "\x00" in text:
-            raise self.error(f"field {quoted(column)} holds a NUL character", fix="take the character out")
+            raise self._refused(column, "holds a NUL character", "take the character out")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
-            what = f"field {quoted(column)} has half of a surrogate pair"
-            raise self.error(what, fix="write the character itself") from None
+            raise self._refused(column, "has half of a surrogate pair", "write the character itself") from None
         return text
+
+    def _refused(self, column: str, state: str, fix: str) -> DataError:
+        return self.error(f"field {quoted(column)} {state}", fix=fix)
 
     def _number(self, value: int | float | Decimal, column: str) -> str:
         """`4`, `1.50` as written, `72` for the float 72.0, and no exponent where a person would write none."""
         if not (value.is_finite() if isinstance(value, Decimal) else isinstance(value, int) or math.isfinite(value)):
-            raise self.error(
-                f"field {quoted(column)} is {value}, which is no number", fix="fill it in, or take the row out"
-            )
+            raise self._refused(column, f"is {value}, which is no number", "fill it in, or take the row out")
         if isinstance(value, int):
             return str(value)
         exact = value if isinstance(value, Decimal) else Decimal(repr(value))
@@ -82,15 +79,13 @@ class RawRow:
         found = self.columns.get(inside) if inside else self.columns
         name = f"{inside}.{column}" if inside else column
         if isinstance(found, str):
-            raise self.error(
-                f"field {quoted(name)} is missing: {quoted(inside)} is text",
-                fix="use a copy that keeps lists (JSONL or Parquet, not CSV)",
-            )
+            fix = "use a copy that keeps lists (JSONL or Parquet, not CSV)"
+            raise self._refused(name, f"is missing: {quoted(inside)} is text", fix)
         if not isinstance(found, Mapping) or column not in found:
-            raise self.error(f"field {quoted(name)} is missing", fix=f"add the list {quoted(name)} to the row")
+            raise self._refused(name, "is missing", f"add the list {quoted(name)} to the row")
         values = found[column]
         if not isinstance(values, list) or not values:
-            raise self.error(f"field {quoted(name)} is not a list with texts", fix=f"write {quoted(name)} as a list")
+            raise self._refused(name, "is not a list with texts", f"write {quoted(name)} as a list")
         each = (RawRow({name: value}, self.place, self.number) for value in values)
         return [one.text(name) for one in each]
 
