@@ -7,6 +7,7 @@ brackets and the `.0`. One published row's equation does not give its answer (ch
 from __future__ import annotations
 
 import re
+from itertools import accumulate
 
 from kvdistill.core.quoting import quoted
 from kvdistill.data.answers.numbers import normalise_number, same_number
@@ -28,20 +29,10 @@ def read_row(row: RawRow, id: str) -> Problem:
         raise row.error(f"the answer {quoted(answer)} is not one number", fix="write it as 51 or 51.0")
     story = body if body.endswith((".", "?", "!", ",")) else f"{body}."
     equation = _WHOLE.sub("", " ".join(row.text("Equation").split())).replace("( ", "(").replace(" )", ")")
-    equation = equation[1:-1] if _is_wrapped(equation) else equation  # `((13 + 15) / 28)` -> `(13 + 15) / 28`
+    depths = list(accumulate((sign == "(") - (sign == ")") for sign in equation))
+    if equation.startswith("(") and depths[-1] == 0 and 0 not in depths[:-1]:
+        equation = equation[1:-1]  # `((13 + 15) / 28)` -> `(13 + 15) / 28`
     return Problem("svamp", id, f"{story} {question}", equation, number)
-
-
-def _is_wrapped(equation: str) -> bool:
-    """Whether the first bracket is closed by the last character."""
-    if not (equation.startswith("(") and equation.endswith(")")):
-        return False
-    depth = 0
-    for i, sign in enumerate(equation):
-        depth += (sign == "(") - (sign == ")")
-        if depth == 0:
-            return i == len(equation) - 1
-    return False
 
 
 _DATA = Published(

@@ -18,6 +18,7 @@ from kvdistill.data.sets.published import Layout, Member, Published, RowDict
 from kvdistill.data.sources import RawRow
 
 MC1, MC2 = "truthfulqa_mc1", "truthfulqa_mc2"
+_NO_GOLD = "no gold answers:"
 
 
 def read_columns(member: Member, row: RawRow) -> RowDict:
@@ -35,7 +36,7 @@ def read_columns(member: Member, row: RawRow) -> RowDict:
 
 def _checked(row: RawRow, question: str, mc1: Iterable[tuple[str, int]], mc2: Iterable[tuple[str, int]]) -> RowDict:
     """Choices with text, each once, the true one of mc1 first; DataError for anything but one true and others false."""
-    one, several = _with_text(mc1), _with_text(mc2)
+    one, several = ({choice.strip(): label for choice, label in its if choice.strip()} for its in (mc1, mc2))
     if sum(one.values()) != 1 or len(one) < 2:
         raise row.error(
             f"{sum(one.values()) or _NO_GOLD} true of {len(one)} choices in mc1",
@@ -44,18 +45,8 @@ def _checked(row: RawRow, question: str, mc1: Iterable[tuple[str, int]], mc2: It
     if not any(several.values()):
         raise row.error(f"{_NO_GOLD} in mc2", fix="give the true choices the label 1")
     ordered = dict(sorted(one.items(), key=lambda pair: -pair[1]))
-    return {"question": question, "mc1_targets": _columns(ordered), "mc2_targets": _columns(several)}
-
-
-_NO_GOLD = "no gold answers:"
-
-
-def _with_text(targets: Iterable[tuple[str, int]]) -> dict[str, int]:
-    return {choice.strip(): label for choice, label in targets if choice.strip()}
-
-
-def _columns(targets: Mapping[str, int]) -> dict[str, list[Any]]:
-    return {"choices": list(targets), "labels": list(targets.values())}
+    both = {"mc1_targets": ordered, "mc2_targets": several}
+    return {"question": question} | {c: {"choices": list(its), "labels": list(its.values())} for c, its in both.items()}
 
 
 def _targets(row: RawRow, column: str) -> list[tuple[str, int]]:

@@ -115,7 +115,6 @@ def _broken(error: csv.Error, where: str) -> DataError:
     if "unexpected end" in reason:
         return DataError("a quote is opened here and never closed", place=where, fix=_QUOTING_FIX)
     if "new-line character" in reason:
-        return DataError(
-            "a carriage return alone ends a line", place=where, fix="save the file with Unix or Windows line ends"
-        )
+        fix = "save the file with Unix or Windows line ends"
+        return DataError("a carriage return alone ends a line", place=where, fix=fix)
     return DataError(f"broken CSV ({shown(reason)})", place=where, fix=_QUOTING_FIX)
