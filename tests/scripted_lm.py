@@ -13,7 +13,7 @@ from lm_eval.api.model import LM
 from kvdistill.data.sets import EVALUATIONS
 from kvdistill.stages.evaluate.suite import Exams
 
-MEMBERS = {member.name: (one, member) for one in EVALUATIONS.values() for member in one.all_members}
+MEMBERS = {member.name: (one, member) for one in EVALUATIONS.values() for member in one.data.members}
 
 
 @functools.cache

@@ -27,7 +27,6 @@ from tiny_recipe import Answer, assert_one_message, invoke, tiny_tree, write_rec
 from kvdistill.core.errors import DataError
 from kvdistill.core.quoting import at_line, missing, quoted, shown
 from kvdistill.core.recipe import DataRecipe, TaskRecipe
-from kvdistill.data.fields import text_field
 from kvdistill.data.sets import TASKS, find_task
 from kvdistill.data.sources import files, read_rows
 from kvdistill.data.sources.rows import RawRow
@@ -427,7 +426,7 @@ def test_a_short_text_is_quoted_as_python_writes_it() -> None:
 )
 def test_a_field_of_any_row_is_a_clean_text_or_a_clear_error(columns: dict[str, Any], name: str) -> None:
     try:
-        text = text_field(RawRow(columns, "f:1", 1), name, number_too=True)
+        text = RawRow(columns, "f:1", 1).text(name, number_too=True)
     except DataError as error:
         assert error.place == "f:1" and error.fix and str(error).replace("\n", "").isprintable()
     else:

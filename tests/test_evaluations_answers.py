@@ -248,7 +248,7 @@ PAIRS: list[tuple[str, str, str, bool]] = [
 ]  # fmt: skip
 
 MEMBERS = {
-    member.name: (evaluation, member) for evaluation in EVALUATIONS.values() for member in evaluation.all_members
+    member.name: (evaluation, member) for evaluation in EVALUATIONS.values() for member in evaluation.data.members
 }
 
 
@@ -365,6 +365,6 @@ def test_a_lettered_question_knows_its_gold_letter_in_both_orders(count: int, da
 
 
 def test_members_have_names_of_their_own() -> None:
-    names = [member.name for evaluation in EVALUATIONS.values() for member in evaluation.all_members]
+    names = [member.name for evaluation in EVALUATIONS.values() for member in evaluation.data.members]
     assert len(names) == len(set(names)) == 1 + 1 + 27 + 2 + 2 + 67 + 52 + 1 + 5
     assert isinstance(MEMBERS["bbh_navigate"][1], Member)

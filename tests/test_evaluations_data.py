@@ -7,13 +7,11 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvdistill.data import splits
 from kvdistill.data.leaks import question_hash
 from kvdistill.data.sets import (
     EVALUATIONS,
@@ -23,6 +21,7 @@ from kvdistill.data.sets import (
     missing_evaluations,
 )
 from kvdistill.data.sets.bbh import KINDS
+from kvdistill.data.sets.held_out import HeldOut
 
 # Rows of ../shared/data by member (BBH below: 250 each but three).
 COUNTS = {
@@ -68,7 +67,14 @@ INVENTED_GPQA = [
 def held_out_is_drawn_once() -> Iterator[None]:
     """Near duplicates of 7,405 questions take seconds; the result does not change."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(splits, "load_held_out", cache(splits.load_held_out))
+        problems, kept = HeldOut.problems, {}
+
+        def once(data: HeldOut, root: Path | None) -> Any:
+            if (data.name, root) not in kept:
+                kept[data.name, root] = problems(data, root)
+            return kept[data.name, root]
+
+        patch.setattr(HeldOut, "problems", once)
         yield
 
 
@@ -109,7 +115,7 @@ def test_all_rows_are_read(loaded: Loaded, data_root: Path) -> None:
     assert counts == COUNTS
     assert sum(counts["bbh"].values()) == 6511
     for name, number in FEWSHOT_COUNTS.items():
-        evaluation, member = next((e, m) for e in EVALUATIONS.values() for m in e.all_members if m.name == name)
+        evaluation, member = next((e, m) for e in EVALUATIONS.values() for m in e.data.members if m.name == name)
         assert len(evaluation.load(member, data_root, "fewshot")) == number
 
 
@@ -201,7 +207,7 @@ def test_prompts_show_every_choice_and_say_how_to_answer(loaded: Loaded) -> None
 def test_the_right_letter_of_truthfulqa_is_spread_out(loaded: Loaded) -> None:
     (mc1,) = (its for member, its in loaded["truthfulqa"].items() if member.name == "truthfulqa_mc1")
     evaluation = EVALUATIONS["truthfulqa"]
-    golds = Counter(evaluation.gold(evaluation.all_members[0], row) for row in mc1)
+    golds = Counter(evaluation.gold(evaluation.data.members[0], row) for row in mc1)
     assert max(golds.values()) < 0.35 * len(mc1) and len(golds) >= 8
     assert all(row["mc1_targets"]["labels"][0] == 1 and sum(row["mc1_targets"]["labels"]) == 1 for row in mc1)
     assert all("" not in row["mc1_targets"]["choices"] for row in mc1)
@@ -213,10 +219,10 @@ def test_the_publishers_table_of_truthfulqa_says_the_same(data_root: Path, tmp_p
         (root / "truthfulqa").mkdir(parents=True)
         shutil.copy(data_root / "truthfulqa" / name, root / "truthfulqa" / "TruthfulQA.csv")
         evaluation = EVALUATIONS["truthfulqa"]
-        from_table = evaluation.load(evaluation.all_members[0], root, "test")
+        from_table = evaluation.load(evaluation.data.members[0], root, "test")
         assert len(from_table) == number
         if number == 790:
-            assert from_table == loaded["truthfulqa"][evaluation.all_members[0]]
+            assert from_table == loaded["truthfulqa"][evaluation.data.members[0]]
 
 
 def test_questions_for_the_leak_check(data_root: Path, loaded: Loaded) -> None:
@@ -229,13 +235,13 @@ def test_questions_for_the_leak_check(data_root: Path, loaded: Loaded) -> None:
     assert stems == {"cmmlu": 1182, "ceval": 192, "arc_challenge": 1168}
     assert len({(member, row) for _, member, row, _ in found}) == len(found)
     assert all(question.strip() for *_, question in found)
-    assert ("gsm8k", "gsm8k", "1", loaded["gsm8k"][EVALUATIONS["gsm8k"].all_members[0]][0]["question"]) in found
+    assert ("gsm8k", "gsm8k", "1", loaded["gsm8k"][EVALUATIONS["gsm8k"].data.members[0]][0]["question"]) in found
     assert missing_evaluations(data_root) == ["gpqa", "gpqa_diamond"]
 
 
 def test_questions_are_those_that_training_tasks_write(data_root: Path, loaded: Loaded) -> None:
     for name in ("gsm8k", "arc_challenge"):
-        problems = splits.load_held_out(name, data_root)
+        problems = HeldOut(**vars(EVALUATIONS[name].data)).problems(data_root)
         (its,) = loaded[name].values()
         assert {p.question for p in problems} == {EVALUATIONS[name].question(row).strip() for row in its}
 
@@ -276,7 +282,7 @@ def write_gpqa(root: Path, questions: list[tuple[str, ...]], name: str = "gpqa_m
 
 def load_gpqa(root: Path, name: str = "gpqa") -> list[dict[str, Any]]:
     evaluation = EVALUATIONS[name]
-    return evaluation.load(evaluation.all_members[0], root, "test")
+    return evaluation.load(evaluation.data.members[0], root, "test")
 
 
 def choices(row: dict[str, Any]) -> list[str]:
@@ -325,11 +331,11 @@ def test_definitions_say_the_same_as_we_do() -> None:
     folder = Path(lm_eval.__file__).parent / "tasks"
     split_keys = ("training_split", "validation_split", "test_split", "fewshot_split")
     for evaluation in EVALUATIONS.values():
-        for member in evaluation.all_members:
+        for member in evaluation.data.members:
             if not member.definition:
                 continue
             config = load_yaml(folder / member.definition)
-            assert (config["dataset_path"], config["dataset_name"]) == (evaluation.hub, member.hub_config)
+            assert (config["dataset_path"], config["dataset_name"]) == (evaluation.data.hub, member.hub_config)
             likelihood = config["output_type"] == "multiple_choice"
             assert likelihood == (evaluation.native == "likelihood")
             assert config.get("num_fewshot", evaluation.num_fewshot) == evaluation.num_fewshot
@@ -347,7 +353,7 @@ def test_gpqa_choices_are_those_of_the_definition(tmp_path: Path) -> None:
     write_gpqa(tmp_path, INVENTED_GPQA)
     with (tmp_path / "gpqa" / "gpqa_main.csv").open(encoding="utf-8") as file:
         published = datasets.Dataset.from_list(list(csv.DictReader(file)))
-    config = load_yaml(Path(lm_eval.__file__).parent / "tasks" / EVALUATIONS["gpqa"].all_members[0].definition)
+    config = load_yaml(Path(lm_eval.__file__).parent / "tasks" / EVALUATIONS["gpqa"].data.members[0].definition)
     for theirs, ours in zip(config["process_docs"](published), load_gpqa(tmp_path), strict=True):
         assert sorted(choices(theirs)) == sorted(choices(ours))
         assert choices(theirs)["ABCD".index(theirs["answer"][1])] == choices(ours)["ABCD".index(ours["answer"][1])]

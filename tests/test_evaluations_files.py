@@ -41,13 +41,13 @@ def test_a_missing_file_names_the_evaluation_the_paths_and_the_hub(name: str, tm
     assert not evaluation.is_there(tmp_path) and name in missing_evaluations(tmp_path)
     for attempt in (
         lambda: evaluation.members(tmp_path),
-        lambda: evaluation.load(evaluation.all_members[0], tmp_path, "test"),
+        lambda: evaluation.load(evaluation.data.members[0], tmp_path, "test"),
     ):
         with pytest.raises(DataError) as caught:
             attempt()
         message = caught.value.message()
         assert caught.value.place == "data.root"
-        assert name in message and evaluation.hub in message and "unset data.root" in message
+        assert name in message and evaluation.data.hub in message and "unset data.root" in message
     with pytest.raises(DataError, match="no such folder"):
         evaluation.members(tmp_path / "nowhere")
 
@@ -57,10 +57,10 @@ def test_examples_that_are_not_there_are_a_clear_error(data_root: Path, tmp_path
     shutil.copy(data_root / "gsm8k" / "test.jsonl", tmp_path / "gsm8k")
     gsm8k, truthfulqa = EVALUATIONS["gsm8k"], EVALUATIONS["truthfulqa"]
     with pytest.raises(DataError, match="no examples for the prompt") as caught:
-        gsm8k.load(gsm8k.all_members[0], tmp_path, "fewshot")
+        gsm8k.load(gsm8k.data.members[0], tmp_path, "fewshot")
     assert "num_fewshot: 0" in caught.value.fix and "gsm8k/train.jsonl" in caught.value.what
     with pytest.raises(DataError, match=r"evaluate\.num_fewshot"):
-        truthfulqa.load(truthfulqa.all_members[0], data_root, "fewshot")
+        truthfulqa.load(truthfulqa.data.members[0], data_root, "fewshot")
 
 
 def test_hub_rows_go_through_the_same_checks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,10 +83,10 @@ def test_hub_rows_go_through_the_same_checks(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(published, "read_hub", read_hub)
     member = next(member for member in cmmlu.members(None) if member.name == "cmmlu_logical")
     (row,) = cmmlu.load(member, None, "test")
-    assert asked == [("haonan-li/cmmlu", "logical", "test", "abc")] and cmmlu.hub_revision == "abc"
+    assert asked == [("haonan-li/cmmlu", "logical", "test", "abc")] and cmmlu.data.revision == "abc"
     assert set(row) == {"Question", "A", "B", "C", "D", "Answer"} and cmmlu.gold(member, row) == "B"
     assert len(cmmlu.members(None)) == 67
-    assert EVALUATIONS["cmmlu"].hub_revision is None
+    assert EVALUATIONS["cmmlu"].data.revision is None
 
 
 def test_an_unreachable_hub_names_the_local_alternative(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_an_unreachable_hub_names_the_local_alternative(monkeypatch: pytest.Monk
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     gpqa = EVALUATIONS["gpqa"]
     with pytest.raises(DataError, match="Idavidrein/gpqa") as caught:
-        gpqa.load(gpqa.all_members[0], None, "test")
+        gpqa.load(gpqa.data.members[0], None, "test")
     assert "gpqa/gpqa_main.csv" in caught.value.fix
 
 
@@ -108,7 +108,7 @@ def test_other_forms_of_the_same_files_are_read(data_root: Path, tmp_path: Path)
     import datasets
 
     gsm8k = EVALUATIONS["gsm8k"]
-    (member,) = gsm8k.all_members
+    (member,) = gsm8k.data.members
     wanted = gsm8k.load(member, data_root, "test")[:20]
     table = datasets.Dataset.from_list(wanted)
     for name, write in {
@@ -208,7 +208,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
 
 
 def member_named(name: str) -> tuple[Evaluation, Member]:
-    return next((e, m) for e in EVALUATIONS.values() for m in e.all_members if m.name == name)
+    return next((e, m) for e in EVALUATIONS.values() for m in e.data.members if m.name == name)
 
 
 @pytest.mark.parametrize(("name", "changed", "message"), BAD)
@@ -249,11 +249,11 @@ def test_bad_files_are_named_with_their_line(tmp_path: Path) -> None:
     ):
         file.write_bytes(content)
         with pytest.raises(DataError) as caught:
-            gsm8k.load(gsm8k.all_members[0], tmp_path, "test")
+            gsm8k.load(gsm8k.data.members[0], tmp_path, "test")
         assert caught.value.place.startswith(place) and message in caught.value.what
     task = tmp_path / "bbh" / "bbh" / "navigate.json"
     task.parent.mkdir(parents=True)
-    member = next(member for member in bbh.all_members if member.local == "navigate")
+    member = next(member for member in bbh.data.members if member.local == "navigate")
     for examples, message in (
         ([dict(GOOD["bbh_navigate"]), {"input": "x"}], "(example 2)"),
         ([], "not a list"),

@@ -283,6 +283,5 @@ def _no_system(what: str) -> DataError:
 
 
 def _altered(what: str, row: Row | None = None) -> DataError:
-    if row is None:
-        return DataError(what, place="data.template", fix=_PLAIN)
-    return DataError(f"{what}: {row.problem.task} / {row.problem.id}", place="data.template", fix=_PLAIN)
+    where = "" if row is None else f": {row.problem.task} / {row.problem.id}"
+    return DataError(what + where, place="data.template", fix=_PLAIN)

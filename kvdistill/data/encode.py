@@ -110,8 +110,7 @@ def texts_of(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         cut = _cut(row.frame)
         texts += (piece.text for piece in (*cut.head, *cut.middle, *cut.tail) if not piece.token)
-        user = row.prompt[cut.num_opening : len(row.prompt) - cut.num_middle]
-        texts += (f"{cut.before}{user}{cut.after}", row.reasoning + row.answer + cut.ending)
+        texts += cut.stretches(row)
     return texts
 
 
@@ -174,9 +173,7 @@ def _stretches(rows: Sequence[Row], plans: Sequence[Plan]) -> list[_Text]:
     """Of each row two texts: what is asked, and the completion with the character at which its answer begins."""
     texts: list[_Text] = []
     for row, plan in zip(rows, plans, strict=True):
-        cut, end = plan.cut, len(row.reasoning)
-        asked = f"{cut.before}{row.prompt[cut.num_opening : len(row.prompt) - cut.num_middle]}{cut.after}"
-        completion = row.reasoning + row.answer + cut.ending
+        (asked, completion), end = plan.cut.stretches(row), len(row.reasoning)
         if plan.user_anchor:
             asked = _ANCHOR + asked
         if plan.completion_anchor:
@@ -190,15 +187,8 @@ def _read(tokenizer: PreTrainedTokenizerFast, texts: Sequence[_Text]) -> list[_F
     found = read_known(tokenizer, texts)
     others = [number for number, known in enumerate(found) if known is None]
     for number, encoding in zip(others, encode_plain(tokenizer, [texts[n][0] for n in others]), strict=True):
-        end, before = texts[number][1], 0
-        if end:
-            token = encoding.char_to_token(end)
-            here, last = (encoding.token_to_chars(token), encoding.token_to_chars(token - 1)) if token else (None, None)
-            if token and here and last and here[0] == end > last[0]:
-                before = token
-            else:  # makes a list of all tokens: slower
-                before = bisect_left(encoding.offsets, end, key=lambda offset: offset[0])
-        found[number] = encoding.ids, before
+        end = texts[number][1]
+        found[number] = encoding.ids, bisect_left(encoding.offsets, end, key=lambda offset: offset[0]) if end else 0
     return [known for known in found if known is not None]
 
 
@@ -269,6 +259,11 @@ class _Cut:
     tail: tuple[Piece, ...]
     num_opening: int
     num_middle: int
+
+    def stretches(self, row: Row) -> tuple[str, str]:
+        """What is asked, and the completion."""
+        user = row.prompt[self.num_opening : len(row.prompt) - self.num_middle]
+        return f"{self.before}{user}{self.after}", row.reasoning + row.answer + self.ending
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,18 +29,11 @@ from kvdistill.data.problems import SPLITS
 MANIFEST = "manifest.json"
 SCHEMA = pa.schema(
     [
-        ("task", pa.string()),
-        ("id", pa.string()),
-        ("style", pa.string()),
-        ("question", pa.string()),
-        ("prompt", pa.string()),
-        ("reasoning", pa.string()),
-        ("answer", pa.string()),
+        *((name, pa.string()) for name in ("task", "id", "style", "question", "prompt", "reasoning", "answer")),
         ("language", pa.string()),
         ("input_ids", pa.list_(pa.int32())),
         ("segments", pa.list_(pa.int8())),
-        ("doc_hash", pa.string()),
-        ("prompt_hash", pa.string()),
+        *((name, pa.string()) for name in ("doc_hash", "prompt_hash")),
     ]
 )
 _LISTS = ("input_ids", "segments")

@@ -26,6 +26,7 @@ from kvdistill.core.hub import hub_reachable
 CHARACTERS = "characters"
 _CHUNK = 1000  # texts; what is known of each of their pieces takes much more memory than the texts
 SYMBOLS = "0123456789+-*=;:?., "
+_NOT_A_TOKENIZER = (OSError, ValueError, KeyError, TypeError, ImportError)
 _ROLES = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
 
 
@@ -60,8 +61,8 @@ def load_tokenizer(
         for text in texts:
             symbols.update(text)
         return character_tokenizer(symbols)
-    name = _first_there(name, root)
-    folder = _folder_of(name, root, place)
+    folder = _find_folder(name, root, place)
+    name = name.split(" or ")[-1].strip()
     if folder is not None and not (folder / "tokenizer.json").is_file():
         raise DataError(
             f"{folder} holds no tokenizer.json",
@@ -71,12 +72,16 @@ def load_tokenizer(
     local_only = folder is not None or not hub_reachable()
     try:
         found = PreTrainedTokenizerFast.from_pretrained(str(folder or name), local_files_only=local_only)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise _not_loaded(name, folder, local_only, place, error) from error
     except Exception as error:  # the tokenizers library raises bare Exception for a broken tokenizer.json
-        if type(error) is not Exception:
+        if type(error) is not Exception and not isinstance(error, _NOT_A_TOKENIZER):
             raise
-        raise _not_loaded(name, folder, local_only, place, error) from error
+        reason = str(error).strip().split("\n", 1)[0]
+        what, fix = f"cannot load a fast tokenizer from {folder}: {reason}", "check its tokenizer.json"
+        if folder is None:
+            why = "the hub cannot be reached and it is not in the local cache" if local_only else reason
+            what = f"cannot load tokenizer {name!r}: {why}"
+            fix = "check the id and the network, or give a folder, `root:NAME` with data.root=DIR, or `characters`"
+        raise DataError(what, place=place, fix=fix) from error
     return settle_roles(found, place=place)
 
 
@@ -208,54 +213,29 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
         yield chunk
 
 
-def _first_there(name: str, root: str | None) -> str:
-    """Of `A or B or C` the first that is a folder on this machine, else the last."""
-    *local, last = (choice.strip() for choice in name.split(" or "))
-    for choice in local:
-        inside = Path(root).expanduser() / "tokenizers" / choice.removeprefix("root:") if root else None
-        folder = inside if choice.startswith("root:") else Path(choice).expanduser()
-        if folder is not None and folder.is_dir():
-            return choice
-    return last
-
-
-def _folder_of(name: str, root: str | None, place: str) -> Path | None:
-    """The folder that `name` stands for, or None for a hub id."""
-    if name.startswith("root:"):
+def _find_folder(name: str, root: str | None, place: str) -> Path | None:
+    """The folder that `name` stands for: of `A or B or C` the first that is there. None for a hub id at the end."""
+    for choice in map(str.strip, name.split(" or ")):
+        folder = Path(choice).expanduser()
+        if choice.startswith("root:"):
+            folder = Path(root or "").expanduser() / "tokenizers" / choice.removeprefix("root:")
+        if folder.is_dir() and (root is not None or not choice.startswith("root:")):
+            return folder
+    if choice.startswith("root:"):
         if root is None:
-            raise DataError(f"{name} needs data.root", place=place, fix="set data.root=DIR (with tokenizers/)")
-        folder = Path(root).expanduser() / "tokenizers" / name.removeprefix("root:")
-        if not folder.is_dir():
-            beside = folder.parent
-            there = sorted(path.name for path in beside.iterdir() if path.is_dir()) if beside.is_dir() else []
-            raise DataError(
-                f"no tokenizer folder {folder}",
-                place=place,
-                fix=f"there are: {', '.join(there)}" if there else f"make {beside}/NAME with a tokenizer.json in it",
-            )
-        return folder
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise DataError(f"{choice} needs data.root", place=place, fix="set data.root=DIR (with tokenizers/)")
+        beside = folder.parent
+        there = sorted(path.name for path in beside.iterdir() if path.is_dir()) if beside.is_dir() else []
         raise DataError(
-            f"no such folder: {name}", place=place, fix="give a folder, `root:NAME`, `characters`, or a hub id"
+            f"no tokenizer folder {folder}",
+            place=place,
+            fix=f"there are: {', '.join(there)}" if there else f"make {beside}/NAME with a tokenizer.json in it",
+        )
+    if choice.startswith((".", "/", "~")) or choice.count("/") > 1:
+        raise DataError(
+            f"no such folder: {choice}", place=place, fix="give a folder, `root:NAME`, `characters`, or a hub id"
         )
     return None
-
-
-def _not_loaded(name: str, folder: Path | None, local_only: bool, place: str, error: Exception) -> DataError:
-    reason = str(error).strip().split("\n", 1)[0]
-    if folder is not None:
-        return DataError(
-            f"cannot load a fast tokenizer from {folder}: {reason}", place=place, fix="check its tokenizer.json"
-        )
-    why = "the hub cannot be reached and it is not in the local cache" if local_only else reason
-    return DataError(
-        f"cannot load tokenizer {name!r}: {why}",
-        place=place,
-        fix="check the id and the network, or give a folder, `root:NAME` with data.root=DIR, or `characters`",
-    )
 
 
 def _plain(

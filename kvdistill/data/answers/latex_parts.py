@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import accumulate
 
 from kvdistill.data.answers.numbers import ratio_value
 
@@ -106,12 +107,8 @@ def read_listing(text: str) -> Listing:
 
 
 def _closes_at(text: str, start: int) -> int:
-    depth = 0
-    for i in range(start, len(text)):
-        depth += (text[i] in _OPEN) - (text[i] in _CLOSE)
-        if depth == 0:
-            return i
-    return -1
+    depths = accumulate((sign in _OPEN) - (sign in _CLOSE) for sign in text[start:])
+    return next((place for place, depth in enumerate(depths, start) if depth == 0), -1)
 
 
 def _split(text: str, separator: re.Pattern[str]) -> list[str]:

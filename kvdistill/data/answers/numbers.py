@@ -18,20 +18,9 @@ _LONGEST = 1000  # characters of a number or of an answer that is looked into; p
 
 # Full-width ASCII, the ideographic space, half-width Chinese punctuation, wide pound and yen signs, curly quotes,
 # hyphens and the minus sign.
-_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {
-    0x3000: 0x20,
-    0xFF61: 0x3002,
-    0xFF64: 0x3001,
-    0xFFE1: 0xA3,
-    0xFFE5: 0xA5,
-    0x2018: 0x27,
-    0x2019: 0x27,
-    0x201C: 0x22,
-    0x201D: 0x22,
-    0x2010: 0x2D,
-    0x2011: 0x2D,
-    0x2212: 0x2D,
-}
+_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | str.maketrans(
+    "\u3000\uff61\uff64\uffe1\uffe5\u2018\u2019\u201c\u201d\u2010\u2011\u2212", " \u3002\u3001\xa3\xa5''\"\"---"
+)
 _SIGN = "[-+–]"  # with the en dash, which word processors make of a minus
 _CURRENCY = r"(?:(?:US|Rs\.?)?\s?[$€£¥₹]|(?:USD|EUR|GBP|RMB|CNY|INR)\b)\s?"
 _THIN = "\u00a0\u2007\u2009\u200a\u202f"  # spaces that group digits; a plain space does not

@@ -17,7 +17,7 @@ from kvdistill.core.errors import DataError
 from kvdistill.core.quoting import quoted
 from kvdistill.data.leaks import question_hash
 from kvdistill.data.sets.arc_challenge import ARC_CHALLENGE
-from kvdistill.data.sets.base import DataSet, Evaluation, Loaded, Member, Task
+from kvdistill.data.sets.base import DataSet, Evaluation, Task
 from kvdistill.data.sets.bbh import BBH
 from kvdistill.data.sets.generated import CHAIN, PRODUCT
 from kvdistill.data.sets.gpqa import GPQA, GPQA_DIAMOND
@@ -27,6 +27,7 @@ from kvdistill.data.sets.letters import Lettered
 from kvdistill.data.sets.math import MATH, MATH500
 from kvdistill.data.sets.math23k import MATH23K
 from kvdistill.data.sets.own_file import CSV, JSONL, PARQUET
+from kvdistill.data.sets.published import Loaded, Member
 from kvdistill.data.sets.strategyqa import STRATEGYQA
 from kvdistill.data.sets.subjects import CEVAL, CMMLU
 from kvdistill.data.sets.svamp import SVAMP
@@ -65,7 +66,7 @@ def find_evaluation(name: str, *, place: str) -> Evaluation:
     """The evaluation of that name; DataError with the nearest name otherwise."""
     if name in EVALUATIONS:
         return EVALUATIONS[name]
-    owners = [e.name for e in EVALUATIONS.values() if name in {member.name for member in e.all_members}]
+    owners = [e.name for e in EVALUATIONS.values() if name in {member.name for member in e.data.members}]
     near = difflib.get_close_matches(name.lower(), EVALUATIONS, n=1, cutoff=0.5)
     meant = f"that is a part of {owners[0]!r}; " if owners else f"did you mean {near[0]!r}? " if near else ""
     known = ", ".join(EVALUATIONS)

@@ -11,14 +11,14 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Mapping
+from typing import Literal
 
 from kvdistill.core.quoting import quoted, shown
 from kvdistill.data.answers.numbers import fold_width, text_after, unwrap
-from kvdistill.data.fields import gold_column, text_column, text_field, texts_field
 from kvdistill.data.problems import ANSWER_MARK, Problem, write_plain
-from kvdistill.data.sets.base import DataSet, Evaluation, Member, RowDict, Task
+from kvdistill.data.sets.base import DataSet, Evaluation, Task
 from kvdistill.data.sets.letters import read_letter, write_lettered
-from kvdistill.data.sets.published import Layout, Published
+from kvdistill.data.sets.published import Layout, Member, Published, RowDict
 from kvdistill.data.sources import RawRow
 
 _LETTERS = "ABCDE"
@@ -34,8 +34,8 @@ _SECOND = re.compile(
 
 def read_row(row: RawRow, id: str) -> Problem:
     """Columns `question`, `choices` {`text`, `label`} and `answerKey`."""
-    texts, labels = texts_field(row, "text", inside="choices"), texts_field(row, "label", inside="choices")
-    key = text_field(row, "answerKey")
+    texts, labels = row.texts("text", inside="choices"), row.texts("label", inside="choices")
+    key = row.text("answerKey")
     if len(texts) != len(labels) or not 2 <= len(texts) <= len(_LETTERS) or len(set(labels)) != len(labels):
         raise row.error(
             f"{len(texts)} choices with the labels {shown(', '.join(labels))}",
@@ -45,7 +45,7 @@ def read_row(row: RawRow, id: str) -> Problem:
         raise row.error(f"the key {quoted(key)} is not among {shown(', '.join(labels))}", fix="mend `answerKey`")
     right = labels.index(key)
     choices = [f"{letter}. {' '.join(text.split())}" for letter, text in zip(_LETTERS, texts, strict=False)]
-    question = "\n".join([text_field(row, "question"), *choices])
+    question = "\n".join([row.text("question"), *choices])
     return Problem("arc_challenge", id, question, " ".join(texts[right].split()), _LETTERS[right])
 
 
@@ -70,11 +70,11 @@ def read_columns(member: Member, row: RawRow) -> RowDict:
         columns["question"] = inside.get("stem")
         columns["choices"] = {name: [pair.get(name) for pair in pairs] for name in ("text", "label")}
     flat = RawRow(columns, row.place, row.number)
-    key = gold_column(flat, "answerKey")
+    key = flat.gold("answerKey")
     read_row(flat, "")  # refuses whatever is wrong with it
     choices = columns["choices"]
     return {
-        "question": text_column(flat, "question"),
+        "question": flat.published("question"),
         "choices": {"text": list(choices["text"]), "label": [label.strip() for label in choices["label"]]},
         "answerKey": key,
     }
@@ -84,29 +84,22 @@ def _problem(row: RowDict) -> Problem:
     return read_row(RawRow(row, "", 0), "")
 
 
-_FOLDER = "arc_challenge"
+def _below(serves: Literal["both", "training", "evaluation"] = "both", **names: str) -> Layout:
+    return Layout(**{split: f"arc_challenge/{name}" for split, name in names.items()}, serves=serves)  # type: ignore[arg-type]
+
+
 _DATA = Published(
     name="arc_challenge",
     hub="allenai/ai2_arc",
     hub_config="ARC-Challenge",
     hub_splits={"train": "train", "val": "validation", "test": "test"},
     layouts=(
-        Layout(train=f"{_FOLDER}/train.jsonl", val=f"{_FOLDER}/validation.jsonl", test=f"{_FOLDER}/test.jsonl"),
-        Layout(
-            train=f"{_FOLDER}/hf_train", val=f"{_FOLDER}/hf_validation", test=f"{_FOLDER}/hf_test", serves="training"
-        ),
-        Layout(train=f"{_FOLDER}/hf_train.jsonl", test=f"{_FOLDER}/hf_test.jsonl", serves="evaluation"),
-        Layout(
-            train=f"{_FOLDER}/ARC-Challenge/train.parquet",
-            test=f"{_FOLDER}/ARC-Challenge/test.parquet",
-            serves="evaluation",
-        ),
-        Layout(
-            train=f"{_FOLDER}/ARC-Challenge-Train.jsonl",
-            test=f"{_FOLDER}/ARC-Challenge-Test.jsonl",
-            serves="evaluation",
-        ),
-        Layout(train=f"{_FOLDER}/train_subset.jsonl", val=f"{_FOLDER}/hf_validation", test=f"{_FOLDER}/test.jsonl"),
+        _below(train="train.jsonl", val="validation.jsonl", test="test.jsonl"),
+        _below("training", train="hf_train", val="hf_validation", test="hf_test"),
+        _below("evaluation", train="hf_train.jsonl", test="hf_test.jsonl"),
+        _below("evaluation", train="ARC-Challenge/train.parquet", test="ARC-Challenge/test.parquet"),
+        _below("evaluation", train="ARC-Challenge-Train.jsonl", test="ARC-Challenge-Test.jsonl"),
+        _below(train="train_subset.jsonl", val="hf_validation", test="test.jsonl"),
     ),
     problem=read_row,
     members=(Member("arc_challenge", "arc/arc_challenge.yaml", "ARC-Challenge"),),
@@ -115,7 +108,6 @@ _DATA = Published(
 ARC_CHALLENGE = DataSet(
     Task("arc_challenge", _DATA.load, write_plain, extract, operator.eq),
     Evaluation(
-        name="arc_challenge",
         title="ARC-Challenge",
         data=_DATA,
         num_fewshot=25,

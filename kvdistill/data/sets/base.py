@@ -1,8 +1,7 @@
 """What a data set is to the rest of the software: a training task, an evaluation, or both.
 
 A task gives problems to learn from and says how they are written, and how answers are read and compared. An evaluation
-gives rows to be asked. Its rows have the columns that lm-eval's definition of it expects (those of the hub), in the
-publisher's order, and every row is checked when it is read. Knows nothing of lm-eval but the names of its definitions.
+gives rows to be asked. Knows nothing of lm-eval but the names of its definitions.
 
 The order in which choices are shown depends on the content of the question alone (`fixed_order`): not on the position
 in the file, a limit, other tasks, or any random state. lm-eval's own definition of GPQA shuffles with Python's global
@@ -11,39 +10,18 @@ in the file, a limit, other tasks, or any random state. lm-eval's own definition
 
 from __future__ import annotations
 
-import abc
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from kvdistill.core.errors import DataError
 from kvdistill.core.recipe import DataRecipe, TaskRecipe
 from kvdistill.data.answers.numbers import text_after
 from kvdistill.data.problems import ANSWER_MARK, Problem, Row, Style
 from kvdistill.data.sets.letters import Lettered
-from kvdistill.data.sources import Source
-
-RowDict = dict[str, Any]
-Split = Literal["test", "fewshot"]
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A task's problems before they are split. Each of the three may be gone through once: rows are read as one goes.
-
-    problems: train is taken from these, and val and test too unless `val` and `test` hold the publisher's own.
-    in_order: the order is already random (generated), so no shuffle.
-    pool: `problems` are a published file without splits, of which a fixed part is test.
-    """
-
-    problems: Iterable[Problem]
-    sources: Sequence[Source]
-    test: Iterable[Problem] | None = None
-    in_order: bool = False
-    val: Iterable[Problem] | None = None
-    pool: bool = False
+from kvdistill.data.sets.published import Loaded, Member, Published, RowDict, Split
 
 
 @dataclass(frozen=True)
@@ -65,48 +43,6 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Member:
-    """One lm-eval task of an evaluation: a BBH task, a subject; most evaluations have one.
-
-    name: what records carry. definition: a YAML file below lm_eval/tasks; empty for our own templates.
-    local: its name in file names.
-    """
-
-    name: str
-    definition: str
-    hub_config: str | None = None
-    local: str = ""
-
-
-class AbstractRows(abc.ABC):
-    """The rows of an evaluation's members. revision: the hub's commit, tag or branch; None: the newest.
-
-    hub_splits: our `train` and `test` -> the publisher's split; empty where there is no lm-eval definition.
-    """
-
-    hub: str
-    hub_splits: Mapping[str, str]
-    revision: str | None
-    members: tuple[Member, ...]
-
-    @abc.abstractmethod
-    def members_below(self, root: Path) -> tuple[Member, ...]:
-        """The members with rows to score below `root`."""
-
-    @abc.abstractmethod
-    def rows(self, evaluation: str, member: Member, root: Path | None, split: Split) -> list[RowDict]:
-        """All rows of a split, checked; DataError where there are none."""
-
-    @abc.abstractmethod
-    def pinned(self, revision: str | None) -> AbstractRows:
-        """The same from that revision of the hub's data set."""
-
-    @abc.abstractmethod
-    def not_found(self, evaluation: str, member: Member, root: Path, split: Split) -> DataError:
-        """The error for rows that are not below `root`."""
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """One evaluation. All functions are pure but `members`, `load` and `is_there`.
 
@@ -121,9 +57,8 @@ class Evaluation:
     repeated: members with the same questions as another one. rules: of an own template, the training task.
     """
 
-    name: str
     title: str
-    data: AbstractRows
+    data: Published
     question: Callable[[RowDict], str]
     gold: Callable[[Member, RowDict], str]
     extract: Callable[[Member, str], str | None]
@@ -139,18 +74,13 @@ class Evaluation:
     repeated: tuple[str, ...] = ()
     rules: Task | None = None
 
+    @property
+    def name(self) -> str:
+        return self.data.name
+
     def pinned(self, revision: str | None) -> Evaluation:
         """The same with the hub's data set at a commit, tag or branch."""
-        return replace(self, data=self.data.pinned(revision))
-
-    @property
-    def hub(self) -> str:
-        """The data set's name on the Hugging Face hub."""
-        return self.data.hub
-
-    @property
-    def hub_revision(self) -> str | None:
-        return self.data.revision
+        return replace(self, data=replace(self.data, revision=revision))
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -158,11 +88,7 @@ class Evaluation:
         ours: dict[str, Split] = {"test": "test"}
         if self.fewshot_from == "rows":
             ours = {"train": "fewshot", **ours}
-        return {self.data.hub_splits[name]: split for name, split in ours.items() if name in self.data.hub_splits}
-
-    @property
-    def all_members(self) -> tuple[Member, ...]:
-        return self.data.members
+        return {self.data.hub_splits[name]: split for name, split in ours.items()}
 
     def is_there(self, root: Path) -> bool:
         """Whether rows to score are below `root`."""
@@ -174,10 +100,10 @@ class Evaluation:
         DataError where there is none, naming what was looked for.
         """
         if root is None:
-            return self.all_members
+            return self.data.members
         found = self.data.members_below(root)
         if not found:
-            raise self.data.not_found(self.name, self.all_members[0], root, "test")
+            raise self.data.not_found(self.data.members[0], root, "test")
         return found
 
     def load(self, member: Member, root: Path | None, split: Split) -> list[RowDict]:
@@ -192,7 +118,7 @@ class Evaluation:
                 place="evaluate.num_fewshot",
                 fix="leave it out",
             )
-        return self.data.rows(self.name, member, root, split)
+        return self.data.rows(member, root, split)
 
     def problem(self, row: RowDict) -> Problem:
         """The row of an evaluation with own templates as a problem of its training task."""

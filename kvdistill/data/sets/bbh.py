@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from kvdistill.core.quoting import quoted
 from kvdistill.data.answers.latex import last_boxed
 from kvdistill.data.answers.numbers import fold_width, leading_number, normalise_text, same_number
-from kvdistill.data.fields import gold_column, text_column
-from kvdistill.data.sets.base import DataSet, Evaluation, Member, RowDict
+from kvdistill.data.sets.base import DataSet, Evaluation
 from kvdistill.data.sets.letters import ALPHABET, read_label
-from kvdistill.data.sets.published import Layout, Published
+from kvdistill.data.sets.published import Layout, Member, Published, RowDict
 from kvdistill.data.sources import RawRow
 
 _MARK = re.compile(r"\bthe answer is\b[ \t]*(?::\s*)?(?=(?P<answer>[^\n]{0,1000}))", re.IGNORECASE)
@@ -77,41 +76,31 @@ YES_NO = AnswerKind("yes or no", _one_of("yes", "no"))
 TRUE_FALSE = AnswerKind("true or false", _one_of("true", "false"))
 VALIDITY = AnswerKind("valid or invalid", _one_of("valid", "invalid"))
 
-# The tasks, by the names of their files, which are also the hub's configurations.
-KINDS: Mapping[str, AnswerKind] = {
-    "boolean_expressions": TRUE_FALSE,
-    "causal_judgement": YES_NO,
-    "date_understanding": OPTION,
-    "disambiguation_qa": OPTION,
-    "dyck_languages": BRACKETS,
-    "formal_fallacies": VALIDITY,
-    "geometric_shapes": OPTION,
-    "hyperbaton": OPTION,
-    "logical_deduction_five_objects": OPTION,
-    "logical_deduction_seven_objects": OPTION,
-    "logical_deduction_three_objects": OPTION,
-    "movie_recommendation": OPTION,
-    "multistep_arithmetic_two": NUMBER,
-    "navigate": YES_NO,
-    "object_counting": NUMBER,
-    "penguins_in_a_table": OPTION,
-    "reasoning_about_colored_objects": OPTION,
-    "ruin_names": OPTION,
-    "salient_translation_error_detection": OPTION,
-    "snarks": OPTION,
-    "sports_understanding": YES_NO,
-    "temporal_sequences": OPTION,
-    "tracking_shuffled_objects_five_objects": OPTION,
-    "tracking_shuffled_objects_seven_objects": OPTION,
-    "tracking_shuffled_objects_three_objects": OPTION,
-    "web_of_lies": YES_NO,
-    "word_sorting": WORDS,
-}
+# The tasks of each kind, by the names of their files, which are also the hub's configurations.
+_NAMES = (
+    (TRUE_FALSE, "boolean_expressions"),
+    (YES_NO, "causal_judgement navigate sports_understanding web_of_lies"),
+    (
+        OPTION,
+        """
+        date_understanding disambiguation_qa geometric_shapes hyperbaton logical_deduction_five_objects
+        logical_deduction_seven_objects logical_deduction_three_objects movie_recommendation penguins_in_a_table
+        reasoning_about_colored_objects ruin_names salient_translation_error_detection snarks temporal_sequences
+        tracking_shuffled_objects_five_objects tracking_shuffled_objects_seven_objects
+        tracking_shuffled_objects_three_objects
+        """,
+    ),
+    (BRACKETS, "dyck_languages"),
+    (VALIDITY, "formal_fallacies"),
+    (NUMBER, "multistep_arithmetic_two object_counting"),
+    (WORDS, "word_sorting"),
+)
+KINDS: Mapping[str, AnswerKind] = dict(sorted((name, kind) for kind, names in _NAMES for name in names.split()))
 
 
 def read_columns(member: Member, row: RawRow) -> RowDict:
     """Columns `input` and `target`. DataError for a target of another kind than the task's, or not offered."""
-    asked, target = text_column(row, "input"), gold_column(row, "target")
+    asked, target = row.published("input"), row.gold("target")
     kind = kind_of(member)
     gold = kind.read(target)
     if kind is OPTION and gold is not None and gold not in asked:
@@ -167,7 +156,6 @@ _DATA = Published(
 )
 BBH = DataSet(
     evaluation=Evaluation(
-        name="bbh",
         title="BIG-Bench Hard",
         data=_DATA,
         num_fewshot=3,

@@ -22,7 +22,8 @@ from kvdistill.core.recipe import DataRecipe, TaskRecipe
 from kvdistill.core.runtime import derive_seed
 from kvdistill.data.answers.numbers import normalise_number, same_number, text_after
 from kvdistill.data.problems import Problem, Row, Style
-from kvdistill.data.sets.base import DataSet, Loaded, Task
+from kvdistill.data.sets.base import DataSet, Task
+from kvdistill.data.sets.published import Loaded
 from kvdistill.data.sources import Source
 
 _MARK = "="
@@ -132,20 +133,17 @@ class ProductFamily(AbstractFamily):
         return (self.max_factor - self.min_factor + 1) ** 4
 
     def write(self, number: int) -> tuple[str, str, str]:
-        factors = []
-        for _ in range(4):
-            number, rest = divmod(number, self.max_factor - self.min_factor + 1)
-            factors.append(self.min_factor + rest)
-        a, b, c, d = factors
+        a, b, c, d = (self.min_factor + digit for digit in self._digits(number))
         return f"{a}*{b}+{c}*{d}", f"{a * b},{c * d}", str(a * b + c * d)
 
     def kin(self, number: int) -> int:
-        size, digits = self.max_factor - self.min_factor + 1, []
-        for _ in range(4):
-            number, rest = divmod(number, size)
-            digits.append(rest)
+        digits, size = self._digits(number), self.max_factor - self.min_factor + 1
         (a, b), (c, d) = sorted((sorted(digits[:2]), sorted(digits[2:])))
         return a + size * (b + size * (c + size * d))
+
+    def _digits(self, number: int) -> list[int]:
+        size = self.max_factor - self.min_factor + 1
+        return [number // size**place % size for place in range(4)]
 
 
 def _draw_numbers(total: int, count: int, seed: int) -> Iterator[int]:

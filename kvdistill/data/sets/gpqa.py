@@ -7,10 +7,9 @@ with Python's global `random`, so that the order depended on whatever ran before
 
 from __future__ import annotations
 
-from kvdistill.data.fields import gold_column, text_column
-from kvdistill.data.sets.base import DataSet, Evaluation, Member, RowDict, fixed_order
+from kvdistill.data.sets.base import DataSet, Evaluation, fixed_order
 from kvdistill.data.sets.letters import list_choices, read_letter, write_lettered
-from kvdistill.data.sets.published import Layout, Published
+from kvdistill.data.sets.published import Layout, Member, Published, RowDict
 from kvdistill.data.sources import RawRow
 
 _WRONG = ("Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
@@ -20,9 +19,9 @@ _CHOICES = ("choice1", "choice2", "choice3", "choice4")
 
 def read_columns(member: Member, row: RawRow) -> RowDict:
     """Columns `Question`, `Correct Answer`, `Incorrect Answer 1` to `3` -> `choice1` to `4`, and `answer` as `(C)`."""
-    right = gold_column(row, _RIGHT)
-    texts = [_tidy(text_column(row, column)) for column in _WRONG] + [_tidy(right)]
-    question = text_column(row, "Question")
+    right = row.gold(_RIGHT)
+    texts = [_tidy(row.published(column)) for column in _WRONG] + [_tidy(right)]
+    question = row.published("Question")
     order = fixed_order(question, texts)
     chosen = {name: texts[i] for name, i in zip(_CHOICES, order, strict=True)}
     return {"Question": question, **chosen, "answer": f"({'ABCD'[order.index(len(_WRONG))]})"}
@@ -40,7 +39,6 @@ def _choices(row: RowDict) -> list[str]:
 def _gpqa(name: str, config: str, title: str) -> DataSet:
     paths = ("gpqa/{}.csv", "gpqa/dataset/{}.csv", "gpqa/{}/train.parquet")
     evaluation = Evaluation(
-        name=name,
         title=title,
         data=Published(
             name=name,

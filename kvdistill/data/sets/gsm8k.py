@@ -10,10 +10,9 @@ from __future__ import annotations
 import re
 
 from kvdistill.data.answers.numbers import leading_number, normalise_number, same_number, text_after
-from kvdistill.data.fields import gold_column, text_column, text_field
 from kvdistill.data.problems import ANSWER_MARK, Problem, write_plain
-from kvdistill.data.sets.base import DataSet, Evaluation, Member, RowDict, Task
-from kvdistill.data.sets.published import Layout, Published
+from kvdistill.data.sets.base import DataSet, Evaluation, Task
+from kvdistill.data.sets.published import Layout, Member, Published, RowDict
 from kvdistill.data.sources import RawRow
 
 STRIP_CALCULATOR = True
@@ -22,7 +21,7 @@ _CALCULATOR = re.compile(r"<<[^<>]*>>")
 
 def read_row(row: RawRow, id: str) -> Problem:
     """Columns `question` and `answer`. DataError at the row for an answer without one marked number."""
-    question, answer = text_field(row, "question"), text_field(row, "answer")
+    question, answer = row.text("question"), row.text("answer")
     reasoning, number = _take_apart(answer, row)
     if STRIP_CALCULATOR:
         reasoning = _CALCULATOR.sub("", reasoning)
@@ -33,9 +32,9 @@ def read_row(row: RawRow, id: str) -> Problem:
 
 def read_columns(member: Member, row: RawRow) -> RowDict:
     """The same columns as published, for lm-eval; a row need not have a reasoning."""
-    answer = gold_column(row, "answer")
+    answer = row.gold("answer")
     _take_apart(answer, row)
-    return {"question": text_column(row, "question"), "answer": answer}
+    return {"question": row.published("question"), "answer": answer}
 
 
 def _take_apart(answer: str, row: RawRow) -> tuple[str, str]:
@@ -68,7 +67,6 @@ _DATA = Published(
 GSM8K = DataSet(
     Task("gsm8k", _DATA.load, write_plain, extract, same_number),
     Evaluation(
-        name="gsm8k",
         title="GSM8K",
         data=_DATA,
         num_fewshot=5,

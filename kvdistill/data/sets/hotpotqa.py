@@ -13,9 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvdistill.data.answers.numbers import fold_width, normalise_number, normalise_text, unwrap
-from kvdistill.data.fields import text_field
-from kvdistill.data.problems import ANSWER_MARK, Problem, write_plain
-from kvdistill.data.sets.base import Task, extract_marked
+from kvdistill.data.problems import ANSWER_MARK, Problem
+from kvdistill.data.sets.base import extract_marked
 from kvdistill.data.sets.held_out import with_own_template
 from kvdistill.data.sets.published import Layout, Published
 from kvdistill.data.sources import RawRow
@@ -26,14 +25,14 @@ _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
 def read_row(row: RawRow, id: str) -> Problem:
     """Columns `question` and `answer`, and `supporting_facts` with `context` where the copy has them."""
-    answer = text_field(row, "answer")
+    answer = row.text("answer")
     if "\n" in answer or ANSWER_MARK in answer:
         raise row.error("the answer must be one line without `####`", fix="take the row out")
     has_facts = "supporting_facts" in row.columns or "context" in row.columns
     reasoning = " ".join(_supporting_sentences(row)) if has_facts else ""
     if ANSWER_MARK in reasoning:
         raise row.error(f"`{ANSWER_MARK}` marks the answer and stands in a fact", fix="take it out")
-    return Problem("hotpotqa", id, text_field(row, "question"), reasoning, answer)
+    return Problem("hotpotqa", id, row.text("question"), reasoning, answer)
 
 
 def _supporting_sentences(row: RawRow) -> list[str]:
@@ -93,6 +92,4 @@ _DATA = Published(
     ),
     problem=read_row,
 )
-HOTPOTQA = with_own_template(
-    Task("hotpotqa", _DATA.load, write_plain, extract_marked, same), "HotpotQA (closed book)", _DATA.hub
-)
+HOTPOTQA = with_own_template(_DATA, "HotpotQA (closed book)", extract_marked, same)

@@ -14,11 +14,10 @@ import re
 
 from kvdistill.data.answers.latex import last_boxed, same_latex
 from kvdistill.data.answers.numbers import text_after
-from kvdistill.data.fields import gold_column, text_column, text_field
-from kvdistill.data.problems import ANSWER_MARK, Problem, write_plain
-from kvdistill.data.sets.base import DataSet, Evaluation, Member, RowDict, Task
+from kvdistill.data.problems import ANSWER_MARK, Problem
+from kvdistill.data.sets.base import DataSet, Evaluation
 from kvdistill.data.sets.held_out import with_own_template
-from kvdistill.data.sets.published import Layout, Published
+from kvdistill.data.sets.published import Layout, Member, Published, RowDict
 from kvdistill.data.sources import RawRow
 
 _FINAL = re.compile(r"the final answer is:?[ \t]*(?P<answer>[^\n]*)", re.IGNORECASE)
@@ -29,7 +28,7 @@ _NEXT_PROBLEM = re.compile(r"\n[ \t]*Problem:")
 
 def read_row(row: RawRow, id: str) -> Problem:
     """Columns `problem` and `solution`. DataError at the row for a solution without a boxed answer."""
-    problem, solution = text_field(row, "problem"), text_field(row, "solution")
+    problem, solution = row.text("problem"), row.text("solution")
     answer = _boxed(solution, row)
     if ANSWER_MARK in solution:
         raise row.error(f"`{ANSWER_MARK}` marks the answer and stands in the solution", fix="remove it")
@@ -38,9 +37,9 @@ def read_row(row: RawRow, id: str) -> Problem:
 
 def read_columns(member: Member, row: RawRow) -> RowDict:
     """The same columns as published, for lm-eval, and `answer`; where that is absent, the box is it."""
-    problem, solution = text_column(row, "problem"), gold_column(row, "solution")
+    problem, solution = row.published("problem"), row.gold("solution")
     boxed = _boxed(solution, row)  # lm-eval's definition takes the gold answer from there
-    answer = gold_column(row, "answer") if "answer" in row.columns else boxed
+    answer = row.gold("answer") if "answer" in row.columns else boxed
     return {"problem": problem, "solution": solution, "answer": answer}
 
 
@@ -91,9 +90,7 @@ _MATH = Published(
     ),
     problem=read_row,
 )
-MATH = with_own_template(
-    Task("math", _MATH.load, write_plain, extract, same_latex, spoils=("math500",)), "MATH", _MATH.hub
-)
+MATH = with_own_template(_MATH, "MATH", extract, same_latex, spoils=("math500",))
 _MATH500 = Published(
     name="math500",
     hub="HuggingFaceH4/MATH-500",
@@ -105,7 +102,6 @@ _MATH500 = Published(
 )
 MATH500 = DataSet(
     evaluation=Evaluation(
-        name="math500",
         title="MATH-500",
         data=_MATH500,
         num_fewshot=4,

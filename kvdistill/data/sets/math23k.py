@@ -11,9 +11,7 @@ from string import ascii_lowercase
 
 from kvdistill.core.quoting import quoted
 from kvdistill.data.answers.numbers import leading_ratio, normalise_ratio, same_ratio, text_after
-from kvdistill.data.fields import text_field
-from kvdistill.data.problems import ANSWER_MARK, Problem, write_plain
-from kvdistill.data.sets.base import Task
+from kvdistill.data.problems import ANSWER_MARK, Problem
 from kvdistill.data.sets.held_out import with_own_template
 from kvdistill.data.sets.published import Layout, Published
 from kvdistill.data.sources import RawRow
@@ -27,7 +25,7 @@ def read_row(row: RawRow, id: str) -> Problem:
     Processed copies may have `target_template` with `num_list` for the equation, and `answer`, a float, for the answer.
     """
     processed = "ans" not in row.columns and "answer" in row.columns
-    answer = text_field(row, "answer" if processed else "ans", number_too=True)
+    answer = row.text("answer" if processed else "ans", number_too=True)
     value = normalise_ratio(answer)
     if value is None:
         raise row.error(
@@ -35,7 +33,7 @@ def read_row(row: RawRow, id: str) -> Problem:
             fix="write it as 14.4, 240%, ((7)/(10)) or 5((7)/(10))",
         )
     value = _exact(value) if processed else value
-    return Problem("math23k", id, text_field(row, "original_text"), _equation(row), value, "zh")
+    return Problem("math23k", id, row.text("original_text"), _equation(row), value, "zh")
 
 
 def _exact(value: str) -> str:
@@ -49,13 +47,13 @@ def _exact(value: str) -> str:
 
 def _equation(row: RawRow) -> str:
     if "equation" in row.columns or "target_template" not in row.columns:
-        return "".join(text_field(row, "equation").split())
+        return "".join(row.text("equation").split())
     template, numbers = row.columns["target_template"], row.columns.get("num_list")
     pieces = template.split() if isinstance(template, str) else template
     if not isinstance(pieces, list) or not isinstance(numbers, list) or not all(isinstance(p, str) for p in pieces):
         raise row.error("no equation: `target_template` and `num_list` are no lists", fix="add `equation`")
     known = {
-        f"temp_{letter}": text_field(RawRow({"num_list": number}, row.place, row.number), "num_list", number_too=True)
+        f"temp_{letter}": RawRow({"num_list": number}, row.place, row.number).text("num_list", number_too=True)
         for letter, number in zip(ascii_lowercase, numbers, strict=False)
     }
     return "".join(known.get(piece, piece) for piece in pieces)
@@ -85,6 +83,4 @@ _DATA = Published(
     ),
     problem=read_row,
 )
-MATH23K = with_own_template(
-    Task("math23k", _DATA.load, write_plain, extract, same_ratio), "Math23K", _DATA.hub, language="zh"
-)
+MATH23K = with_own_template(_DATA, "Math23K", extract, same_ratio, language="zh")

@@ -19,25 +19,19 @@ from kvdistill.core.errors import DataError
 from kvdistill.core.quoting import missing, quoted
 from kvdistill.core.recipe import DataRecipe, TaskRecipe
 from kvdistill.data.answers.numbers import same_value
-from kvdistill.data.fields import text_field
 from kvdistill.data.problems import ANSWER_MARK, Problem, write_plain
-from kvdistill.data.sets.base import DataSet, Loaded, Task, extract_marked
-from kvdistill.data.sources import Column, RawRow, file_source, read_csv, read_json_objects, read_jsonl, read_parquet
+from kvdistill.data.sets.base import DataSet, Task, extract_marked
+from kvdistill.data.sets.published import Loaded
+from kvdistill.data.sources import Column, Found, RawRow, found_source
+from kvdistill.data.sources.csv_table import read_csv
+from kvdistill.data.sources.jsonl import read_json_objects, read_jsonl
+from kvdistill.data.sources.parquet import read_parquet
 
 _FIELDS = ("id", "question", "reasoning", "answer", "language")
 _OPTIONAL = ("id", "language")
 _NUMBERS_TOO = ("id", "answer")
 _TITLES = {"jsonl": "JSON", "csv": "CSV", "parquet": "Parquet"}
-_TASK_OF_SUFFIX = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".tab": "csv",
-    ".parquet": "parquet",
-    ".pq": "parquet",
-}
+_SUFFIXES = {"jsonl": (".jsonl", ".ndjson", ".json"), "csv": (".csv", ".tsv", ".tab"), "parquet": (".parquet", ".pq")}
 
 
 @dataclass(frozen=True)
@@ -107,7 +101,7 @@ class OwnFile:
             column = self.columns[ours]
             if self.is_optional(ours) and _is_absent(row.columns.get(column)):
                 return default
-            return text_field(row, column, number_too=ours in _NUMBERS_TOO, fix=self.fix(ours))
+            return row.text(column, number_too=ours in _NUMBERS_TOO, fix=self.fix(ours))
 
         question, reasoning, answer = field("question"), field("reasoning"), field("answer")
         if "\n" in answer or ANSWER_MARK in answer or ANSWER_MARK in reasoning:
@@ -127,8 +121,7 @@ def load(task: TaskRecipe, data: DataRecipe) -> Loaded:
     """
     place = f"data.tasks ({task.name})"
     if task.file is None:
-        example = {"csv": "rows.csv", "parquet": "rows.parquet"}.get(task.name, "rows.jsonl")
-        fix = f"add `file: path/to/{example}` to the task"
+        fix = f"add `file: path/to/rows{_SUFFIXES[task.name][0]}` to the task"
         raise DataError(f"{task.name} needs a file", place=f"{place}.file", fix=fix)
     if task.revision is not None:
         raise DataError(
@@ -137,7 +130,7 @@ def load(task: TaskRecipe, data: DataRecipe) -> Loaded:
             fix="take it out: the file's checksum is recorded",
         )
     path = Path(task.file).expanduser()
-    other = _TASK_OF_SUFFIX.get(path.suffix.lower(), task.name)
+    other = next((name for name, its in _SUFFIXES.items() if path.suffix.lower() in its), task.name)
     if other != task.name:
         raise DataError(
             f"task {task.name} reads {_TITLES[task.name]}, and {quoted(path.name)} is called a {_TITLES[other]} file",
@@ -156,7 +149,7 @@ def load(task: TaskRecipe, data: DataRecipe) -> Loaded:
     columns = {name: task.fields.get(name, name) for name in _FIELDS}
     need_reasoning = data.style != "direct"
     file = OwnFile(task.name, task.key, path, columns, frozenset(task.fields), need_reasoning, f"{place}.file")
-    return Loaded(file.problems(file.rows()), [file_source(task.key, path, task.file)])
+    return Loaded(file.problems(file.rows()), [found_source(task.key, Found((path,), task.file))])
 
 
 class _Ids:
@@ -192,7 +185,7 @@ class _Ids:
             if _is_absent(earlier.columns.get(column)):
                 theirs = f"{self._file.unit}-{earlier.number}"
             else:
-                theirs = text_field(earlier, column, number_too=True)
+                theirs = earlier.text(column, number_too=True)
             if theirs == id:
                 return earlier.place
         return ""

@@ -1,22 +1,56 @@
 """A data set with a publisher: the hub, and the ways in which copies of it lie below `data.root`.
 
-Serves both: problems to learn from (`load`) and the rows of an evaluation (`rows`). Knows no answer rules. A listed
-file is also found in other forms (`sources.find`: `test.jsonl` as `test.parquet`, …).
+Serves both: problems to learn from (`load`) and the rows of an evaluation (`rows`), which have the columns that
+lm-eval's definition of it expects (those of the hub), in the publisher's order. Every row is checked when it is read.
+Knows no answer rules. A listed file is also found in other forms (`sources.find`: `test.jsonl` as `test.parquet`, …).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from kvdistill.core.errors import DataError
 from kvdistill.core.quoting import at_line
 from kvdistill.core.recipe import DataRecipe, TaskRecipe
 from kvdistill.data.problems import Problem
-from kvdistill.data.sets.base import AbstractRows, Loaded, Member, RowDict, Split
 from kvdistill.data.sources import Found, RawRow, Source, find, found_source, read_found, read_hub
+
+RowDict = dict[str, Any]
+Split = Literal["test", "fewshot"]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A task's problems before they are split. Each of the three may be gone through once: rows are read as one goes.
+
+    problems: train is taken from these, and val and test too unless `val` and `test` hold the publisher's own.
+    in_order: the order is already random (generated), so no shuffle.
+    pool: `problems` are a published file without splits, of which a fixed part is test.
+    """
+
+    problems: Iterable[Problem]
+    sources: Sequence[Source]
+    test: Iterable[Problem] | None = None
+    in_order: bool = False
+    val: Iterable[Problem] | None = None
+    pool: bool = False
+
+
+@dataclass(frozen=True)
+class Member:
+    """One lm-eval task of an evaluation: a BBH task, a subject; most evaluations have one.
+
+    name: what records carry. definition: a YAML file below lm_eval/tasks; empty for our own templates.
+    local: its name in file names.
+    """
+
+    name: str
+    definition: str
+    hub_config: str | None = None
+    local: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,7 +77,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Published(AbstractRows):
+class Published:
     """A data set with a publisher: its hub name, how copies of it lie below `data.root`, and what a row says.
 
     hub_splits: our `train`, `test` and perhaps `val` -> the publisher's split. layouts: for training the first that
@@ -51,7 +85,8 @@ class Published(AbstractRows):
     the ways in which a download from the hub lies. For an evaluation the first that has the split is read.
 
     problem: row, id -> what training learns from. columns: member, row -> the columns of lm-eval's definition; both
-    raise DataError at the row. unpack: a row of a local file -> the rows it holds.
+    raise DataError at the row. unpack: a row of a local file -> the rows it holds. revision: of an evaluation, the
+    hub's commit, tag or branch; None: the newest.
     """
 
     name: str
@@ -73,42 +108,39 @@ class Published(AbstractRows):
         Files are opened at once, and rows read when they are asked for.
         """
         place = f"data.tasks ({self.name})"
-        for key, given in (("file", task.file is not None), ("fields", bool(task.fields))):
-            if given:
-                raise DataError(
-                    f"`{key}` does not go with {self.name}",
-                    place=place,
-                    fix="use name: jsonl, csv or parquet for a file of your own, or data.root for a copy of the "
-                    "published files",
-                )
-        opened: dict[str, tuple[Iterable[RawRow], Source]] = {}
-        if data.root is None:
-            wanted = _wanted(task, self.hub_splits)
-            for split in (split for split, count in wanted.items() if count):
-                publishers = self.hub_splits[split]
+        given = "file" if task.file is not None else "fields" if task.fields else ""
+        if given:
+            raise DataError(
+                f"`{given}` does not go with {self.name}",
+                place=place,
+                fix="use name: jsonl, csv or parquet for a file of your own, or data.root for a copy of the "
+                "published files",
+            )
+        problems: dict[str, Iterable[Problem]] = {}
+        sources: list[Source] = []
+        folder = None if data.root is None else Path(data.root).expanduser()
+        if folder is not None and not folder.is_dir():
+            raise DataError(f"no such folder: {data.root}", place="data.root", fix="give the folder with the data")
+        paths = self.hub_splits if folder is None else self._find_layout(folder, task, data.style).paths
+        for split, count in _wanted(task, paths).items():
+            rows: Iterable[RawRow] = ()
+            if count and folder is None:
                 rows = read_hub(
                     self.hub,
                     self.hub_config,
-                    publishers,
+                    paths[split],
                     local_layout=self._describe_layouts(),
                     revision=task.revision,
                     place=place,
                 )
-                shown_as = f"{self.hub}:{self.hub_config}:{publishers}"
-                opened[split] = rows, Source(self.name, "hub", shown_as, revision=rows.commit)
-        else:
-            folder = Path(data.root).expanduser()
-            if not folder.is_dir():
-                raise DataError(f"no such folder: {data.root}", place="data.root", fix="give the folder with the data")
-            layout = self._find_layout(folder, task, data.style)
-            wanted = _wanted(task, layout.paths)
-            for split in (split for split, count in wanted.items() if count):
-                found = find(folder, layout.paths[split])
+                shown_as = f"{self.hub}:{self.hub_config}:{paths[split]}"
+                sources.append(Source(self.name, "hub", shown_as, revision=rows.commit))
+            elif count and folder is not None:
+                found = find(folder, paths[split])
                 assert found is not None  # `_find_layout` has just looked
-                opened[split] = read_found(found, place="data.root"), found_source(self.name, found)
-        problems: dict[str, Iterable[Problem]] = {split: () for split in wanted}
-        problems |= {split: self._problems(rows, split, data.style) for split, (rows, _) in opened.items()}
-        sources = [source for _, source in opened.values()]
+                rows = read_found(found, place="data.root")
+                sources.append(found_source(self.name, found))
+            problems[split] = self._problems(rows, split, data.style)
         if "all" in problems:
             return Loaded(problems["all"], sources, pool=True)
         return Loaded(problems["train"], sources, test=problems["test"], val=problems.get("val"))
@@ -167,9 +199,11 @@ class Published(AbstractRows):
     # ---- for evaluation
 
     def members_below(self, root: Path) -> tuple[Member, ...]:
+        """The members with rows to score below `root`."""
         return tuple(member for member in self.members if self._find(member, root, "test") is not None)
 
-    def rows(self, evaluation: str, member: Member, root: Path | None, split: Split) -> list[RowDict]:
+    def rows(self, member: Member, root: Path | None, split: Split) -> list[RowDict]:
+        """All rows of a split, checked; DataError where there are none."""
         assert self.columns is not None, f"{self.name} is no evaluation"
         rows: Iterable[RawRow]
         if root is None:
@@ -179,25 +213,23 @@ class Published(AbstractRows):
                 self.hub_splits["train" if split == "fewshot" else split],
                 local_layout=self._looked_for(member, split),
                 revision=self.revision,
-                place=f"data.root ({evaluation})",
+                place=f"data.root ({self.name})",
             )
         elif (found := self._find(member, root, split)) is not None:
             rows = (inner for row in read_found(found, place="data.root") for inner in self.unpack(row))
         else:
-            raise self.not_found(evaluation, member, root, split)
+            raise self.not_found(member, root, split)
         return [self.columns(member, row) for row in rows]
 
-    def pinned(self, revision: str | None) -> Published:
-        return replace(self, revision=revision)
-
-    def not_found(self, evaluation: str, member: Member, root: Path, split: Split) -> DataError:
+    def not_found(self, member: Member, root: Path, split: Split) -> DataError:
+        """The error for rows that are not below `root`."""
         if not root.is_dir():
             return DataError(f"no such folder: {at_line(root)}", place="data.root", fix="give the folder with the data")
-        wanted = f"{member.name}: " if member.name != evaluation else ""
+        wanted = f"{member.name}: " if member.name != self.name else ""
         what = "rows to score" if split == "test" else "examples for the prompt"
         no_examples = "ask for none (num_fewshot: 0), or " if split == "fewshot" else ""
         return DataError(
-            f"{evaluation}: {wanted}no {what} below {at_line(root)}; looked for {self._looked_for(member, split)}",
+            f"{self.name}: {wanted}no {what} below {at_line(root)}; looked for {self._looked_for(member, split)}",
             place="data.root",
             fix=f"put one of them there, or {no_examples}unset data.root to load {self.hub} from the hub",
         )

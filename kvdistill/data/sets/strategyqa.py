@@ -6,9 +6,7 @@ import re
 
 from kvdistill.core.quoting import quoted
 from kvdistill.data.answers.numbers import fold_width, normalise_text, text_after, unwrap
-from kvdistill.data.fields import text_field, texts_field
-from kvdistill.data.problems import ANSWER_MARK, Problem, write_plain
-from kvdistill.data.sets.base import Task
+from kvdistill.data.problems import ANSWER_MARK, Problem
 from kvdistill.data.sets.held_out import with_own_template
 from kvdistill.data.sets.published import Layout, Published
 from kvdistill.data.sources import RawRow
@@ -32,7 +30,7 @@ def read_row(row: RawRow, id: str) -> Problem:
     if not isinstance(answer, bool):
         raise row.error(f"field 'answer' is {quoted(answer)}, not true or false", fix="write true or false")
     is_text = isinstance(row.columns.get("facts"), str)
-    facts = [text_field(row, "facts")] if is_text else texts_field(row, "facts")
+    facts = [row.text("facts")] if is_text else row.texts("facts")
     if is_text and facts[0].startswith("[") and facts[0].endswith("]"):
         raise row.error(
             "field 'facts' is a list that was written as text",
@@ -41,7 +39,7 @@ def read_row(row: RawRow, id: str) -> Problem:
     reasoning = " ".join(fact if fact.endswith((".", "!", "?")) else f"{fact}." for fact in facts)
     if ANSWER_MARK in reasoning:
         raise row.error(f"`{ANSWER_MARK}` marks the answer and stands in a fact", fix="take it out")
-    return Problem("strategyqa", id, text_field(row, "question"), reasoning, "yes" if answer else "no")
+    return Problem("strategyqa", id, row.text("question"), reasoning, "yes" if answer else "no")
 
 
 def extract(completion: str) -> str | None:
@@ -63,8 +61,4 @@ _DATA = Published(
     layouts=(Layout(train="strategyqa/train.json", test="strategyqa/dev.json"),),
     problem=read_row,
 )
-STRATEGYQA = with_own_template(
-    Task("strategyqa", _DATA.load, write_plain, extract, lambda a, b: normalise_text(a) == normalise_text(b)),
-    "StrategyQA",
-    _DATA.hub,
-)
+STRATEGYQA = with_own_template(_DATA, "StrategyQA", extract, lambda a, b: normalise_text(a) == normalise_text(b))

@@ -6,10 +6,9 @@ C-Eval publishes no answers to its test split; as everywhere its validation spli
 from __future__ import annotations
 
 from kvdistill.core.quoting import quoted
-from kvdistill.data.fields import gold_column, text_column
-from kvdistill.data.sets.base import DataSet, Evaluation, Member, RowDict
+from kvdistill.data.sets.base import DataSet, Evaluation
 from kvdistill.data.sets.letters import list_choices, read_letter, write_lettered
-from kvdistill.data.sets.published import Layout, Published
+from kvdistill.data.sets.published import Layout, Member, Published, RowDict
 from kvdistill.data.sources import RawRow
 
 _LETTERS = "ABCD"
@@ -59,20 +58,19 @@ def _subjects(
     """
 
     def read_columns(member: Member, row: RawRow) -> RowDict:
-        gold = gold_column(row, answer, fix=no_gold)
+        gold = row.gold(answer, fix=no_gold)
         if gold not in (*_LETTERS,):
             raise row.error(
                 f"the gold answer {quoted(gold)} is not one of {', '.join(_LETTERS)}",
                 fix=f"mend column {quoted(answer)}",
             )
-        choices = {letter: text_column(row, letter) for letter in _LETTERS}
-        return {question: text_column(row, question), **choices, answer: gold}
+        choices = {letter: row.published(letter) for letter in _LETTERS}
+        return {question: row.published(question), **choices, answer: gold}
 
     def choices_of(row: RowDict) -> list[str]:
         return [row[letter].strip() for letter in _LETTERS]
 
     evaluation = Evaluation(
-        name=name,
         title=title,
         language="zh",
         data=Published(

@@ -7,12 +7,11 @@ brackets and the `.0`. One published row's equation does not give its answer (ch
 from __future__ import annotations
 
 import re
+from itertools import accumulate
 
 from kvdistill.core.quoting import quoted
 from kvdistill.data.answers.numbers import normalise_number, same_number
-from kvdistill.data.fields import text_field
-from kvdistill.data.problems import Problem, write_plain
-from kvdistill.data.sets.base import Task
+from kvdistill.data.problems import Problem
 from kvdistill.data.sets.gsm8k import extract
 from kvdistill.data.sets.held_out import with_own_template
 from kvdistill.data.sets.published import Layout, Published
@@ -23,27 +22,17 @@ _WHOLE = re.compile(r"(?<=[0-9])\.0+(?![0-9])")
 
 def read_row(row: RawRow, id: str) -> Problem:
     """Columns `Body`, `Question`, `Equation` and `Answer` (a number, or text of one)."""
-    body, question = text_field(row, "Body"), text_field(row, "Question")
-    answer = text_field(row, "Answer", number_too=True)
+    body, question = row.text("Body"), row.text("Question")
+    answer = row.text("Answer", number_too=True)
     number = normalise_number(answer)
     if number is None:
         raise row.error(f"the answer {quoted(answer)} is not one number", fix="write it as 51 or 51.0")
     story = body if body.endswith((".", "?", "!", ",")) else f"{body}."
-    equation = _WHOLE.sub("", " ".join(text_field(row, "Equation").split())).replace("( ", "(").replace(" )", ")")
-    equation = equation[1:-1] if _is_wrapped(equation) else equation  # `((13 + 15) / 28)` -> `(13 + 15) / 28`
+    equation = _WHOLE.sub("", " ".join(row.text("Equation").split())).replace("( ", "(").replace(" )", ")")
+    depths = list(accumulate((sign == "(") - (sign == ")") for sign in equation))
+    if equation.startswith("(") and depths[-1] == 0 and 0 not in depths[:-1]:
+        equation = equation[1:-1]  # `((13 + 15) / 28)` -> `(13 + 15) / 28`
     return Problem("svamp", id, f"{story} {question}", equation, number)
-
-
-def _is_wrapped(equation: str) -> bool:
-    """Whether the first bracket is closed by the last character."""
-    if not (equation.startswith("(") and equation.endswith(")")):
-        return False
-    depth = 0
-    for i, sign in enumerate(equation):
-        depth += (sign == "(") - (sign == ")")
-        if depth == 0:
-            return i == len(equation) - 1
-    return False
 
 
 _DATA = Published(
@@ -52,4 +41,4 @@ _DATA = Published(
     layouts=(Layout(pool="svamp/SVAMP.json"), Layout(pool="svamp/qwen_eval_test.jsonl")),
     problem=read_row,
 )
-SVAMP = with_own_template(Task("svamp", _DATA.load, write_plain, extract, same_number), "SVAMP", _DATA.hub)
+SVAMP = with_own_template(_DATA, "SVAMP", extract, same_number)

@@ -12,31 +12,31 @@ from typing import Any
 
 from kvdistill.core.quoting import quoted
 from kvdistill.data.answers.numbers import normalise_text
-from kvdistill.data.fields import gold_column, text_column
-from kvdistill.data.sets.base import DataSet, Evaluation, Member, RowDict, fixed_order
+from kvdistill.data.sets.base import DataSet, Evaluation, fixed_order
 from kvdistill.data.sets.letters import ALPHABET, Lettered, read_letter, write_lettered
-from kvdistill.data.sets.published import Layout, Published
+from kvdistill.data.sets.published import Layout, Member, Published, RowDict
 from kvdistill.data.sources import RawRow
 
 MC1, MC2 = "truthfulqa_mc1", "truthfulqa_mc2"
+_NO_GOLD = "no gold answers:"
 
 
 def read_columns(member: Member, row: RawRow) -> RowDict:
     """Columns `question`, `mc1_targets` and `mc2_targets`, in either shape; or the columns of the publisher's table."""
     if "Best Answer" not in row.columns:
-        question = text_column(row, "question")
+        question = row.published("question")
         return _checked(row, question, _targets(row, "mc1_targets"), _targets(row, "mc2_targets"))
     # `Question`, `Best Answer`, `Correct Answers` and `Incorrect Answers` (separated by semicolons)
-    question, best = text_column(row, "Question"), gold_column(row, "Best Answer")
-    right = gold_column(row, "Correct Answers").split(";")
-    wrong = text_column(row, "Incorrect Answers").split(";")
+    question, best = row.published("Question"), row.gold("Best Answer")
+    right = row.gold("Correct Answers").split(";")
+    wrong = row.published("Incorrect Answers").split(";")
     false = [(choice, 0) for choice in wrong]
     return _checked(row, question, [(best, 1), *false], [*((choice, 1) for choice in right), *false])
 
 
 def _checked(row: RawRow, question: str, mc1: Iterable[tuple[str, int]], mc2: Iterable[tuple[str, int]]) -> RowDict:
     """Choices with text, each once, the true one of mc1 first; DataError for anything but one true and others false."""
-    one, several = _with_text(mc1), _with_text(mc2)
+    one, several = ({choice.strip(): label for choice, label in its if choice.strip()} for its in (mc1, mc2))
     if sum(one.values()) != 1 or len(one) < 2:
         raise row.error(
             f"{sum(one.values()) or _NO_GOLD} true of {len(one)} choices in mc1",
@@ -45,18 +45,8 @@ def _checked(row: RawRow, question: str, mc1: Iterable[tuple[str, int]], mc2: It
     if not any(several.values()):
         raise row.error(f"{_NO_GOLD} in mc2", fix="give the true choices the label 1")
     ordered = dict(sorted(one.items(), key=lambda pair: -pair[1]))
-    return {"question": question, "mc1_targets": _columns(ordered), "mc2_targets": _columns(several)}
-
-
-_NO_GOLD = "no gold answers:"
-
-
-def _with_text(targets: Iterable[tuple[str, int]]) -> dict[str, int]:
-    return {choice.strip(): label for choice, label in targets if choice.strip()}
-
-
-def _columns(targets: Mapping[str, int]) -> dict[str, list[Any]]:
-    return {"choices": list(targets), "labels": list(targets.values())}
+    both = {"mc1_targets": ordered, "mc2_targets": several}
+    return {"question": question} | {c: {"choices": list(its), "labels": list(its.values())} for c, its in both.items()}
 
 
 def _targets(row: RawRow, column: str) -> list[tuple[str, int]]:
@@ -122,7 +112,6 @@ _DATA = Published(
 )
 TRUTHFULQA = DataSet(
     evaluation=Evaluation(
-        name="truthfulqa",
         title="TruthfulQA",
         data=_DATA,
         native="likelihood",

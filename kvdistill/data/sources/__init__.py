@@ -54,19 +54,16 @@ def read_found(found: Found, *, place: str) -> Iterator[RawRow]:
     return (RawRow(row.columns, row.place, n) for n, row in enumerate(chain.from_iterable(each), start=1))
 
 
-def file_source(task: str, path: Path, shown_as: str) -> Source:
-    """A file with its checksum; of a saved data set's folder, the checksum over those of its files."""
-    return Source(task, "folder" if path.is_dir() else "file", shown_as, _checksum(path))
-
-
 def found_source(task: str, found: Found) -> Source:
-    """What `find` found, with its checksum; of several files, the checksum over theirs, in order."""
-    if len(found.paths) == 1:
-        return file_source(task, found.paths[0], found.shown)
-    return Source(task, "folder", found.shown, sha256_of([_checksum(path) for path in found.paths]))
+    """What a task is read from, with its checksum; of several files, the checksum over theirs, in order."""
+    if len(found.paths) > 1:
+        return Source(task, "folder", found.shown, sha256_of([_checksum(path) for path in found.paths]))
+    (path,) = found.paths
+    return Source(task, "folder" if path.is_dir() else "file", found.shown, _checksum(path))
 
 
 def _checksum(path: Path) -> str:
+    """Of a file; of a saved data set's folder, the checksum over those of its files."""
     try:
         if path.is_dir():
             return sha256_of({part.name: sha256_file(part) for part in sorted(path.iterdir()) if part.is_file()})
@@ -80,15 +77,10 @@ __all__ = [
     "Found",
     "RawRow",
     "Source",
-    "file_source",
     "find",
     "found_source",
-    "read_csv",
     "read_found",
     "read_hub",
-    "read_json_objects",
-    "read_jsonl",
-    "read_parquet",
     "read_rows",
     "read_saved_folder",
 ]

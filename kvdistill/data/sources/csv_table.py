@@ -7,19 +7,16 @@ closed is an error and not one giant text. A UTF-8 byte order mark is passed ove
 
 from __future__ import annotations
 
-import codecs
 import csv
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import NamedTuple
 
 from kvdistill.core.errors import DataError
-from kvdistill.core.quoting import at_line, missing, quoted, shown
-from kvdistill.data.sources.files import MAX_ROW_BYTES, DataFile, check_file, decode_line
-from kvdistill.data.sources.jsonl import too_long
+from kvdistill.core.quoting import at_line, quoted, shown
+from kvdistill.data.sources.files import MAX_ROW_BYTES, DataFile, Lines, check_file, too_long
 from kvdistill.data.sources.rows import Column, RawRow
 
 _DELIMITERS = (",", ";", "\t")
@@ -29,8 +26,7 @@ _QUOTING_FIX = (
 )
 
 
-@dataclass(frozen=True)
-class _Header:
+class _Header(NamedTuple):
     names: list[str]
     delimiter: str
     line: int
@@ -47,12 +43,7 @@ def read_csv(path: Path, *, place: str, columns: Sequence[Column] = ()) -> Itera
     header = _read_header(file, [column.name for column in columns])
     where = at_line(path, header.line)
     for column in columns:
-        if column.required and column.name not in header.names:
-            raise DataError(
-                f"column {quoted(column.name)} {missing(column.name, header.names)}",
-                place=where,
-                fix=column.fix or "the first line must name the columns; `fields` maps our names to them",
-            )
+        column.refuse_missing(header.names, where)
     twice = next((name for name, count in Counter(header.names).items() if name and count > 1), None)
     if twice is not None:
         raise DataError(f"the header names {quoted(twice)} twice", place=where, fix="rename one of the columns")
@@ -62,7 +53,7 @@ def read_csv(path: Path, *, place: str, columns: Sequence[Column] = ()) -> Itera
 def _read_header(file: DataFile, wanted: Sequence[str]) -> _Header:
     delimiters = ("\t",) if file.path.suffix.lower() in _TAB_SUFFIXES else _DELIMITERS
     with file.open() as opened:
-        lines = _Lines(opened, file.path)
+        lines = Lines(opened, file.path)
         first = next((line for line in lines if line.strip()), "")
         begins = lines.number
         if not first:
@@ -88,7 +79,7 @@ def _read_header(file: DataFile, wanted: Sequence[str]) -> _Header:
 def _rows(file: DataFile, header: _Header) -> Iterator[RawRow]:
     number = 0
     with file.open() as opened:
-        lines = _Lines(opened, file.path)
+        lines = Lines(opened, file.path)
         for _ in range(header.line - 1):
             next(lines)
         reader = csv.reader(lines, delimiter=header.delimiter, strict=True)
@@ -124,26 +115,6 @@ def _broken(error: csv.Error, where: str) -> DataError:
     if "unexpected end" in reason:
         return DataError("a quote is opened here and never closed", place=where, fix=_QUOTING_FIX)
     if "new-line character" in reason:
-        return DataError(
-            "a carriage return alone ends a line", place=where, fix="save the file with Unix or Windows line ends"
-        )
+        fix = "save the file with Unix or Windows line ends"
+        return DataError("a carriage return alone ends a line", place=where, fix=fix)
     return DataError(f"broken CSV ({shown(reason)})", place=where, fix=_QUOTING_FIX)
-
-
-class _Lines(Iterator[str]):
-    """The lines of an open file with their ends, as text. number: of the line given last."""
-
-    def __init__(self, opened: BinaryIO, path: Path) -> None:
-        self._opened, self._path = opened, path
-        self.number = 0
-
-    def __next__(self) -> str:
-        line = self._opened.readline(MAX_ROW_BYTES + 1)
-        if not line:
-            raise StopIteration
-        self.number += 1
-        if self.number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
-        if len(line) > MAX_ROW_BYTES:
-            raise too_long("line", at_line(self._path, self.number))
-        return decode_line(line, self._path, self.number)

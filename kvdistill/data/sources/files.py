@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,29 +25,35 @@ MAX_ROW_BYTES = 1 << 28
 
 _UNPACK = "unpack it, and name the file inside"
 _PARQUET = "use `name: parquet` for a file of your own; a published copy keeps its suffix .parquet"
-# first bytes -> what that is, and what to do about it
-_MARKS: tuple[tuple[bytes, str, str], ...] = (
-    (b"PK\x03\x04", "a zip archive (or an Excel workbook)", f"{_UNPACK}; save a workbook as `CSV UTF-8`"),
-    (b"PK\x05\x06", "an empty zip archive", "make the archive anew"),
-    (b"\x1f\x8b", "a gzip archive", f"{_UNPACK} (gunzip)"),
-    (b"\xfd7zXZ\x00", "an xz archive", f"{_UNPACK} (unxz)"),
-    (b"\x28\xb5\x2f\xfd", "a zstd archive", f"{_UNPACK} (unzstd)"),
-    (b"\x04\x22\x4d\x18", "an lz4 archive", f"{_UNPACK} (unlz4)"),
-    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
-    (b"Rar!\x1a\x07", "a rar archive", _UNPACK),
-    (b"PAR1", "a Parquet file", _PARQUET),
-    (b"ARROW1\x00\x00", "an Arrow file", "save it as Parquet or JSONL"),
-    (b"SQLite format 3\x00", "an SQLite database", "export the table as CSV"),
-    (b"\xd0\xcf\x11\xe0", "an old Office file (.xls, .doc)", "save it as `CSV UTF-8`"),
-    (b"%PDF-", "a PDF", "give the rows themselves, as JSONL, CSV or Parquet"),
-    (b"\x7fELF", "an executable", "name the data file"),
-    (b"\xcf\xfa\xed\xfe", "an executable", "name the data file"),
-    (b"\x93NUMPY", "a NumPy array", "give the rows themselves, as JSONL, CSV or Parquet"),
-    (b"\x89PNG", "a picture", "name the data file"),
-    (b"\x89HDF", "an HDF5 file", "give the rows themselves, as JSONL, CSV or Parquet"),
-    (b"version https://git-lfs", "a Git LFS pointer, not the data itself", "fetch the data (`git lfs pull`)"),
+_ROWS = "give the rows themselves, as JSONL, CSV or Parquet"
+# how a file begins -> what that is, and what to do about it
+_KINDS = tuple(
+    (re.compile(mark, re.DOTALL), kind, fix)
+    for mark, kind, fix in (
+        (rb"PK\x03\x04", "a zip archive (or an Excel workbook)", f"{_UNPACK}; save a workbook as `CSV UTF-8`"),
+        (rb"PK\x05\x06", "an empty zip archive", "make the archive anew"),
+        (rb"\x1f\x8b", "a gzip archive", f"{_UNPACK} (gunzip)"),
+        (rb"\xfd7zXZ\x00", "an xz archive", f"{_UNPACK} (unxz)"),
+        (rb"\x28\xb5\x2f\xfd", "a zstd archive", f"{_UNPACK} (unzstd)"),
+        (rb"\x04\x22\x4d\x18", "an lz4 archive", f"{_UNPACK} (unlz4)"),
+        (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
+        (rb"Rar!\x1a\x07", "a rar archive", _UNPACK),
+        (rb".{257}ustar", "a tar archive", f"{_UNPACK} (tar -xf)"),
+        (rb"BZh.\x31\x41\x59\x26\x53\x59", "a bzip2 archive", f"{_UNPACK} (bunzip2)"),
+        (rb"PAR1", "a Parquet file", _PARQUET),
+        (rb"ARROW1\x00\x00", "an Arrow file", "save it as Parquet or JSONL"),
+        (rb"SQLite format 3\x00", "an SQLite database", "export the table as CSV"),
+        (rb"\xd0\xcf\x11\xe0", "an old Office file (.xls, .doc)", "save it as `CSV UTF-8`"),
+        (rb"%PDF-", "a PDF", _ROWS),
+        (rb"\x7fELF|\xcf\xfa\xed\xfe|MZ.*\x00", "an executable", "name the data file"),
+        (rb"\x93NUMPY", "a NumPy array", _ROWS),
+        (rb"\x89PNG", "a picture", "name the data file"),
+        (rb"\x89HDF", "an HDF5 file", _ROWS),
+        (rb"\x80[\x02-\x05]", "a Python pickle, which is never opened", "give the rows as JSONL, CSV or Parquet"),
+        (rb"version https://git-lfs", "a Git LFS pointer, not the data itself", "fetch the data (`git lfs pull`)"),
+        (rb"\s*(?i:<!doctype html|<html)", "a web page, not data", "download the file itself (its raw form)"),
+    )
 )
-_WEB_PAGES = (b"<!doctype html", b"<html")
 _WIDE_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 
 
@@ -105,7 +112,9 @@ def check_file(path: Path, place: str, *, magic: bytes = b"", utf8_bom: bool = F
         raise DataError("the file has no rows (it is empty)", place=at_line(path), fix="give a file with rows")
     if magic and head.startswith(magic):
         return DataFile(path, status.st_size, status.st_mtime_ns)
-    _refuse_other_kind(path, head)
+    for mark, kind, fix in _KINDS:
+        if mark.match(head):
+            raise DataError(f"the file is {kind}", place=at_line(path), fix=fix)
     if magic:
         raise DataError(
             "the file is text or of an unknown kind, not a Parquet file",
@@ -135,28 +144,6 @@ def unreadable(path: Path, error: Exception, place: str) -> DataError:
     return DataError(f"{at_line(path)} cannot be read: {shown(reason)}", place=place, fix="check the path and the disk")
 
 
-def _refuse_other_kind(path: Path, head: bytes) -> None:
-    for mark, kind, fix in _MARKS:
-        if head.startswith(mark):
-            raise DataError(f"the file is {kind}", place=at_line(path), fix=fix)
-    if head[257:262] == b"ustar":
-        raise DataError("the file is a tar archive", place=at_line(path), fix=f"{_UNPACK} (tar -xf)")
-    if head.startswith(b"BZh") and head[4:10] == b"\x31\x41\x59\x26\x53\x59":
-        raise DataError("the file is a bzip2 archive", place=at_line(path), fix=f"{_UNPACK} (bunzip2)")
-    if head.startswith(b"MZ") and b"\x00" in head:
-        raise DataError("the file is an executable", place=at_line(path), fix="name the data file")
-    if head.startswith(b"\x80") and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        raise DataError(
-            "the file is a Python pickle, which is never opened",
-            place=at_line(path),
-            fix="give the rows as JSONL, CSV or Parquet",
-        )
-    if head.lstrip().lower().startswith(_WEB_PAGES):
-        raise DataError(
-            "the file is a web page, not data", place=at_line(path), fix="download the file itself (its raw form)"
-        )
-
-
 def _refuse_other_text(path: Path, head: bytes, *, utf8_bom: bool) -> None:
     if head.startswith(_WIDE_BOMS):
         raise DataError(
@@ -181,14 +168,40 @@ def nul_byte(path: Path, line: int) -> DataError:
     )
 
 
-def decode_line(line: bytes, path: Path, number: int) -> str:
-    """One line as text. DataError with the line's number for other encodings and NUL bytes."""
-    if b"\x00" in line:
-        raise nul_byte(path, number)
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise not_utf8(path, number, f" (byte {error.start + 1} of the line)") from None
+class Lines(Iterator[str]):
+    """The lines of an open text file with their ends. number: of the line given last.
+
+    DataError with the line's number for other encodings, NUL bytes, and a line that is too long to be one.
+    """
+
+    def __init__(self, opened: BinaryIO, path: Path) -> None:
+        self._opened, self._path = opened, path
+        self.number = 0
+
+    def __next__(self) -> str:
+        line = self._opened.readline(MAX_ROW_BYTES + 1)  # splits at \n only: U+2028 may stand inside a text
+        if not line:
+            raise StopIteration
+        self.number += 1
+        if self.number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if len(line) > MAX_ROW_BYTES:
+            raise too_long("line", at_line(self._path, self.number))
+        if b"\x00" in line:
+            raise nul_byte(self._path, self.number)
+        try:
+            return line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise not_utf8(self._path, self.number, f" (byte {error.start + 1} of the line)") from None
+
+
+def too_long(what: str, where: str) -> DataError:
+    """The error for a row that must be a mistake."""
+    return DataError(
+        f"one {what} of more than {MAX_ROW_BYTES >> 20} MiB: perhaps a quote or bracket is never closed",
+        place=where,
+        fix="mend it, or take the row out",
+    )
 
 
 def not_utf8(path: Path, line: int, where: str = "") -> DataError:

@@ -94,38 +94,24 @@ def _hub_error(error: Exception, path: str, revision: str | None, fix: str, plac
         chain.append(before)
     kinds = {kind.__name__ for one in chain for kind in type(one).__mro__}
     words = str(error)
-    if "GatedRepoError" in kinds or "gated dataset" in words:
-        return DataError(
-            f"{path} is gated on the hub: its owner must let you have it",
-            place=place,
-            fix=f"ask for access on its page there and log in (`hf auth login`, or HF_TOKEN), or {fix}",
-        )
-    if "RevisionNotFoundError" in kinds or words.startswith("Revision "):
-        return DataError(
-            f"{path} has no revision {quoted(revision)} on the hub",
-            place=f"{place}.revision" if place.startswith("data.tasks") else place,
-            fix=f"give a commit, tag or branch that it has, or leave `revision` out; or {fix}",
-        )
-    if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
-        return DataError(
-            f"{path} is not on the hub, or is private",
-            place=place,
-            fix=f"{fix}; if it is private, log in (`hf auth login`, or HF_TOKEN)",
-        )
     answers = [getattr(getattr(one, "response", None), "status_code", None) for one in chain]
     status = next((code for code in answers if isinstance(code, int) and code >= 500), None)
-    if status or kinds & {"ConnectionError", *_NETWORK_ERRORS}:
+    what = f"cannot load {path} from the hub: {shown(words) or type(error).__name__}"
+    how = f"{fix}, or check the network"
+    if "GatedRepoError" in kinds or "gated dataset" in words:
+        what = f"{path} is gated on the hub: its owner must let you have it"
+        how = f"ask for access on its page there and log in (`hf auth login`, or HF_TOKEN), or {fix}"
+    elif "RevisionNotFoundError" in kinds or words.startswith("Revision "):
+        what = f"{path} has no revision {quoted(revision)} on the hub"
+        how = f"give a commit, tag or branch that it has, or leave `revision` out; or {fix}"
+        place = f"{place}.revision" if place.startswith("data.tasks") else place
+    elif kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
+        what = f"{path} is not on the hub, or is private"
+        how = f"{fix}; if it is private, log in (`hf auth login`, or HF_TOKEN)"
+    elif status or kinds & {"ConnectionError", *_NETWORK_ERRORS}:
         reason = f"it answers {status}" if status else shown(words)
-        return DataError(
-            f"the Hugging Face hub cannot be reached to load {path} ({reason})",
-            place=place,
-            fix=f"{fix}, or check the network",
-        )
-    return DataError(
-        f"cannot load {path} from the hub: {shown(words) or type(error).__name__}",
-        place=place,
-        fix=f"{fix}, or check the network",
-    )
+        what = f"the Hugging Face hub cannot be reached to load {path} ({reason})"
+    return DataError(what, place=place, fix=how)
 
 
 def read_saved_folder(path: Path, *, place: str) -> Iterator[RawRow]:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from kvdistill.core.errors import DataError
 from kvdistill.core.quoting import at_line, quoted, shown
-from kvdistill.data.sources.files import MAX_ROW_BYTES, DataFile, check_file, decode_line, not_utf8, nul_byte
+from kvdistill.data.sources.files import MAX_ROW_BYTES, DataFile, Lines, check_file, not_utf8, nul_byte, too_long
 from kvdistill.data.sources.rows import RawRow
 
 _CHUNK = 1 << 16
@@ -35,17 +35,13 @@ def read_jsonl(path: Path, *, place: str) -> Iterator[RawRow]:
 
 
 def _lines(file: DataFile) -> Iterator[RawRow]:
-    number = num_rows = 0
+    where = ""
     with file.open() as opened:
-        while line := opened.readline(MAX_ROW_BYTES + 1):  # splits at \n only: U+2028 may stand inside a string
-            number += 1
-            if line.isspace():
+        lines = Lines(opened, file.path)
+        for text in lines:
+            if not text.strip(" \t\r\n\v\f"):
                 continue
-            where = at_line(file.path, number)
-            if len(line) > MAX_ROW_BYTES:
-                raise too_long("line", where)
-            num_rows += 1
-            text = decode_line(line, file.path, number)
+            where = at_line(file.path, lines.number)
             try:
                 value = _DECODER.decode(text)
             except (ValueError, RecursionError) as error:
@@ -54,17 +50,9 @@ def _lines(file: DataFile) -> Iterator[RawRow]:
                 fix += ", not one JSON array (which `.json` files may hold)" if begins == "[" else ""
                 fix += "; for a table use `name: csv`" if begins not in ("[", "{") else ""
                 raise DataError(f"broken JSON ({shown(error)})", place=where, fix=fix) from None
-            yield RawRow(_object(value, where, "write one JSON object a line"), where, number)
-    if not num_rows:
+            yield RawRow(_object(value, where, "write one JSON object a line"), where, lines.number)
+    if not where:
         raise DataError("the file has no rows", place=at_line(file.path), fix="give a file with one JSON object a line")
-
-
-def too_long(what: str, where: str) -> DataError:
-    return DataError(
-        f"one {what} of more than {MAX_ROW_BYTES >> 20} MiB: perhaps a quote or bracket is never closed",
-        place=where,
-        fix="mend it, or take the row out",
-    )
 
 
 def _object(value: object, where: str, fix: str) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvdistill.core.errors import DataError
-from kvdistill.core.quoting import at_line, missing, quoted, shown
+from kvdistill.core.quoting import at_line, quoted, shown
 from kvdistill.data.sources.files import DataFile, check_file
 from kvdistill.data.sources.rows import Column, RawRow
 
@@ -62,13 +62,8 @@ def _check_column(schema: Any, column: Column, path: Path) -> None:
     place, count = at_line(path), schema.names.count(column.name)
     if count > 1:
         raise DataError(f"two columns are called {quoted(column.name)}", place=place, fix="rename one of them")
+    column.refuse_missing(schema.names, place)
     if not count:
-        if column.required:
-            raise DataError(
-                f"column {quoted(column.name)} {missing(column.name, schema.names)}",
-                place=place,
-                fix=column.fix or "`fields` maps our names to the file's columns",
-            )
         return
     kind = schema.field(column.name).type
     value = kind.value_type if types.is_dictionary(kind) else kind
