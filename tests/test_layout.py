@@ -60,6 +60,34 @@ def test_imports_go_down_only(file: Path) -> None:
         assert allowed, f"{file.name} (rank {RANKS[room]}) imports {other} (rank {RANKS[other]})"
 
 
+def imported_files(file: Path) -> set[Path]:
+    """Files of the package named in import statements anywhere in `file`: in functions and for annotations, too."""
+    found: set[Path] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:  # a file, a room, or a name in one of these
+            path = PACKAGE.parent.joinpath(*name.split("."))
+            places = [p for whole in (path, path.parent) for p in (whole.with_suffix(".py"), whole / "__init__.py")]
+            found |= set([place for place in places if place.is_file() and PACKAGE in place.parents][:1])
+    return found - {file}
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    left = {file: imported_files(file) for file, _ in rooms()}
+    while True:  # whoever imports nobody, and whoever nobody imports, is in no circle
+        wanted = set().union(*left.values())
+        inside = {file: needs & left.keys() for file, needs in left.items() if file in wanted and needs & left.keys()}
+        if inside == left:
+            break
+        left = inside
+    names = [f"{file.relative_to(PACKAGE)} -> {n.relative_to(PACKAGE)}" for file, needs in left.items() for n in needs]
+    assert not names
+
+
 def loaded_after(code: str) -> set[str]:
     program = f"{code}\nimport sys\nprint('\\n'.join(sys.modules))"
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
