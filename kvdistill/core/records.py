@@ -146,5 +146,3 @@ def _kinds(hint: Any) -> tuple[type, ...]:
 
 
 _KINDS = {name: _kinds(hint) for name, hint in get_type_hints(Record).items()}
-
-__all__ = ["SCHEMA", "Record", "read_records", "write_records"]

@@ -31,20 +31,6 @@ from kvdistill.fuse.weights import (
     fuse_caches,
 )
 
-__all__ = [
-    "FUSION_STRATEGIES",
-    "AbstractStrategy",
-    "Fusion",
-    "RoutingRecord",
-    "build_fusion",
-    "competence_weights",
-    "fit_prototypes",
-    "fixed_weights",
-    "fuse_caches",
-    "k_means",
-    "similarity_weights",
-]
-
 FUSION_STRATEGIES: dict[str, type[AbstractStrategy]] = {
     "fixed": FixedStrategy,
     "competence": CompetenceStrategy,

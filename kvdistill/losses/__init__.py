@@ -49,34 +49,6 @@ from kvdistill.losses.tokens import (
     cosine_distance,
 )
 
-__all__ = [
-    "DISTANCES",
-    "KV_DISTANCES",
-    "NORM_FLOOR_SQUARED",
-    "QKV",
-    "AbstractAttentionDistance",
-    "AbstractDistance",
-    "AbstractKVDistance",
-    "AttentionOutputKVLoss",
-    "CKAKVLoss",
-    "HybridKVLoss",
-    "L1KVLoss",
-    "MSEKVLoss",
-    "MercatorKVLoss",
-    "SmoothL1KVLoss",
-    "StructuralKVLoss",
-    "answer_attention",
-    "build_distance",
-    "cosine_distance",
-    "cross_entropy",
-    "kv_weight_at",
-    "logit_distillation",
-    "logit_divergence",
-    "masked_token_mean",
-    "normalise_token_weights",
-    "prediction_mask",
-]
-
 KV_DISTANCES: dict[str, type[AbstractKVDistance]] = {
     "mse": MSEKVLoss,
     "smooth_l1": SmoothL1KVLoss,

@@ -58,6 +58,3 @@ def roomy_cache(model: Any) -> DynamicCache | None:
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache if cache.layers else None
-
-
-__all__ = ["RoomyLayer", "roomy_cache"]

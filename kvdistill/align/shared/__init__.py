@@ -43,8 +43,6 @@ from kvdistill.align.shared.trained import SharedLossWeights, shared_loss, train
 from kvdistill.core.errors import AlignmentError, RecipeError
 from kvdistill.core.runtime import derive_seed
 
-__all__ = ["SharedAgreement", "SharedLossWeights", "SharedSpace", "SharedSpaceFit", "fit_trained", "shared_loss"]
-
 METHODS = ("gcca", "procrustes", "trained")
 TOKENS_PER_CHANNEL = 10
 
