@@ -63,15 +63,14 @@ def make_projector(
         guess = HeadwiseMapProjector if projection == "structured" else KVDimensionProjector
         guess_weight_PIO, _ = guess(*ends, num_layers, **options).to_flat()
         options |= {"init": "xavier", "seed": derive_seed(seed, "correction")}
-    made: AbstractHeadProjector
     if projection == "structured":
-        made = HeadwiseMapProjector(*ends, num_layers, per_head=per_head, **options)
+        options["per_head"] = per_head
     elif projection == "elastic":
-        made = ElasticProjector(*ends, num_layers, hidden=hidden, **options)
+        options["hidden"] = hidden
     elif rank is not None:
-        made = LowRankProjector(*ends, num_layers, rank=rank, **options)
-    else:
-        made = PROJECTORS[projection](*ends, num_layers, **options)
+        options["rank"] = rank
+    kind = PROJECTORS[projection] if rank is None else LowRankProjector
+    made: AbstractHeadProjector = kind(*ends, num_layers, **options)
     if residual:
         made = ResidualProjector(made, guess_weight_PIO)
     if frozen:
@@ -84,13 +83,13 @@ def convert(
     projector: AbstractHeadProjector,
     to: str,
     *,
-    per_head: bool = False,
-    rank: int | None = None,
-    hidden: int | None = None,
     residual: bool = False,
     share_layers: bool | None = None,
+    **options: Any,
 ) -> AbstractHeadProjector:
-    """A new projector of kind `to` (flat | structured | elastic, options as in `make_projector`), the same function.
+    """A new projector of kind `to` (flat | structured | elastic), the same function.
+
+    options: per_head, rank, hidden as in `make_projector`.
 
     Exact: any linear one -> flat, -> any residual (as its first guess); one size for all heads -> one per head; low
     rank -> higher rank; shared layers -> one row per layer. Flat -> structured, a lower rank or shared layers only
@@ -109,16 +108,8 @@ def convert(
             )
     rows = 1 if share_layers else projector.num_layers
     weight, bias = (part[:rows].expand(rows, *part.shape[1:]) for part in (weight, bias))
-    made = make_projector(
-        to,
-        projector.ends,
-        projector.num_layers,
-        per_head=per_head,
-        rank=rank,
-        hidden=hidden,
-        residual=residual,
-        share_layers=share_layers,
-    ).to(weight)
+    options |= {"residual": residual, "share_layers": share_layers}
+    made = make_projector(to, projector.ends, projector.num_layers, **options).to(weight)
     if to == "elastic" and not residual:
         raise AlignmentError(
             "an elastic projector normalises each token: no linear map equals it",
