@@ -25,7 +25,7 @@ projector in student space) gets its gradient.
 
 from __future__ import annotations
 
-from kvdistill.core.errors import RecipeError
+from kvdistill.core.errors import require_known
 from kvdistill.core.recipe import LossRecipe
 from kvdistill.losses.attention import (
     QKV,
@@ -66,6 +66,5 @@ DISTANCES: dict[str, type[AbstractDistance]] = {
 
 def build_distance(recipe: LossRecipe) -> AbstractDistance:
     """The distance `loss.kind` names, with its settings from the recipe; `base.py` says what each kind takes."""
-    if recipe.kind not in DISTANCES:
-        raise RecipeError(f"unknown distance {recipe.kind!r}", place="loss.kind", fix=f"one of {', '.join(DISTANCES)}")
+    require_known(recipe.kind, DISTANCES, "distance", "loss.kind")
     return DISTANCES[recipe.kind].from_recipe(recipe)

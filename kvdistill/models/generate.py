@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from kvdistill.core.errors import ModelError
@@ -67,12 +68,9 @@ class Rows:
 
 def left_padded(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids [B, T] and mask [B, T] with padding on the left."""
-    T = max(len(row) for row in rows)
-    ids_BT = torch.full((len(rows), T), pad_id, dtype=torch.long)
-    mask_BT = torch.zeros((len(rows), T), dtype=torch.long)
-    for b, row in enumerate(rows):
-        ids_BT[b, T - len(row) :] = torch.tensor(row)
-        mask_BT[b, T - len(row) :] = 1
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    ids_BT = pad_sequence(ids, batch_first=True, padding_value=pad_id, padding_side="left")
+    mask_BT = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side="left")
     return ids_BT.to(device), mask_BT.to(device)
 
 

@@ -12,7 +12,7 @@ from kvdistill.align.heads.elastic import ElasticProjector
 from kvdistill.align.heads.flat import KVDimensionProjector, LowRankProjector
 from kvdistill.align.heads.residual import ResidualProjector
 from kvdistill.align.heads.structured import HeadwiseMapProjector
-from kvdistill.core.errors import AlignmentError, RecipeError
+from kvdistill.core.errors import AlignmentError, RecipeError, require_known
 from kvdistill.core.runtime import derive_seed
 
 TOLERANCE = 1e-5
@@ -44,10 +44,7 @@ def make_projector(
     residual: a correction of this kind (init xavier) on a fixed first guess, which is the flat (structured, where
     that is asked for) map that `init` names; of ridge, whatever `set_flat` brings.
     """
-    if projection not in PROJECTORS:
-        raise RecipeError(
-            f"unknown projection {projection!r}", place="align.projection", fix=f"one of {', '.join(PROJECTORS)}"
-        )
+    require_known(projection, PROJECTORS, "projection", "align.projection")
     if rank is not None and projection != "flat":
         raise RecipeError(
             f"rank {rank} with projection {projection}", place="align.rank", fix="rank is for projection: flat"

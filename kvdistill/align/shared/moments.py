@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvdistill.align.channels import DEAD_CHANNEL_RATIO
 from kvdistill.core.errors import AlignmentError
+from kvdistill.core.runtime import sum_dtype
 
 ROWS_AT_ONCE = 8192
 RANK_TOLERANCE = 1e-6
@@ -54,9 +55,7 @@ class PairedMoments:
 
     def _start(self, x_N_LBTC: Sequence[Tensor], places: Tensor) -> None:
         L, device = self.num_layers, places.device
-        dtype = torch.float32  # one for all models, for their products; fp64 where any of them is
-        for x in x_N_LBTC:
-            dtype = torch.promote_types(dtype, x.dtype)
+        dtype = sum_dtype(*x_N_LBTC)  # one for all models, for their products
         for x in x_N_LBTC:
             means = [x[layer].flatten(0, 1).index_select(0, places).double().mean(0) for layer in range(L)]
             self._around_N_LC.append(torch.stack(means).to(dtype))
