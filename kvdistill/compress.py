@@ -32,8 +32,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kvdistill.core.errors import AlignmentError, RecipeError
-from kvdistill.core.maps import SparseMap, evenly_spread, members_first
+from kvdistill.core.errors import AlignmentError, RecipeError, require_known
+from kvdistill.core.maps import SparseMap, members_first, spread_members
 from kvdistill.core.segments import ANSWER, PADDING, REASONING
 
 MODES = ("full", "right", "crop", "r-kv", "random", "uniform", "none")
@@ -54,10 +54,7 @@ def kept_tokens(
     scores: of `rkv_scores` or `rkv_layer_scores`, for r-kv. keys_B: a seed per example, for random.
     Raises RecipeError for an unknown mode or a missing `keep`, AlignmentError for missing scores or keys.
     """
-    if mode not in MODES:
-        raise RecipeError(
-            f"unknown compression {mode!r}", place="compress.kv_compression", fix=f"one of {', '.join(MODES)}"
-        )
+    require_known(mode, MODES, "compression", "compress.kv_compression")
     if mode not in ("full", "none") and (keep is None or keep < 1):
         raise RecipeError(
             f"{mode} with keep = {keep}", place="compress.keep", fix="say how many reasoning tokens to keep"
@@ -72,7 +69,7 @@ def kept_tokens(
     elif mode == "crop":
         stays = reasoning_BS.long().cumsum(1) <= num
     elif mode == "uniform":
-        stays = _spread(reasoning_BS, num)
+        stays = spread_members(reasoning_BS, reasoning_BS.sum(1).clamp(max=num))
     elif mode == "random":
         stays = _drawn(reasoning_BS, num, keys_B)
     else:
@@ -109,7 +106,15 @@ def rkv_layer_scores(
     queries: Sequence[Tensor], keys: Sequence[Tensor], segments_BS: Int[Tensor, "B S"], *, scaling: float | None = None
 ) -> Float[Tensor, "M B 2 G S"]:
     """`rkv_scores` of M layers with equal heads, [B, Q, S, E] and [B, G, S, E] each: what is common is made once."""
-    _check_heads(queries, keys)
+    if len(queries) != len(keys) or not keys:
+        raise AlignmentError(f"r-kv: {len(queries)} layers of queries and {len(keys)} of keys", fix="capture both")
+    for layer, (q, k) in enumerate(zip(queries, keys, strict=True)):
+        alike = (q.shape[0], *q.shape[2:]) == (k.shape[0], *k.shape[2:]) and k.shape == keys[0].shape
+        if q.shape[1] % k.shape[1] or not alike:
+            raise AlignmentError(
+                f"r-kv, layer {layer}: queries {tuple(q.shape)} and keys {tuple(k.shape)}",
+                fix="[batch, heads, tokens, size] each, query heads a multiple of key heads, layers alike",
+            )
     reasoning_BS, answer_BS = segments_BS == REASONING, segments_BS == ANSWER
     num_B, answers_B = reasoning_BS.sum(1), answer_BS.sum(1)
     to_reasoning = selection_map(reasoning_BS, max(1, int(num_B.max())))
@@ -234,21 +239,6 @@ def _best(score: Tensor, member: Tensor, keep: int) -> Tensor:
     return member & (last.isneginf() | above | (equal & (equal.cumsum(-1) <= room)))
 
 
-def _check_heads(queries: Sequence[Tensor], keys: Sequence[Tensor]) -> None:
-    if len(queries) != len(keys) or not keys:
-        raise AlignmentError(f"r-kv: {len(queries)} layers of queries and {len(keys)} of keys", fix="capture both")
-    for layer, (q, k) in enumerate(zip(queries, keys, strict=True)):
-        if (
-            q.shape[1] % k.shape[1]
-            or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:])
-            or k.shape != keys[0].shape
-        ):
-            raise AlignmentError(
-                f"r-kv, layer {layer}: queries {tuple(q.shape)} and keys {tuple(k.shape)}",
-                fix="[batch, heads, tokens, size] each, query heads a multiple of key heads, layers alike",
-            )
-
-
 # -- slots ---------------------------------------------------------------------------------------------------
 
 
@@ -267,15 +257,7 @@ def selection_map(kept: Bool[Tensor, "*lead S"], num_slots: int) -> SparseMap:
     return SparseMap.take(index, kept.shape[-1], live)
 
 
-# -- uniform and random ----------------------------------------------------------------
-
-
-def _spread(reasoning_BS: Tensor, keep: int) -> Tensor:
-    count_B = reasoning_BS.sum(1)
-    rank_BK = evenly_spread(count_B, count_B.clamp(max=keep), keep)
-    live_BK = torch.arange(keep, device=count_B.device) < count_B[:, None]
-    place_BK = members_first(reasoning_BS).gather(1, torch.where(live_BK, rank_BK, 0))
-    return torch.zeros_like(reasoning_BS, dtype=torch.int64).scatter_add_(1, place_BK, live_BK.long()) > 0
+# -- random ----------------------------------------------------------------
 
 
 def _drawn(reasoning_BS: Tensor, keep: int, keys_B: Tensor | Sequence[int] | None) -> Tensor:

@@ -42,12 +42,10 @@ class MatchMeter:
     def __init__(self, num_layers: int, pool_size: int = 1024, seed: int = 0) -> None:
         self.num_layers, self.pool_size = num_layers, pool_size
         self._generator = torch.Generator().manual_seed(seed)
-        self._count_L = torch.zeros(num_layers, dtype=torch.float64)
-        self._cosine_L = torch.zeros(num_layers, dtype=torch.float64)
-        self._residual_L = torch.zeros(num_layers, dtype=torch.float64)
+        # tokens, cosines, SS_res and SS_tot so far
+        self._count_L, self._cosine_L, self._residual_L, self._deviation_L = torch.zeros(4, num_layers).double()
         self._target_mean_LC: Tensor | None = None
         self._source_mean_LC: Tensor | None = None
-        self._deviation_L = torch.zeros(num_layers, dtype=torch.float64)  # SS_tot so far
         self._pool: tuple[Tensor, Tensor, Tensor] | None = None  # drawn keys [L, P], source and target [L, P, C]
 
     @torch.no_grad()

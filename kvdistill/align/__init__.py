@@ -14,45 +14,10 @@ None of them knows a model, a file or a loss.
 from __future__ import annotations
 
 from kvdistill.align.aligner import AlignedKV, MapProjectionAligner
-from kvdistill.align.channels import ChannelAccumulator, ChannelStatistics, KVStatistics
-from kvdistill.align.heads import (
-    ElasticProjector,
-    HeadwiseMapProjector,
-    KVDimensionProjector,
-    LowRankProjector,
-    ResidualProjector,
-    convert,
-)
+from kvdistill.align.channels import ChannelStatistics, KVStatistics
+from kvdistill.align.heads import HeadwiseMapProjector, KVDimensionProjector, convert
 from kvdistill.align.layers import CKALayerMapper, layer_map, needed_teacher_layers, parse_layer_range
 from kvdistill.align.ridge import RidgeFit
 from kvdistill.align.shared import SharedSpace, SharedSpaceFit
-from kvdistill.align.sides import AlignedQKV, attention_sources, attention_targets
-from kvdistill.align.time import SegmentIdentifier, TimeWarper, same_places, time_map
-
-__all__ = [
-    "AlignedKV",
-    "AlignedQKV",
-    "CKALayerMapper",
-    "ChannelAccumulator",
-    "ChannelStatistics",
-    "ElasticProjector",
-    "HeadwiseMapProjector",
-    "KVDimensionProjector",
-    "KVStatistics",
-    "LowRankProjector",
-    "MapProjectionAligner",
-    "ResidualProjector",
-    "RidgeFit",
-    "SegmentIdentifier",
-    "SharedSpace",
-    "SharedSpaceFit",
-    "TimeWarper",
-    "attention_sources",
-    "attention_targets",
-    "convert",
-    "layer_map",
-    "needed_teacher_layers",
-    "parse_layer_range",
-    "same_places",
-    "time_map",
-]
+from kvdistill.align.sides import attention_sources, attention_targets
+from kvdistill.align.time import SegmentIdentifier, TimeWarper, time_map

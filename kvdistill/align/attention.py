@@ -16,6 +16,7 @@ as they meet in the model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
 from typing import final
 
 import torch
@@ -96,21 +97,13 @@ def teacher_attention(
             )
         kv = rotate(kv)
     mapping = None if mapping is None else mapping.masked_source(kv.mask_BT)
-    return _each_attention(kv, sources, mapping)
+    scaling = kv.scaling or [None] * kv.num_layers
 
+    def shared(layer: int, share: float) -> Tensor:
+        i = kv.layers.index(layer)
+        return attention_rows(kv.queries[i], kv.keys[i], kv.mask_BT, scale=scaling[i]) * share
 
-def _each_attention(
-    kv: KV, sources: Sequence[Sequence[tuple[int, float]]], mapping: SparseMap | None
-) -> Iterator[Float[Tensor, "B Q T T"]]:
-    place = {layer: i for i, layer in enumerate(kv.layers)}
-    for row in sources:
-        mixed: Tensor | None = None
-        for i, share in ((place[layer], share) for layer, share in row):
-            scale = None if kv.scaling is None else kv.scaling[i]
-            a_BQSS = attention_rows(kv.queries[i], kv.keys[i], kv.mask_BT, scale=scale) * share
-            mixed = a_BQSS if mixed is None else mixed + a_BQSS
-        assert mixed is not None
-        yield carry_attention(mixed, mapping)
+    return (carry_attention(reduce(torch.add, (shared(*one) for one in row)), mapping) for row in sources)
 
 
 @final

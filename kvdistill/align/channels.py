@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from jaxtyping import Bool, Float
@@ -43,27 +43,23 @@ class KVStatistics:
 
     keys: ChannelStatistics
     values: ChannelStatistics
+    _NAMES: ClassVar = ("keys.mean", "keys.std", "values.mean", "values.std")
 
     def select(self, rows: Sequence[int]) -> KVStatistics:
         return KVStatistics(self.keys.select(rows), self.values.select(rows))
 
     def tensors(self) -> dict[str, Tensor]:
         """For safetensors: keys.mean, keys.std, values.mean, values.std, each [L, C]."""
-        return {
-            "keys.mean": self.keys.mean_LC,
-            "keys.std": self.keys.std_LC,
-            "values.mean": self.values.mean_LC,
-            "values.std": self.values.std_LC,
-        }
+        parts = self.keys.mean_LC, self.keys.std_LC, self.values.mean_LC, self.values.std_LC
+        return dict(zip(self._NAMES, parts, strict=True))
 
     @staticmethod
     def from_tensors(tensors: Mapping[str, Tensor]) -> KVStatistics:
         """Back from `tensors()`; AlignmentError names what is missing."""
-        names = [f"{kind}.{part}" for kind in ("keys", "values") for part in ("mean", "std")]
-        missing = [name for name in names if name not in tensors]
+        missing = [name for name in KVStatistics._NAMES if name not in tensors]
         if missing:
             raise AlignmentError(f"channel statistics lack {', '.join(missing)}", fix="collect them again")
-        k_mean, k_std, v_mean, v_std = (tensors[name] for name in names)
+        k_mean, k_std, v_mean, v_std = (tensors[name] for name in KVStatistics._NAMES)
         return KVStatistics(ChannelStatistics(k_mean, k_std), ChannelStatistics(v_mean, v_std))
 
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -143,40 +144,33 @@ def parse_layer_range(text: str, num_layers: int, place: str = "loss.distill_lay
 
 def _explicit_map(M: int, L: int, explicit: Mapping[int, list[int]] | str | None) -> SparseMap:
     place = explicit if isinstance(explicit, str) else _PLACE
+    wrong = partial(RecipeError, place=place)
     if explicit is None:
-        raise RecipeError(
-            "layers: explicit without a map", place=_PLACE, fix="give student layer -> [teacher layers], or a JSON file"
-        )
+        raise wrong("layers: explicit without a map", fix="give student layer -> [teacher layers], or a JSON file")
     written: Any = explicit
     if isinstance(explicit, str):
         example = 'write {"0": [0, 1], "1": [2], …}'
         written = _read_json(explicit, "layer map", missing=f"correct {_PLACE}", torn=example)
         if not isinstance(written, dict):
-            raise RecipeError("the layer map is not an object", place=place, fix=example)
+            raise wrong("the layer map is not an object", fix=example)
     rows: dict[int, list[int]] = {}
     for key, sources in written.items():
         if not str(key).isdecimal() or int(str(key)) >= L:
-            raise RecipeError(
-                f"student layer {key!r} does not exist", place=place, fix=f"the student's layers are 0 to {L - 1}"
-            )
+            raise wrong(f"student layer {key!r} does not exist", fix=f"the student's layers are 0 to {L - 1}")
         rows[int(str(key))] = sources
     missing = [layer for layer in range(L) if layer not in rows]
     if missing:
-        raise RecipeError(
+        raise wrong(
             f"student layer {missing[0]} is missing",
-            place=place,
             fix=f"map each of the student's {L} layers (0 to {L - 1})",
         )
     for layer, sources in rows.items():
         if not isinstance(sources, list | tuple) or not sources:
-            raise RecipeError(
-                f"student layer {layer} has no list of teacher layers", place=place, fix="name at least one, e.g. [3]"
-            )
+            raise wrong(f"student layer {layer} has no list of teacher layers", fix="name at least one, e.g. [3]")
         for source in sources:
             if isinstance(source, bool) or not isinstance(source, int) or not 0 <= source < M:
-                raise RecipeError(
+                raise wrong(
                     f"student layer {layer} reads teacher layer {source!r}",
-                    place=place,
                     fix=f"the teacher's layers are 0 to {M - 1}",
                 )
     k = max(len(sources) for sources in rows.values())
@@ -256,33 +250,26 @@ def read_layer_similarity(
     Raises RecipeError naming the file for JSON that is missing, torn, of another kind or of other models.
     """
     place = str(file)
+    wrong = partial(RecipeError, place=place)
     read = _read_json(place, "layer similarities", missing=_MAKE, torn=f"delete it and {_MAKE}")
     parts = ("similarity", "teacher", "student")
     if not isinstance(read, dict) or not all(isinstance(read.get(part), dict) for part in parts):
-        raise RecipeError(
-            "not a file of layer similarities", place=place, fix=f"{_MAKE}; a map of your own is `layers: explicit`"
-        )
+        raise wrong("not a file of layer similarities", fix=f"{_MAKE}; a map of your own is `layers: explicit`")
     if read.get("format") != SIMILARITY_FORMAT:
-        raise RecipeError(
-            f"written in format {read.get('format')}, read is {SIMILARITY_FORMAT}", place=place, fix=_MAKE
-        )
+        raise wrong(f"written in format {read.get('format')}, read is {SIMILARITY_FORMAT}", fix=_MAKE)
     kinds = read["similarity"]
     if on not in kinds:
-        raise RecipeError(
-            f"measured on {', '.join(kinds) or 'nothing'}, {on} are wanted (align.cka_on)", place=place, fix=_MAKE
-        )
+        raise wrong(f"measured on {', '.join(kinds) or 'nothing'}, {on} are wanted (align.cka_on)", fix=_MAKE)
     for side, layers, identity in (("teacher", num_teacher_layers, teacher), ("student", num_student_layers, student)):
         found = read[side]
         if found.get("num_layers") != layers:
-            raise RecipeError(
+            raise wrong(
                 f"made with a {side} of {found.get('num_layers')} layers ({found.get('name')}), this one has {layers}",
-                place=place,
                 fix=f"{_MAKE} for these models, or name another file in align.layer_map",
             )
         if identity is not None and found.get("identity") != identity:
-            raise RecipeError(
+            raise wrong(
                 f"made with another {side} ({found.get('name')}): its weights or settings differ",
-                place=place,
                 fix=f"{_MAKE} again, or name another file in align.layer_map",
             )
     rows = kinds[on]
@@ -292,9 +279,8 @@ def read_layer_similarity(
         and all(isinstance(row, list) and len(row) == num_teacher_layers for row in rows)
         and all(x is None or type(x) in (int, float) for row in rows for x in row)
     ):
-        raise RecipeError(
+        raise wrong(
             f"similarity of {on} is not {num_student_layers} rows of {num_teacher_layers} numbers",
-            place=place,
             fix=f"delete it and {_MAKE}",
         )
     return torch.tensor([[torch.nan if x is None else x for x in row] for row in rows], dtype=torch.float64)

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvdistill.core.errors import AlignmentError, RecipeError
+from kvdistill.core.runtime import sum_dtype
 
 _BLOCK_ROWS = 4096
 
@@ -94,7 +95,7 @@ class RidgeFit:
             self._add_block(layer, x_NI[rows], y_NO[rows], None if weight_N is None else weight_N[rows])
 
     def _add_block(self, layer: int, x_NI: Tensor, y_NO: Tensor, weight_N: Tensor | None) -> None:
-        I, dtype = self.num_in, torch.promote_types(torch.promote_types(x_NI.dtype, y_NO.dtype), torch.float32)
+        I, dtype = self.num_in, sum_dtype(x_NI, y_NO)
         if self._block is None or self._block.dtype != dtype or self._block.device != x_NI.device:
             self._block = torch.empty(_BLOCK_ROWS, I + self.num_out, dtype=dtype, device=x_NI.device)
             self._rounding = max(self._rounding, torch.finfo(dtype).eps)

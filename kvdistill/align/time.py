@@ -39,8 +39,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kvdistill.core.errors import AlignmentError, RecipeError
-from kvdistill.core.maps import SparseMap, evenly_spread, members_first
+from kvdistill.core.errors import AlignmentError, RecipeError, require_known
+from kvdistill.core.maps import SparseMap, members_first, spread_members
 from kvdistill.core.recipe import RESAMPLING, TIME_ALIASES, TimeMode
 from kvdistill.core.segments import ANSWER, PADDING, PROMPT, REASONING, SEGMENT_NAMES
 
@@ -138,12 +138,8 @@ def segment_report(source_segments_BS: Int[Tensor, "B S"], target_segments_BT: I
 
 def resolve_time_mode(mode: str) -> str:
     """The mode's own name for an alias; RecipeError for a word that is neither."""
-    name = TIME_ALIASES.get(mode, mode)
-    if name not in MODES:
-        raise RecipeError(
-            f"unknown time mode {mode!r}", place="align.time", fix=f"one of {', '.join([*MODES, *TIME_ALIASES])}"
-        )
-    return name
+    require_known(mode, [*MODES, *TIME_ALIASES], "time mode", "align.time")
+    return TIME_ALIASES.get(mode, mode)
 
 
 class _Shape(NamedTuple):
@@ -229,11 +225,7 @@ def _read_tokens(segments_BS: Tensor, ratio: tuple[float, ...]) -> Bool[Tensor, 
         count_B = member_BS.sum(1)
         # 0.1 * 30 is a little more than 3 in binary
         taken_B = torch.minimum((count_B.double() * share - 1e-9).ceil().long().clamp_min(1), count_B.clamp_min(1))
-        rank_BS = evenly_spread(count_B, taken_B, segments_BS.shape[1])
-        place_BS = _place_of_rank(member_BS, rank_BS)
-        live_BS = torch.arange(segments_BS.shape[1], device=segments_BS.device) < taken_B[:, None]
-        chosen_BS = torch.zeros_like(member_BS, dtype=torch.int64).scatter_add_(1, place_BS, live_BS.long()) > 0
-        read_BS = read_BS & (chosen_BS | ~member_BS)
+        read_BS = read_BS & (spread_members(member_BS, taken_B) | ~member_BS)
     return read_BS
 
 
@@ -305,7 +297,22 @@ class SegmentIdentifier:
         offsets: character range of each token. spans: segment name -> character range, in text order;
         an empty range is a segment that is not there. Raises AlignmentError for unknown or disordered spans.
         """
-        starts = _ordered_starts(spans)
+        starts: list[tuple[int, int]] = []
+        reached = 0
+        for name, (start, end) in spans.items():
+            if name not in SEGMENT_NAMES:
+                raise AlignmentError(f"unknown segment {name!r}", fix=f"segments are {', '.join(SEGMENT_NAMES)}")
+            if start == end:
+                continue
+            if not reached <= start < end:
+                raise AlignmentError(
+                    f"segment {name!r} covers characters {start}-{end}, the one before ends at {reached}",
+                    fix="spans are [start, end) in text order and do not overlap",
+                )
+            starts.append((start, SEGMENT_NAMES[name]))
+            reached = end
+        if not starts:
+            raise AlignmentError("a text without any segment", fix="give at least the prompt's character range")
         real = [True] * len(offsets) if attention_mask is None else [bool(m) for m in attention_mask]
         if len(real) != len(offsets):
             raise AlignmentError(f"{len(offsets)} offsets and {len(real)} mask entries", fix="one of each per token")
@@ -322,23 +329,3 @@ class SegmentIdentifier:
         return codes
 
     __call__ = identify
-
-
-def _ordered_starts(spans: Mapping[str, tuple[int, int]]) -> list[tuple[int, int]]:
-    starts: list[tuple[int, int]] = []
-    reached = 0
-    for name, (start, end) in spans.items():
-        if name not in SEGMENT_NAMES:
-            raise AlignmentError(f"unknown segment {name!r}", fix=f"segments are {', '.join(SEGMENT_NAMES)}")
-        if start == end:
-            continue
-        if not reached <= start < end:
-            raise AlignmentError(
-                f"segment {name!r} covers characters {start}-{end}, the one before ends at {reached}",
-                fix="spans are [start, end) in text order and do not overlap",
-            )
-        starts.append((start, SEGMENT_NAMES[name]))
-        reached = end
-    if not starts:
-        raise AlignmentError("a text without any segment", fix="give at least the prompt's character range")
-    return starts

@@ -32,6 +32,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvdistill.core.errors import AlignmentError
+from kvdistill.core.runtime import sum_dtype
 
 MIN_VECTORS = 4  # n(n-3) must be positive
 _ROWS, _COLUMNS = 128, 1024  # a tile of the Gram matrices; rows divide columns, so that no diagonal block is cut
@@ -78,7 +79,7 @@ class CKAAccumulator:
         if x_MNC.shape[1] == 0:
             return
         if self._sides is None:
-            dtype = torch.promote_types(torch.promote_types(x_MNC.dtype, y_LND.dtype), torch.float32)
+            dtype = sum_dtype(x_MNC, y_LND)
             self._sides = _Side.of(x_MNC, dtype), _Side.of(y_LND, dtype)
         with torch.autocast(x_MNC.device.type, enabled=False):
             x, y = (side.units(z) for side, z in zip(self._sides, (x_MNC, y_LND), strict=True))
@@ -306,7 +307,7 @@ def linear_cka(
     """
     N = x_LNC.shape[1]
     mask_N = x_LNC.new_ones(N, dtype=torch.bool) if mask_N is None else mask_N
-    dtype = torch.promote_types(torch.promote_types(x_LNC.dtype, y_LND.dtype), torch.float32)
+    dtype = sum_dtype(x_LNC, y_LND)
     with torch.autocast(x_LNC.device.type, enabled=False):
         x, y = (_centred(z.to(dtype), mask_N) for z in (x_LNC, y_LND))
         a_LN, b_LN = x.square().sum(2), y.square().sum(2)

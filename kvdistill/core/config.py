@@ -78,8 +78,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError("recipe not found", place=str(path), fix=fix)
     try:
         tree = OmegaConf.load(path)
-        for override in overrides:
-            _override(tree, override)
+        _lay_over(tree, overrides)
         plain: Any = OmegaConf.to_container(tree, resolve=True)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError) as error:
         first = str(error).strip().replace("\n", " ")
@@ -91,21 +90,22 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return make_recipe(plain, place=str(path))
 
 
-def _override(tree: Any, override: str) -> None:
-    """Lay one `key=value` over the tree; the value is read as YAML, list entries go by number (`teachers.0.seed=1`)."""
+def _lay_over(tree: Any, overrides: Sequence[str]) -> None:
+    """Lay each `key=value` over the tree; values are read as YAML, list entries go by number (`teachers.0.seed=1`)."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"cannot read {override!r}", place="command line", fix="write overrides as key=value")
-    try:
-        OmegaConf.update(tree, key, OmegaConf.from_dotlist([f"value={value}"])["value"], merge=True, force_add=True)
-    except (OmegaConfBaseException, TypeError, ValueError, IndexError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise RecipeError(
-            f"cannot set {key!r} ({first})", place="command line", fix="see docs/recipe.md for keys"
-        ) from None
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"cannot read {override!r}", place="command line", fix="write overrides as key=value")
+        try:
+            OmegaConf.update(tree, key, OmegaConf.from_dotlist([f"value={value}"])["value"], merge=True, force_add=True)
+        except (OmegaConfBaseException, TypeError, ValueError, IndexError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise RecipeError(
+                f"cannot set {key!r} ({first})", place="command line", fix="see docs/recipe.md for keys"
+            ) from None
 
 
 def make_options(model: type[Options], overrides: Sequence[str] = (), tree: Mapping[str, Any] | None = None) -> Options:
@@ -117,16 +117,13 @@ def make_options(model: type[Options], overrides: Sequence[str] = (), tree: Mapp
     from omegaconf.errors import OmegaConfBaseException
 
     made = OmegaConf.create(dict(tree or {}))
-    for override in overrides:
-        _override(made, override)
+    _lay_over(made, overrides)
     try:
-        return model.model_validate(OmegaConf.to_container(made, resolve=True))
+        return _validated(model, OmegaConf.to_container(made, resolve=True), "command line")
     except OmegaConfBaseException as error:
         raise RecipeError(
             str(error).strip().splitlines()[0], place="command line", fix="write overrides as key=value"
         ) from None
-    except ValidationError as error:
-        raise _as_recipe_error(error, model, "command line") from None
 
 
 def _check_data(data: DataRecipe, place: str) -> None:
@@ -152,10 +149,7 @@ def _check_data(data: DataRecipe, place: str) -> None:
 
 def make_recipe(tree: Mapping[str, Any], place: str = "recipe") -> Recipe:
     """Typed recipe from a plain mapping, with every cross-check that needs no model and no data."""
-    try:
-        recipe = Recipe.model_validate(tree)
-    except ValidationError as error:
-        raise _as_recipe_error(error, Recipe, place) from None
+    recipe = _validated(Recipe, tree, place)
     names = [teacher.name for teacher in recipe.teachers]
     if len(set(names)) < len(names):
         raise RecipeError("two teachers share a name", place=f"{place}: teachers", fix="give each teacher its own name")
@@ -208,10 +202,7 @@ def arm_recipe(recipe: Recipe, arm: str, place: str = "recipe") -> ArmRecipe:
         unknown = next(iter(changes))
         words = ["teachers", "placebo", *ARM_SECTIONS]
         raise RecipeError(f"unknown key {unknown!r}", place=where, fix=_nearest(unknown, words, ArmRecipe))
-    try:
-        made = ArmRecipe.model_validate(tree)
-    except ValidationError as error:
-        raise _as_recipe_error(error, ArmRecipe, where) from None
+    made = _validated(ArmRecipe, tree, where)
     _check_arm(made, [teacher.name for teacher in recipe.teachers], where)
     if made.needs_scores and recipe.capture.source == "online":
         raise RecipeError(
@@ -341,8 +332,12 @@ def run_folder(recipe: Recipe) -> Path:
 # -- error messages ---------------------------------------------------------------------------------
 
 
-def _as_recipe_error(error: ValidationError, model: type[BaseModel], place: str) -> RecipeError:
-    first = error.errors(include_url=False)[0]
+def _validated(model: type[Options], tree: Any, place: str) -> Options:
+    """The section that `tree` spells; RecipeError for the first thing in it that is wrong."""
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         key = str(first["loc"][-1])
@@ -352,11 +347,11 @@ def _as_recipe_error(error: ValidationError, model: type[BaseModel], place: str)
                 field = section.model_fields.get(str(part))
                 section = next(sections_in(field.annotation), None) if field else None
         words = list(section.model_fields) if section else []
-        return RecipeError(f"unknown key {where!r}", place=place, fix=_nearest(key, words, model))
+        raise RecipeError(f"unknown key {where!r}", place=place, fix=_nearest(key, words, model))
     what = first["msg"].removeprefix("Value error, ")
     given = first.get("input")
     shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) or given is None else ""
-    return RecipeError(f"{where}: {what}{shown}" if where else what, place=place, fix="see docs/recipe.md for this key")
+    raise RecipeError(f"{where}: {what}{shown}" if where else what, place=place, fix="see docs/recipe.md for this key")
 
 
 def _all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -6,6 +6,7 @@ Imports nothing of ours, so that the command line can start without torch.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 
 
@@ -32,6 +33,12 @@ class KVDistillError(Exception):
 
 class RecipeError(KVDistillError):
     """The recipe or an override: unknown key, wrong type, values that do not go together."""
+
+
+def require_known(word: str, words: Iterable[str], what: str, place: str) -> None:
+    """RecipeError at the key `place` unless `word` is one of the words there are for `what`."""
+    if word not in (there := [*words]):
+        raise RecipeError(f"unknown {what} {word!r}", place=place, fix=f"one of {', '.join(there)}")
 
 
 class DataError(KVDistillError):

@@ -83,10 +83,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str,
 def append_json_line(path: Path, row: Mapping[str, Any]) -> None:
     """One row at the end of a JSONL file, in one write."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(finite(row), ensure_ascii=False) + "\n"
+    append_text(path, json.dumps(finite(row), ensure_ascii=False) + "\n")
+
+
+def append_text(path: Path, text: str, *, flushed: bool = False) -> None:
+    """More text at the end of a file, in one write. flushed: on the disk when this returns."""
     try:
         with open(path, "a", encoding="utf-8") as file:
-            file.write(line)
+            file.write(text)
+            if flushed:
+                file.flush()
+                os.fsync(file.fileno())
     except OSError as error:
         if clear := disk_full_error(error, path):
             raise clear from error

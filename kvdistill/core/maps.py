@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from kvdistill.core.errors import AlignmentError
+from kvdistill.core.runtime import sum_dtype
 
 # Below this many numbers in a row, a row costs more to look up than to copy element by element.
 LEAST_ROW = 16
@@ -217,7 +218,7 @@ class SparseMap:
         for j in range(k):  # k is small: a loop over it never builds a [.., n_out*k, ..] tensor
             row = index[..., j].view(*lead, *middle, n_out) + start
             weight = self.weight[..., j].view(*lead, *middle, n_out).expand(*before, n_out).reshape(-1, 1)
-            part = flat.index_select(0, row.view(-1)).to(_sum_dtype(x))
+            part = flat.index_select(0, row.view(-1)).to(sum_dtype(x))
             out = part * weight if out is None else torch.addcmul(out, part, weight.to(part.dtype))
         assert out is not None
         if live is not None:
@@ -231,7 +232,7 @@ class SparseMap:
         index, live = self._readable
         out: Tensor | None = None
         for j in range(index.shape[-1]):
-            part = x.index_select(axis, index[:, j]).to(_sum_dtype(x)) * self.weight[:, j].view(shape)
+            part = x.index_select(axis, index[:, j]).to(sum_dtype(x)) * self.weight[:, j].view(shape)
             out = part if out is None else out + part
         assert out is not None
         if live is not None:
@@ -335,10 +336,6 @@ class _Bags(NamedTuple):
         return embedding_bag(self.sources[start:end], rows, offsets, mode="sum", per_sample_weights=weight)
 
 
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 # -- counting members --------------------------------------------------------------------------------------
 
 
@@ -359,3 +356,12 @@ def evenly_spread(count: Int[Tensor, "*lead"], taken: Int[Tensor, "*lead"], widt
     from_end = torch.minimum(i, (gaps - i).clamp_min(0))
     rank = (2 * from_end * last + gaps - 1).div((2 * gaps).clamp_min(1), rounding_mode="floor").clamp_min(0)
     return torch.where(i == from_end, rank, last - rank)
+
+
+def spread_members(member: Bool[Tensor, "*lead S"], taken: Int[Tensor, "*lead"]) -> Bool[Tensor, "*lead S"]:
+    """`taken` members of each row, spread as `evenly_spread` says; where there is no member, others may be taken."""
+    width = member.shape[-1]
+    live = torch.arange(width, device=member.device) < taken[..., None]
+    rank = torch.where(live, evenly_spread(member.sum(-1), taken, width), 0)
+    place = members_first(member).gather(-1, rank)
+    return torch.zeros_like(member, dtype=torch.int64).scatter_add_(-1, place, live.long()) > 0

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from kvdistill.core.errors import RunFolderError
-from kvdistill.core.files import disk_full_error, write_text
+from kvdistill.core.files import append_text, write_text
 
 SCHEMA = 2
 _FIX = "evaluate again"
@@ -86,18 +85,10 @@ def write_records(path: Path, records: Iterable[Record], *, append: bool = False
         if record.arm is None:
             del row["arm"], row["seed"]
         text += json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
-    if not append:
+    if append:
+        append_text(path, text, flushed=True)
+    else:
         write_text(path, text)
-        return
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        if clear := disk_full_error(error, path):
-            raise clear from error
-        raise
 
 
 def read_records(path: Path) -> list[Record]:
@@ -146,5 +137,3 @@ def _kinds(hint: Any) -> tuple[type, ...]:
 
 
 _KINDS = {name: _kinds(hint) for name, hint in get_type_hints(Record).items()}
-
-__all__ = ["SCHEMA", "Record", "read_records", "write_records"]

@@ -10,11 +10,17 @@ import hashlib
 import os
 import random
 import time
+from functools import reduce
 
 import numpy as np
 import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def sum_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """What sums over these are made in: float32 at least; float64 where any of them is."""
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
 
 
 def derive_seed(base: int, *words: object) -> int:

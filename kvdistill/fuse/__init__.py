@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from kvdistill.core.errors import RecipeError
+from kvdistill.core.errors import require_known
 from kvdistill.core.recipe import FuseRecipe
 from kvdistill.fuse.routing_record import RoutingRecord
 from kvdistill.fuse.similarity import Grain, fit_prototypes, k_means, similarity_weights
@@ -30,20 +30,6 @@ from kvdistill.fuse.weights import (
     fixed_weights,
     fuse_caches,
 )
-
-__all__ = [
-    "FUSION_STRATEGIES",
-    "AbstractStrategy",
-    "Fusion",
-    "RoutingRecord",
-    "build_fusion",
-    "competence_weights",
-    "fit_prototypes",
-    "fixed_weights",
-    "fuse_caches",
-    "k_means",
-    "similarity_weights",
-]
 
 FUSION_STRATEGIES: dict[str, type[AbstractStrategy]] = {
     "fixed": FixedStrategy,
@@ -64,11 +50,6 @@ def build_fusion(
     prototypes: for similarity, one [L, P, C_n] a teacher (`fit_prototypes`). grain: for similarity, one
     weight per example, per example and token, or per example and layer.
     """
-    if recipe.fusion_strategy not in FUSION_STRATEGIES:
-        raise RecipeError(
-            f"unknown strategy {recipe.fusion_strategy!r}",
-            place="fuse.fusion_strategy",
-            fix=f"one of {', '.join(FUSION_STRATEGIES)}",
-        )
+    require_known(recipe.fusion_strategy, FUSION_STRATEGIES, "strategy", "fuse.fusion_strategy")
     kind = FUSION_STRATEGIES[recipe.fusion_strategy]
     return Fusion(tuple(teacher_names), kind.build(recipe, len(teacher_names), num_layers, prototypes, grain))

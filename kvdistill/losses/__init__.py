@@ -25,7 +25,7 @@ projector in student space) gets its gradient.
 
 from __future__ import annotations
 
-from kvdistill.core.errors import RecipeError
+from kvdistill.core.errors import require_known
 from kvdistill.core.recipe import LossRecipe
 from kvdistill.losses.attention import (
     QKV,
@@ -49,34 +49,6 @@ from kvdistill.losses.tokens import (
     cosine_distance,
 )
 
-__all__ = [
-    "DISTANCES",
-    "KV_DISTANCES",
-    "NORM_FLOOR_SQUARED",
-    "QKV",
-    "AbstractAttentionDistance",
-    "AbstractDistance",
-    "AbstractKVDistance",
-    "AttentionOutputKVLoss",
-    "CKAKVLoss",
-    "HybridKVLoss",
-    "L1KVLoss",
-    "MSEKVLoss",
-    "MercatorKVLoss",
-    "SmoothL1KVLoss",
-    "StructuralKVLoss",
-    "answer_attention",
-    "build_distance",
-    "cosine_distance",
-    "cross_entropy",
-    "kv_weight_at",
-    "logit_distillation",
-    "logit_divergence",
-    "masked_token_mean",
-    "normalise_token_weights",
-    "prediction_mask",
-]
-
 KV_DISTANCES: dict[str, type[AbstractKVDistance]] = {
     "mse": MSEKVLoss,
     "smooth_l1": SmoothL1KVLoss,
@@ -94,6 +66,5 @@ DISTANCES: dict[str, type[AbstractDistance]] = {
 
 def build_distance(recipe: LossRecipe) -> AbstractDistance:
     """The distance `loss.kind` names, with its settings from the recipe; `base.py` says what each kind takes."""
-    if recipe.kind not in DISTANCES:
-        raise RecipeError(f"unknown distance {recipe.kind!r}", place="loss.kind", fix=f"one of {', '.join(DISTANCES)}")
+    require_known(recipe.kind, DISTANCES, "distance", "loss.kind")
     return DISTANCES[recipe.kind].from_recipe(recipe)

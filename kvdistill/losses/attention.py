@@ -175,13 +175,18 @@ def _output_gradients(blocks: AttentionBlocks, side: QKV, difference: Tensor, we
     return [grad_q, grad_k, grad_v]
 
 
+@dataclass(frozen=True, kw_only=True)
 class AbstractAttentionDistance(AbstractDistance):
     """source, target `QKV` of equal shapes, mask [B, T] (or [L, B, T]) -> distance [L, B, T] in fp32 (fp64 for fp64).
 
     0 at tokens outside the mask; finite, with a finite gradient, for zero vectors. Raises AlignmentError where
-    shapes differ or do not fit. Both sides get their gradient.
+    shapes differ or do not fit. Both sides get their gradient. scaling: of q.k, 1 / sqrt(D) by default. causal: keys
+    up to the token itself; False for encoders.
     """
 
+    scaling: float | None = None
+    causal: bool = True
+    chunk_bytes: int = CHUNK_BYTES
     needs_queries = True
     needs_mask = True
 
@@ -206,16 +211,12 @@ class AbstractAttentionDistance(AbstractDistance):
 class StructuralKVLoss(AbstractAttentionDistance):
     """k_weight (1 - cos K) + v_weight (1 - cos V) + attention_weight KL(target's attention row || source's).
 
-    Cosines are per head, then the mean over heads; the divergence is in nats, mean over query heads. scaling: of
-    q.k, 1 / sqrt(D) by default. causal: keys up to the token itself; False for encoders.
+    Cosines are per head, then the mean over heads; the divergence is in nats, mean over query heads.
     """
 
     k_weight: float = 1.0
     v_weight: float = 1.0
     attention_weight: float = 1.0
-    scaling: float | None = None
-    causal: bool = True
-    chunk_bytes: int = CHUNK_BYTES
 
     @classmethod
     def from_recipe(cls, recipe: LossRecipe) -> StructuralKVLoss:
@@ -237,10 +238,6 @@ class StructuralKVLoss(AbstractAttentionDistance):
 @dataclass(frozen=True)
 class AttentionOutputKVLoss(AbstractAttentionDistance):
     """Squared difference of softmax(qk)v, each side with its own q, k and v; mean over query heads and channels."""
-
-    scaling: float | None = None
-    causal: bool = True
-    chunk_bytes: int = CHUNK_BYTES
 
     def distance(self, source: QKV, target: QKV, mask: Tensor) -> Tensor:
         blocks = attention_blocks(source.q, source.k, mask, self.scaling, self.causal, self.chunk_bytes)

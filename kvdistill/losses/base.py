@@ -15,7 +15,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -36,14 +35,6 @@ class AbstractDistance(ABC):
     @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """[L, B, T]; what it takes differs (above)."""
-
-
-def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
-    """float32 at least; float64 stays float64."""
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
 
 
 def at_least_one(num_tokens: int | float | Tensor) -> int | float | Tensor:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from kvdistill.core.errors import AlignmentError
-from kvdistill.losses.base import accumulation_dtype
+from kvdistill.core.runtime import sum_dtype
 
 ROWS = 64  # fewer save more of the upper triangle; below 64 the products slow down
 CHUNK_BYTES = 2 << 20  # a block of logits then stays in the cache between product and softmax
@@ -150,7 +150,7 @@ def attention_blocks(
         scaling=k.shape[4] ** -0.5 if scaling is None else scaling,
         causal=causal,
         chunk_bytes=chunk_bytes,
-        dtype=accumulation_dtype(q, k),
+        dtype=sum_dtype(q, k),
     )
 
 

@@ -13,7 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvdistill.losses.base import accumulation_dtype, at_least_one, token_weight
+from kvdistill.core.runtime import sum_dtype
+from kvdistill.losses.base import at_least_one, token_weight
 
 
 def prediction_mask(label_mask_BT: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
@@ -37,7 +38,7 @@ def cross_entropy(
     labels = input_ids_BT.roll(-1, dims=1)[positions]
     # by number, not by mask: backward then makes one [B * T, V] gradient instead of two
     chosen = logits_BTV.flatten(0, 1).index_select(0, positions.flatten().nonzero().squeeze(1))
-    total = F.cross_entropy(chosen.to(accumulation_dtype(chosen)), labels.long(), reduction="sum")
+    total = F.cross_entropy(chosen.to(sum_dtype(chosen)), labels.long(), reduction="sum")
     return total / at_least_one(num_tokens)
 
 
@@ -104,7 +105,7 @@ class _TopAndRest(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Tensor, places_N: Tensor, index_NK: Tensor):  # type: ignore[override]
-        chosen_NV = logits.index_select(0, places_N).to(accumulation_dtype(logits))
+        chosen_NV = logits.index_select(0, places_N).to(sum_dtype(logits))
         top_NK = chosen_NV.gather(-1, index_NK)
         chosen_NV.scatter_(-1, index_NK, float("-inf"))
         rest_N1 = chosen_NV.logsumexp(-1, keepdim=True)

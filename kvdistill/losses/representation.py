@@ -16,7 +16,8 @@ from torch import Tensor
 
 from kvdistill.core.cka import linear_cka
 from kvdistill.core.errors import AlignmentError
-from kvdistill.losses.base import AbstractDistance, accumulation_dtype
+from kvdistill.core.runtime import sum_dtype
+from kvdistill.losses.base import AbstractDistance
 
 LEAST_TOKENS = 4  # the unbiased estimator divides by n - 3
 
@@ -42,7 +43,7 @@ class CKAKVLoss(AbstractDistance):
             )
         if int(mask_BT.sum()) < LEAST_TOKENS:
             nothing = source[..., :0].sum(-1) + target[..., :0].sum(-1)  # 0, with a graph that backward can follow
-            return nothing.to(accumulation_dtype(source, target))
+            return nothing.to(sum_dtype(source, target))
         with torch.autocast(source.device.type, enabled=False):
             similarity_L = linear_cka(source.flatten(1, 2), target.flatten(1, 2), mask_BT.flatten())
         return (1 - similarity_L)[:, None, None] * mask_BT

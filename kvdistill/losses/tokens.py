@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from kvdistill.core.errors import AlignmentError
 from kvdistill.core.recipe import LossRecipe
-from kvdistill.losses.base import AbstractDistance, accumulation_dtype
+from kvdistill.core.runtime import sum_dtype
+from kvdistill.losses.base import AbstractDistance
 
 # Added to the mean square of a vector before its norm is used: a norm never falls below 1e-4 a channel, so
 # that direction and log-norm of a zero vector have a value and a gradient. Keys and values are 1e-2 and up.
@@ -36,7 +37,7 @@ class _MeanSquare(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, source: Tensor, target: Tensor) -> Tensor:  # type: ignore[override]
-        dtype = accumulation_dtype(source, target)
+        dtype = sum_dtype(source, target)
         difference = source.to(dtype) - target.to(dtype)
         ctx.save_for_backward(difference)
         ctx.dtypes = source.dtype, target.dtype
@@ -62,7 +63,7 @@ class _CosineDistance(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, source: Tensor, target: Tensor) -> Tensor:  # type: ignore[override]
-        dtype = accumulation_dtype(source, target)
+        dtype = sum_dtype(source, target)
         rows = [x.reshape(-1, x.shape[-1]) for x in (source, target)]
         cosine, source_inverse, target_inverse = torch.empty(3, len(rows[0]), dtype=dtype, device=source.device)
         for part in _row_parts(rows[0]):
@@ -153,7 +154,7 @@ class SmoothL1KVLoss(AbstractKVDistance):
         return cls(beta=recipe.smooth_l1_beta)
 
     def distance(self, source: Tensor, target: Tensor) -> Tensor:
-        dtype = accumulation_dtype(source, target)
+        dtype = sum_dtype(source, target)
         return _channel_mean(F.smooth_l1_loss(source.to(dtype), target.to(dtype), reduction="none", beta=self.beta))
 
 
@@ -162,7 +163,7 @@ class L1KVLoss(AbstractKVDistance):
     """|d|, mean over channels; gradient 0 where d is 0."""
 
     def distance(self, source: Tensor, target: Tensor) -> Tensor:
-        dtype = accumulation_dtype(source, target)
+        dtype = sum_dtype(source, target)
         return _channel_mean(F.l1_loss(source.to(dtype), target.to(dtype), reduction="none"))
 
 
@@ -182,7 +183,7 @@ class MercatorKVLoss(AbstractKVDistance):
         return cls(alpha=recipe.mercator_alpha, beta=recipe.mercator_beta)
 
     def distance(self, source: Tensor, target: Tensor) -> Tensor:
-        dtype = accumulation_dtype(source, target)
+        dtype = sum_dtype(source, target)
         source, target = source.to(dtype), target.to(dtype)
         # Three products and their sums: a quarter of the time of F.cosine_similarity and two norms.
         source_square = _channel_mean(source * source) + NORM_FLOOR_SQUARED

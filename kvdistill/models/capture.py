@@ -59,14 +59,23 @@ class _EnoughRecorded(Exception):
 
 
 class KVCapture:
-    """Context manager that records k, v (q and hidden states on request) of one model's layers. See `capture_kv`."""
+    """Record keys and values [B, kv_heads, T, D] of `layers` (all by default) in what runs inside the `with` block.
+
+    queries: queries [B, heads, T, D] too. hidden: the output [B, T, C] of each layer too (`hidden()`).
+    stop_early: layers above the highest one asked for, and the LM head, are not run: the forward call leaves the
+    `with` block at once, so that statements after it inside are skipped.
+    stack: `encoder` or `decoder`, for a model that has both; unset: the decoder of a decoder, else the encoder.
+    Self-attention only. model: a transformers model, plain or wrapped by peft, DDP or torch.compile. May be nested,
+    and several models may be captured at once. Raises ModelError for a layer or stack the model does not have, and
+    for a model none of whose attention goes through transformers' attention interface.
+    """
 
     def __init__(
         self,
         model: nn.Module,
-        layers: Sequence[int] | None,
-        queries: bool,
-        stop_early: bool,
+        layers: Sequence[int] | None = None,
+        queries: bool = False,
+        stop_early: bool = False,
         hidden: bool = False,
         stack: Stack | None = None,
     ) -> None:
@@ -217,25 +226,7 @@ class KVCapture:
         return tuple(self._hidden[layer] for layer in self.layers)
 
 
-def capture_kv(
-    model: nn.Module,
-    layers: Sequence[int] | None = None,
-    queries: bool = False,
-    stop_early: bool = False,
-    hidden: bool = False,
-    stack: Stack | None = None,
-) -> KVCapture:
-    """Record keys and values [B, kv_heads, T, D] of `layers` (all by default) in what runs inside the `with` block.
-
-    queries: queries [B, heads, T, D] too. hidden: the output [B, T, C] of each layer too (`KVCapture.hidden`).
-    stop_early: layers above the highest one asked for, and the LM head, are not run: the forward call leaves the
-    `with` block at once, so that statements after it inside are skipped.
-    stack: `encoder` or `decoder`, for a model that has both; unset: the decoder of a decoder, else the encoder.
-    Self-attention only. model: a transformers model, plain or wrapped by peft, DDP or torch.compile. May be nested,
-    and several models may be captured at once. Raises ModelError for a layer or stack the model does not have, and
-    for a model none of whose attention goes through transformers' attention interface.
-    """
-    return KVCapture(model, layers, queries, stop_early, hidden, stack)
+capture_kv = KVCapture
 
 
 def reset_dynamic_rotary(rotary: Any) -> None:

@@ -39,7 +39,21 @@ ROTARY_SHARE = {"gpt_neox": 0.25, "phi": 0.5}  # of a head's channels, as publis
 MAX_POSITIONS = 4096  # free with rotary positions
 LEARNED_MAX_POSITIONS = 1024  # GPT-2 and BERT have a row of weights for each, hence fewer
 _NAMES = {"gpt2": "GPT-2", "gpt_neox": "GPT-NeoX", "bert": "BERT"}
-_NO_SPECIAL_TOKENS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+OTHER_FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "gpt2": (
+        GPT2Config,
+        {"max_position_embeddings": LEARNED_MAX_POSITIONS, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
+    ),
+    "bert": (
+        BertConfig,
+        {
+            "max_position_embeddings": LEARNED_MAX_POSITIONS,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+        },
+    ),
+    "t5": (T5Config, {"dropout_rate": 0.0}),
+}
 
 
 def scratch_config(scratch: ScratchRecipe, vocab_size: int, place: str) -> PreTrainedConfig:
@@ -73,15 +87,35 @@ def scratch_config(scratch: ScratchRecipe, vocab_size: int, place: str) -> PreTr
             place=place,
             fix=f"leave num_kv_heads and head_size unset for {scratch.architecture}",
         )
+    kind, own = (ROTARY_FAMILIES | OTHER_FAMILIES)[scratch.architecture]
+    settings: dict[str, Any] = dict(
+        vocab_size=vocab,
+        hidden_size=scratch.hidden_size,
+        num_hidden_layers=scratch.num_layers,
+        num_attention_heads=scratch.num_heads,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        **own,
+    )
+    if scratch.architecture == "t5":
+        settings |= {"d_kv": head_size, "d_ff": inner, "num_decoder_layers": scratch.num_layers}
+    else:
+        settings |= {"initializer_range": scratch.init_std, "tie_word_embeddings": scratch.tie_embeddings}
+        settings["n_inner" if scratch.architecture == "gpt2" else "intermediate_size"] = inner
     if scratch.architecture in ROTARY_FAMILIES:
-        return _rotary_config(scratch, vocab, inner, num_kv_heads, head_size, place)
-    return _other_config(scratch, vocab, inner, head_size)
+        settings |= {"num_key_value_heads": num_kv_heads, "head_dim": head_size}
+        settings |= {"max_position_embeddings": MAX_POSITIONS, "rope_parameters": _rotation(scratch, head_size, place)}
+    try:
+        return kind(**settings)
+    except StrictDataclassError as error:  # Llama, for one, wants hidden_size % num_heads == 0 whatever the head size
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ModelError(
+            f"{scratch.architecture} does not take these sizes: {reason}", place=place, fix="change the sizes it names"
+        ) from error
 
 
-def _rotary_config(
-    scratch: ScratchRecipe, vocab: int, inner: int, num_kv_heads: int, head_size: int, place: str
-) -> PreTrainedConfig:
-    kind, own = ROTARY_FAMILIES[scratch.architecture]
+def _rotation(scratch: ScratchRecipe, head_size: int, place: str) -> dict[str, Any]:
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": scratch.rope_theta}
     turned = head_size
     if scratch.architecture in ROTARY_SHARE:
@@ -94,69 +128,4 @@ def _rotary_config(
             place=f"{place}.head_size",
             fix="choose an even head size" if turned == head_size else "choose heads of a multiple of 8 channels",
         )
-    settings: dict[str, Any] = dict(
-        vocab_size=vocab,
-        hidden_size=scratch.hidden_size,
-        intermediate_size=inner,
-        num_hidden_layers=scratch.num_layers,
-        num_attention_heads=scratch.num_heads,
-        num_key_value_heads=num_kv_heads,
-        head_dim=head_size,
-        max_position_embeddings=MAX_POSITIONS,
-        rope_parameters=rope,
-        tie_word_embeddings=scratch.tie_embeddings,
-        initializer_range=scratch.init_std,
-        **_NO_SPECIAL_TOKENS,
-        **own,
-    )
-    try:
-        return kind(**settings)
-    except StrictDataclassError as error:  # Llama, for one, wants hidden_size % num_heads == 0 whatever the head size
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise ModelError(
-            f"{scratch.architecture} does not take these sizes: {reason}", place=place, fix="change the sizes it names"
-        ) from error
-
-
-def _other_config(scratch: ScratchRecipe, vocab: int, inner: int, head_size: int) -> PreTrainedConfig:
-    """GPT-2, BERT and T5, which name each size in their own way. Without dropout, as little as the rest."""
-    if scratch.architecture == "t5":
-        return T5Config(
-            vocab_size=vocab,
-            d_model=scratch.hidden_size,
-            d_kv=head_size,
-            d_ff=inner,
-            num_layers=scratch.num_layers,
-            num_decoder_layers=scratch.num_layers,
-            num_heads=scratch.num_heads,
-            dropout_rate=0.0,
-            **_NO_SPECIAL_TOKENS,
-        )
-    settings: dict[str, Any] = dict(
-        vocab_size=vocab,
-        initializer_range=scratch.init_std,
-        tie_word_embeddings=scratch.tie_embeddings,
-        **_NO_SPECIAL_TOKENS,
-    )
-    if scratch.architecture == "gpt2":
-        return GPT2Config(
-            n_embd=scratch.hidden_size,
-            n_inner=inner,
-            n_layer=scratch.num_layers,
-            n_head=scratch.num_heads,
-            n_positions=LEARNED_MAX_POSITIONS,
-            attn_pdrop=0.0,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            **settings,
-        )
-    return BertConfig(
-        hidden_size=scratch.hidden_size,
-        intermediate_size=inner,
-        num_hidden_layers=scratch.num_layers,
-        num_attention_heads=scratch.num_heads,
-        max_position_embeddings=LEARNED_MAX_POSITIONS,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        **settings,
-    )
+    return rope

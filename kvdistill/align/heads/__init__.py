@@ -20,17 +20,3 @@ from kvdistill.align.heads.flat import KVDimensionProjector, LowRankProjector
 from kvdistill.align.heads.initial import make_matrix, spread_heads
 from kvdistill.align.heads.residual import ResidualProjector
 from kvdistill.align.heads.structured import HeadwiseMapProjector
-
-__all__ = [
-    "PROJECTORS",
-    "AbstractHeadProjector",
-    "ElasticProjector",
-    "HeadwiseMapProjector",
-    "KVDimensionProjector",
-    "LowRankProjector",
-    "ResidualProjector",
-    "convert",
-    "make_matrix",
-    "make_projector",
-    "spread_heads",
-]

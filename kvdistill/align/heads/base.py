@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from kvdistill.align.heads.initial import generator
 from kvdistill.core.errors import AlignmentError
 
 
@@ -18,14 +20,35 @@ class AbstractHeadProjector(nn.Module, ABC):
     """
 
     bias: Tensor
+    kind: ClassVar[str]  # names its own stream of random numbers
+    usual_init: ClassVar[str] = "xavier"
 
     def __init__(
-        self, in_heads: int, in_size: int, out_heads: int, out_size: int, num_layers: int, share_layers: bool
+        self,
+        in_heads: int,
+        in_size: int,
+        out_heads: int,
+        out_size: int,
+        num_layers: int = 1,
+        *,
+        share_layers: bool = False,
+        init: str | None = None,
+        seed: int = 0,
+        frozen: bool = False,
+        **own: Any,
     ) -> None:
+        """init: see `make_state` of each kind; unset: its usual one. own: what else `make_state` takes."""
         super().__init__()
         self.in_heads, self.in_size, self.out_heads, self.out_size = in_heads, in_size, out_heads, out_size
         self.num_layers, self.share_layers = num_layers, share_layers
         self.num_rows = 1 if share_layers else num_layers
+        self.make_state(init or self.usual_init, generator(seed, self.kind), **own)
+        if frozen:
+            self.freeze()
+
+    @abstractmethod
+    def make_state(self, init: str, random: torch.Generator, *args: Any, **own: Any) -> None:
+        """Parameters and buffers as they are before training or a fit, `num_rows` of each."""
 
     @property
     def ends(self) -> tuple[int, int, int, int]:

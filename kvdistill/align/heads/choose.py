@@ -12,7 +12,7 @@ from kvdistill.align.heads.elastic import ElasticProjector
 from kvdistill.align.heads.flat import KVDimensionProjector, LowRankProjector
 from kvdistill.align.heads.residual import ResidualProjector
 from kvdistill.align.heads.structured import HeadwiseMapProjector
-from kvdistill.core.errors import AlignmentError, RecipeError
+from kvdistill.core.errors import AlignmentError, RecipeError, require_known
 from kvdistill.core.runtime import derive_seed
 
 TOLERANCE = 1e-5
@@ -44,10 +44,7 @@ def make_projector(
     residual: a correction of this kind (init xavier) on a fixed first guess, which is the flat (structured, where
     that is asked for) map that `init` names; of ridge, whatever `set_flat` brings.
     """
-    if projection not in PROJECTORS:
-        raise RecipeError(
-            f"unknown projection {projection!r}", place="align.projection", fix=f"one of {', '.join(PROJECTORS)}"
-        )
+    require_known(projection, PROJECTORS, "projection", "align.projection")
     if rank is not None and projection != "flat":
         raise RecipeError(
             f"rank {rank} with projection {projection}", place="align.rank", fix="rank is for projection: flat"
@@ -63,15 +60,14 @@ def make_projector(
         guess = HeadwiseMapProjector if projection == "structured" else KVDimensionProjector
         guess_weight_PIO, _ = guess(*ends, num_layers, **options).to_flat()
         options |= {"init": "xavier", "seed": derive_seed(seed, "correction")}
-    made: AbstractHeadProjector
     if projection == "structured":
-        made = HeadwiseMapProjector(*ends, num_layers, per_head=per_head, **options)
+        options["per_head"] = per_head
     elif projection == "elastic":
-        made = ElasticProjector(*ends, num_layers, hidden=hidden, **options)
+        options["hidden"] = hidden
     elif rank is not None:
-        made = LowRankProjector(*ends, num_layers, rank=rank, **options)
-    else:
-        made = PROJECTORS[projection](*ends, num_layers, **options)
+        options["rank"] = rank
+    kind = PROJECTORS[projection] if rank is None else LowRankProjector
+    made: AbstractHeadProjector = kind(*ends, num_layers, **options)
     if residual:
         made = ResidualProjector(made, guess_weight_PIO)
     if frozen:
@@ -84,13 +80,13 @@ def convert(
     projector: AbstractHeadProjector,
     to: str,
     *,
-    per_head: bool = False,
-    rank: int | None = None,
-    hidden: int | None = None,
     residual: bool = False,
     share_layers: bool | None = None,
+    **options: Any,
 ) -> AbstractHeadProjector:
-    """A new projector of kind `to` (flat | structured | elastic, options as in `make_projector`), the same function.
+    """A new projector of kind `to` (flat | structured | elastic), the same function.
+
+    options: per_head, rank, hidden as in `make_projector`.
 
     Exact: any linear one -> flat, -> any residual (as its first guess); one size for all heads -> one per head; low
     rank -> higher rank; shared layers -> one row per layer. Flat -> structured, a lower rank or shared layers only
@@ -109,16 +105,8 @@ def convert(
             )
     rows = 1 if share_layers else projector.num_layers
     weight, bias = (part[:rows].expand(rows, *part.shape[1:]) for part in (weight, bias))
-    made = make_projector(
-        to,
-        projector.ends,
-        projector.num_layers,
-        per_head=per_head,
-        rank=rank,
-        hidden=hidden,
-        residual=residual,
-        share_layers=share_layers,
-    ).to(weight)
+    options |= {"residual": residual, "share_layers": share_layers}
+    made = make_projector(to, projector.ends, projector.num_layers, **options).to(weight)
     if to == "elastic" and not residual:
         raise AlignmentError(
             "an elastic projector normalises each token: no linear map equals it",

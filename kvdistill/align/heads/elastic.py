@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kvdistill.align.heads.base import AbstractHeadProjector
-from kvdistill.align.heads.initial import generator, make_factors, make_matrix, nearest_factors
+from kvdistill.align.heads.initial import make_factors, make_matrix, nearest_factors
 from kvdistill.core.errors import AlignmentError
 
 _EPSILON = 1e-6
@@ -24,25 +24,12 @@ class ElasticProjector(AbstractHeadProjector):
     carries one direction unchanged, and K units the K/2 directions of any init. Training then bends it.
     """
 
-    def __init__(
-        self,
-        in_heads: int,
-        in_size: int,
-        out_heads: int,
-        out_size: int,
-        num_layers: int = 1,
-        *,
-        hidden: int | None = None,
-        share_layers: bool = False,
-        init: str = "xavier",
-        seed: int = 0,
-        frozen: bool = False,
-    ) -> None:
+    kind = "elastic"
+
+    def make_state(self, init: str, random: torch.Generator, *, hidden: int | None = None) -> None:
         """hidden: width of the MLP (the wider side). init: of the linear map it starts as, see `make_factors`."""
-        super().__init__(in_heads, in_size, out_heads, out_size, num_layers, share_layers)
         P, self.hidden = self.num_rows, hidden or max(self.num_in, self.num_out)
         self.num_pairs = min(self.hidden // 2, self.num_in, self.num_out)
-        random = generator(seed, "elastic")
         self.gain = nn.Parameter(torch.ones(P, self.num_in))
         self.down = nn.Parameter(torch.stack([make_matrix("xavier", self.num_in, self.hidden, random)] * P))
         self.down_bias = nn.Parameter(torch.zeros(P, self.hidden))
@@ -51,8 +38,6 @@ class ElasticProjector(AbstractHeadProjector):
         if self.num_pairs:
             factors = [make_factors(init, *self.ends, self.num_pairs, random) for _ in range(P)]
             self._set_pairs(torch.stack([a for a, _ in factors]), torch.stack([b for _, b in factors]))
-        if frozen:
-            self.freeze()
 
     def to_flat(self) -> tuple[Float[Tensor, "P I O"], Float[Tensor, "P O"]]:
         raise AlignmentError(

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kvdistill.align.heads.base import AbstractHeadProjector
-from kvdistill.align.heads.initial import generator, make_factors, make_flat_matrix, nearest_factors
+from kvdistill.align.heads.initial import make_factors, make_flat_matrix, nearest_factors
 from kvdistill.core.errors import RecipeError
 
 
@@ -17,28 +17,13 @@ from kvdistill.core.errors import RecipeError
 class KVDimensionProjector(AbstractHeadProjector):
     """Flat: every outgoing channel may read every incoming channel. State: `weight` [P, I, O], `bias` [P, O]."""
 
-    def __init__(
-        self,
-        in_heads: int,
-        in_size: int,
-        out_heads: int,
-        out_size: int,
-        num_layers: int = 1,
-        *,
-        share_layers: bool = False,
-        init: str = "xavier",
-        seed: int = 0,
-        frozen: bool = False,
-    ) -> None:
+    kind = "flat"
+
+    def make_state(self, init: str, random: torch.Generator) -> None:
         """init: xavier | orthogonal | identity (see `make_matrix`) | uniform (the structured uniform, flattened)."""
-        super().__init__(in_heads, in_size, out_heads, out_size, num_layers, share_layers)
-        random = generator(seed, "flat")
-        self.weight = nn.Parameter(
-            torch.stack([make_flat_matrix(init, *self.ends, random) for _ in range(self.num_rows)])
-        )
+        weights = [make_flat_matrix(init, *self.ends, random) for _ in range(self.num_rows)]
+        self.weight = nn.Parameter(torch.stack(weights))
         self.bias = nn.Parameter(torch.zeros(self.num_rows, self.num_out))
-        if frozen:
-            self.freeze()
 
     def to_flat(self) -> tuple[Float[Tensor, "P I O"], Float[Tensor, "P O"]]:
         return self.weight, self.bias
@@ -54,22 +39,10 @@ class KVDimensionProjector(AbstractHeadProjector):
 class LowRankProjector(AbstractHeadProjector):
     """Flat through a bottleneck: x @ down @ up + bias. State: `down` [P, I, R], `up` [P, R, O], `bias` [P, O]."""
 
-    def __init__(
-        self,
-        in_heads: int,
-        in_size: int,
-        out_heads: int,
-        out_size: int,
-        num_layers: int = 1,
-        *,
-        rank: int,
-        share_layers: bool = False,
-        init: str = "xavier",
-        seed: int = 0,
-        frozen: bool = False,
-    ) -> None:
+    kind = "low rank"
+
+    def make_state(self, init: str, random: torch.Generator, *, rank: int) -> None:
         """rank: at most the narrower side, else RecipeError. init as in `make_factors`."""
-        super().__init__(in_heads, in_size, out_heads, out_size, num_layers, share_layers)
         if not 0 < rank <= min(self.num_in, self.num_out):
             raise RecipeError(
                 f"rank {rank} of a map from {self.num_in} to {self.num_out} channels",
@@ -77,13 +50,10 @@ class LowRankProjector(AbstractHeadProjector):
                 fix=f"a rank from 1 to {min(self.num_in, self.num_out)}, or unset for one full matrix",
             )
         self.rank = rank
-        random = generator(seed, "low rank")
         factors = [make_factors(init, *self.ends, rank, random) for _ in range(self.num_rows)]
         self.down = nn.Parameter(torch.stack([down for down, _ in factors]))
         self.up = nn.Parameter(torch.stack([up for _, up in factors]))
         self.bias = nn.Parameter(torch.zeros(self.num_rows, self.num_out))
-        if frozen:
-            self.freeze()
 
     def to_flat(self) -> tuple[Float[Tensor, "P I O"], Float[Tensor, "P O"]]:
         return self.down @ self.up, self.bias

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kvdistill.core.errors import RecipeError
+from kvdistill.core.errors import require_known
 from kvdistill.core.runtime import derive_seed
 
 INITS = ("xavier", "orthogonal", "identity", "uniform", "ridge")
@@ -36,8 +36,7 @@ def make_matrix(init: str, num_in: int, num_out: int, random: torch.Generator) -
     uniform (of the head size, beside `spread_heads`): identity where the sizes agree, else orthogonal.
     ridge starts as xavier until its fit is taken over. Raises RecipeError for another word.
     """
-    if init not in INITS:
-        raise RecipeError(f"unknown init {init!r}", place="align.init", fix=f"one of {', '.join(INITS)}")
+    require_known(init, INITS, "init", "align.init")
     if init == "uniform":
         init = "identity" if num_in == num_out else "orthogonal"
     if init == "orthogonal":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
@@ -20,13 +20,19 @@ class ResidualProjector(AbstractHeadProjector):
     never learned), `gate` [P], and the correction's own under `correction.`. `set_flat` sets the first guess.
     """
 
+    kind = "residual"
     guess_weight: Tensor
     guess_bias: Tensor
 
     def __init__(self, correction: AbstractHeadProjector, guess_weight_PIO: Float[Tensor, "P I O"]) -> None:
         """correction: any projector that is not residual itself; its heads, sizes and layers are this one's."""
-        super().__init__(*correction.ends, correction.num_layers, correction.share_layers)
         assert not isinstance(correction, ResidualProjector), "one first guess is enough"
+        own: dict[str, Any] = {"correction": correction, "guess_weight_PIO": guess_weight_PIO}
+        super().__init__(*correction.ends, correction.num_layers, share_layers=correction.share_layers, **own)
+
+    def make_state(
+        self, init: str, random: torch.Generator, *, correction: AbstractHeadProjector, guess_weight_PIO: Tensor
+    ) -> None:
         self.register_buffer("guess_weight", guess_weight_PIO.detach().clone())
         self.register_buffer("guess_bias", torch.zeros(self.num_rows, self.num_out))
         self._check_flat(self.guess_weight, self.guess_bias)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from kvdistill.align.heads.base import AbstractHeadProjector
-from kvdistill.align.heads.initial import generator, make_matrix, nearest_outer, spread_heads
+from kvdistill.align.heads.initial import make_matrix, nearest_outer, spread_heads
 
 _BLOCK_BYTES = 1 << 21  # of incoming rows at a time on a CPU: they and what is made of them stay in the inner caches
 
@@ -24,25 +24,13 @@ class HeadwiseMapProjector(AbstractHeadProjector):
     The flat weight it stands for is mixer[h, g] · size[g, d, e] (`to_flat`, exact).
     """
 
-    def __init__(
-        self,
-        in_heads: int,
-        in_size: int,
-        out_heads: int,
-        out_size: int,
-        num_layers: int = 1,
-        *,
-        share_layers: bool = False,
-        per_head: bool = False,
-        init: str = "uniform",
-        seed: int = 0,
-        frozen: bool = False,
-    ) -> None:
+    kind, usual_init = "structured", "uniform"
+
+    def make_state(self, init: str, random: torch.Generator, *, per_head: bool = False) -> None:
         """per_head: one size map for each outgoing head (else one for all). init as in `KVDimensionProjector`."""
-        super().__init__(in_heads, in_size, out_heads, out_size, num_layers, share_layers)
         self.per_head = per_head
-        random = generator(seed, "structured")
-        P, num_sizes = self.num_rows, out_heads if per_head else 1
+        (in_heads, in_size, out_heads, out_size), P = self.ends, self.num_rows
+        num_sizes = out_heads if per_head else 1
         mixers = [
             spread_heads(in_heads, out_heads) if init == "uniform" else make_matrix(init, in_heads, out_heads, random)
             for _ in range(P)
@@ -53,8 +41,6 @@ class HeadwiseMapProjector(AbstractHeadProjector):
         self.bias = nn.Parameter(torch.zeros(P, self.num_out))
         flat_cost = in_heads * in_size * out_heads * out_size
         self._direct_pays = flat_cost > 4 * (in_heads * out_heads * in_size + out_heads * in_size * out_size)
-        if frozen:
-            self.freeze()
 
     def to_flat(self) -> tuple[Float[Tensor, "P I O"], Float[Tensor, "P O"]]:
         size_PGDE = self.size.expand(-1, self.out_heads, -1, -1)

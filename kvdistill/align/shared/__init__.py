@@ -40,10 +40,8 @@ from kvdistill.align.shared.space import (
     require_finite,
 )
 from kvdistill.align.shared.trained import SharedLossWeights, shared_loss, trained_weights
-from kvdistill.core.errors import AlignmentError, RecipeError
+from kvdistill.core.errors import AlignmentError, require_known
 from kvdistill.core.runtime import derive_seed
-
-__all__ = ["SharedAgreement", "SharedLossWeights", "SharedSpace", "SharedSpaceFit", "fit_trained", "shared_loss"]
 
 METHODS = ("gcca", "procrustes", "trained")
 TOKENS_PER_CHANNEL = 10
@@ -73,10 +71,7 @@ class SharedSpaceFit:
         scaling (procrustes): models may be scaled as a whole. steps, seed, terms (trained): of the descent.
         Raises AlignmentError for one model or a Z that is too large, RecipeError for an unknown method.
         """
-        if method not in METHODS:
-            raise RecipeError(
-                f"unknown shared fit {method!r}", place="align.shared_fit", fix=f"one of {', '.join(METHODS)}"
-            )
+        require_known(method, METHODS, "shared fit", "align.shared_fit")
         if len(num_channels) < 2:
             raise AlignmentError(
                 f"a shared space of {len(num_channels)} model ({', '.join(num_channels)})",

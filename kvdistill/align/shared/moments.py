@@ -8,7 +8,8 @@ is), their sums are kept in fp64. Padding is left out before any arithmetic. Kno
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from functools import partial
+from itertools import accumulate, combinations_with_replacement
 from typing import final
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from kvdistill.align.channels import DEAD_CHANNEL_RATIO
 from kvdistill.core.errors import AlignmentError
+from kvdistill.core.runtime import sum_dtype
 
 ROWS_AT_ONCE = 8192
 RANK_TOLERANCE = 1e-6
@@ -30,8 +32,10 @@ class PairedMoments:
         self.slices = [slice(end - c, end) for c, end in zip(num_channels, accumulate(num_channels), strict=True)]
         self.num_channels, self.num_layers, self.num_tokens = tuple(num_channels), num_layers, 0
         self._around_N_LC: list[Tensor] = []
-        self._sum_N_LC: list[Tensor] = []
-        self._products: dict[tuple[int, int], Tensor] = {}
+        zeros = partial(torch.zeros, num_layers, dtype=torch.float64)
+        self._sum_N_LC = [zeros(c) for c in num_channels]
+        pairs = combinations_with_replacement(enumerate(num_channels), 2)
+        self._products = {(i, j): zeros(c, d) for (i, c), (j, d) in pairs}
 
     @torch.no_grad()
     def update(self, x_N_LBTC: Sequence[Float[Tensor, "L B T _"]], mask_BT: Bool[Tensor, "B T"]) -> None:
@@ -41,7 +45,12 @@ class PairedMoments:
             return
         with torch.autocast(places.device.type, enabled=False):
             if not self._around_N_LC:
-                self._start(x_N_LBTC, places)
+                dtype = sum_dtype(*x_N_LBTC)  # one for all models, for their products
+                for x_LBTC in x_N_LBTC:
+                    means = [x.flatten(0, 1).index_select(0, places).double().mean(0) for x in x_LBTC]
+                    self._around_N_LC.append(torch.stack(means).to(dtype))
+                self._sum_N_LC = [x.to(places.device) for x in self._sum_N_LC]
+                self._products = {pair: x.to(places.device) for pair, x in self._products.items()}
             for layer in range(self.num_layers):
                 for part in places.split(ROWS_AT_ONCE):
                     rows = [x[layer].flatten(0, 1).index_select(0, part) for x in x_N_LBTC]
@@ -51,19 +60,6 @@ class PairedMoments:
                     for (i, j), products in self._products.items():
                         products[layer] += centred[i].T @ centred[j]
         self.num_tokens += len(places)
-
-    def _start(self, x_N_LBTC: Sequence[Tensor], places: Tensor) -> None:
-        L, device = self.num_layers, places.device
-        dtype = torch.float32  # one for all models, for their products; fp64 where any of them is
-        for x in x_N_LBTC:
-            dtype = torch.promote_types(dtype, x.dtype)
-        for x in x_N_LBTC:
-            means = [x[layer].flatten(0, 1).index_select(0, places).double().mean(0) for layer in range(L)]
-            self._around_N_LC.append(torch.stack(means).to(dtype))
-        self._sum_N_LC = [torch.zeros(L, c, dtype=torch.float64, device=device) for c in self.num_channels]
-        for i, c in enumerate(self.num_channels):
-            for j, d in enumerate(self.num_channels[i:], start=i):
-                self._products[i, j] = torch.zeros(L, c, d, dtype=torch.float64, device=device)
 
     def covariance(self, layer: int) -> tuple[Float[Tensor, "C"], Float[Tensor, "C C"]]:
         """Mean [ΣC_n] and covariance [ΣC_n, ΣC_n] of one layer slot, models side by side; fp64, on the CPU.
