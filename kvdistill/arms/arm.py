@@ -28,13 +28,16 @@ from kvdistill.core.errors import AlignmentError
 from kvdistill.core.kv import KV
 from kvdistill.core.layout import arm_folder, fit_root
 from kvdistill.core.recipe import ArmRecipe
-from kvdistill.core.runtime import derive_seed
+from kvdistill.core.runtime import derive_seed, elements_at_once
+from kvdistill.core.segments import PROMPT
 from kvdistill.core.targets import TeacherTargets
 from kvdistill.fuse import build_fusion
+from kvdistill.models.generate import Rows
 from kvdistill.store.packed import TargetReader
 from kvdistill.store.shards import StoreReader, find_store
 
 FIT_KIND = "aligner"
+MEASURED = 64  # examples of a batch that is only looked at
 
 
 class Arm:
@@ -227,6 +230,28 @@ class Arm:
         most = min(most, self.experiment.recipe.evaluate.match_examples)
         return self._in_batches(spread(self.experiment.examples("val"), most))
 
+    def measured_in(self, batches: BatchMaker, numbers: Sequence[int], *, head: bool, kv: bool) -> list[list[int]]:
+        """These examples in batches of what a pass without a graph has room for, at most MEASURED of them each.
+
+        head: logits of completions are made. kv: keys and values of both sides are held beside each other.
+        """
+        mine, layers = self.experiment.student_shape, 0
+        per_token = 4 * mine.intermediate_size
+        for sizes in self.pairings.values() if kv else ():
+            layers = len(sizes.student_layers)
+            theirs = sizes.teacher.num_kv_heads * sizes.teacher.head_size
+            # captured; mapped or projected on both sides; their difference
+            per_token += 2 * theirs * (len(sizes.teacher_layers) + 3 * layers)
+        per_token += 2 * 3 * layers * mine.num_kv_heads * mine.head_size
+
+        def elements(chosen: Sequence[int]) -> int:
+            segments = [batches.examples[i].segments for i in chosen]
+            num_predicted = sum(code != PROMPT for row in segments for code in row) if head else 0
+            return 3 * mine.vocab_size * num_predicted + per_token * len(chosen) * max(map(len, segments))
+
+        rows = Rows(MEASURED).batches(numbers, elements, elements_at_once(self.device))
+        return [list(chosen) for chosen in rows]
+
     def _in_batches(self, numbers: Sequence[int]) -> list[list[int]]:
         size = self.experiment.recipe.capture.batch_size  # nothing here keeps a graph
         return [list(numbers[start : start + size]) for start in range(0, len(numbers), size)]
@@ -255,6 +280,7 @@ class Arm:
                 layers=layers,
                 queries=self.recipe.compares_attention,
                 keys=self.recipe.align.keys,
+                head=False,
             ).kv
         assert kv is not None
         return kv

@@ -77,9 +77,10 @@ class Distiller(nn.Module):
         """
         arm = self.arm
         needs_kv = arm is not None and arm.needs_kv
-        logits_BTV, kv = self._run_student(batch, capture=needs_kv)
         supervised_BT = self._supervised(batch)
-        ce = cross_entropy(logits_BTV, batch.input_ids_BT, supervised_BT, counts[0])
+        logits, kv = self._run_student(batch, capture=needs_kv, head=supervised_BT)
+        assert logits is not None
+        ce = cross_entropy(logits, batch.input_ids_BT, supervised_BT, counts[0])
         ce_weight = arm.loss.ce_weight if arm is not None else 1.0
         out = DistillOutput(loss=ce_weight * ce, terms={"ce": (ce.detach(), ce_weight, ce_weight * ce.detach())})
         if arm is None or not (needs_kv or arm.needs_logits):
@@ -94,19 +95,21 @@ class Distiller(nn.Module):
         elif kv is not None:
             self._add_kv_terms(out, sources, batch, counts, kv_weight)
         if arm.needs_logits:
-            self._add_logit_terms(out, logits_BTV, batch, supervised_BT, counts[0])
+            self._add_logit_terms(out, logits, batch, supervised_BT, counts[0])
         return out
 
     @torch.no_grad()
     def cross_entropy_only(self, batch: Batch, counts: Tensor) -> Tensor:
         """Cross-entropy of a batch without any teacher: what learning curves compare train and validation by."""
-        logits_BTV, _ = self._run_student(batch, capture=False)
-        return cross_entropy(logits_BTV, batch.input_ids_BT, self._supervised(batch), counts[0])
+        supervised_BT = self._supervised(batch)
+        logits, _ = self._run_student(batch, capture=False, head=supervised_BT)
+        assert logits is not None
+        return cross_entropy(logits, batch.input_ids_BT, supervised_BT, counts[0])
 
     @torch.no_grad()
     def match(self, batch: Batch, name: str) -> tuple[AlignedKV, AlignedKV]:
         """Student and teacher `name` in the space they meet in, for match figures: two [L, B, T, C] pairs."""
-        _, kv = self._run_student(batch, capture=True)
+        _, kv = self._run_student(batch, capture=True, head=None)
         assert kv is not None
         return self.aligner(name).sources(kv), self._target_channels(name, batch)
 
@@ -128,9 +131,11 @@ class Distiller(nn.Module):
         kv = self._frames[name](kv) if name in self._frames else kv
         return self.aligner(name).targets(kv, batch.maps.get(name))[0]
 
-    def _run_student(self, batch: Batch, *, capture: bool) -> StudentOutput:
+    def _run_student(self, batch: Batch, *, capture: bool, head: Tensor | None) -> StudentOutput:
+        """head: the labels that logits are wanted for; None: only keys and values are looked at."""
+        at = False if head is None else prediction_mask(head)
         if not capture:
-            return self.student(batch.input_ids_BT, batch.mask_BT)
+            return self.student(batch.input_ids_BT, batch.mask_BT, head=at)
         assert self.arm is not None
         return self.student(
             batch.input_ids_BT,
@@ -138,6 +143,7 @@ class Distiller(nn.Module):
             layers=self.student_layers,
             queries=self.arm.compares_attention,
             keys=self.arm.align.keys,
+            head=at,
         )
 
     def router_weights(self, batch: Batch, sources: Mapping[str, AlignedKV]) -> Tensor:
@@ -215,7 +221,7 @@ class Distiller(nn.Module):
     def _add_logit_terms(
         self,
         out: DistillOutput,
-        logits_BTV: Tensor,
+        logits: Tensor,
         batch: Batch,
         supervised_BT: Tensor,
         num_tokens: Tensor,
@@ -227,7 +233,7 @@ class Distiller(nn.Module):
             assert target.topk_index_BSK is not None and target.topk_logprob_BSK is not None
             weight_BT = out.weights[number].mean(0)  # over layers
             divergence_N = logit_divergence(
-                logits_BTV,
+                logits,
                 target.topk_index_BSK,
                 target.topk_logprob_BSK,
                 predicts_BT,
