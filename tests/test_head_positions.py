@@ -54,7 +54,7 @@ def test_the_head_scores_counted_tokens_alone_and_each_part_by_itself() -> None:
         found = segment_nll(model, rows, counted, pad_id=0, batch_size=3, num_parts=2)
     assert sum(seen) == 4 + 0 + 11 + 2, "the first token of a row is predicted by nothing"
     for row, parts, [first, second] in zip(rows, counted, found, strict=True):
-        logprob = model(torch.tensor([row])).logits[0].float().log_softmax(-1)
+        logprob = model(torch.tensor([row])).logits[0].detach().float().log_softmax(-1)
         for part, mean in ((1, first), (2, second)):
             nll = [-float(logprob[t - 1, row[t]]) for t in range(1, len(row)) if parts[t] == part]
             assert math.isnan(mean) if not nll else mean == pytest.approx(sum(nll) / len(nll), abs=1e-6)
@@ -119,7 +119,7 @@ def test_measurements_in_little_room_are_the_same_figures_in_more_batches(
         monkeypatch.setattr("kvdistill.arms.arm.elements_at_once", lambda _, room=room: room)
         arm = arm_of("fixed")
         chosen = list(range(len(arm.batches("val").examples)))
-        sizes = [len(one) for one in arm.measured_in(arm.batches("val"), chosen, head=True, kv=True)]
+        sizes = [len(one) for one in arm.measured_in(arm.batches("val").examples, chosen, head=True, kv=True)]
         assert sum(sizes) == len(chosen) > 4 and (len(sizes) == 1 if room == 1 << 28 else max(sizes) < 5)
         log = tmp_path / f"{room}.jsonl"
         LearningCurve(arm, log).point(arm.experiment.recipe.train.steps, arm.distiller)

@@ -25,6 +25,8 @@ from kvdistill.fuse import Fusion, fuse_caches
 from kvdistill.losses import QKV, build_distance, cross_entropy, logit_divergence, masked_token_mean, prediction_mask
 from kvdistill.models import rotate_keys
 
+HIGHEST = 3  # layers whose keys and values tell what share of the gradient each term has
+
 
 @dataclass
 class DistillOutput:
@@ -33,11 +35,15 @@ class DistillOutput:
     Raw values know no router: they are the same figure for every arm, so their curves can be compared.
 
     weights: router weights [N, L or 1, B, T or 1], or None for arms without teachers.
+    parts: name -> what entered the loss, with graph. seen: keys and values of the student's highest layers that take
+    part, as its own attention took them; `shares.py` takes gradients of the one with respect to the other.
     """
 
     loss: Tensor
     terms: dict[str, tuple[Tensor, float, Tensor]] = field(default_factory=dict)
     weights: Tensor | None = None
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    seen: list[Tensor] = field(default_factory=list)
 
 
 class Distiller(nn.Module):
@@ -78,11 +84,14 @@ class Distiller(nn.Module):
         arm = self.arm
         needs_kv = arm is not None and arm.needs_kv
         supervised_BT = self._supervised(batch)
-        logits, kv = self._run_student(batch, capture=needs_kv, head=supervised_BT)
+        logits, kv, seen = self._run_student(batch, capture=needs_kv, head=supervised_BT)
         assert logits is not None
         ce = cross_entropy(logits, batch.input_ids_BT, supervised_BT, counts[0])
         ce_weight = arm.loss.ce_weight if arm is not None else 1.0
         out = DistillOutput(loss=ce_weight * ce, terms={"ce": (ce.detach(), ce_weight, ce_weight * ce.detach())})
+        out.parts["ce"] = out.loss
+        if seen is not None:
+            out.seen = [*seen.keys[-HIGHEST:], *seen.values[-HIGHEST:]]
         if arm is None or not (needs_kv or arm.needs_logits):
             return out
         sources: dict[str, AlignedKV] = {}
@@ -102,14 +111,14 @@ class Distiller(nn.Module):
     def cross_entropy_only(self, batch: Batch, counts: Tensor) -> Tensor:
         """Cross-entropy of a batch without any teacher: what learning curves compare train and validation by."""
         supervised_BT = self._supervised(batch)
-        logits, _ = self._run_student(batch, capture=False, head=supervised_BT)
+        logits = self._run_student(batch, capture=False, head=supervised_BT).logits
         assert logits is not None
         return cross_entropy(logits, batch.input_ids_BT, supervised_BT, counts[0])
 
     @torch.no_grad()
     def match(self, batch: Batch, name: str) -> tuple[AlignedKV, AlignedKV]:
         """Student and teacher `name` in the space they meet in, for match figures: two [L, B, T, C] pairs."""
-        _, kv = self._run_student(batch, capture=True, head=None)
+        kv = self._run_student(batch, capture=True, head=None).kv
         assert kv is not None
         return self.aligner(name).sources(kv), self._target_channels(name, batch)
 
@@ -247,5 +256,5 @@ class Distiller(nn.Module):
     def _add(out: DistillOutput, name: str, raw: Tensor, weight: float, routed: Tensor) -> None:
         """raw: mean per token, for the log. routed: the same with the router's weights, what is learned from."""
         entered = weight * routed
-        out.terms[name] = (raw.detach(), weight, entered.detach())
+        out.terms[name], out.parts[name] = (raw.detach(), weight, entered.detach()), entered
         out.loss = out.loss + entered

@@ -44,10 +44,12 @@ _SAVED_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.
 
 class StudentOutput(NamedTuple):
     """logits: of the next token, with graph: [B, T, V], or [1, N, V] of the positions asked for; None where none was.
-    kv: of the layers asked for, with graph; None where none was."""
+    kv: of the layers asked for, with graph; None where none was. seen: the same as the student's own attention takes
+    them, so that logits depend on these very tensors; None where a student does not say."""
 
     logits: Tensor | None
     kv: KV | None
+    seen: KV | None = None
 
 
 @runtime_checkable
@@ -184,7 +186,7 @@ class CausalStudent(nn.Module):
         if captured is None:
             return StudentOutput(logits, None)
         kv = captured.kv(mask_BT, positions_BT)
-        return StudentOutput(logits, kv if keys == "rotated" else unrotate_keys(kv, self.model))
+        return StudentOutput(logits, kv if keys == "rotated" else unrotate_keys(kv, self.model), kv)
 
     def generate(
         self,

@@ -224,7 +224,7 @@ def profile_lines(profiles: Mapping[str, Any]) -> list[str]:
         lines += [""] if lines else []
         lines.append(head + "─" * max(0, WIDTH - len(head)))
         lines.append(f"taught by {teachers}{placebo}; seed {profile['seed']}, on {profile['device']}{threads}")
-        for part in (_shapes, _costs, _step, _match, _numbers):
+        for part in (_shapes, _costs, _step, _shares, _match, _numbers):
             lines += part(profile)
     return lines
 
@@ -325,6 +325,26 @@ def _step(profile: Mapping[str, Any]) -> list[str]:
         f"{step['memory_ratio']:.2f} times ({step['memory']})"
     )
     return lines
+
+
+def _shares(profile: Mapping[str, Any]) -> list[str]:
+    """Each term's gradient on the student, and the weight that follows from it."""
+    found = profile["numbers"]["shares"]
+    rows = [["term", "norm", "share", "cosine with ce"]]
+    for name, term in found["terms"].items():
+        rows.append([_short(name, 28), _largest(term["norm"]), _share(term["share"])])
+        rows[-1].append("–" if term["cosine"] is None else f"{term['cosine']:.2f}")
+    total = sum(term["norm"] or 0.0 for name, term in found["terms"].items() if "/" not in name)
+    notes = []
+    if found["clipped_to"] and total > found["clipped_to"]:
+        notes.append(f"clipped together to {found['clipped_to']:g}, so that the terms with large shares decide")
+    if found["proposed"] is not None:
+        notes.append(
+            f"loss.kv_weight is {found['kv_weight']:g}; with {found['proposed']:g} the gradient of keys and values "
+            f"would have {found['wanted']:g} times the norm of cross-entropy's, here at the start (shares move: "
+            "log.jsonl has them for every logged step)"
+        )
+    return ["gradient on the student, before clipping", *_table(rows, left=1), *_said(*notes)]
 
 
 # -- match --------------------------------------------------------------------------------------------

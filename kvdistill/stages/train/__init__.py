@@ -99,7 +99,7 @@ def match_on_held_out(arm: Arm, distiller: Distiller) -> dict[str, Any]:
     batches = arm.batches("val")
     chosen = spread(batches.examples, arm.experiment.recipe.evaluate.match_examples)
     figures = {name: TeacherMatch(len(distiller.student_layers), seed=arm.seed) for name in arm.recipe.teachers}
-    for numbers in arm.measured_in(batches, chosen, head=False, kv=True):
+    for numbers in arm.measured_in(batches.examples, chosen, head=False, kv=True):
         batch = batches(numbers).to(arm.device)
         for name, figure in figures.items():
             source, target = distiller.match(batch, name)

@@ -58,7 +58,7 @@ class LearningCurve:
         arm = self._arm.recipe.model_copy(update={"teachers": []}) if plain else self._arm.recipe
         sums: dict[str, float] = {}
         tokens: dict[str, float] = {}
-        for numbers in self._arm.measured_in(batches, chosen, head=True, kv=arm.needs_kv and not plain):
+        for numbers in self._arm.measured_in(batches.examples, chosen, head=True, kv=arm.needs_kv and not plain):
             batch = batches(numbers)
             counts = token_counts(batch, arm).float().clamp_min(1).to(self._arm.device)
             batch = batch.to(self._arm.device)
