@@ -197,6 +197,7 @@ class Arm:
         model, arm = teacher.load(), self.recipe
         layers = teacher.layers if arm.needs_kv else []
         top_k = teacher.top_k if arm.needs_logits else 0
+        means = teacher.channel_means(model) if layers else None
 
         def run_now(ids_BS: Tensor, segments_BS: Tensor) -> TeacherTargets:
             return run_teacher(
@@ -208,6 +209,7 @@ class Arm:
                 want_nll=arm.needs_nll,
                 top_k=top_k,
                 queries=arm.needs_queries,
+                means=means,
             )
 
         return run_now
