@@ -22,7 +22,15 @@ from kvdistill.arms.student import Student, StudentOutput
 from kvdistill.core.kv import KV
 from kvdistill.core.recipe import ArmRecipe
 from kvdistill.fuse import Fusion, fuse_caches
-from kvdistill.losses import QKV, build_distance, cross_entropy, logit_divergence, masked_token_mean, prediction_mask
+from kvdistill.losses import (
+    QKV,
+    AbstractKVDistance,
+    build_distance,
+    cross_entropy,
+    logit_divergence,
+    masked_token_mean,
+    prediction_mask,
+)
 from kvdistill.models import rotate_keys
 
 HIGHEST = 3  # layers whose keys and values tell what share of the gradient each term has
@@ -179,8 +187,13 @@ class Distiller(nn.Module):
         distance, names = self._distance, self.teachers
         aligned = {name: self._target_channels(name, batch) for name in names}
 
-        def between(source: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-            return distance(source, target, mask) if distance.needs_mask else distance(source, target)
+        def between(source: Tensor, target: Tensor, mask: Tensor, live_LC: Tensor | None = None) -> Tensor:
+            if distance.needs_mask:
+                return distance(source, target, mask)
+            if live_LC is None or not isinstance(distance, AbstractKVDistance):
+                return distance(source, target)
+            share_L11 = live_LC.float().mean(1).clamp_min(1 / live_LC.shape[1])[:, None, None]
+            return distance.over_live(source, target, share_L11)
 
         for side, place, side_weight in (("k", 0, self.arm.loss.k_weight), ("v", 1, self.arm.loss.v_weight)):
             if side_weight == 0:
@@ -193,7 +206,9 @@ class Distiller(nn.Module):
                 self._add(out, f"kv/fused/{side}", raw, kv_weight * side_weight, raw)
                 continue
             for name in names:
-                distance_LBT = between(sources[name][place], aligned[name][place], batch.kv_masks[name])
+                live = self.aligner(name).live()
+                sides = sources[name][place], aligned[name][place], batch.kv_masks[name]
+                distance_LBT = between(*sides, None if live is None else live[place])
                 self._add_routed(out, name, side, distance_LBT, batch, counts, kv_weight * side_weight)
 
     def _add_attention_terms(self, out: DistillOutput, kv: KV, batch: Batch, counts: Tensor, kv_weight: float) -> None:

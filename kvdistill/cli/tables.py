@@ -47,14 +47,12 @@ def as_text(result: Mapping[str, Any]) -> str:
     summary = result.get("summary") or {}
     arms = summary.get("arms") or {}
     if arms:
-        width = max(len(printable(name)) for name in arms)
-        for name, arm in arms.items():
-            lines.append(f"  {printable(name):<{width}}  {_points(arm.get('mean'))} ± {_points(arm.get('std'))}")
+        lines += _arm_lines(arms, summary.get("primary", "accuracy"))
         for row in summary.get("comparisons") or []:
             if row.get("verdict"):
-                lines.append(
-                    f"  {printable(row['arm'])} against {printable(row['baseline'])}: {printable(row['verdict'])}"
-                )
+                line = f"{printable(row['arm'])} against {printable(row['baseline'])}: {printable(row['verdict'])}"
+                reasons = "; ".join(printable(reason) for reason in row.get("refused") or ())
+                lines += _said(f"{line} ({reasons})" if reasons else line)
     shown = {
         "data": _data_table,
         "leaks": _leak_lines,
@@ -76,6 +74,22 @@ def as_text(result: Mapping[str, Any]) -> str:
         else:
             lines.append(f"{name}: {printable(value)}")
     return "\n".join(lines)
+
+
+def _arm_lines(arms: Mapping[str, Any], primary: str) -> list[str]:
+    """The figure that verdicts are about first: a study whose primary figure is NLL may have no right answer yet."""
+    rows = [["", "accuracy, %", "NLL, answer", "NLL, reasoning"]]
+    for name, arm in arms.items():
+        row = [printable(name), f"{_points(arm.get('mean'))} ± {_points(arm.get('std'))}"]
+        for figure in ("nll", "nll_reasoning"):
+            found = arm.get(figure) or {}
+            known = isinstance(found.get("mean"), int | float)
+            spread = f" ± {found['std']:.3f}" if known and isinstance(found.get("std"), int | float) else ""
+            row.append(f"{found['mean']:.3f}{spread}" if known else "–")
+        rows.append(row)
+    order = [0, 1, 2, 3] if primary == "accuracy" else [0, 2, 3, 1]
+    order = [i for i in order if i != 3 or any(row[3] != "–" for row in rows[1:])]
+    return _table([[row[i] for i in order] for row in rows], left=1)
 
 
 # -- data, and leaks in it ----------------------------------------------------------------------------
@@ -208,6 +222,7 @@ def layer_lines(layers: Mapping[str, Any]) -> list[str]:
             best = max(range(len(similarity)), key=similarity.__getitem__)
             rows.append([f"layer {layer}", said, f"{best} ({similarity[best]:.2f})"])
         lines += _table(rows, left=3)
+        lines += _said(*map(printable, found.get("notes") or ()))
         lines += [f"  {printable(file)}" for file in (found["file"], *found["figures"])]
     return lines
 
