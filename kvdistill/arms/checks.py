@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from kvdistill.core.progress import Progress, silent
 from kvdistill.core.recipe import ScratchRecipe
 from kvdistill.data.encode import Example
 from kvdistill.data.tokenizers import fingerprint_tokenizer, load_tokenizer
+from kvdistill.models import ModelShape
 
 COMPARED_EXAMPLES = 200
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -33,9 +34,10 @@ def check_models(experiment: Experiment, progress: Progress = silent) -> None:
     recipe, teachers = experiment.recipe, experiment.teachers
     _ = experiment.student_shape
     if recipe.student.path is not None:
-        check_same_tokenizer(experiment, recipe.student.path, "student")
+        check_same_tokenizer(experiment, recipe.student.path, "student", recipe.student.gguf_file)
     elif recipe.student.scratch is not None:
         check_saved_tokenizer(experiment, recipe.student.scratch, "student", experiment.tokenizer)
+    check_positions(experiment)
     try_saving(experiment)
     for number, teacher in enumerate(teachers.values()):
         try:
@@ -65,6 +67,38 @@ def check_models(experiment: Experiment, progress: Progress = silent) -> None:
                 _ = arm.shared_size
             except AlignmentError as error:
                 raise AlignmentError(error.what, place=f"arms.{name}: {error.place}", fix=error.fix) from None
+
+
+def check_positions(experiment: Experiment) -> None:
+    """Raise ModelError where a text is longer than a model with learned positions can read; all such models at once.
+
+    Counted in each model's own tokens: what the student reads and writes, what teachers read.
+    """
+    mistakes: list[str] = []
+
+    def compare(place: str, shape: ModelShape, needs: Mapping[str, int]) -> None:
+        limit = shape.most_positions
+        if limit is not None and (over := {what: length for what, length in needs.items() if length > limit}):
+            said = ", ".join(f"{what} has {length}" for what, length in over.items())
+            mistakes.append(f"{place} ({shape.family}) reads at most {limit} tokens: {said}")
+
+    new = experiment.recipe.evaluate.max_new_tokens
+    texts = {f"the longest text of {split}": experiment.split(split) for split in ("train", "val")}
+    needs = {what: max((len(e.input_ids) for e in examples), default=0) for what, examples in texts.items()}
+    prompts = [e.num_prompt_tokens for split in ("val", "test") for e in experiment.split(split)]
+    needs[f"the longest prompt with {new} new tokens (evaluate.max_new_tokens)"] = max(prompts, default=0) + new
+    compare("student", experiment.student_shape, needs)
+    for teacher in experiment.teachers.values():
+        splits = ("train", "val", "teach") if teacher.recipe.scratch is not None else ("train", "val")
+        texts = {f"the longest text of {split}": teacher.lessons(split) for split in splits}
+        needs = {what: max((len(e.input_ids) for e in examples), default=0) for what, examples in texts.items()}
+        compare(teacher.place, teacher.shape, needs)
+    if mistakes:
+        raise ModelError(
+            "; ".join(mistakes),
+            place="data.max_length",
+            fix="lower it (and evaluate.max_new_tokens), or take models with more positions",
+        )
 
 
 def _check_gives(arm: Arm, teacher: Teacher) -> None:
@@ -126,14 +160,14 @@ def _check_meets(arm: Arm, teacher: Teacher) -> None:
 # -- tokenizers: compared by what they do, never by their size or by how they are written down ---------
 
 
-def load_model_tokenizer(path: str, place: str) -> Any:
+def load_model_tokenizer(path: str, place: str, gguf_file: str | None = None) -> Any:
     """The tokenizer beside a model's weights. Raises ModelError where there is none."""
     folder = Path(path).expanduser()
-    if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
+    if folder.is_dir() and gguf_file is None and not any((folder / name).exists() for name in TOKENIZER_FILES):
         # transformers would make an empty one up
         raise ModelError(f"{path} has no tokenizer", place=place, fix="keep the tokenizer files beside the weights")
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, **({} if gguf_file is None else {"gguf_file": gguf_file}))
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(
@@ -181,9 +215,9 @@ def try_saving(experiment: Experiment) -> None:
     write_json(note, {"saved": what})
 
 
-def check_same_tokenizer(experiment: Experiment, path: str, place: str) -> None:
+def check_same_tokenizer(experiment: Experiment, path: str, place: str, gguf_file: str | None = None) -> None:
     """Raise unless a pretrained model cuts text exactly as the run does (compared as tokenizers, never by size)."""
-    theirs = load_model_tokenizer(path, place)
+    theirs = load_model_tokenizer(path, place, gguf_file)
     ours, texts = experiment.tokenizer, experiment.split("train")[:COMPARED_EXAMPLES]
     if difference := tokenizer_difference(ours, theirs, texts):
         as_written = (Path(path).expanduser() / "tokenizer.json").is_file() and load_tokenizer(path, place=place)

@@ -141,7 +141,8 @@ class Teacher:
                     fix="run `kvdistill teach RECIPE` first",
                 )
             path = str(folder / "model")
-        options = self.recipe.model_dump(include={"dtype", "attention", "trust_remote_code"})
+        kept = {"dtype", "attention", "trust_remote_code", "gguf_file", "keep_layers"}
+        options = self.recipe.model_dump(include=kept if self.recipe.path else kept - {"gguf_file", "keep_layers"})
         return ModelRecipe(path=path, **options)
 
     @property
@@ -153,7 +154,7 @@ class Teacher:
         if not folder.is_dir():
             config = model_config(source, 1, self.place)
             return f"hub:{source.path}@{getattr(config, '_commit_hash', None)}"
-        files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
+        files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf"), *folder.glob("config.json")])
         stamp = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
         note = teacher_folder(self._run, self.name) / "fingerprint.json"
         if note.exists() and (known := read_json(note))["stamp"] == stamp:
@@ -173,6 +174,8 @@ class Teacher:
         """What a file of layer similarities is of: `teacher` by its weights, `student` by its source and first seed."""
         recipe = self.experiment.recipe
         student = recipe.student.model_dump(mode="json", include={"path", "scratch", "dtype"})
+        if recipe.student.keep_layers is not None:
+            student["keep_layers"] = recipe.student.keep_layers
         seed = recipe.seeds[0] if recipe.student.scratch is not None else None
         return {"teacher": self.fingerprint, "student": sha256_of({"student": student, "seed": seed})}
 
@@ -271,6 +274,7 @@ class Teacher:
             "teacher_dtype": self.recipe.dtype,
             **({"queries": True} if self.queries else {}),
             **({"scores": True} if self.scores else {}),
+            **{key: value for key in ("gguf_file", "keep_layers") if (value := getattr(self.recipe, key)) is not None},
         }
 
     def target_folder(self, split: str) -> Path:

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from kvdistill.core.errors import ModelError
+from kvdistill.models.positions import most_positions
 from kvdistill.models.structure import (
     ModelKind,
     Stack,
@@ -39,6 +40,7 @@ class ModelShape:
     """The sizes of one stack of a dense model. mlp_matrices: 3 with a gated MLP, 2 without.
 
     num_parameters, tied: of the whole model. kind: what the model is.
+    most_positions: the longest text it can read, in its tokens; None: as long as one likes.
     is_captured: its attention goes through transformers' attention interface, so that keys and values can be recorded.
     """
 
@@ -56,6 +58,7 @@ class ModelShape:
     mlp_matrices: int
     kind: ModelKind = "decoder"
     is_captured: bool = True
+    most_positions: int | None = None
 
 
 def describe_model(model: nn.Module, stack: Stack | None = None) -> ModelShape:
@@ -103,6 +106,7 @@ def describe_model(model: nn.Module, stack: Stack | None = None) -> ModelShape:
         mlp_matrices=3 if names & {"gate_proj", "gate_up_proj", "wi_1", "Wi"} else 2,  # T5, ModernBERT
         kind=model_kind(inner.config),
         is_captured=speaks_interface(numbered),
+        most_positions=most_positions(inner),
     )
 
 

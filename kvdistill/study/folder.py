@@ -25,7 +25,7 @@ from kvdistill.core.layout import (
 from kvdistill.core.marks import read_mark
 from kvdistill.core.provenance import machine_facts, package_versions
 from kvdistill.core.quoting import first_difference
-from kvdistill.core.recipe import Recipe
+from kvdistill.core.recipe import ModelRecipe, Recipe
 
 # sections a finished model depends on: a run folder made with others is refused
 _BASE = ("data", "teachers", "student", "capture", "train", "evaluate")
@@ -63,15 +63,16 @@ def claimed(recipe: Recipe, run: Path) -> ExitStack:
 
 def check_run_folder(recipe: Recipe, run: Path) -> None:
     """Refuse, before anything is written, a folder that is no run folder, and model folders that are not there."""
-    models = [("student", recipe.student.path)]
-    models += [(f"teachers.{i} ({t.name})", t.path) for i, t in enumerate(recipe.teachers)]
-    for place, given in models:  # what can be seen without loading anything; the rest is the `check` job's
+    models: list[tuple[str, ModelRecipe]] = [("student", recipe.student)]
+    models += [(f"teachers.{i} ({t.name})", t) for i, t in enumerate(recipe.teachers)]
+    for place, model in models:  # what can be seen without loading anything; the rest is the `check` job's
+        given, needed = model.path, model.gguf_file or "config.json"
         if given is None or not (given.startswith((".", "/", "~")) or given.count("/") > 1):
             continue  # scratch, or what may be a hub id
         folder = Path(given).expanduser()
-        if not (folder / "config.json").is_file():
+        if not (folder / needed).is_file():
             raise ModelError(
-                f"{given} has no config.json" if folder.is_dir() else f"there is no folder {given}",
+                f"{given} has no {needed}" if folder.is_dir() else f"there is no folder {given}",
                 place=f"{place}.path",
                 fix="give a folder with config.json and *.safetensors, or a hub id like Qwen/Qwen2.5-0.5B",
             )
