@@ -23,6 +23,7 @@ from kvdistill.core.layout import (
     locks_folder,
     refuse_foreign,
 )
+from kvdistill.core.leftovers import sweep_run
 from kvdistill.core.provenance import machine_facts, package_versions
 from kvdistill.core.recipe import Recipe
 
@@ -42,13 +43,21 @@ def claimed(recipe: Recipe, run: Path) -> Iterator[None]:
     path, mine = run / "recipe.json", recipe.model_dump(mode="json")
     with ExitStack() as at_work:
         with folder_lock(run, wait=True):
+            sweep_run(run, keeps_answers=bool(recipe.evaluate.tasks))
             theirs = read_json(path) if path.exists() else None
             if theirs is not None and theirs != mine:
                 _refuse_difference(theirs, recipe, run, working)
             if theirs != mine:
                 write_json(path, mine)
+            at_work.callback(_tidy_up, recipe, run)  # by the last to leave
             at_work.enter_context(file_lock(working, wait=True, shared=True))
         yield
+
+
+def _tidy_up(recipe: Recipe, run: Path) -> None:
+    if run.exists():
+        with folder_lock(run, wait=True):
+            sweep_run(run, keeps_answers=bool(recipe.evaluate.tasks))
 
 
 def _refuse_difference(theirs: Any, recipe: Recipe, run: Path, working: Path) -> None:
