@@ -337,7 +337,7 @@ def table(told: dict[str, Any]) -> str:
 
 def write_page(text: str) -> None:
     page = HERE / "reliability.md"
-    old = page.read_text() if page.exists() else "# What a world that kills, fills and lies does to a run folder\n"
+    old = page.read_text() if page.exists() else "# What a world that kills and fills does to a run folder\n"
     if BEGIN in old:
         before, _, rest = old.partition(BEGIN)
         page.write_text(before + text + rest.partition(END)[2])
