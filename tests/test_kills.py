@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tiny_recipe import environment
 
 SCRIPT = Path(__file__).resolve().parent.parent / "docs" / "try_kills.py"
 
 
+@pytest.mark.slow
 def test_a_study_killed_and_asked_to_end_at_random_moments_leaves_what_an_undisturbed_one_does():
     words = [sys.executable, str(SCRIPT), "7", "5", "--json"]
     done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=500, check=False)
