@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kvdistill.core.errors import RunFolderError, StoreError, TrainingStopped
+from kvdistill.core.errors import KVDistillError, RunFolderError, StoreError, TrainingStopped
 
 _CHUNK_BYTES = 1 << 22
 _FULL = ("No space left on device", "os error 28", "Disk quota exceeded", "os error 122")
@@ -29,7 +29,7 @@ def disk_full_error(error: BaseException, path: Path | str) -> TrainingStopped |
     Looked for in the error and in what it was raised from: libraries put their own around an OSError, or its words.
     """
     seen: set[int] = set()
-    at: BaseException | None = error
+    at: BaseException | None = None if isinstance(error, KVDistillError) else error  # clear already, and has its place
     while at is not None and id(at) not in seen:
         seen.add(id(at))
         full = getattr(at, "errno", None) in (errno.ENOSPC, errno.EDQUOT)

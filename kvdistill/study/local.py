@@ -200,7 +200,7 @@ class Workers:
             perform(job, self._recipe, lambda _, done, total: show(job.id, done / total if total else 0.0))
             future.set_result(None)
         except Exception as error:
-            future.set_exception(disk_full_error(error, job.id) or error)  # from a writer that is not ours
+            future.set_exception(_disk_full(error, job) or error)
         return future
 
     def tell(self, show: Callable[[str, float], None]) -> None:
@@ -277,6 +277,11 @@ def _leave(number: int, frame: Any) -> None:
     sys.exit(0)
 
 
+def _disk_full(error: Exception, job: Job) -> TrainingStopped | None:
+    """The clear error behind one from a writer that is not ours; it may not say where it wrote."""
+    return disk_full_error(error, getattr(error, "filename", None) or str(job.arguments.get("run", job.id)))
+
+
 def _do(job: Job) -> None:
     """A job in a worker. What it raises must survive the way back."""
     last = [0.0]
@@ -296,7 +301,7 @@ def _do(job: Job) -> None:
     except Exception as error:
         import traceback
 
-        if full := disk_full_error(error, job.id):  # from a writer that is not ours
+        if full := _disk_full(error, job):
             raise full from None
         traceback.print_exc(file=sys.stderr)
         raise RuntimeError(f"{job.id}: {type(error).__name__}: {error}") from None
