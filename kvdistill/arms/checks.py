@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -243,7 +244,7 @@ def check_saved_tokenizer(experiment: Experiment, scratch: ScratchRecipe, place:
     transformers 5 replaces the tokenizer class of some families (qwen2) on loading, whatever
     was saved.
     """
-    with tempfile.TemporaryDirectory(dir=experiment.run, prefix=".check-") as folder:
+    with tempfile.TemporaryDirectory(dir=experiment.run, prefix=f".check.part-{os.getpid()}-") as folder:
         ours.save_pretrained(folder)
         write_json(Path(folder) / "config.json", {"model_type": scratch.architecture})
         theirs = AutoTokenizer.from_pretrained(folder)

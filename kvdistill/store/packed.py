@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvdistill.core.errors import StoreError
 from kvdistill.core.kv import KV, RopeFrame
 from kvdistill.core.targets import TeacherTargets
 from kvdistill.store.shards import StoreReader
@@ -66,6 +67,10 @@ class TargetReader:
         self._offsets = [shard["offsets"].tolist() for shard in self._shards]
         self._place = [(s, i) for s, offsets in enumerate(self._offsets) for i in range(len(offsets) - 1)]
         self.num_examples = len(self._place)
+        expected = store.extra.get("examples", self.num_examples)
+        if self.num_examples != expected:
+            what = f"the shards hold {self.num_examples} examples, {expected} were captured"
+            raise StoreError(what, place=str(folder), fix=f"delete {folder} and run the stage that wrote it again")
 
     def nll(self) -> Tensor | None:
         """Mean gold NLL of every example, or None where it was not captured."""
