@@ -26,7 +26,7 @@ from kvdistill.align.heads import (
 from kvdistill.align.layers import CKALayerMapper, layer_map, needed_teacher_layers, parse_layer_range
 from kvdistill.align.ridge import RidgeFit
 from kvdistill.align.shared import SharedSpace, SharedSpaceFit
-from kvdistill.align.sides import AlignedQKV, attention_sources, attention_targets
+from kvdistill.align.sides import AlignedQKV, attention_rules, attention_sources, attention_targets
 from kvdistill.align.time import SegmentIdentifier, TimeWarper, same_places, time_map
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "SharedSpace",
     "SharedSpaceFit",
     "TimeWarper",
+    "attention_rules",
     "attention_sources",
     "attention_targets",
     "convert",

@@ -19,7 +19,8 @@ from kvdistill.models.load import (
     model_config,
     require_causal,
 )
-from kvdistill.models.rope import rotate_keys, unrotate_keys
+from kvdistill.models.probe import Probe, Verdict, probe_config, probe_model
+from kvdistill.models.rope import rotary_only, rotate_keys, unrotate_keys
 from kvdistill.models.structure import (
     auto_class,
     find_backbone,
@@ -34,6 +35,8 @@ __all__ = [
     "EMPTY_LOGPROB",
     "KVCapture",
     "ModelShape",
+    "Probe",
+    "Verdict",
     "add_lora",
     "auto_class",
     "batch_geometry",
@@ -52,7 +55,10 @@ __all__ = [
     "model_kind",
     "model_name",
     "positions_from_mask",
+    "probe_config",
+    "probe_model",
     "require_causal",
+    "rotary_only",
     "rotate_keys",
     "teacher_forward",
     "unrotate_keys",
