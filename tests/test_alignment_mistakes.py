@@ -245,6 +245,12 @@ def test_a_model_whose_keys_cannot_be_unrotated_is_named_before_capture(tmp_path
     refused(monkeypatch, tmp_path, *says, teachers=teachers({"path": folder}))
 
 
+def test_a_soft_cap_under_an_attention_that_has_none_names_the_one_that_has(tmp_path, monkeypatch):
+    folder = saved(tmp_path, "gemma2", **WINDOWED)
+    says = ["arms.fixed: teachers.0 (one)", "gemma2", "does not support", "attention: eager"]
+    refused(monkeypatch, tmp_path, *says, teachers=teachers({"path": folder}))
+
+
 @pytest.mark.parametrize(
     ("arm", "key"),
     [

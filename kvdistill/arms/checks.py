@@ -116,10 +116,14 @@ def _check_exact(arm: Arm, teacher: Teacher) -> None:
         probe, family = probe_of(model, vocab_size, place)
         for verdict, what in ((probe.keys, "captured"), (probe.unrotated, "unrotated")):
             if not verdict.is_exact:
+                fix = "use another family (docs/models.md has a table), or set loss.kv_weight: 0 and distil logits"
+                eager = model.model_copy(update={"attention": "eager"})
+                if model.attention != "eager" and probe_of(eager, vocab_size, place)[0].unrotated.is_exact:
+                    fix = f"set attention: eager for it ({place}.attention), which can do it"
                 raise ModelError(
                     f"{family}: its keys and values cannot be {what} exactly: {verdict.reason}",
                     place=f"arms.{arm.name}: {place}",
-                    fix="use another family (docs/models.md has a table), or set loss.kv_weight: 0 and distil logits",
+                    fix=fix,
                 )
         if looked_at and not probe.attention.is_exact:
             raise ModelError(

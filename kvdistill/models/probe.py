@@ -35,7 +35,9 @@ from kvdistill.models.rope import rotate_keys, unrotate_keys
 from kvdistill.models.small import first_line, small_model
 from kvdistill.models.structure import auto_class, from_modeling_file, model_kind, numbered_attention
 
-TOLERANCE = 1e-3  # of float32, relative to the largest number; what is wrong is off by a tenth or so
+TOLERANCE = (
+    5e-3  # relative to the largest number: float32 noise grows with depth; what is wrong is off by a tenth or so
+)
 TOKENS, SHIFT = 12, 5
 
 
