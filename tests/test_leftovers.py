@@ -17,6 +17,7 @@ from kvdistill.arms.experiment import Experiment
 from kvdistill.core.files import sha256_file
 from kvdistill.core.layout import DRY_RUN, arm_folder, file_lock, folder_lock, locks_folder
 from kvdistill.core.leftovers import sweep_run, sweep_temporary
+from kvdistill.core.marks import write_mark
 from kvdistill.core.runtime import quiet_libraries, set_threads
 from kvdistill.stages.fit import fit
 from kvdistill.store.shards import StoreReader, StoreWriter
@@ -80,7 +81,7 @@ def test_what_is_left_beside_marks_goes_and_what_is_still_needed_stays(tmp_path)
         make(tmp_path / f"arms/{arm}/seed-1/evaluated/records.jsonl")
     make(tmp_path / "teachers/one/checkpoints/checkpoint-3/state.json")
     for mark in ("arms/done/seed-1/trained.json", "arms/done/seed-1/evaluated.json", "teachers/one/trained.json"):
-        make(tmp_path / mark)
+        write_mark(tmp_path / mark, {}, [])
     before = files(tmp_path)
     with file_lock(locks_folder(tmp_path) / "working", wait=True, shared=True):  # somebody is at work
         sweep_run(tmp_path, keeps_answers=False)

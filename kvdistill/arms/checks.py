@@ -19,10 +19,10 @@ from kvdistill.arms.teacher import Teacher
 from kvdistill.core.errors import AlignmentError, ModelError, RecipeError
 from kvdistill.core.files import file_stamps, read_json, sha256_of, write_json
 from kvdistill.core.progress import Progress, silent
-from kvdistill.core.recipe import ScratchRecipe
+from kvdistill.core.recipe import ModelRecipe, ScratchRecipe
 from kvdistill.data.encode import Example
 from kvdistill.data.tokenizers import fingerprint_tokenizer, load_tokenizer
-from kvdistill.models import ModelShape
+from kvdistill.models import ModelShape, Probe, model_config, probe_config
 
 COMPARED_EXAMPLES = 200
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -63,6 +63,7 @@ def check_models(experiment: Experiment, progress: Progress = silent) -> None:
         for teacher in arm.teachers.values() if arm.uses_teachers else ():
             _check_gives(arm, teacher)
             _check_meets(arm, teacher)
+            _check_exact(arm, teacher)
         if arm.recipe.needs_kv and arm.recipe.align.match_in == "shared":
             try:
                 _ = arm.shared_size
@@ -129,6 +130,59 @@ def _check_gives(arm: Arm, teacher: Teacher) -> None:
             place=f"{place}: fuse.fusion_strategy",
             fix="set fuse.fusion_strategy: fixed or similarity",
         )
+
+
+def _check_exact(arm: Arm, teacher: Teacher) -> None:
+    """Whether keys and values of teacher and student, and their attention where the arm looks at it, are what they are
+    taken for: found out by running a small model of each one's configuration."""
+    recipe = arm.recipe
+    if not recipe.needs_kv:
+        return
+    meets_in_teacher = recipe.align.match_in == "teacher"
+    looks = {
+        "loss.kind": recipe.compares_attention,
+        "align.ridge_on": recipe.align.ridge_on == "attention",
+        "compress.kv_compression": recipe.compress.kv_compression == "r-kv",
+        "loss.attention_weighted": recipe.loss.attention_weighted,
+    }
+    of_teacher = [key for key, does in looks.items() if does and (key != "loss.kind" or meets_in_teacher)]
+    of_student = ["loss.kind"] if recipe.compares_attention and not meets_in_teacher else []
+    experiment = arm.experiment
+    for model, vocab_size, place, looked_at in (
+        (teacher.recipe, teacher.vocab_size, teacher.place, of_teacher),
+        (experiment.recipe.student, experiment.vocab_size, "student", of_student),
+    ):
+        probe, family = probe_of(model, vocab_size, place)
+        for verdict, what in ((probe.keys, "captured"), (probe.unrotated, "unrotated")):
+            if not verdict.is_exact:
+                fix = "use another family (docs/models.md has a table), or set loss.kv_weight: 0 and distil logits"
+                eager = model.model_copy(update={"attention": "eager"})
+                if model.attention != "eager" and probe_of(eager, vocab_size, place)[0].unrotated.is_exact:
+                    fix = f"set attention: eager for it ({place}.attention), which can do it"
+                raise ModelError(
+                    f"{family}: its keys and values cannot be {what} exactly: {verdict.reason}",
+                    place=f"arms.{arm.name}: {place}",
+                    fix=fix,
+                )
+        if looked_at and not probe.attention.is_exact:
+            raise ModelError(
+                f"{family}: its attention weights cannot be made again: {probe.attention.reason}",
+                place=f"arms.{arm.name}: {place}: {looked_at[0]}",
+                fix=f"use another family (docs/models.md has a table), or do without {', '.join(looked_at)}",
+            )
+
+
+_PROBES: dict[str, Probe] = {}
+
+
+def probe_of(model: ModelRecipe, vocab_size: int, place: str) -> tuple[Probe, str]:
+    """What can be done with a recipe's model, and its family. Kept: it takes a second or two for each configuration."""
+    config = model_config(model, vocab_size, place)
+    attention = model.attention if model.attention == "sdpa" else "eager"  # flash attention needs a GPU
+    key = f"{attention} {config.to_json_string()}"
+    if key not in _PROBES:
+        _PROBES[key] = probe_config(config, attention)
+    return _PROBES[key], config.model_type
 
 
 def _check_meets(arm: Arm, teacher: Teacher) -> None:

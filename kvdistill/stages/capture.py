@@ -7,6 +7,7 @@ next shard; a finished one is recognised by its identity. Knows nothing of stude
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -64,11 +65,12 @@ def _capture_split(
             progress(f"capture {teacher.name} {split}", start + first + len(rows), len(examples))
         writer.add(pack_targets(batches, DTYPES[recipe.dtype]))
         give_in()
-    extra = {}
-    if queries:  # what each layer multiplies q.k with, read off a run on one text: a resumed capture needs no other
+    extra: dict[str, Any] = {}
+    if queries:  # how each layer attends, read off a run on one text: a resumed capture needs no other
         ids, segments = (torch.tensor([x]).to(model.device) for x in (examples[0].input_ids, examples[0].segments))
         kv = run_teacher(model, ids, segments, layers=layers, dtype="float32", want_nll=False, queries=True).kv
-        extra = {"scaling": None if kv is None or kv.scaling is None else list(kv.scaling)}
+        if kv is not None:
+            extra = {"scaling": kv.scaling and list(kv.scaling), "rules": [rule.as_json() for rule in kv.rules]}
     rope = "none" if not layers or find_rotary(model) is None else "unrotated"
     writer.finish({"layers": layers, "rope": rope, "examples": len(examples), "split": split, **extra})
 

@@ -4,7 +4,7 @@ Token-major rows without padding, so that one example is one contiguous
 slice and a batch is a handful of copies: `kv` [tokens, layers, 2, heads, size], `segments` [tokens], `offsets`
 [examples + 1], `nll` [examples], `topk_index`/`topk_logprob` [tokens, k]; where they were captured, `queries`
 [tokens, layers, query heads, size] and `scores` [tokens, layers, kinds, heads]. Keys and queries are unrotated. The
-layers' `scaling` stands in the manifest's extra. Knows no model.
+layers' `scaling` and `rules` stand in the manifest's extra. Knows no model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kvdistill.core.errors import StoreError
-from kvdistill.core.kv import KV, RopeFrame
+from kvdistill.core.kv import KV, AttentionRule, RopeFrame
 from kvdistill.core.targets import TeacherTargets
 from kvdistill.store.shards import StoreReader
 
@@ -63,6 +63,7 @@ class TargetReader:
         self.rope: RopeFrame = store.extra["rope"]
         scaling = store.extra.get("scaling")  # stores made before queries were kept have none
         self.scaling: tuple[float, ...] | None = None if scaling is None else tuple(map(float, scaling))
+        self.rules = tuple(map(AttentionRule.from_json, store.extra.get("rules", ())))  # empty in such stores, too
         self._shards = store.shards
         self._offsets = [shard["offsets"].tolist() for shard in self._shards]
         self._place = [(s, i) for s, offsets in enumerate(self._offsets) for i in range(len(offsets) - 1)]
@@ -130,4 +131,5 @@ class TargetReader:
             queries=queries,
             layers=self.layers,
             scaling=self.scaling,
+            rules=self.rules,
         )
