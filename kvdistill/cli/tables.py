@@ -52,8 +52,9 @@ def as_text(result: Mapping[str, Any]) -> str:
             lines.append(f"  {printable(name):<{width}}  {_points(arm.get('mean'))} ± {_points(arm.get('std'))}")
         for row in summary.get("comparisons") or []:
             if row.get("verdict"):
+                late = " (after the results)" if row.get("after_results") else ""
                 lines.append(
-                    f"  {printable(row['arm'])} against {printable(row['baseline'])}: {printable(row['verdict'])}"
+                    f"  {printable(row['arm'])} against {printable(row['baseline'])}: {printable(row['verdict'])}{late}"
                 )
     shown = {
         "data": _data_table,
