@@ -36,10 +36,10 @@ def test_what_a_channel_says_is_kept_however_large_its_mean_is(tmp_path: Path, d
     means = ChannelMeans.of(batches[0])
     lost = {}
     for name, given in (("centred", means), ("plain", None)):
-        writer = StoreWriter(tmp_path / name, "targets", "t", {"n": 1})
-        for batch in batches:
-            writer.add(pack_targets([batch], dtype, given))
-        reader = TargetReader(writer.finish({"layers": list(LAYERS), "rope": "unrotated"}))
+        with StoreWriter(tmp_path / name, "targets", "t", {"n": 1}) as writer:
+            for batch in batches:
+                writer.add(pack_targets([batch], dtype, given))
+            reader = TargetReader(writer.finish({"layers": list(LAYERS), "rope": "unrotated"}))
         got = reader.read([0, 1, 2, 3])
         assert got.kv is not None and got.kv.keys[0].dtype == (torch.float32 if given else dtype)
         assert not got.kv.keys[0][1, :, 33:].any(), "padding is 0, not the mean"
@@ -119,8 +119,8 @@ def test_a_killed_capture_goes_on_with_the_means_that_it_began_with(
         capture(teacher)
     monkeypatch.setattr(shards.StoreWriter, "add", real)
     monkeypatch.setattr(type(teacher), "channel_means", lambda *_: pytest.fail("there are means already"))
-    writer = StoreWriter(run / "store", "targets-train", "one", teacher.target_identity("train"))
-    _capture_split(teacher, "train", writer, teacher.load(), silent)  # the other split has none yet
+    with StoreWriter(run / "store", "targets-train", "one", teacher.target_identity("train")) as writer:
+        _capture_split(teacher, "train", writer, teacher.load(), silent)  # the other split has none yet
     reader = TargetReader(teacher.target_folder("train"))
     means = [shard["kv_mean"] for shard in reader._shards]
     assert len(means) > 2 and all(torch.equal(one, written[0]) for one in means)

@@ -4,8 +4,8 @@ Token-major rows without padding, so that one example is one contiguous
 slice and a batch is a handful of copies: `kv` [tokens, layers, 2, heads, size], `segments` [tokens], `offsets`
 [examples + 1], `nll` [examples], `topk_index`/`topk_logprob` [tokens, k]; where they were captured, `queries`
 [tokens, layers, query heads, size] and `scores` [tokens, layers, kinds, heads]. Keys and queries are unrotated. The
-layers' `scaling` stands in the manifest's extra. Stores in a narrower dtype than the teacher's keep what is left after
-each channel's mean, and the means in every shard (`kv_mean`, `queries_mean`, float32). Knows no model.
+layers' `scaling` and `rules` stand in the manifest's extra. Stores in a narrower dtype than the teacher's keep what is
+left after each channel's mean, and the means in every shard (`kv_mean`, `queries_mean`, float32). Knows no model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvdistill.core.kv import KV, RopeFrame
+from kvdistill.core.errors import StoreError
+from kvdistill.core.kv import KV, AttentionRule, RopeFrame
 from kvdistill.core.targets import ChannelMeans, TeacherTargets
 from kvdistill.store.shards import StoreReader
 
@@ -73,11 +74,16 @@ class TargetReader:
         self.rope: RopeFrame = store.extra["rope"]
         scaling = store.extra.get("scaling")  # stores made before queries were kept have none
         self.scaling: tuple[float, ...] | None = None if scaling is None else tuple(map(float, scaling))
+        self.rules = tuple(map(AttentionRule.from_json, store.extra.get("rules", ())))  # empty in such stores, too
         self._shards = store.shards
         self._means = {name: self._shards[0].get(f"{name}_mean") for name in ("kv", "queries")} if self._shards else {}
         self._offsets = [shard["offsets"].tolist() for shard in self._shards]
         self._place = [(s, i) for s, offsets in enumerate(self._offsets) for i in range(len(offsets) - 1)]
         self.num_examples = len(self._place)
+        expected = store.extra.get("examples", self.num_examples)
+        if self.num_examples != expected:
+            what = f"the shards hold {self.num_examples} examples, {expected} were captured"
+            raise StoreError(what, place=str(folder), fix=f"delete {folder} and run the stage that wrote it again")
 
     def nll(self) -> Tensor | None:
         """Mean gold NLL of every example, or None where it was not captured."""
@@ -140,4 +146,5 @@ class TargetReader:
             queries=queries,
             layers=self.layers,
             scaling=self.scaling,
+            rules=self.rules,
         )
