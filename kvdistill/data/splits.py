@@ -19,8 +19,10 @@ from kvdistill.core.recipe import DataRecipe
 from kvdistill.core.runtime import derive_seed
 from kvdistill.data.mix import Available, mix, share_out
 from kvdistill.data.problems import SPLITS, Row, Split, Style
-from kvdistill.data.sets import TASKS, Task, find_task
+from kvdistill.data.sets import TASKS, Task, find_rules, find_task
 from kvdistill.data.sets.held_out import Dealable, read_once
+from kvdistill.data.sets.own_file import rule_of
+from kvdistill.data.sets.published import Noticed
 from kvdistill.data.sources import Source
 from kvdistill.data.spool import Selection, spool_beside
 
@@ -33,7 +35,7 @@ class Splits:
     """The problems of every split in task order, what they were read from, and what was asked for and found.
 
     rules: task key -> Task. asked: task -> split -> problems asked for. duplicates: task -> repeated questions dropped.
-    pools: the tasks whose test part is the fixed part of a pool.
+    pools: the tasks whose test part is the fixed part of a pool. noticed: task -> what to tell of a user's own rows.
     """
 
     problems: dict[str, Selection]
@@ -42,6 +44,7 @@ class Splits:
     asked: dict[str, dict[str, int]] = field(default_factory=dict)
     duplicates: dict[str, int] = field(default_factory=dict)
     pools: list[str] = field(default_factory=list)
+    noticed: dict[str, Noticed] = field(default_factory=dict)
 
 
 def load_splits(data: DataRecipe, progress: Progress = silent, *, beside: Path | None = None) -> Splits:
@@ -82,7 +85,8 @@ def load_splits(data: DataRecipe, progress: Progress = silent, *, beside: Path |
         if task.key not in read:
             read[task.key] = read_once(rules.load(task.model_copy(update=asked), data), spool)
         _deal_task(task.key, read[task.key], asked, data.seed, splits)
-        splits.rules[task.key] = rules
+        splits.rules[task.key] = find_rules(task.key, rule_of(task)) if task.file else rules
+        splits.noticed[task.key] = read[task.key].loaded.noticed
     return splits
 
 

@@ -170,7 +170,7 @@ class _Texts:
         for start in range(0, len(examples), _CHUNK):
             part, rows = examples[start : start + _CHUNK], []
             for example in part:
-                rules, reasoning = find_rules(example.task), example.reasoning
+                rules, reasoning = find_rules(example.task, example.rule), example.reasoning
                 if self.traces is not None and example.style == "cot":
                     own = self.traces.get(example.doc_hash)
                     if own is None and split in _LEARNED:
@@ -181,7 +181,13 @@ class _Texts:
                         )
                     reasoning = own or reasoning
                 problem = Problem(
-                    example.task, example.id, example.question, reasoning, example.answer, example.language
+                    example.task,
+                    example.id,
+                    example.question,
+                    reasoning,
+                    example.answer,
+                    example.language,
+                    example.rule,
                 )
                 row = rules.write(problem, "direct" if example.style == "direct" else "cot")
                 answer = rules.extract(row.completion) if reasoning is not example.reasoning else problem.answer
