@@ -50,6 +50,7 @@ def as_text(result: Mapping[str, Any]) -> str:
         width = max(len(printable(name)) for name in arms)
         for name, arm in arms.items():
             lines.append(f"  {printable(name):<{width}}  {_points(arm.get('mean'))} ± {_points(arm.get('std'))}")
+        lines += [f"  {printable(line)}" for line in summary.get("not_asked") or []]
         for row in summary.get("comparisons") or []:
             if row.get("verdict"):
                 lines.append(
@@ -93,7 +94,11 @@ def _data_table(data: Mapping[str, Any]) -> list[str]:
     lines = _table(
         [["task", "style", *_SPLITS], *([printable(cell) for cell in row] for row in [*rows, total])], left=2
     )
-    for what, words in (("too_long", "longer than data.max_length"), ("dropped", "leaks, taken out of training")):
+    for what, words in (
+        ("too_long", "longer than data.max_length"),
+        ("dropped", "leaks, taken out of training"),
+        ("replaced", "longer than data.max_length, the next problem in place of each"),
+    ):
         left_out = {task: sum(n.get(what, 0) for n in splits.values()) for task, splits in data["tasks"].items()}
         if any(left_out.values()):
             named = ", ".join(f"{printable(task)} {number}" for task, number in left_out.items() if number)
@@ -108,6 +113,20 @@ def _data_table(data: Mapping[str, Any]) -> list[str]:
             line += f"{_points(lost['tokens']).strip()} % of the tokens have nothing behind them"
             line += f" ({lost['examples']:,} whole examples)" if lost["examples"] else ""
         lines.append(line)
+    for task, found in data.get("noticed", {}).items():
+        if unused := found["unused_columns"]:
+            lines.append(f"{printable(task)}: columns that nothing is made of: {', '.join(map(printable, unused))}")
+        if number := found.get("numbers_with_words"):
+            lines.append(
+                f"{printable(task)}: {number:,} answers are a number with words ({printable(found['one_of_them'])}), "
+                "compared as text; `answer: number` reads the number"
+            )
+    for task, styles in data.get("examples", {}).items():
+        for style, row in styles.items():
+            lines.append(f"one {printable(task)} row, style {printable(style)}, as a model reads it:")
+            for part in ("prompt", "reasoning", "answer"):
+                for number, line in enumerate(row[part].splitlines() or [""]):
+                    lines.append(f"  {part if not number else '':<9} |{_begun(printable(line), WIDTH - 13)}")
     return [*lines, f"fingerprint: {data['fingerprint']['all']}"]
 
 
