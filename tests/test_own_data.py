@@ -9,9 +9,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from chat_templates import characters
 
 from kvdistill.core.errors import DataError
 from kvdistill.core.recipe import DataRecipe
+from kvdistill.data.chat import chat_tokenizer, write_chat
+from kvdistill.data.encode import encode_row
 from kvdistill.data.grading import extract_answer, is_correct
 from kvdistill.data.problems import Problem, read_thought, write_plain, write_thought
 from kvdistill.data.splits import Splits, load_splits
@@ -205,6 +208,35 @@ def test_a_byte_order_mark_is_passed_over(tmp_path: Path, ending: str) -> None:
     file = tmp_path / f"windows.{ending}"
     file.write_bytes(b"\xef\xbb\xbf" + json.dumps([row] if ending == "json" else row).encode() + b"\r\n")
     assert read(file)[0][0].question == "3+4?"
+
+
+THINKS = (  # as Qwen3 and others write what is thought
+    "{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{%- if m.role == 'assistant' -%}{%- set thought = m.reasoning_content | default('') -%}"
+    "{{ '<think>\n' + thought.strip('\n') + '\n</think>\n\n' + m.content.split('</think>')[-1].lstrip('\n') }}"
+    "{%- else -%}{{ m.content }}{%- endif -%}{{ '<|im_end|>\n' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
+)
+
+
+@pytest.mark.parametrize("said", ["", "So it is seven."])
+@pytest.mark.parametrize("loose", [(), ("<think>", "</think>")])
+def test_thoughts_go_where_the_chat_template_writes_them(said: str, loose: tuple[str, ...]) -> None:
+    tokenizer = chat_tokenizer(characters(THINKS, loose=loose))
+    thought = Problem("mine", "1", "3+4?", write_thought("Count on.\n\nFour, five …", said), "7")
+    row = write_chat(write_plain(thought, "cot"), tokenizer)
+    content = f"{said} #### 7".strip()
+    answered = {"role": "assistant", "reasoning_content": "Count on.\n\nFour, five …", "content": content}
+    messages = [{"role": "user", "content": row.user}, answered]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert row.text == whole.removesuffix("\n") and row.answer.strip() == "#### 7"
+    assert row.prompt == tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    example = encode_row(tokenizer, row)
+    assert example.input_ids == tokenizer(row.text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(example.prompt_ids) == row.prompt
+    plain = write_chat(write_plain(Problem("mine", "2", "3+4?", "Count on.", "7"), "cot"), tokenizer)
+    assert plain.prompt.endswith("<think>\n\n</think>\n\n")  # as before: no thought, an empty block
+    assert read_thought(row.completion.lstrip()) is not None
 
 
 def test_thoughts_are_written_and_read_alike() -> None:
