@@ -22,10 +22,11 @@ from kvdistill.core.layout import (
     locks_folder,
     refuse_foreign,
 )
+from kvdistill.core.leftovers import sweep_run
 from kvdistill.core.marks import read_mark
 from kvdistill.core.provenance import machine_facts, package_versions
 from kvdistill.core.quoting import first_difference
-from kvdistill.core.recipe import Recipe
+from kvdistill.core.recipe import ModelRecipe, Recipe
 
 # sections a finished model depends on: a run folder made with others is refused
 _BASE = ("data", "teachers", "student", "capture", "train", "evaluate")
@@ -42,6 +43,7 @@ def claimed(recipe: Recipe, run: Path) -> ExitStack:
     path, mine = run / "recipe.json", recipe.model_dump(mode="json")
     with ExitStack() as at_work:
         with folder_lock(run, wait=True):
+            sweep_run(run, keeps_answers=bool(recipe.evaluate.tasks))
             theirs = read_json(path) if path.exists() else None
             if theirs is not None and theirs != mine:
                 if differing := difference(theirs, recipe, run):
@@ -57,21 +59,29 @@ def claimed(recipe: Recipe, run: Path) -> ExitStack:
                         raise RunFolderError(what, place=str(run), fix=error.fix) from None
             if theirs != mine:
                 write_json(path, mine)
+            at_work.callback(_tidy_up, recipe, run)  # by the last to leave
             at_work.enter_context(file_lock(working, wait=True, shared=True))
         return at_work.pop_all()
 
 
+def _tidy_up(recipe: Recipe, run: Path) -> None:
+    if run.exists():
+        with folder_lock(run, wait=True):
+            sweep_run(run, keeps_answers=bool(recipe.evaluate.tasks))
+
+
 def check_run_folder(recipe: Recipe, run: Path) -> None:
     """Refuse, before anything is written, a folder that is no run folder, and model folders that are not there."""
-    models = [("student", recipe.student.path)]
-    models += [(f"teachers.{i} ({t.name})", t.path) for i, t in enumerate(recipe.teachers)]
-    for place, given in models:  # what can be seen without loading anything; the rest is the `check` job's
+    models: list[tuple[str, ModelRecipe]] = [("student", recipe.student)]
+    models += [(f"teachers.{i} ({t.name})", t) for i, t in enumerate(recipe.teachers)]
+    for place, model in models:  # what can be seen without loading anything; the rest is the `check` job's
+        given, needed = model.path, model.gguf_file or "config.json"
         if given is None or not (given.startswith((".", "/", "~")) or given.count("/") > 1):
             continue  # scratch, or what may be a hub id
         folder = Path(given).expanduser()
-        if not (folder / "config.json").is_file():
+        if not (folder / needed).is_file():
             raise ModelError(
-                f"{given} has no config.json" if folder.is_dir() else f"there is no folder {given}",
+                f"{given} has no {needed}" if folder.is_dir() else f"there is no folder {given}",
                 place=f"{place}.path",
                 fix="give a folder with config.json and *.safetensors, or a hub id like Qwen/Qwen2.5-0.5B",
             )
