@@ -53,8 +53,9 @@ def as_text(result: Mapping[str, Any]) -> str:
         lines += [f"  {printable(line)}" for line in summary.get("not_asked") or []]
         for row in summary.get("comparisons") or []:
             if row.get("verdict"):
+                late = " (after the results)" if row.get("after_results") else ""
                 lines.append(
-                    f"  {printable(row['arm'])} against {printable(row['baseline'])}: {printable(row['verdict'])}"
+                    f"  {printable(row['arm'])} against {printable(row['baseline'])}: {printable(row['verdict'])}{late}"
                 )
     shown = {
         "data": _data_table,

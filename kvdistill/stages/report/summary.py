@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvdistill import stats
+from kvdistill.core.declared import compare_declared
 from kvdistill.core.recipe import Recipe
 from kvdistill.stages.report.collect import RunTables
 from kvdistill.stages.report.compare import Comparison, compare_family, describe_comparison
@@ -165,11 +166,16 @@ def summarise(recipe: Recipe, tables: RunTables, family: dict[str, list[Comparis
         }  # fmt: skip
     known = [a["mean"] for a in arms.values() if not math.isnan(a["mean"])]
     ledgers = [run.ledger for runs in tables.runs.values() for run in runs.values()]
+    declared = compare_declared(recipe, tables.path)
+    comparisons = {kind: [describe_comparison(c) for c in family[kind]] for kind in ("primary", "secondary")}
+    for one in (*comparisons["primary"], *comparisons["secondary"]):
+        one["after_results"] = [one["arm"], one["baseline"]] in declared["late"]
     return {
-        "schema": 1, "name": recipe.name, "title": recipe.title or recipe.name, "primary": recipe.report.primary,
+        "schema": 1, "declared": declared, "name": recipe.name,
+        "title": recipe.title or recipe.name, "primary": recipe.report.primary,
         "seeds": tables.seeds, "tasks": tables.tasks, "arms": arms,
-        "comparisons": [describe_comparison(c) for c in family["primary"]],
-        "secondary_comparisons": [describe_comparison(c) for c in family["secondary"]],
+        "comparisons": comparisons["primary"],
+        "secondary_comparisons": comparisons["secondary"],
         "accuracy_near_zero": bool(known) and max(known) < NEAR_ZERO,
         "seconds": _total([tables.provenance], "seconds"), "cpu_seconds": _total([tables.provenance], "cpu_seconds"),
         "student_seconds": _total(ledgers, "seconds"),
@@ -198,14 +204,14 @@ def _total(rows: Sequence[Any], key: str) -> float:
     return sum(known) if known else NAN
 
 
-def statistics_document(recipe: Recipe, family: dict[str, list[Comparison]]) -> dict[str, Any]:
+def statistics_document(recipe: Recipe, summary: dict[str, Any]) -> dict[str, Any]:
     """What `statistical_results.json` holds: rules, method in words, every comparison of both figures."""
     rules = recipe.report
     return {
         "schema": 1, "primary": rules.primary, "alpha": rules.alpha, "margin": rules.margin,
         "seeds": list(recipe.seeds),
         "family": [list(pair) for pair in rules.comparisons], "method": METHOD,
-        "comparisons": [describe_comparison(c) for c in family["primary"]],
-        "secondary_comparisons": [describe_comparison(c) for c in family["secondary"]],
+        "declared": summary["declared"], "comparisons": summary["comparisons"],
+        "secondary_comparisons": summary["secondary_comparisons"],
         "secondary_note": "exploratory: the recipe declares one primary figure, and no margin for this one",
     }  # fmt: skip

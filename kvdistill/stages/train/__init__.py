@@ -20,6 +20,7 @@ from kvdistill.arms.distiller import Distiller
 from kvdistill.arms.student import CausalStudent
 from kvdistill.arms.teacher import Teacher
 from kvdistill.arms.texts import spread
+from kvdistill.core.declared import declare
 from kvdistill.core.errors import DataError
 from kvdistill.core.files import read_json, write_json, write_tensors
 from kvdistill.core.layout import CHECKPOINTS, data_folder, folder_lock, teacher_folder, trained_mark
@@ -45,6 +46,7 @@ def train_student(arm: Arm, progress: Progress = silent) -> None:
     with folder_lock(folder, wait=True) if os.environ.get("RANK", "0") == "0" else nullcontext():
         if read_mark(trained_mark(folder)) is not None:
             return
+        declare(recipe, arm.experiment.run)
         seed_everything(derive_seed(arm.seed, "training"))
         init_fingerprint = fingerprint_model(arm.initial_model)
         batches, order = arm.batches("train"), arm.training_order()
