@@ -91,11 +91,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def _nearest_recipe(missing: Path) -> str:
     """What to write in place of a recipe that is not there: the path of one beside it, or of one of ours."""
-    beside = {path.name: path for path in missing.parent.glob("*.yaml") if path.is_file()}
-    ours = {path.name: path for path in builtin_recipes()}
-    there = ours | beside
-    name = missing.name if missing.suffix else f"{missing.name}.yaml"  # `demo` means demo.yaml
-    close = difflib.get_close_matches(name, there, n=1, cutoff=0.5)
+    beside = {path.stem: path for path in missing.parent.glob("*.yaml") if path.is_file()}
+    ours = {path.stem: path for path in builtin_recipes()}
+    close = difflib.get_close_matches(missing.stem, ours | beside, n=1)
     if close and close[0] in beside:
         return f"did you mean {str(beside[close[0]])!r}?"
     if close:
