@@ -100,7 +100,7 @@ def check_positions(experiment: Experiment) -> None:
         raise ModelError(
             "; ".join(mistakes),
             place="data.max_length",
-            fix="lower it (and evaluate.max_new_tokens), or take models with more positions (test texts count as a whole)",
+            fix="lower it (and evaluate.max_new_tokens), or take models with more positions (test texts count whole)",
         )
 
 
