@@ -152,6 +152,7 @@ def layer_maps(recipe: Recipe, run: Path) -> dict[str, Any]:
             "compared": recipe.align.cka_on,
             "num_vectors": measured["num_vectors"],
             "layer_map": measured["layer_map"][recipe.align.cka_on],
+            "notes": (measured.get("notes") or {}).get(recipe.align.cka_on, []),
             "similarity": measured["similarity"][recipe.align.cka_on],
         }
     return found

@@ -100,6 +100,17 @@ def describe_arm(recipe: Recipe, arm: str) -> str:
     return words + ("; placebo: teacher KV of a mismatched example" if spec.get("placebo") else "")
 
 
+def dead_channels(tables: RunTables, arm: str) -> dict[str, dict[str, int]]:
+    """By teacher how many channels of its mapped keys and values never vary: {"keys", "values", "channels"}."""
+    found: dict[str, dict[str, int]] = {}
+    for run in tables.runs[arm].values():
+        for teacher, extra in (run.ledger.get("alignment") or {}).items():
+            counts = extra.get("dead_channels")
+            if counts and (counts["keys"] or counts["values"]):
+                found[teacher] = counts
+    return found
+
+
 def mean_ledger(tables: RunTables, arm: str) -> dict[str, Any]:
     """Mean over seeds of every figure of the ledger; {} if no run has one. FLOPs as floats, teachers by name."""
     ledgers = [run.ledger for run in tables.runs[arm].values() if run.ledger]
@@ -163,6 +174,7 @@ def summarise(recipe: Recipe, tables: RunTables, family: dict[str, list[Comparis
             "questions": max((len(run.keys) for run in tables.runs[arm].values()), default=0),
             "missing_seeds": [s for s in tables.seeds if s not in tables.runs[arm]],
             "description": describe_arm(recipe, arm),
+            "nll_reasoning": _spread(tables, arm, "nll_reasoning"), "dead_channels": dead_channels(tables, arm),
         }  # fmt: skip
     known = [a["mean"] for a in arms.values() if not math.isnan(a["mean"])]
     ledgers = [run.ledger for runs in tables.runs.values() for run in runs.values()]
