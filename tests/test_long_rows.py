@@ -65,7 +65,7 @@ def test_what_was_not_asked_stands_beside_the_accuracy(tmp_path: Path) -> None:
     [line] = not_asked(tables)
     assert line.startswith("mine: 3 of 9 test questions were not asked")
     shown = as_text({"summary": {"arms": {"ce": {"mean": 0.5, "std": 0.1}}, "not_asked": [line]}})
-    assert shown.splitlines()[1].strip() == line
+    assert shown.splitlines()[-1].strip() == line
     assert not_asked(RunTables(tmp_path, ["ce"], [1], manifest={"tasks": {"mine": {"test": {"problems": 9}}}})) == []
 
 
