@@ -48,6 +48,7 @@ def as_text(result: Mapping[str, Any]) -> str:
     arms = summary.get("arms") or {}
     if arms:
         lines += _arm_lines(arms, summary.get("primary", "accuracy"))
+        lines += [f"  {printable(line)}" for line in summary.get("not_asked") or []]
         for row in summary.get("comparisons") or []:
             if row.get("verdict"):
                 line = f"{printable(row['arm'])} against {printable(row['baseline'])}: {printable(row['verdict'])}"
@@ -108,7 +109,11 @@ def _data_table(data: Mapping[str, Any]) -> list[str]:
     lines = _table(
         [["task", "style", *_SPLITS], *([printable(cell) for cell in row] for row in [*rows, total])], left=2
     )
-    for what, words in (("too_long", "longer than data.max_length"), ("dropped", "leaks, taken out of training")):
+    for what, words in (
+        ("too_long", "longer than data.max_length"),
+        ("dropped", "leaks, taken out of training"),
+        ("replaced", "longer than data.max_length, the next problem in place of each"),
+    ):
         left_out = {task: sum(n.get(what, 0) for n in splits.values()) for task, splits in data["tasks"].items()}
         if any(left_out.values()):
             named = ", ".join(f"{printable(task)} {number}" for task, number in left_out.items() if number)
@@ -123,6 +128,20 @@ def _data_table(data: Mapping[str, Any]) -> list[str]:
             line += f"{_points(lost['tokens']).strip()} % of the tokens have nothing behind them"
             line += f" ({lost['examples']:,} whole examples)" if lost["examples"] else ""
         lines.append(line)
+    for task, found in data.get("noticed", {}).items():
+        if unused := found["unused_columns"]:
+            lines.append(f"{printable(task)}: columns that nothing is made of: {', '.join(map(printable, unused))}")
+        if number := found.get("numbers_with_words"):
+            lines.append(
+                f"{printable(task)}: {number:,} answers are a number with words ({printable(found['one_of_them'])}), "
+                "compared as text; `answer: number` reads the number"
+            )
+    for task, styles in data.get("examples", {}).items():
+        for style, row in styles.items():
+            lines.append(f"one {printable(task)} row, style {printable(style)}, as a model reads it:")
+            for part in ("prompt", "reasoning", "answer"):
+                for number, line in enumerate(row[part].splitlines() or [""]):
+                    lines.append(f"  {part if not number else '':<9} |{_begun(printable(line), WIDTH - 13)}")
     return [*lines, f"fingerprint: {data['fingerprint']['all']}"]
 
 

@@ -164,7 +164,8 @@ def data_table(run: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     manifest = read_json(path)
-    data = {"table": manifest["table"], "tasks": manifest["tasks"], "fingerprint": manifest["fingerprint"]}
+    data = {key: manifest[key] for key in ("table", "tasks", "fingerprint")}
+    data |= {key: manifest[key] for key in ("examples", "noticed") if manifest.get(key)}
     own = {file.parent.name: read_json(file) for file in sorted(path.parent.glob("teachers/*/manifest.json"))}
     data["teachers"] = {
         name: {"tokenizer": found["tokenizer"], "own_chains": not found["one_text"], "lost": found["lost"]}

@@ -90,9 +90,9 @@ class RunTestExam(AbstractExam):
         return (self._examples[question.number].num_prompt_tokens,)
 
     def judge(self, question: Question, responses: Sequence[Any]) -> Judgement:
-        gold = self._examples[question.number].answer
-        correct = is_correct(self.name, responses[0], gold)
-        return Judgement(extract_answer(self.name, responses[0]), responses[0], gold, correct, float(correct))
+        gold, rule = (example := self._examples[question.number]).answer, example.rule
+        correct = is_correct(self.name, responses[0], gold, rule)
+        return Judgement(extract_answer(self.name, responses[0], rule), responses[0], gold, correct, float(correct))
 
 
 class StudentLM:

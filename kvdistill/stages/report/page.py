@@ -27,7 +27,7 @@ from kvdistill.stages.report.summary import METHOD, budgets, reference_arm
 SVG_LIMIT_BYTES = 250_000
 SPLITS = ("train", "val", "test")
 # of the data manifest: as a table, in the recipe, or of no use
-SHOWN_ELSEWHERE = ("tasks", "section", "files", "format")
+SHOWN_ELSEWHERE = ("tasks", "section", "files", "format", "examples")
 EXAMPLES_PER_KIND = 4
 EXCERPT = 700
 

@@ -194,8 +194,21 @@ def summarise(recipe: Recipe, tables: RunTables, family: dict[str, list[Comparis
         "teacher_seconds": _total(list(tables.teachers.values()), "seconds"),
         "leaks_allowed": recipe.data.leaks == "allow" or bool(tables.manifest.get("num_leaks")),
         "leaks_found": tables.validation.get("num_leaks"),
+        "not_asked": not_asked(tables),
         "notes": tables.notes,
     }  # fmt: skip
+
+
+def not_asked(tables: RunTables) -> list[str]:
+    """What of the test questions no model was asked, in words: an accuracy is that of the others."""
+    tasks = tables.manifest.get("tasks") or {}
+    counts = {task: (splits.get("test") or {}) for task, splits in tasks.items()}
+    return [
+        f"{task}: {left} of {left + test['problems']} test questions were not asked: their prompts are longer than "
+        "data.max_length"
+        for task, test in counts.items()
+        if (left := test.get("too_long") or 0)
+    ]
 
 
 def _total(rows: Sequence[Any], key: str) -> float:

@@ -86,5 +86,5 @@ def accuracy_by_task(
     answers = student.generate(prompts, tokenizer, max_new_tokens=max_new_tokens, batch_size=2 * MEASURED)
     right: dict[str, list[bool]] = {}
     for example, one in zip(examples, answers, strict=True):
-        right.setdefault(example.task, []).append(is_correct(example.task, one.text, example.answer))
+        right.setdefault(example.task, []).append(is_correct(example.task, one.text, example.answer, example.rule))
     return {task: sum(values) / len(values) for task, values in sorted(right.items())}
