@@ -55,8 +55,12 @@ def first_difference(there: Any, now: Any, where: str = "", *, length: int = 60)
         return None
     if isinstance(there, Mapping) and isinstance(now, Mapping):
         keys = {*there} & {*now} if where.endswith(".members") else {*there, *now}
-        inner = ((key, f"{where}.{key}" if where else str(key)) for key in sorted(keys))
-        found = (first_difference(there.get(key), now.get(key), name, length=length) for key, name in inner)
+        named = ((key, f"{where}.{key}" if where else str(key)) for key in sorted(keys))
+        found = (first_difference(there.get(key), now.get(key), name, length=length) for key, name in named)
+        return next((one for one in found if one), None)
+    if isinstance(there, list) and isinstance(now, list) and len(there) == len(now):
+        inner = ((i, f"{where}.{i}" if where else str(i)) for i in range(len(now)))
+        found = (first_difference(there[i], now[i], name, length=length) for i, name in inner)
         return next((one for one in found if one), None)
     old, new = (json.dumps(value, ensure_ascii=False)[:length] for value in (there, now))
     return f"{where} ({old} there, {new} now)"

@@ -40,7 +40,7 @@ def evaluate(arm: Arm, progress: Progress = silent) -> None:
         raise RunFolderError(
             "this student is not trained yet", place=str(folder), fix="run `kvdistill train RECIPE` first"
         )
-    check_marked(trained_mark(folder), "model/", fix=f"delete {folder} and train again")
+    check_marked(trained_mark(folder), "model/", fix=f"delete {folder} and run `kvdistill train RECIPE` again")
     student, tokenizer = CausalStudent.load(folder / "model", DTYPES[recipe.student.dtype])
     student.to(arm.device)
     options, public = recipe_options(recipe), check_public(recipe, run)
