@@ -287,7 +287,7 @@ def test_damaged_fits_data_and_models_are_named(tmp_path, monkeypatch):
     weights = run / "arms/ce" / f"seed-{SEED}" / "model/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     answer = invoke(monkeypatch, "evaluate", recipe, "--arm", "ce", "--seed", SEED)
-    assert_one_message(answer, str(weights.parent), "cannot be loaded", "kvdistill train")
+    assert_one_message(answer, str(weights), "checksum differs", "train again")
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def test_a_stage_before_its_turn_says_which_one_is_missing(tmp_path, monkeypatch
         ("teachers.0.scratch.hidden_size=32", "scratch"),
         ("student.scratch.num_layers=3", "student.scratch.num_layers (2 there, 3 now)"),
         ("capture.dtype=bfloat16", "capture.dtype"),
-        ("evaluate.max_new_tokens=9", "evaluate.max_new_tokens"),
+        ("evaluate.match_examples=9", "evaluate.match_examples"),
         ("arms.fixed.loss.kv_weight=1", "arms.fixed.loss.kv_weight (5.0 there, 1.0 now)"),
     ],
 )

@@ -18,7 +18,7 @@ from kvdistill.arms.teacher import Teacher
 from kvdistill.core.errors import AlignmentError, ModelError, RecipeError
 from kvdistill.core.files import file_stamps, read_json, sha256_of, write_json
 from kvdistill.core.progress import Progress, silent
-from kvdistill.core.recipe import ScratchRecipe
+from kvdistill.core.recipe import Recipe, ScratchRecipe
 from kvdistill.data.encode import Example
 from kvdistill.data.tokenizers import fingerprint_tokenizer, load_tokenizer
 
@@ -31,28 +31,15 @@ def check_models(experiment: Experiment, progress: Progress = silent) -> None:
     outside a model), AlignmentError (what an arm cannot bring together). Data is prepared.
     """
     recipe, teachers = experiment.recipe, experiment.teachers
-    _ = experiment.student_shape
+    _check_kinds(experiment)
     if recipe.student.path is not None:
         check_same_tokenizer(experiment, recipe.student.path, "student")
     elif recipe.student.scratch is not None:
         check_saved_tokenizer(experiment, recipe.student.scratch, "student", experiment.tokenizer)
     try_saving(experiment)
     for number, teacher in enumerate(teachers.values()):
-        try:
-            kind = teacher.shape.kind
-        except ModelError as error:  # what is wrong inside a model knows the model's name, not whose it is
-            if error.place.startswith(teacher.place):
-                raise
-            raise ModelError(error.what, place=f"{teacher.place}: {error.place}", fix=error.fix) from None
         scratch = teacher.recipe.scratch
         if scratch is not None:
-            if kind != "decoder":
-                raise ModelError(
-                    f"{scratch.architecture} is an {kind}: it cannot be trained on the spot to continue a text from "
-                    "left to right",
-                    place=f"{teacher.place}.scratch.architecture",
-                    fix="choose a causal architecture (qwen2, llama, gpt2, …), or give a pretrained one with `path`",
-                )
             check_saved_tokenizer(experiment, scratch, teacher.place, teacher.tokenizer)
         progress("check", number + 1, len(teachers))
     for name in recipe.arms:
@@ -65,6 +52,41 @@ def check_models(experiment: Experiment, progress: Progress = silent) -> None:
                 _ = arm.shared_size
             except AlignmentError as error:
                 raise AlignmentError(error.what, place=f"arms.{name}: {error.place}", fix=error.fix) from None
+
+
+def check_sizes(recipe: Recipe, run: Path) -> None:
+    """What is wrong with models and layers whatever the data says: looked at before any data is read, in a second."""
+    experiment = Experiment(recipe, run)
+    experiment.vocab_size = 1  # not known yet: the smallest there is
+    for teacher in experiment.teachers.values():
+        teacher.texts = {"own_text": False, "one_text": True, "tokenizer": None}
+    _check_kinds(experiment)
+    for name in recipe.arms:
+        arm = experiment.arm(name, recipe.seeds[0])
+        for teacher in arm.teachers.values() if arm.uses_teachers else ():
+            _check_gives(arm, teacher)
+            if arm.recipe.needs_kv and not isinstance(arm.recipe.align.layer_map, str):  # of a file: with the data
+                _check_layers(arm, teacher)
+
+
+def _check_kinds(experiment: Experiment) -> None:
+    """The student's sizes, and every teacher's: each a model that can do what is asked of it."""
+    _ = experiment.student_shape
+    for teacher in experiment.teachers.values():
+        try:
+            kind = teacher.shape.kind
+        except ModelError as error:  # what is wrong inside a model knows the model's name, not whose it is
+            if error.place.startswith(teacher.place):
+                raise
+            raise ModelError(error.what, place=f"{teacher.place}: {error.place}", fix=error.fix) from None
+        scratch = teacher.recipe.scratch
+        if scratch is not None and kind != "decoder":
+            raise ModelError(
+                f"{scratch.architecture} is an {kind}: it cannot be trained on the spot to continue a text from "
+                "left to right",
+                place=f"{teacher.place}.scratch.architecture",
+                fix="choose a causal architecture (qwen2, llama, gpt2, …), or give a pretrained one with `path`",
+            )
 
 
 def _check_gives(arm: Arm, teacher: Teacher) -> None:
@@ -117,10 +139,15 @@ def _check_meets(arm: Arm, teacher: Teacher) -> None:
             place=f"{place}: fuse.fusion_strategy",
             fix="set fuse.fusion_strategy: fixed or similarity",
         )
+    _check_layers(arm, teacher)
+
+
+def _check_layers(arm: Arm, teacher: Teacher) -> None:
     try:
-        teacher.check_pair(recipe)
+        teacher.check_pair(arm.recipe)
     except RecipeError as error:
-        raise RecipeError(error.what, place=f"{place}: {error.place}", fix=error.fix) from None
+        place = f"arms.{arm.name} with teacher {teacher.name!r}: {error.place}"
+        raise RecipeError(error.what, place=place, fix=error.fix) from None
 
 
 # -- tokenizers: compared by what they do, never by their size or by how they are written down ---------

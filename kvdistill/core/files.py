@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kvdistill.core.errors import RunFolderError, StoreError, TrainingStopped
+from kvdistill.core.errors import KVDistillError, RunFolderError, StoreError, TrainingStopped
 
 _CHUNK_BYTES = 1 << 22
 
@@ -32,6 +32,18 @@ def disk_full_error(error: BaseException, path: Path | str) -> TrainingStopped |
             fix="free space (`kvdistill doctor` shows the run folder's disk), then give the same command again",
         )
     return None
+
+
+_UNUSABLE = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
+
+
+def path_error(error: OSError) -> KVDistillError | None:
+    """The clear error behind an OSError that a path, its permissions or its disk are to blame for; else None."""
+    path = "" if error.filename is None else str(error.filename)
+    if error.errno in _UNUSABLE and path:
+        shown = path if len(path) <= 200 else f"{path[:199]}…"
+        return RunFolderError(f"the system refuses this path: {error.strerror}", place=shown, fix="give another path")
+    return disk_full_error(error, path)
 
 
 @contextmanager
@@ -105,7 +117,7 @@ def read_json(path: Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunFolderError("file is missing", place=str(path), fix="run the stage that writes it again") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no text, too deep
         raise RunFolderError(
             f"not valid JSON ({error})", place=str(path), fix="delete it and run the stage again"
         ) from None

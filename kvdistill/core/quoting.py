@@ -25,6 +25,12 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
+def json_line(value: object) -> str:
+    """The value as one line of JSON, letters as they are, and whatever a terminal would obey escaped."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if text.isprintable() else "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+
+
 def quoted(value: object) -> str:
     """The value as Python would write it, at most 80 characters, control characters escaped: `'a\\x1b[31m'`."""
     text = _SHORT.repr(value)

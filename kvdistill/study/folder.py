@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 import time
 from collections.abc import Mapping
@@ -10,34 +11,34 @@ from pathlib import Path
 from typing import Any
 
 from kvdistill.core.config import arm_recipe, recipe_hash
-from kvdistill.core.errors import ModelError, RunFolderError
+from kvdistill.core.errors import RunFolderError
 from kvdistill.core.files import read_json, sha256_of, write_json
 from kvdistill.core.layout import (
-    arm_folder,
     data_folder,
-    evaluated_mark,
     file_lock,
     folder_lock,
     layers_folder,
     locks_folder,
     refuse_foreign,
 )
-from kvdistill.core.marks import read_mark
 from kvdistill.core.provenance import machine_facts, package_versions
 from kvdistill.core.quoting import first_difference
 from kvdistill.core.recipe import Recipe
+from kvdistill.study.plan import is_evaluated
 
 # sections a finished model depends on: a run folder made with others is refused
 _BASE = ("data", "teachers", "student", "capture", "train", "evaluate")
 
 
-def claimed(recipe: Recipe, run: Path) -> ExitStack:
+def claimed(recipe: Recipe, run: Path, *, begins: bool = True) -> ExitStack:
     """Work in this run folder with this recipe: `recipe.json` is written, or the folder refused that another one made.
 
     Others may work in it at the same time, if they want the same but for arms and seeds: each job has a lock of its
     own (`stages.table.perform`), the folder's is held only while it is claimed. New arms and seeds are welcome.
+
+    begins: whether this may be the first command in the folder.
     """
-    check_run_folder(recipe, run)  # before the first lock, which leaves a file behind
+    check_run_folder(run, begins=begins)  # before the first lock, which leaves a file behind
     working = locks_folder(run) / "working"
     path, mine = run / "recipe.json", recipe.model_dump(mode="json")
     with ExitStack() as at_work:
@@ -61,21 +62,22 @@ def claimed(recipe: Recipe, run: Path) -> ExitStack:
         return at_work.pop_all()
 
 
-def check_run_folder(recipe: Recipe, run: Path) -> None:
-    """Refuse, before anything is written, a folder that is no run folder, and model folders that are not there."""
-    models = [("student", recipe.student.path)]
-    models += [(f"teachers.{i} ({t.name})", t.path) for i, t in enumerate(recipe.teachers)]
-    for place, given in models:  # what can be seen without loading anything; the rest is the `check` job's
-        if given is None or not (given.startswith((".", "/", "~")) or given.count("/") > 1):
-            continue  # scratch, or what may be a hub id
-        folder = Path(given).expanduser()
-        if not (folder / "config.json").is_file():
-            raise ModelError(
-                f"{given} has no config.json" if folder.is_dir() else f"there is no folder {given}",
-                place=f"{place}.path",
-                fix="give a folder with config.json and *.safetensors, or a hub id like Qwen/Qwen2.5-0.5B",
-            )
+def check_run_folder(run: Path, *, begins: bool) -> None:
+    """Refuse, before anything is written, a folder that is no run folder; and, unless the command begins one, none.
+
+    begins: whether the command may be the first in a folder. Else a run_dir that is not there is a slip of the pen,
+    and is named with the nearest one there is.
+    """
     refuse_foreign(run, "recipe.json", fix="give an empty or new folder with run_dir=…")
+    if begins or (run / "recipe.json").is_file():
+        return
+    folder = run.parent
+    there = [path.parent.name for path in folder.glob("*/recipe.json")] if folder.is_dir() else []
+    near = difflib.get_close_matches(run.name, there, n=1, cutoff=0.6)
+    fix = f"did you mean {folder / near[0]}? Otherwise" if near else "mend run_dir, or"
+    raise RunFolderError(
+        "there is no run folder here", place=str(run), fix=f"{fix} run `kvdistill prepare RECIPE` first"
+    )
 
 
 def difference(theirs: Any, recipe: Recipe, run: Path, *, planned: bool = False) -> str | None:
@@ -87,7 +89,7 @@ def difference(theirs: Any, recipe: Recipe, run: Path, *, planned: bool = False)
     sections = ["data"] if (data_folder(run) / "manifest.json").exists() else []
     if planned or any((run / made).exists() for made in ("teachers", "store", "fit", "arms")):
         sections = list(_BASE)
-    old_base, new_base = _base_of(theirs), _base_of(recipe.model_dump(mode="json"))
+    old_base, new_base = _base_of(theirs, planned), _base_of(recipe.model_dump(mode="json"), planned)
     differing = first_difference({s: old_base[s] for s in sections}, {s: new_base[s] for s in sections})
     if differing is not None:
         return differing
@@ -106,8 +108,10 @@ def difference(theirs: Any, recipe: Recipe, run: Path, *, planned: bool = False)
     return None
 
 
-def _base_of(tree: Mapping[str, Any]) -> dict[str, Any]:
+def _base_of(tree: Mapping[str, Any], planned: bool) -> dict[str, Any]:
     base = {key: tree.get(key) for key in _BASE}
+    if not planned:  # students are asked anew where that changes; how much is captured for match figures stays
+        base["evaluate"] = {"match_examples": (base["evaluate"] or {}).get("match_examples")}
     # where a copy lies changes nothing, and the manifest knows whether leaks are in the data
     base["data"] = {k: v for k, v in (base["data"] or {}).items() if k not in ("root", "leaks")}
     return base
@@ -119,7 +123,7 @@ def is_finished(recipe: Recipe, run: Path) -> bool:
         return False
     if read_json(mark).get("recipe") != recipe_hash(recipe) or not (data_folder(run) / "manifest.json").exists():
         return False
-    return all(read_mark(evaluated_mark(arm_folder(run, arm, seed))) for arm in recipe.arms for seed in recipe.seeds)
+    return all(is_evaluated(recipe, run, arm, seed) for arm in recipe.arms for seed in recipe.seeds)
 
 
 def result_of(run: Path) -> dict[str, Any]:

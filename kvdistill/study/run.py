@@ -15,6 +15,7 @@ from kvdistill.core.files import write_json
 from kvdistill.core.layout import data_folder, file_lock, locks_folder, profile_folder
 from kvdistill.core.progress import Progress
 from kvdistill.core.recipe import Recipe
+from kvdistill.study.early import refuse_early
 from kvdistill.study.folder import add_provenance, claimed, data_table, is_finished, layer_maps, result_of
 from kvdistill.study.local import prepare_process, run_jobs
 from kvdistill.study.plan import STUDY, plan
@@ -27,7 +28,9 @@ def run_study(recipe: Recipe, progress: Progress, *, verb: str | None = None) ->
     """
     run = run_folder(recipe)
     begun_wall, begun_cpu = time.time(), time.process_time()
-    with claimed(recipe, run):
+    if verb != "report" and not (verb is None and is_finished(recipe, run)):
+        refuse_early(recipe)
+    with claimed(recipe, run, begins=verb in (None, "prepare", "map-layers")):
         if verb is None and is_finished(recipe, run):
             return {**result_of(run), "already_finished": True}
         jobs = plan(recipe, run, STUDY if verb is None else (verb,), before=verb in (None, "map-layers"))
@@ -84,7 +87,8 @@ def run_arms(recipe: Recipe, progress: Progress, *, verb: str, arm: str | None, 
         raise RecipeError(f"seed {seed} is not in the recipe", place="--seed", fix=f"one of {recipe.seeds}")
     chosen = [(a, s) for s in recipe.seeds for a in recipe.arms if arm in (None, a) and seed in (None, s)]
     here = arm is not None and seed is not None
-    with claimed(recipe, run):
+    refuse_early(recipe)
+    with claimed(recipe, run, begins=False):
         jobs = plan(recipe, run, (verb,), before=False, runs=chosen)
         if here:
             prepare_process(recipe.hardware.threads)  # as a worker would be, for the same numbers
@@ -110,6 +114,7 @@ def profile_alignment(recipe: Recipe, progress: Progress, *, arm: str | None) ->
     result: dict[str, Any] = {"run": str(run), "profiles": {}, "skipped": skipped}
     if not profiled:
         return result
+    refuse_early(recipe)
     with claimed(recipe, run):
         jobs = plan(recipe, run, ("teach", "fit"), runs=[(name, recipe.seeds[0]) for name in profiled])
         run_jobs(recipe, [job for job in jobs if job.verb != "fit"], progress)

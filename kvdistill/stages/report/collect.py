@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from kvdistill.core.config import asked_hash
 from kvdistill.core.errors import RunFolderError
 from kvdistill.core.files import finite, read_json_lines, write_text
 from kvdistill.core.layout import evaluated_mark, trained_mark
@@ -61,8 +62,12 @@ def collect_tables(recipe: Recipe, run: Path) -> RunTables:
             for mark, verb in ((trained_mark(folder), "train"), (evaluated_mark(folder), "evaluate")):
                 fix = f"delete {mark} and {verb} again"
                 check_marked(mark, fix=fix)
-                if mark.exists() and read_mark(mark) is None:
+                said = read_mark(mark)
+                if mark.exists() and said is None:
                     raise RunFolderError("this mark is damaged", place=str(mark), fix=fix)
+                if said is not None and verb == "evaluate" and said.get("asked") != asked_hash(recipe):
+                    what = "these answers are to another `evaluate` section than the recipe's"
+                    raise RunFolderError(what, place=str(mark), fix="run `kvdistill evaluate RECIPE`, or set it back")
                 unmarked += not mark.exists() and (folder / "records.jsonl").is_file()
             if rows := read_log(folder / "log.jsonl"):
                 tables.logs[arm][seed] = rows
