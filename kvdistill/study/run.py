@@ -21,8 +21,10 @@ from kvdistill.study.local import prepare_process, run_jobs
 from kvdistill.study.plan import STUDY, plan
 
 
-def run_study(recipe: Recipe, progress: Progress, *, verb: str | None = None) -> dict[str, Any]:
+def run_study(recipe: Recipe, progress: Progress, *, verb: str | None = None, here: bool = False) -> dict[str, Any]:
     """Do all that is left of a study, or of one verb, and return what the command prints: folder, page, summary.
+
+    here: in this process, in place of workers.
 
     Raises KVDistillError for whatever a user can mend; what is finished stays.
     """
@@ -36,7 +38,7 @@ def run_study(recipe: Recipe, progress: Progress, *, verb: str | None = None) ->
         jobs = plan(recipe, run, STUDY if verb is None else (verb,), before=verb in (None, "map-layers"))
         try:
             what = recipe.name if verb is None else f"{recipe.name}: {verb}"
-            run_jobs(recipe, [job for job in jobs if job.verb != "report"], progress, what=what)
+            run_jobs(recipe, [job for job in jobs if job.verb != "report"], progress, what=what, here=here)
         finally:  # a call that was interrupted counts too
             add_provenance(run, begun_wall, begun_cpu)
         reports = [job for job in jobs if job.verb == "report"]  # it shows the provenance, and needs no worker
@@ -76,9 +78,20 @@ def export_data(recipe: Recipe, progress: Progress, *, form: str) -> dict[str, A
         return {"run": str(run), "files": export(recipe, run, form, progress)}
 
 
-def run_arms(recipe: Recipe, progress: Progress, *, verb: str, arm: str | None, seed: int | None) -> dict[str, Any]:
+def run_arms(
+    recipe: Recipe,
+    progress: Progress,
+    *,
+    verb: str,
+    arm: str | None,
+    seed: int | None,
+    before: bool = False,
+    here: bool = False,
+) -> dict[str, Any]:
     """`kvdistill train` and `evaluate`: all arms and seeds or the chosen ones. One run, when both are named, is done in
     this process, which may be one rank of a torchrun.
+
+    before: with all that must be done before. here: in this process, in place of workers.
     """
     run = run_folder(recipe)
     if arm is not None:
@@ -86,10 +99,10 @@ def run_arms(recipe: Recipe, progress: Progress, *, verb: str, arm: str | None, 
     if seed is not None and seed not in recipe.seeds:
         raise RecipeError(f"seed {seed} is not in the recipe", place="--seed", fix=f"one of {recipe.seeds}")
     chosen = [(a, s) for s in recipe.seeds for a in recipe.arms if arm in (None, a) and seed in (None, s)]
-    here = arm is not None and seed is not None
+    here = here or (arm is not None and seed is not None)
     refuse_early(recipe)
-    with claimed(recipe, run, begins=False):
-        jobs = plan(recipe, run, (verb,), before=False, runs=chosen)
+    with claimed(recipe, run, begins=before):
+        jobs = plan(recipe, run, (verb,), before=before, runs=chosen)
         if here:
             prepare_process(recipe.hardware.threads)  # as a worker would be, for the same numbers
         run_jobs(recipe, jobs, progress, what=f"{recipe.name}: {verb}", here=here)
