@@ -22,6 +22,7 @@ from kvdistill.arms.texts import (
     PickedRows,
     SpanTable,
     TeacherText,
+    load_prepared_tokenizer,
     may_have_own_text,
     own_table_path,
     own_tokenizer_folder,
@@ -47,7 +48,6 @@ from kvdistill.core.segments import ANSWER
 from kvdistill.core.targets import TeacherTargets
 from kvdistill.data.encode import Example
 from kvdistill.data.tables import check_file, read_table
-from kvdistill.data.tokenizers import load_tokenizer
 from kvdistill.losses import answer_attention
 from kvdistill.models import ModelShape, auto_class, load_model, model_config, rotate_keys, teacher_forward
 from kvdistill.store.packed import TargetReader
@@ -83,7 +83,7 @@ class Teacher:
         """Of what this teacher reads; the run's where it has none of its own."""
         folder = own_tokenizer_folder(self._run, self.name)
         if self.texts["own_text"] and folder.is_dir():
-            return load_tokenizer(str(folder), place=str(folder))
+            return load_prepared_tokenizer(folder, self.texts["tokenizer"]["fingerprint"])
         return self.experiment.tokenizer
 
     @property
@@ -154,6 +154,9 @@ class Teacher:
             config = model_config(source, 1, self.place)
             return f"hub:{source.path}@{getattr(config, '_commit_hash', None)}"
         files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
+        if not all(file.is_file() for file in files):
+            self._check_files()  # names it
+            raise RunFolderError("this folder has no config.json", place=str(folder), fix="copy the model again")
         stamp = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
         note = teacher_folder(self._run, self.name) / "fingerprint.json"
         if note.exists() and (known := read_json(note))["stamp"] == stamp:
