@@ -10,7 +10,9 @@ modes (n = keep; of fewer reasoning tokens than n, all stay):
 
 R-KV (Cai et al. 2025, as KaVa uses it), per layer and KV head, over the n reasoning tokens of an example alone:
   importance I = softmax over them of the answer's attention logits (max over the queries of a KV head), averaged over
-                 the answer's tokens; 1/n each where there is no answer
+                 the answer's tokens; 1/n each where there is no answer. In layers with a window, tokens outside of
+                 it get nothing, and answer tokens that see no reasoning do not count (1/n each where none does); a
+                 cap acts on the logits; a sink changes nothing, since it is no reasoning token
   redundancy R = softmax over them of minus the mean cosine of a key to the other keys. (Its name in the paper; a
                  high R is a key unlike the others.) sum_j cos(k_i, k_j) = u_i · sum_j u_j with unit keys u: no n x n
                  matrix is made. A single token has R = 1.
@@ -33,6 +35,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvdistill.core.errors import AlignmentError, RecipeError, require_known
+from kvdistill.core.kv import CAUSAL, AttentionRule, require_unbiased
 from kvdistill.core.maps import SparseMap, members_first, spread_members
 from kvdistill.core.segments import ANSWER, PADDING, REASONING
 
@@ -103,9 +106,17 @@ def rkv_scores(
 
 @torch.no_grad()
 def rkv_layer_scores(
-    queries: Sequence[Tensor], keys: Sequence[Tensor], segments_BS: Int[Tensor, "B S"], *, scaling: float | None = None
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    segments_BS: Int[Tensor, "B S"],
+    *,
+    scaling: float | None = None,
+    rules: Sequence[AttentionRule] = (),
 ) -> Float[Tensor, "M B 2 G S"]:
-    """`rkv_scores` of M layers with equal heads, [B, Q, S, E] and [B, G, S, E] each: what is common is made once."""
+    """`rkv_scores` of M layers with equal heads, [B, Q, S, E] and [B, G, S, E] each: what is common is made once.
+
+    rules: of each layer, what it does with q.k; unset: nothing. Raises AlignmentError for a rule with a bias.
+    """
     if len(queries) != len(keys) or not keys:
         raise AlignmentError(f"r-kv: {len(queries)} layers of queries and {len(keys)} of keys", fix="capture both")
     for layer, (q, k) in enumerate(zip(queries, keys, strict=True)):
@@ -115,6 +126,7 @@ def rkv_layer_scores(
                 f"r-kv, layer {layer}: queries {tuple(q.shape)} and keys {tuple(k.shape)}",
                 fix="[batch, heads, tokens, size] each, query heads a multiple of key heads, layers alike",
             )
+    require_unbiased(rules)
     reasoning_BS, answer_BS = segments_BS == REASONING, segments_BS == ANSWER
     num_B, answers_B = reasoning_BS.sum(1), answer_BS.sum(1)
     to_reasoning = selection_map(reasoning_BS, max(1, int(num_B.max())))
@@ -125,16 +137,25 @@ def rkv_layer_scores(
     even_BN = live_BN / live_BN.sum(1, keepdim=True).clamp_min(1)
     layers, room = [], _Room()
     asked, answered = _common_slice(reasoning_BS), _common_slice(answer_BS)
-    for query_BQSE, key_BGSE in zip(queries, keys, strict=True):
+    apart_BAN = to_answer.index[:, :, 0, None] - to_reasoning.index[:, None, :, 0]
+    for query_BQSE, key_BGSE, rule in zip(queries, keys, rules or (CAUSAL,) * len(keys), strict=True):
         # packed: padding, and what stands in it, is gone before anything is summed
         key, query = key_BGSE.detach(), query_BQSE.detach()
         key_BGNE = (room.packed(to_reasoning, key) if asked is None else key[:, :, asked]).float()
         query_BQAE = (to_answer.apply(query, 2) if answered is None else query[:, :, answered]).float()
         size = key_BGNE.shape[-1] ** -0.5 if scaling is None else scaling
         logits_BGAN, mean_BGN = _logits_and_cosines(query_BQAE * size, key_BGNE, num_B, room)
-        share_BGAN = _masked_softmax(logits_BGAN, live_BN[:, None, None])
-        answered_BGN = (share_BA[:, None, None] @ share_BGAN).squeeze(2)
-        importance = torch.where(has_answer_B[:, None, None], answered_BGN, even_BN[:, None])
+        if rule.cap is not None:
+            logits_BGAN = rule.cap * torch.tanh(logits_BGAN / rule.cap)
+        sees_BAN, weight_BA, counts_B = live_BN[:, None], share_BA, has_answer_B
+        if rule.window is not None and rule.window < segments_BS.shape[1]:
+            sees_BAN = sees_BAN & (apart_BAN.abs() < rule.window)
+            sees_any_BA = to_answer.mask() & sees_BAN.any(2)
+            weight_BA = sees_any_BA / sees_any_BA.sum(1, keepdim=True).clamp_min(1)
+            counts_B = sees_any_BA.any(1)
+        share_BGAN = _masked_softmax(logits_BGAN, sees_BAN[:, None])
+        answered_BGN = (weight_BA[:, None, None] @ share_BGAN).squeeze(2)
+        importance = torch.where(counts_B[:, None, None], answered_BGN, even_BN[:, None])
         layers.append(torch.stack([importance, _masked_softmax(-mean_BGN, live_BN[:, None])], dim=1))
     packed_MB2GN = torch.stack(layers)
     scores = packed_MB2GN.new_zeros(*packed_MB2GN.shape[:-1], segments_BS.shape[1])

@@ -16,7 +16,7 @@ from kvdistill.align.attention import (
 )
 from kvdistill.align.ridge import RidgeFit
 from kvdistill.core.errors import AlignmentError
-from kvdistill.core.kv import KV
+from kvdistill.core.kv import KV, AttentionRule
 from kvdistill.core.maps import SparseMap
 
 B, Q, G, S, E = 3, 6, 2, 8, 5
@@ -53,7 +53,7 @@ def slow_attention(q, k, mask, causal, scale):
 def test_attention_rows_are_the_loop(causal, scale):
     q, k, mask = some_attention()
     dirty_q, dirty_k = (x.masked_fill(~mask[:, None, :, None], torch.nan) for x in (q, k))
-    got = attention_rows(dirty_q, dirty_k, mask, causal=causal, scale=scale)
+    got = attention_rows(dirty_q, dirty_k, mask, rule=AttentionRule(causal=causal), scale=scale)
     expected = slow_attention(q, k, mask, causal, E**-0.5 if scale is None else scale)
     torch.testing.assert_close(got.double(), expected, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(got.sum(-1), mask[:, None].expand(B, Q, S).float())

@@ -24,6 +24,7 @@ from tiny_recipe import (
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    CONFIG_MAPPING,
     AutoTokenizer,
     BloomConfig,
     BloomForCausalLM,
@@ -40,7 +41,9 @@ from kvdistill.core.recipe import LossRecipe
 from kvdistill.core.runtime import quiet_libraries
 from kvdistill.data.tokenizers import character_tokenizer
 from kvdistill.losses import build_distance
+from kvdistill.models import auto_class
 from kvdistill.stages.train import train_student
+from kvdistill.store.packed import TargetReader
 
 quiet_libraries()
 
@@ -216,6 +219,74 @@ def test_a_model_whose_keys_cannot_be_recorded(tmp_path, monkeypatch, model, par
     model(len(letters)).save_pretrained(folder)
     letters.save_pretrained(folder)
     refused(monkeypatch, tmp_path, "one", *parts, teachers=teachers({"path": str(folder)}))
+
+
+WINDOWED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6}
+SMALL = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2} | {
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+
+
+def saved(folder: Path, family: str, **own: Any) -> str:
+    letters = character_tokenizer()
+    roles = {"pad_token_id": letters.pad_token_id, "bos_token_id": None, "eos_token_id": letters.eos_token_id}
+    config = CONFIG_MAPPING[family](vocab_size=len(letters), **SMALL | roles | own)
+    torch.manual_seed(0)
+    auto_class(config).from_config(config).save_pretrained(folder / family)
+    letters.save_pretrained(folder / family)
+    return str(folder / family)
+
+
+def test_a_model_whose_keys_cannot_be_unrotated_is_named_before_capture(tmp_path, monkeypatch):
+    """HunYuan has a norm after the rotation: its unrotated keys were silently wrong."""
+    folder = saved(tmp_path, "hunyuan_v1_dense")
+    says = ["arms.fixed: teachers.0 (one)", "hunyuan_v1_dense", "cannot be unrotated exactly", "docs/models.md"]
+    refused(monkeypatch, tmp_path, *says, teachers=teachers({"path": folder}))
+
+
+def test_a_soft_cap_under_an_attention_that_has_none_names_the_one_that_has(tmp_path, monkeypatch):
+    folder = saved(tmp_path, "gemma2", **WINDOWED)
+    says = ["arms.fixed: teachers.0 (one)", "gemma2", "does not support", "attention: eager"]
+    refused(monkeypatch, tmp_path, *says, teachers=teachers({"path": folder}))
+
+
+@pytest.mark.parametrize(
+    ("arm", "key"),
+    [
+        ({"loss": {"kind": "structural"}}, "loss.kind"),
+        ({"compress": {"kv_compression": "r-kv", "keep": 3}}, "compress.kv_compression"),
+        ({"loss": {"attention_weighted": True}}, "loss.attention_weighted"),
+        ({"align": {"ridge_on": "attention", "init": "ridge"}}, "align.ridge_on"),
+    ],
+)
+def test_attention_that_cannot_be_made_again_is_refused_where_an_arm_looks_at_it(
+    tmp_path, monkeypatch, encoders, arm, key
+):
+    """T5 adds to q.k by the distance of two tokens; its weights were made again as if it did not."""
+    t5 = [{"name": "one", "path": str(encoders / "t5"), "tokenizer": str(encoders / "t5")}]
+    says = [f"arms.looks: teachers.0 (one): {key}", "t5", "attention weights cannot be made again", "distance"]
+    refused(monkeypatch, tmp_path, *says, teachers=t5, arms={"looks": arm})
+
+
+@pytest.mark.parametrize(
+    ("family", "own", "arm"),
+    [
+        ("gemma3_text", WINDOWED, {"loss": {"kind": "structural"}}),
+        ("cohere2", WINDOWED, {"align": {"keys": "rotated"}}),
+        ("mistral", {"sliding_window": 6}, {"compress": {"kv_compression": "r-kv", "keep": 4}}),
+    ],
+)
+def test_families_with_windows_and_layers_of_two_kinds_teach(tmp_path, monkeypatch, family, own, arm):
+    """Gemma 3 and OLMo 3 raised KeyError: full_attention after capture; windows were not looked at."""
+    folder = saved(tmp_path, family, **own)
+    recipe = write_recipe(tmp_path, teachers=[{"name": "one", "path": folder}], arms={"kv": arm}, train={"steps": 2})
+    result = invoke(monkeypatch, "run", recipe)
+    assert result.code == 0, result
+    (store,) = (tmp_path).glob("run/store/targets-train-one-*")
+    rules = TargetReader(store).rules
+    if arm.get("loss"):
+        assert [rule.window for rule in rules] == [6, None]
 
 
 @pytest.mark.parametrize(("architecture", "kind"), [("bert", "an encoder"), ("t5", "an encoder-decoder")])

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import HEAD, LAYERS, inputs, padded_batch, slow_projections, slow_rotation, tiny_model, yarn_factor
+from tiny_models import inputs, padded_batch, slow_projections, slow_rotation, tiny_model, yarn_factor
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    Cohere2Config,
+    CohereConfig,
+    Exaone4Config,
+    Gemma3TextConfig,
+    Olmo3Config,
+    SmolLM3Config,
+)
 
-from kvdistill.core.errors import AlignmentError, ModelError
-from kvdistill.core.kv import KV
-from kvdistill.models import capture_kv, rotate_keys, unrotate_keys
-from kvdistill.models.rope import turn_pairs
+from kvdistill.core.errors import AlignmentError
+from kvdistill.models import capture_kv, rotary_only, rotate_keys, unrotate_keys
+from kvdistill.models.rope import turn_pairs, turning_layers
 
 SCALINGS = {
     "default": {"rope_type": "default", "rope_theta": 5e3},
@@ -168,23 +179,88 @@ def test_gradient_of_the_turn_is_autograds():
     assert only_one.shape == y.shape
 
 
-def test_interleaved_and_mixed_layouts_are_refused():
-    from transformers import AutoModelForCausalLM, CohereConfig, SmolLM3Config
+def neighbours_turned(x: Tensor, positions: Tensor, base: float) -> Tensor:
+    """Channels (2i, 2i + 1) as one complex number, turned by position * base^(-2i/D)."""
+    pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
+    angles = positions[:, None, :, None] * base ** (-torch.arange(0, x.shape[-1], 2) / x.shape[-1]).double()
+    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
 
-    sizes = {
-        "vocab_size": 19,
-        "hidden_size": 24,
-        "intermediate_size": 20,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 3,
-        "num_key_value_heads": 3,
-        "pad_token_id": None,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-    mask = torch.ones(1, 4, dtype=torch.bool)
-    kv = KV((torch.ones(1, 3, 4, HEAD),), (torch.ones(1, 3, 4, HEAD),), mask, torch.arange(4)[None], "rotated")
-    with pytest.raises(ModelError, match=r"CohereForCausalLM: .*interleaved layout"):
-        unrotate_keys(kv, AutoModelForCausalLM.from_config(CohereConfig(**sizes)))
-    with pytest.raises(ModelError, match=r"SmolLM3ForCausalLM: .*some layers have rotary positions"):
-        unrotate_keys(kv, AutoModelForCausalLM.from_config(SmolLM3Config(**sizes, no_rope_layers=[1, 0, 1])))
+
+SIZES = {"vocab_size": 37, "hidden_size": 24, "intermediate_size": 20, "num_attention_heads": 6} | {
+    "num_key_value_heads": 2,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+def shaken(config: Any) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        for parameter in model.parameters():
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.08)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", [CohereConfig, Cohere2Config])
+def test_channels_that_turn_with_their_neighbour_are_unrotated(kind: type) -> None:
+    own = {"head_dim": 4, "layer_types": ["sliding_attention", "full_attention"]} if kind is Cohere2Config else {}
+    model = shaken(kind(**SIZES, num_hidden_layers=2, **own))
+    ids, mask = padded_batch((11, 6))
+    kv = captured(model, ids, mask, queries=True)
+    plain = unrotate_keys(kv, model)
+    hidden = model.model(**inputs(ids, mask), output_hidden_states=True).hidden_states
+    for layer, module in enumerate(model.model.layers):
+        projected = module.self_attn.k_proj(module.input_layernorm(hidden[layer])).unflatten(-1, (2, 4)).transpose(1, 2)
+        torch.testing.assert_close(plain.keys[layer], projected.detach(), rtol=1e-4, atol=1e-5)
+        turns = kind is CohereConfig or layer == 0
+        slow = neighbours_turned(projected, kv.positions_BT, model.config.rope_parameters["rope_theta"])
+        torch.testing.assert_close(kv.keys[layer], slow.float() if turns else projected, rtol=1e-4, atol=1e-5)
+    back = rotate_keys(plain, model)
+    for one, other in zip([*back.keys, *back.queries], [*kv.keys, *kv.queries], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "own", "turns"),
+    [
+        (SmolLM3Config, {"no_rope_layers": [1, 0, 1]}, [True, False, True]),
+        (
+            Exaone4Config,
+            {"head_dim": 4, "sliding_window": 5, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]},
+            [True, True, False],
+        ),
+        (
+            Exaone4Config,
+            {"head_dim": 4, "sliding_window": None, "layer_types": ["full_attention"] * 3},
+            [True, True, True],
+        ),
+    ],
+)
+def test_layers_without_rotation_are_left_alone(kind: type, own: dict, turns: list) -> None:
+    model = shaken(kind(**SIZES, num_hidden_layers=3, **own))
+    ids, mask = padded_batch((11, 6))
+    kv = captured(model, ids, mask)
+    plain = unrotate_keys(kv, model)
+    assert turning_layers(model, kv.layers) == turns
+    assert [not torch.equal(a, b) for a, b in zip(plain.keys, kv.keys, strict=True)] == turns
+    with torch.no_grad(), capture_kv(model) as capture:
+        model(**inputs(ids, mask) | {"position_ids": kv.positions_BT + 5})
+    moved = unrotate_keys(capture.kv(mask, kv.positions_BT + 5), model)
+    for one, other in zip(plain.keys, moved.keys, strict=True):
+        real = mask[:, None, :, None]
+        torch.testing.assert_close(one * real, other * real, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [Gemma3TextConfig, Olmo3Config])
+def test_rotation_without_weights_knows_every_kind_of_layer(kind: type) -> None:
+    """Its rotary module once knew the kinds of the first layer only: KeyError: full_attention."""
+    own = {"head_dim": 4, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+    config = kind(**SIZES, num_hidden_layers=2, **own)
+    model = shaken(config)
+    ids, mask = padded_batch((11, 6))
+    kv = captured(model, ids, mask, queries=True)
+    again = rotate_keys(unrotate_keys(kv, model), rotary_only(config))
+    for one, other in zip([*again.keys, *again.queries], [*kv.keys, *kv.queries], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -27,10 +28,10 @@ def writer(root, **changes) -> StoreWriter:
 
 
 def written(root):
-    made = writer(root)
-    for shard in SHARDS:
-        made.add(shard)
-    return made.finish({"layers": [0, 2]})
+    with writer(root) as made:
+        for shard in SHARDS:
+            made.add(shard)
+        return made.finish({"layers": [0, 2]})
 
 
 def assert_holds_all(folder) -> None:
@@ -49,16 +50,16 @@ def test_a_writer_killed_between_shards_goes_on_there(tmp_path, killed_after):
     whole = bytes_of(written(tmp_path / "whole"))
     child = os.fork()
     if child == 0:
-        made = writer(tmp_path / "killed")
-        for shard in SHARDS[:killed_after]:
-            made.add(shard)
-        os.kill(os.getpid(), signal.SIGKILL)
+        with writer(tmp_path / "killed") as made:
+            for shard in SHARDS[:killed_after]:
+                made.add(shard)
+            os.kill(os.getpid(), signal.SIGKILL)
     assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    again = writer(tmp_path / "killed")
-    assert again.num_shards == killed_after and not again.complete
-    for shard in SHARDS[again.num_shards :]:
-        again.add(shard)
-    assert bytes_of(again.finish({"layers": [0, 2]})) == whole
+    with writer(tmp_path / "killed") as again:
+        assert again.num_shards == killed_after and not again.complete
+        for shard in SHARDS[again.num_shards :]:
+            again.add(shard)
+        assert bytes_of(again.finish({"layers": [0, 2]})) == whole
 
 
 @pytest.mark.parametrize(
@@ -74,9 +75,9 @@ def test_a_writer_killed_between_shards_goes_on_there(tmp_path, killed_after):
     ],
 )
 def test_a_writer_keeps_what_is_sound_and_writes_the_rest_again(tmp_path, damage):
-    made = writer(tmp_path)
-    for shard in SHARDS[:3]:
-        made.add(shard)
+    with writer(tmp_path) as made:
+        for shard in SHARDS[:3]:
+            made.add(shard)
     journal, last = made.folder / JOURNAL, made.folder / "shard-00002.safetensors"
     sound = 2
     if damage == "torn journal line":
@@ -95,13 +96,12 @@ def test_a_writer_keeps_what_is_sound_and_writes_the_rest_again(tmp_path, damage
     else:
         (made.folder / ".shard-00003.safetensors.part-1").write_bytes(b"half")
         sound = 3
-    again = writer(tmp_path)
-    assert again.num_shards == sound
     for number in range(sound, 4):  # killed and started again after every shard
-        again = writer(tmp_path)
-        assert again.num_shards == number
-        again.add(SHARDS[number])
-    assert_holds_all(writer(tmp_path).finish())
+        with writer(tmp_path) as again:
+            assert again.num_shards == number
+            again.add(SHARDS[number])
+    with writer(tmp_path) as again:
+        assert_holds_all(again.finish())
 
 
 def flip_last_bit(path) -> None:
@@ -145,11 +145,136 @@ def test_a_store_of_something_else_is_refused_and_says_of_what(tmp_path, changes
 
 
 def test_an_unfinished_store_is_not_read(tmp_path):
-    writer(tmp_path).add(SHARDS[0])
-    with pytest.raises(StoreError, match="no store"):
-        find_store(tmp_path, "targets", "one", IDENTITY, make="kvdistill capture RECIPE")
-    writer(tmp_path).finish()
+    with writer(tmp_path) as made:
+        made.add(SHARDS[0])
+        with pytest.raises(StoreError, match="no store"):
+            find_store(tmp_path, "targets", "one", IDENTITY, make="kvdistill capture RECIPE")
+        made.finish()
     assert (find_store(tmp_path, "targets", "one", IDENTITY, make="") / MANIFEST).exists()
+
+
+def forked(work) -> int:  # type: ignore[no-untyped-def]
+    """A child process that does this and leaves without cleaning up; its number."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(1)
+    return child
+
+
+def test_two_kills_of_three_writers_leave_what_an_undisturbed_one_does(tmp_path):
+    """A writes, B waits for its lock, A is killed; B goes on, is killed midway; C ends it."""
+    whole = bytes_of(written(tmp_path / "whole"))
+    root, folder = tmp_path / "killed", store_folder(tmp_path / "killed", "targets", "one", IDENTITY)
+    written_by, waiting = os.pipe()
+
+    def first() -> None:
+        with writer(root) as made:
+            for shard in SHARDS[:2]:
+                made.add(shard)
+            os.write(waiting, b"2")
+            signal.pause()
+
+    def second() -> None:
+        made = writer(root)
+        os.write(waiting, b"w")
+        with made:
+            assert made.num_shards == 2
+            made.add(SHARDS[2])
+            os.write(waiting, b"3")
+            signal.pause()
+
+    a = forked(first)
+    assert os.read(written_by, 1) == b"2"
+    b = forked(second)
+    assert os.read(written_by, 1) == b"w"
+    time.sleep(0.1)
+    for child, said in ((a, b"3"), (b, b"")):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if said:
+            assert os.read(written_by, 1) == said
+    with writer(root) as made:
+        assert made.num_shards == 3 and not made.complete
+        made.add(SHARDS[3])
+        made.finish({"layers": [0, 2]})
+    assert bytes_of(folder) == whole
+
+
+def manifest_of(folder) -> dict:
+    found = json.loads((folder / MANIFEST).read_text())
+    del found["sha256"]
+    return found
+
+
+@pytest.mark.parametrize("damage", ["repeated", "swapped", "one less", "foreign", "renamed", "journal repeated"])
+def test_repeated_missing_and_foreign_shards_are_named(tmp_path, damage):
+    folder = written(tmp_path)
+    found = manifest_of(folder)  # without a checksum, as older versions wrote it
+    shards, place = found["shards"], "shard-00001.safetensors"
+    if damage == "repeated":  # what two kills left
+        shards.insert(1, shards[0])
+        place = "shard-00000.safetensors"
+    elif damage == "swapped":
+        shards[1], shards[2] = shards[2], shards[1]
+        place = "shard-00002.safetensors"
+    elif damage == "one less":
+        del shards[3]
+        place = "shard-00003.safetensors"
+    elif damage == "foreign":
+        (folder / "notes.txt").write_text("mine")
+        place = "notes.txt"
+    elif damage == "renamed":
+        shards[1]["file"] = "../elsewhere.safetensors"
+        place = "elsewhere.safetensors"
+    else:
+        (folder / MANIFEST).unlink()
+        rows = read_json_lines(folder / JOURNAL)
+        write_text(folder / JOURNAL, "".join(json.dumps(row) + "\n" for row in [*rows[:3], rows[1], *rows[2:]]))
+        with writer(tmp_path) as again:  # the repeated ones are not taken for shards
+            assert again.num_shards == 3
+            again.add(SHARDS[3])
+            assert_holds_all(again.finish())
+        return
+    (folder / MANIFEST).write_text(json.dumps(found))
+    with pytest.raises(StoreError) as caught:
+        StoreReader(folder)
+    assert caught.value.place.endswith(place) and "run the stage" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda text: text.replace('"layers": [\n      0,', '"layers": [\n      1,'),
+        lambda text: text.replace('"extra"', '"extr"'),
+        lambda text: text.replace('"sha256": "', '"sha25": "', 1),
+        lambda text: text[: len(text) // 2],
+        lambda text: "[]",
+        lambda text: "null",
+        lambda text: "",
+    ],
+)
+def test_a_manifest_that_was_altered_is_named(tmp_path, edit):
+    folder = written(tmp_path)
+    text = (folder / MANIFEST).read_text()
+    assert edit(text) != text
+    (folder / MANIFEST).write_text(edit(text))
+    with pytest.raises(StoreError) as caught:
+        StoreReader(folder)
+    assert MANIFEST in caught.value.place and str(folder) in caught.value.fix
+    with pytest.raises(StoreError, match=r"manifest|JSON"):
+        find_store(tmp_path, "targets", "one", IDENTITY, make="kvdistill capture RECIPE")
+
+
+def test_a_store_with_other_examples_than_were_captured_is_refused(tmp_path):
+    targets = ragged_targets([3, 5], torch.Generator().manual_seed(1))
+    with writer(tmp_path) as made:
+        made.add(pack_targets([targets], torch.float32))
+        folder = made.finish({"layers": list(LAYERS), "rope": "unrotated", "examples": 3})
+    with pytest.raises(StoreError, match="hold 2 examples, 3 were captured"):
+        TargetReader(folder)
 
 
 # -- targets ------------------------------------------------------------------------------------------
@@ -204,10 +329,10 @@ def test_targets_come_back_as_they_went_whatever_the_batch(data, tmp_path_factor
     per_shard = data.draw(st.integers(1, 3))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     targets = [ragged_targets(lengths, generator, **parts) for lengths in batches]
-    made = StoreWriter(tmp_path_factory.mktemp("store"), "targets", "t", {"n": 1})
-    for start in range(0, len(targets), per_shard):
-        made.add(pack_targets(targets[start : start + per_shard], torch.float32))
-    reader = TargetReader(made.finish({"layers": list(LAYERS), "rope": "unrotated"}))
+    with StoreWriter(tmp_path_factory.mktemp("store"), "targets", "t", {"n": 1}) as made:
+        for start in range(0, len(targets), per_shard):
+            made.add(pack_targets(targets[start : start + per_shard], torch.float32))
+        reader = TargetReader(made.finish({"layers": list(LAYERS), "rope": "unrotated"}))
     where = [(t, c) for t, lengths in enumerate(batches) for c in range(len(lengths))]
     assert reader.num_examples == len(where)
     assert torch.equal(reader.nll(), torch.cat([t.nll_B for t in targets]))
@@ -227,9 +352,9 @@ def test_targets_come_back_as_they_went_whatever_the_batch(data, tmp_path_factor
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_rounds_to_the_nearest_and_only_keys_and_values(tmp_path, dtype):
     targets = ragged_targets([3, 5, 1], torch.Generator().manual_seed(1))
-    made = StoreWriter(tmp_path, "targets", "t", {})
-    made.add(pack_targets([targets], dtype))
-    got = TargetReader(made.finish({"layers": list(LAYERS), "rope": "unrotated"})).read([0, 1, 2])
+    with StoreWriter(tmp_path, "targets", "t", {}) as made:
+        made.add(pack_targets([targets], dtype))
+        got = TargetReader(made.finish({"layers": list(LAYERS), "rope": "unrotated"})).read([0, 1, 2])
     real = got.kv.mask_BT[:, None, :, None]
     for mine, theirs in zip((*got.kv.keys, *got.kv.values), (*targets.kv.keys, *targets.kv.values), strict=True):
         assert mine.dtype == dtype and torch.equal(mine, theirs.to(dtype) * real)

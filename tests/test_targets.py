@@ -48,10 +48,10 @@ def made_targets(lengths, seed=0, *, left=False, queries=True, scores=True, nll=
 
 
 def stored(folder, batches, dtype=torch.float32, per_shard=1, **extra):
-    writer = StoreWriter(folder, "targets", "t", {"n": 1})
-    for start in range(0, len(batches), per_shard):
-        writer.add(pack_targets(batches[start : start + per_shard], dtype))
-    return TargetReader(writer.finish({"layers": list(LAYERS), "rope": "unrotated", **extra}))
+    with StoreWriter(folder, "targets", "t", {"n": 1}) as writer:
+        for start in range(0, len(batches), per_shard):
+            writer.add(pack_targets(batches[start : start + per_shard], dtype))
+        return TargetReader(writer.finish({"layers": list(LAYERS), "rope": "unrotated", **extra}))
 
 
 def real_part(x_BS, batch, b):

@@ -32,9 +32,11 @@ from kvdistill.arms.experiment import Experiment
 from kvdistill.arms.student import CausalStudent
 from kvdistill.core.errors import TrainingStopped
 from kvdistill.core.files import read_json_lines, sha256_file
+from kvdistill.core.recipe import OptimiserRecipe
 from kvdistill.core.runtime import quiet_libraries
 from kvdistill.stages.fit import fit
 from kvdistill.stages.train import train_student
+from kvdistill.stages.train.trainer import training_arguments
 
 quiet_libraries()
 
@@ -328,3 +330,12 @@ def test_tensorboard_gets_every_term_and_stays_in_the_run_folder(tmp_path, monke
     shown = [event.value for event in events.Scalars("train/ce/raw")]
     assert shown == pytest.approx(logged, rel=1e-6) and len(shown) == 6
     assert [entry.name for entry in tmp_path.iterdir()] == [run.name]
+
+
+def test_one_process_on_a_machine_of_several_gpus_trains_on_the_first(tmp_path, monkeypatch):
+    """Trainer would wrap the model in DataParallel, which splits batches that are one."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)  # all that transformers asks for where it counts
+    made = training_arguments(OptimiserRecipe(batch_size=5), tmp_path, seed=1, cpu=False)
+    assert made.n_gpu == 1 and made.train_batch_size == 5
+    assert made.parallel_mode.value == "not_parallel"
+    assert training_arguments(OptimiserRecipe(batch_size=5), tmp_path, seed=1, cpu=True).n_gpu == 0

@@ -19,5 +19,5 @@ from kvdistill.align.heads import HeadwiseMapProjector, KVDimensionProjector, co
 from kvdistill.align.layers import CKALayerMapper, layer_map, needed_teacher_layers, parse_layer_range
 from kvdistill.align.ridge import RidgeFit
 from kvdistill.align.shared import SharedSpace, SharedSpaceFit
-from kvdistill.align.sides import attention_sources, attention_targets
+from kvdistill.align.sides import attention_rules, attention_sources, attention_targets
 from kvdistill.align.time import SegmentIdentifier, TimeWarper, time_map

@@ -9,8 +9,8 @@ With one second moment M of the queries for all keys that is sum_s w_s e_s' M e_
 key s receives. So rows weigh w_s; M drops out, since regressions of several outputs on the same inputs have the same
 minimum in every metric of the output (with the penalty in that metric too). Each outgoing head has its own w.
 
-One layer's attention at a time is in memory, [B, Q, T, T] in fp32, causal. Knows no rotary: queries and keys come
-as they meet in the model.
+One layer's attention at a time is in memory, [B, Q, T, T] in fp32. Knows no rotary: queries and keys come as they
+meet in the model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 from kvdistill.align.heads.initial import spread_heads
 from kvdistill.align.ridge import RidgeFit
 from kvdistill.core.errors import AlignmentError
-from kvdistill.core.kv import KV
+from kvdistill.core.kv import CAUSAL, KV, AttentionRule, require_unbiased
 from kvdistill.core.maps import SparseMap
 
 
@@ -35,24 +35,29 @@ def attention_rows(
     k_BGSE: Float[Tensor, "B G S E"],
     mask_BS: Bool[Tensor, "B S"],
     *,
-    causal: bool = True,
+    rule: AttentionRule = CAUSAL,
     scale: float | None = None,
 ) -> Float[Tensor, "B Q S S"]:
     """softmax(scale · q k') in fp32, 0 at masked queries and keys; query head j reads key head j // (Q / G).
 
-    scale: by default 1/sqrt(E). Raises AlignmentError where Q is no multiple of G.
+    rule: who sees whom, cap and sink; rows sum to less than 1 where there is a sink. scale: by default 1/sqrt(E).
+    Raises AlignmentError where Q is no multiple of G, and for a rule with a bias.
     """
     (B, Q, S, E), G = q_BQSE.shape, k_BGSE.shape[1]
     if Q % G:
         raise AlignmentError(f"{Q} query heads on {G} key heads", fix="query heads are a multiple of key heads")
-    allowed_BSS = mask_BS[:, None, :] & mask_BS[:, :, None]
-    if causal:
-        allowed_BSS = allowed_BSS.tril()
+    require_unbiased([rule])
+    place_S = torch.arange(S, device=mask_BS.device)
+    allowed_BSS = mask_BS[:, None, :] & mask_BS[:, :, None] & rule.sees(place_S[:, None], place_S)
     with torch.autocast(q_BQSE.device.type, enabled=False):
         q_BGRSE = q_BQSE.float().view(B, G, Q // G, S, E) * (E**-0.5 if scale is None else scale)
         logits = torch.matmul(q_BGRSE, k_BGSE.float().transpose(2, 3)[:, :, None]).view(B, Q, S, S)
+    if rule.cap is not None:
+        logits = rule.cap * torch.tanh(logits / rule.cap)
     logits = logits.masked_fill(~allowed_BSS[:, None], -torch.inf)
-    return logits.softmax(-1).masked_fill(~allowed_BSS[:, None], 0.0)  # a row without keys is NaN until here
+    if rule.sink is not None:
+        logits = torch.cat([logits, rule.sink.to(logits)[:, None, None].expand(B, Q, S, 1)], dim=-1)
+    return logits.softmax(-1)[..., :S].masked_fill(~allowed_BSS[:, None], 0.0)  # a row without keys is NaN until here
 
 
 def received_attention(a_BQTS: Float[Tensor, "B Q T S"]) -> Float[Tensor, "B Q S"]:
@@ -101,7 +106,7 @@ def teacher_attention(
 
     def shared(layer: int, share: float) -> Tensor:
         i = kv.layers.index(layer)
-        return attention_rows(kv.queries[i], kv.keys[i], kv.mask_BT, scale=scaling[i]) * share
+        return attention_rows(kv.queries[i], kv.keys[i], kv.mask_BT, rule=kv.rules[i], scale=scaling[i]) * share
 
     return (carry_attention(reduce(torch.add, (shared(*one) for one in row)), mapping) for row in sources)
 

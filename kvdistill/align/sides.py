@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvdistill.align.aligner import AlignedKV, MapProjectionAligner
-from kvdistill.core.kv import KV
+from kvdistill.core.kv import KV, AttentionRule
 from kvdistill.core.maps import SparseMap
 
 Rotation = Callable[[KV], KV]
@@ -59,14 +59,23 @@ def attention_targets(
     return _as_attended(aligner, queries, flat, student, teacher, rotate)
 
 
+def attention_rules(aligner: MapProjectionAligner, student: KV, teacher: KV) -> tuple[AttentionRule, ...]:
+    """What each layer does with q.k in the space they meet in."""
+    of, _, layers = _host(aligner, student, teacher)
+    return tuple(of.rules[of.layers.index(layer)] for layer in layers)
+
+
+def _host(aligner: MapProjectionAligner, student: KV, teacher: KV) -> tuple[KV, int, tuple[int, ...]]:
+    """Whose space the two meet in, its head size, and which of its layers."""
+    if aligner.recipe.match_in == "teacher":
+        return teacher, aligner.teacher_heads[1], tuple(row[0][0] for row in aligner.sources_by_layer)
+    return student, aligner.student_heads[1], tuple(aligner.student_layers)
+
+
 def _as_attended(
     aligner: MapProjectionAligner, queries: Tensor, flat: AlignedKV, student: KV, teacher: KV, rotate: Rotation
 ) -> AlignedQKV:
-    if aligner.recipe.match_in == "teacher":
-        of, size = teacher, aligner.teacher_heads[1]
-        layers = tuple(row[0][0] for row in aligner.sources_by_layer)
-    else:
-        of, size, layers = student, aligner.student_heads[1], tuple(aligner.student_layers)
+    of, size, layers = _host(aligner, student, teacher)
     q, k, v = (x.unflatten(-1, (-1, size)).transpose(2, 3) for x in (queries, *flat))  # [L', B, heads, T, size]
     kv = KV(tuple(k), tuple(v), student.mask_BT, student.positions_BT, of.rope, tuple(q), layers)
     kv = rotate(kv) if of.rope == "unrotated" else kv

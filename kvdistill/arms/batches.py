@@ -316,10 +316,18 @@ class BatchMaker:
 
 
 def token_counts(batch: Batch, arm: ArmRecipe | None) -> Tensor:
-    """Tokens that each loss term averages over, in this batch: [cross-entropy, kv of teacher 1, …] as float64."""
+    """Tokens that each loss term averages over, in this batch, as float64.
+
+    [cross-entropy, kv of teacher 1, …]; with `fuse_at: kv` then those where any teacher that has weight has something.
+    """
     codes = CE_SEGMENTS[arm.loss.ce_on if arm is not None else "reasoning+answer"]
     counts = [in_segments(batch.segments_BT[:, 1:], codes).sum().double()]
-    for name in arm.teachers if arm is not None and arm.needs_kv else ():
-        mask = batch.kv_masks[name]
-        counts.append(mask.sum().double() / (1 if mask.ndim == 2 else mask.shape[0]))
+    if arm is None or not arm.needs_kv:
+        return torch.stack(counts)
+    masks = [batch.kv_masks[name] for name in arm.teachers]
+    if arm.fuse.fuse_at == "kv":
+        fixed = arm.fuse.weights if arm.fuse.fusion_strategy == "fixed" else None
+        fused = [mask for n, mask in enumerate(masks) if fixed is None or fixed[n] > 0]
+        masks.append(functools.reduce(torch.logical_or, fused))
+    counts += [mask.sum().double() / (1 if mask.ndim == 2 else mask.shape[0]) for mask in masks]
     return torch.stack(counts)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from kvdistill.arms.teacher import Teacher
 from kvdistill.core.errors import AlignmentError, ModelError, RecipeError
 from kvdistill.core.files import file_stamps, read_json, sha256_of, write_json
 from kvdistill.core.progress import Progress, silent
-from kvdistill.core.recipe import Recipe, ScratchRecipe
+from kvdistill.core.recipe import ModelRecipe, Recipe, ScratchRecipe
 from kvdistill.data.encode import Example
 from kvdistill.data.tokenizers import fingerprint_tokenizer, load_tokenizer
+from kvdistill.models import ModelShape, Probe, model_config, probe_config
 
 COMPARED_EXAMPLES = 200
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -33,9 +35,10 @@ def check_models(experiment: Experiment, progress: Progress = silent) -> None:
     recipe, teachers = experiment.recipe, experiment.teachers
     _check_kinds(experiment)
     if recipe.student.path is not None:
-        check_same_tokenizer(experiment, recipe.student.path, "student")
+        check_same_tokenizer(experiment, recipe.student.path, "student", recipe.student.gguf_file)
     elif recipe.student.scratch is not None:
         check_saved_tokenizer(experiment, recipe.student.scratch, "student", experiment.tokenizer)
+    check_positions(experiment)
     try_saving(experiment)
     for number, teacher in enumerate(teachers.values()):
         scratch = teacher.recipe.scratch
@@ -47,6 +50,7 @@ def check_models(experiment: Experiment, progress: Progress = silent) -> None:
         for teacher in arm.teachers.values() if arm.uses_teachers else ():
             _check_gives(arm, teacher)
             _check_meets(arm, teacher)
+            _check_exact(arm, teacher)
         if arm.recipe.needs_kv and arm.recipe.align.match_in == "shared":
             try:
                 _ = arm.shared_size
@@ -89,6 +93,38 @@ def _check_kinds(experiment: Experiment) -> None:
             )
 
 
+def check_positions(experiment: Experiment) -> None:
+    """Raise ModelError where a text is longer than a model with learned positions can read; all such models at once.
+
+    Counted in each model's own tokens: what the student reads and writes, what teachers read.
+    """
+    mistakes: list[str] = []
+
+    def compare(place: str, shape: ModelShape, needs: Mapping[str, int]) -> None:
+        limit = shape.most_positions
+        if limit is not None and (over := {what: length for what, length in needs.items() if length > limit}):
+            said = ", ".join(f"{what} has {length}" for what, length in over.items())
+            mistakes.append(f"{place} ({shape.family}) reads at most {limit} tokens: {said}")
+
+    new = experiment.recipe.evaluate.max_new_tokens
+    texts = {f"the longest text of {split}": experiment.split(split) for split in ("train", "val")}
+    needs = {what: max((len(e.input_ids) for e in examples), default=0) for what, examples in texts.items()}
+    prompts = [e.num_prompt_tokens for split in ("val", "test") for e in experiment.split(split)]
+    needs[f"the longest prompt with {new} new tokens (evaluate.max_new_tokens)"] = max(prompts, default=0) + new
+    compare("student", experiment.student_shape, needs)
+    for teacher in experiment.teachers.values():
+        splits = ("train", "val", "teach") if teacher.recipe.scratch is not None else ("train", "val")
+        texts = {f"the longest text of {split}": teacher.lessons(split) for split in splits}
+        needs = {what: max((len(e.input_ids) for e in examples), default=0) for what, examples in texts.items()}
+        compare(teacher.place, teacher.shape, needs)
+    if mistakes:
+        raise ModelError(
+            "; ".join(mistakes),
+            place="data.max_length",
+            fix="lower it (and evaluate.max_new_tokens), or take models with more positions",
+        )
+
+
 def _check_gives(arm: Arm, teacher: Teacher) -> None:
     """An encoder gives keys and values. It predicts no next token: no logits, and no NLL to tell competence by. What
     computes attention in a way of its own gives logits, and no keys and values."""
@@ -116,6 +152,59 @@ def _check_gives(arm: Arm, teacher: Teacher) -> None:
             place=f"{place}: fuse.fusion_strategy",
             fix="set fuse.fusion_strategy: fixed or similarity",
         )
+
+
+def _check_exact(arm: Arm, teacher: Teacher) -> None:
+    """Whether keys and values of teacher and student, and their attention where the arm looks at it, are what they are
+    taken for: found out by running a small model of each one's configuration."""
+    recipe = arm.recipe
+    if not recipe.needs_kv:
+        return
+    meets_in_teacher = recipe.align.match_in == "teacher"
+    looks = {
+        "loss.kind": recipe.compares_attention,
+        "align.ridge_on": recipe.align.ridge_on == "attention",
+        "compress.kv_compression": recipe.compress.kv_compression == "r-kv",
+        "loss.attention_weighted": recipe.loss.attention_weighted,
+    }
+    of_teacher = [key for key, does in looks.items() if does and (key != "loss.kind" or meets_in_teacher)]
+    of_student = ["loss.kind"] if recipe.compares_attention and not meets_in_teacher else []
+    experiment = arm.experiment
+    for model, vocab_size, place, looked_at in (
+        (teacher.recipe, teacher.vocab_size, teacher.place, of_teacher),
+        (experiment.recipe.student, experiment.vocab_size, "student", of_student),
+    ):
+        probe, family = probe_of(model, vocab_size, place)
+        for verdict, what in ((probe.keys, "captured"), (probe.unrotated, "unrotated")):
+            if not verdict.is_exact:
+                fix = "use another family (docs/models.md has a table), or set loss.kv_weight: 0 and distil logits"
+                eager = model.model_copy(update={"attention": "eager"})
+                if model.attention != "eager" and probe_of(eager, vocab_size, place)[0].unrotated.is_exact:
+                    fix = f"set attention: eager for it ({place}.attention), which can do it"
+                raise ModelError(
+                    f"{family}: its keys and values cannot be {what} exactly: {verdict.reason}",
+                    place=f"arms.{arm.name}: {place}",
+                    fix=fix,
+                )
+        if looked_at and not probe.attention.is_exact:
+            raise ModelError(
+                f"{family}: its attention weights cannot be made again: {probe.attention.reason}",
+                place=f"arms.{arm.name}: {place}: {looked_at[0]}",
+                fix=f"use another family (docs/models.md has a table), or do without {', '.join(looked_at)}",
+            )
+
+
+_PROBES: dict[str, Probe] = {}
+
+
+def probe_of(model: ModelRecipe, vocab_size: int, place: str) -> tuple[Probe, str]:
+    """What can be done with a recipe's model, and its family. Kept: it takes a second or two for each configuration."""
+    config = model_config(model, vocab_size, place)
+    attention = model.attention if model.attention == "sdpa" else "eager"  # flash attention needs a GPU
+    key = f"{attention} {config.to_json_string()}"
+    if key not in _PROBES:
+        _PROBES[key] = probe_config(config, attention)
+    return _PROBES[key], config.model_type
 
 
 def _check_meets(arm: Arm, teacher: Teacher) -> None:
@@ -153,14 +242,14 @@ def _check_layers(arm: Arm, teacher: Teacher) -> None:
 # -- tokenizers: compared by what they do, never by their size or by how they are written down ---------
 
 
-def load_model_tokenizer(path: str, place: str) -> Any:
+def load_model_tokenizer(path: str, place: str, gguf_file: str | None = None) -> Any:
     """The tokenizer beside a model's weights. Raises ModelError where there is none."""
     folder = Path(path).expanduser()
-    if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
+    if folder.is_dir() and gguf_file is None and not any((folder / name).exists() for name in TOKENIZER_FILES):
         # transformers would make an empty one up
         raise ModelError(f"{path} has no tokenizer", place=place, fix="keep the tokenizer files beside the weights")
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, **({} if gguf_file is None else {"gguf_file": gguf_file}))
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(
@@ -208,9 +297,9 @@ def try_saving(experiment: Experiment) -> None:
     write_json(note, {"saved": what})
 
 
-def check_same_tokenizer(experiment: Experiment, path: str, place: str) -> None:
+def check_same_tokenizer(experiment: Experiment, path: str, place: str, gguf_file: str | None = None) -> None:
     """Raise unless a pretrained model cuts text exactly as the run does (compared as tokenizers, never by size)."""
-    theirs = load_model_tokenizer(path, place)
+    theirs = load_model_tokenizer(path, place, gguf_file)
     ours, texts = experiment.tokenizer, experiment.split("train")[:COMPARED_EXAMPLES]
     if difference := tokenizer_difference(ours, theirs, texts):
         as_written = (Path(path).expanduser() / "tokenizer.json").is_file() and load_tokenizer(path, place=place)
@@ -236,7 +325,7 @@ def check_saved_tokenizer(experiment: Experiment, scratch: ScratchRecipe, place:
     transformers 5 replaces the tokenizer class of some families (qwen2) on loading, whatever
     was saved.
     """
-    with tempfile.TemporaryDirectory(dir=experiment.run, prefix=".check-") as folder:
+    with tempfile.TemporaryDirectory(dir=experiment.run, prefix=f".check.part-{os.getpid()}-") as folder:
         ours.save_pretrained(folder)
         write_json(Path(folder) / "config.json", {"model_type": scratch.architecture})
         theirs = AutoTokenizer.from_pretrained(folder)

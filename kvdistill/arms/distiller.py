@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvdistill.align import AlignedKV, MapProjectionAligner, attention_sources, attention_targets
+from kvdistill.align import AlignedKV, MapProjectionAligner, attention_rules, attention_sources, attention_targets
 from kvdistill.arms.batches import CE_SEGMENTS, Batch, in_segments
 from kvdistill.arms.student import Student, StudentOutput
 from kvdistill.core.kv import KV
@@ -174,7 +174,7 @@ class Distiller(nn.Module):
                 masks = [batch.kv_masks[n] for n in names]
                 fused, mask_BT = fuse_caches([aligned[n][place] for n in names], masks, out.weights)
                 distance_LBT = between(sources[names[0]][place], fused, mask_BT)
-                raw = masked_token_mean(distance_LBT, mask_BT, None, counts[1 : 1 + len(names)].max())
+                raw = masked_token_mean(distance_LBT, mask_BT, None, counts[1 + len(names)])
                 self._add(out, f"kv/fused/{side}", raw, kv_weight * side_weight, raw)
                 continue
             for name in names:
@@ -190,7 +190,8 @@ class Distiller(nn.Module):
             aligner, rotate = self.aligner(name), self.rotation(name)
             source = attention_sources(aligner, kv, theirs, rotate)
             target = attention_targets(aligner, kv, theirs, batch.maps.get(name), rotate)
-            distance_LBT = self._distance(QKV(*source), QKV(*target), batch.kv_masks[name])
+            rules = attention_rules(aligner, kv, theirs)
+            distance_LBT = self._distance(QKV(*source), QKV(*target), batch.kv_masks[name], rules)
             self._add_routed(out, name, "attention", distance_LBT, batch, counts, kv_weight * 1.0)
 
     def _add_routed(

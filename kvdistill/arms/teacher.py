@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -49,7 +48,7 @@ from kvdistill.core.targets import TeacherTargets
 from kvdistill.data.encode import Example
 from kvdistill.data.tables import check_file, read_table
 from kvdistill.losses import answer_attention
-from kvdistill.models import ModelShape, auto_class, load_model, model_config, rotate_keys, teacher_forward
+from kvdistill.models import ModelShape, load_model, model_config, rotary_only, rotate_keys, teacher_forward
 from kvdistill.store.packed import TargetReader
 from kvdistill.store.shards import find_store
 
@@ -141,7 +140,8 @@ class Teacher:
                     fix="run `kvdistill teach RECIPE` first",
                 )
             path = str(folder / "model")
-        options = self.recipe.model_dump(include={"dtype", "attention", "trust_remote_code"})
+        kept = {"dtype", "attention", "trust_remote_code", "gguf_file", "keep_layers"}
+        options = self.recipe.model_dump(include=kept if self.recipe.path else kept - {"gguf_file", "keep_layers"})
         return ModelRecipe(path=path, **options)
 
     @property
@@ -153,8 +153,8 @@ class Teacher:
         if not folder.is_dir():
             config = model_config(source, 1, self.place)
             return f"hub:{source.path}@{getattr(config, '_commit_hash', None)}"
-        files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
-        if not all(file.is_file() for file in files):
+        files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf"), *folder.glob("config.json")])
+        if not any(folder.glob("*.gguf")) and not (folder / "config.json").is_file():
             self._check_files()  # names it
             raise RunFolderError("this folder has no config.json", place=str(folder), fix="copy the model again")
         stamp = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
@@ -176,6 +176,8 @@ class Teacher:
         """What a file of layer similarities is of: `teacher` by its weights, `student` by its source and first seed."""
         recipe = self.experiment.recipe
         student = recipe.student.model_dump(mode="json", include={"path", "scratch", "dtype"})
+        if recipe.student.keep_layers is not None:
+            student["keep_layers"] = recipe.student.keep_layers
         seed = recipe.seeds[0] if recipe.student.scratch is not None else None
         return {"teacher": self.fingerprint, "student": sha256_of({"student": student, "seed": seed})}
 
@@ -274,6 +276,9 @@ class Teacher:
             "teacher_dtype": self.recipe.dtype,
             **({"queries": True} if self.queries else {}),
             **({"scores": True} if self.scores else {}),
+            **{key: value for key in ("gguf_file", "keep_layers") if (value := getattr(self.recipe, key)) is not None},
+            # 1: with each layer's window, cap and sink
+            **({"attention_rules": 1} if self.queries or self.scores else {}),
         }
 
     def target_folder(self, split: str) -> Path:
@@ -297,14 +302,7 @@ class Teacher:
 
     def rotation(self) -> Callable[[KV], KV]:
         """Keys and queries turned as it turns them, at the positions that the KV carries; without its weights."""
-        config = model_config(self.recipe, 1, self.place)
-        small = copy.deepcopy(config)  # one layer and one word: all that is needed of it is the rotary module
-        small.num_hidden_layers, small.vocab_size = 1, 1
-        if getattr(small, "layer_types", None):
-            small.layer_types = small.layer_types[:1]
-        model = auto_class(small).from_config(small).to(self.experiment.device)
-        if getattr(config, "layer_types", None):
-            model.config.layer_types = config.layer_types  # which layer turns in which way is still asked by its number
+        model = rotary_only(model_config(self.recipe, 1, self.place), self.experiment.device)
         return lambda kv: rotate_keys(kv, model)
 
 
@@ -351,8 +349,8 @@ def token_scores(kv: KV, segments_BS: Tensor) -> Tensor:
     if kv.scaling is not None:  # both functions divide by sqrt(size), as most models do
         factors = [one * key.shape[-1] ** 0.5 for one, key in zip(kv.scaling, kv.keys, strict=True)]
         queries = [q * factor for q, factor in zip(queries, factors, strict=True)]
-    rkv_MB2GS = rkv_layer_scores(queries, kv.keys, segments_BS)
+    rkv_MB2GS = rkv_layer_scores(queries, kv.keys, segments_BS, rules=kv.rules)
     q, k = (torch.stack([x.transpose(1, 2) for x in side]) for side in (queries, kv.keys))
-    paid_MBS = answer_attention(q, k, segments_BS == ANSWER, kv.mask_BT)
+    paid_MBS = answer_attention(q, k, segments_BS == ANSWER, kv.mask_BT, rules=kv.rules)
     paid_MB1GS = paid_MBS[:, :, None, None].expand(-1, -1, 1, kv.keys[0].shape[1], -1)
     return torch.cat([rkv_MB2GS, paid_MB1GS], dim=2).permute(1, 4, 0, 2, 3)

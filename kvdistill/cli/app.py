@@ -1,4 +1,5 @@
-"""`kvdistill`: the verbs, in the order of the data. Exit codes: 0 done, 2 a mistake a user can mend, 1 a bug of ours.
+"""`kvdistill`: the verbs, in the order of the data. Exit codes: 0 done, 2 a mistake a user can mend, 1 a bug of ours;
+75 ended by SIGTERM or SIGUSR1, 130 by Ctrl-C: nothing is lost, and the same command goes on.
 
 Imports only typer at start, so that `--help` is instant; everything else is imported by the verb that needs it.
 """
@@ -295,14 +296,16 @@ def _with_bars(as_json: bool, work: Callable[[Any], dict[str, Any]]) -> dict[str
 def _guarded(work: Callable[[], Any], as_json: bool) -> Any:
     """Run, print the result if there is any, and turn a user's mistake into one message and exit code 2."""
     from kvdistill.core.errors import KVDistillError
-    from kvdistill.core.files import path_error
+    from kvdistill.core.files import disk_full_error, path_error
     from kvdistill.core.quoting import json_line
+    from kvdistill.core.stopping import Stopped, listening
 
     try:
         try:
-            result = work()
-        except OSError as error:  # raised by a writer that is not ours (core.files turns its own into the clear error)
-            if clear := path_error(error):
+            with listening():
+                result = work()
+        except Exception as error:  # raised by a writer that is not ours (core.files turns its own into the clear one)
+            if clear := path_error(error) if isinstance(error, OSError) else disk_full_error(error, ""):
                 raise clear from None
             raise
     except KVDistillError as error:
@@ -311,9 +314,12 @@ def _guarded(work: Callable[[], Any], as_json: bool) -> Any:
         else:
             print(f"kvdistill: {error.message()}", file=sys.stderr)
         raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        print("\nkvdistill: stopped. The same command goes on where this one ended.", file=sys.stderr)
-        raise typer.Exit(130) from None
+    except Stopped as stopped:
+        if as_json:
+            print(json_line({"error": stopped.message(), "place": "", "fix": ""}))
+        else:
+            _say(stopped)
+        raise typer.Exit(stopped.exit_code) from None
     if as_json:
         print(json_line(result))
     elif result is not None:
@@ -323,8 +329,20 @@ def _guarded(work: Callable[[], Any], as_json: bool) -> Any:
     return result
 
 
+def _say(stopped: Any) -> None:
+    if os.environ.get("RANK", "0") == "0":  # the ranks of a torchrun end together
+        print(f"kvdistill: {stopped.message()}", file=sys.stderr)
+
+
 def main() -> None:
-    app()
+    from kvdistill.core.stopping import Stopped, listening
+
+    try:
+        with listening():
+            app()
+    except Stopped as stopped:  # before the verb began, or after it was done
+        _say(stopped)
+        sys.exit(stopped.exit_code)
 
 
 if __name__ == "__main__":

@@ -20,17 +20,26 @@ from typing import Any
 from kvdistill.core.errors import KVDistillError, RunFolderError, StoreError, TrainingStopped
 
 _CHUNK_BYTES = 1 << 22
+_FULL = ("No space left on device", "os error 28", "Disk quota exceeded", "os error 122")
 
 
 def disk_full_error(error: BaseException, path: Path | str) -> TrainingStopped | None:
-    """The clear error behind an OSError (or a Rust library's words for one) that means: no space left. Else None."""
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    if full or "No space left on device" in str(error) or "os error 28" in str(error):
-        return TrainingStopped(
-            "the disk is full: nothing that was already complete is lost",
-            place=str(path),
-            fix="free space (`kvdistill doctor` shows the run folder's disk), then give the same command again",
-        )
+    """The clear error behind one that means: no space left. Else None.
+
+    Looked for in the error and in what it was raised from: libraries put their own around an OSError, or its words.
+    """
+    seen: set[int] = set()
+    at: BaseException | None = None if isinstance(error, KVDistillError) else error  # clear already, and has its place
+    while at is not None and id(at) not in seen:
+        seen.add(id(at))
+        full = getattr(at, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or any(words in str(at) for words in _FULL):
+            return TrainingStopped(
+                "the disk is full: nothing that was already complete is lost",
+                place=str(path),
+                fix="free space (`kvdistill doctor` shows the run folder's disk), then give the same command again",
+            )
+        at = at.__cause__ or at.__context__
     return None
 
 
@@ -90,6 +99,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str,
     with replacing(path) as part:
         ready = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
         save_file(ready, str(part), metadata=dict(metadata or {}))
+
+
+def as_json(value: Any) -> Any:
+    """The value as it comes back from a JSON file of ours."""
+    return json.loads(json.dumps(finite(value)))
 
 
 def append_json_line(path: Path, row: Mapping[str, Any]) -> None:

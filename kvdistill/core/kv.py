@@ -11,8 +11,8 @@ the positions of the tuples, so that the student's per-layer graph is never copi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,50 @@ from torch import Tensor
 from kvdistill.core.errors import AlignmentError
 
 RopeFrame = Literal["unrotated", "rotated", "none"]
+
+
+@dataclass(frozen=True)
+class AttentionRule:
+    """How one layer makes attention weights of its scaled q.k.
+
+    causal: a token sees itself and what comes before it; else every token. window: of those only tokens less than so
+    many places away; None: all. cap: logits become cap * tanh(logit / cap). sink: [Q], a logit of each query head that
+    takes part in the softmax and belongs to no token. biased: something is added by the distance of two tokens (T5,
+    ALiBi) that is not kept: weights cannot be made again.
+    """
+
+    causal: bool = True
+    window: int | None = None
+    cap: float | None = None
+    sink: Tensor | None = field(default=None, compare=False)
+    biased: bool = False
+
+    def sees(self, query: Tensor, key: Tensor) -> Tensor:
+        """Whether a token at place `query` looks at one at place `key`, whichever of them are real."""
+        ahead = query - key
+        seen = ahead >= 0 if self.causal else torch.ones_like(ahead, dtype=torch.bool)
+        return seen if self.window is None else seen & (ahead.abs() < self.window)
+
+    def as_json(self) -> dict[str, Any]:
+        """What `from_json` reads."""
+        return {**vars(self), "sink": None if self.sink is None else self.sink.tolist()}
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> AttentionRule:
+        return cls(**{**row, "sink": None if row["sink"] is None else torch.tensor(row["sink"])})
+
+
+CAUSAL = AttentionRule()  # as most layers attend
+
+
+def require_unbiased(rules: Sequence[AttentionRule]) -> None:
+    """Raise where attention weights cannot be made again of queries and keys."""
+    if any(rule.biased for rule in rules):
+        raise AlignmentError(
+            "this model adds to q.k by the distance of two tokens, which is not captured: its attention weights "
+            "cannot be made again",
+            fix="compare keys and values (loss.kind: mse, …, compress without r-kv, no attention weights)",
+        )
 
 
 @dataclass(frozen=True)
@@ -33,6 +77,7 @@ class KV:
     layers: the number each entry has in its model (0 is the shallowest).
     scaling: what each layer multiplies q.k with before the softmax (1 in T5, 1/sqrt(head size) in most), or None
     where nobody said. A YaRN model's own attention factor is in its rotated keys and queries, not here.
+    rules: what each layer does with scaled q.k; unset: causal attention to everything before.
     """
 
     keys: tuple[Tensor, ...]
@@ -43,6 +88,7 @@ class KV:
     queries: tuple[Tensor, ...] = ()
     layers: tuple[int, ...] = ()
     scaling: tuple[float, ...] | None = None
+    rules: tuple[AttentionRule, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.keys) != len(self.values) or not self.keys:
@@ -56,6 +102,9 @@ class KV:
             raise AlignmentError(
                 f"KV: {len(self.scaling)} scalings for {len(self.keys)} layers", fix="give one scaling a layer, or none"
             )
+        if not self.rules:
+            object.__setattr__(self, "rules", (CAUSAL,) * len(self.keys))
+        assert len(self.rules) == len(self.keys)
         B, T = self.mask_BT.shape
         for layer, (k, v) in enumerate(zip(self.keys, self.values, strict=True)):
             if k.ndim != 4 or k.shape[:3] != v.shape[:3] or (k.shape[0], k.shape[2]) != (B, T):
@@ -111,6 +160,7 @@ class KV:
             queries=tuple(self.queries[i] for i in chosen) if self.queries else (),
             layers=tuple(self.layers[i] for i in chosen),
             scaling=None if self.scaling is None else tuple(self.scaling[i] for i in chosen),
+            rules=tuple(self.rules[i] for i in chosen),
         )
 
     def detach(self) -> KV:

@@ -27,6 +27,8 @@ from pathlib import Path
 from kvdistill.core.errors import RunFolderError
 from kvdistill.core.files import disk_full_error
 
+CHECKPOINTS, ANSWERS, EVALUATIONS = "checkpoints", "evaluated", "evaluations"  # in an arm's folder
+DRY_RUN = "dry-run"  # of a rehearsal, while it lasts
 LOCK, LOCKS = ".lock", ".locks"  # of a folder that one process works in; of a run folder's jobs
 
 
@@ -90,7 +92,7 @@ def refuse_foreign(folder: Path, identity: str, fix: str) -> None:
         return
     what = "this is a file, not a folder"
     if folder.is_dir():
-        ours = (LOCK, LOCKS, identity)
+        ours = (LOCK, LOCKS, DRY_RUN, identity)
         foreign = [e for e in folder.iterdir() if e.name not in ours and not e.name.startswith(f".{identity}.part-")]
         if not foreign or (folder / identity).exists():
             return

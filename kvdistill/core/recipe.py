@@ -6,7 +6,9 @@ are the reference that `docs/recipe.md` and `kvdistill recipe` print. Knows no t
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -147,7 +149,13 @@ class LoraRecipe(Section):
 class ModelRecipe(Section):
     """Where a model comes from: `path` (folder or hub id) or `scratch` (random weights). One of the two."""
 
-    path: PathText | None = Field(None, description="a folder that save_pretrained wrote, or a hub id")
+    path: PathText | None = Field(
+        None, description="a folder or hub id, or `A or B`: the first that is a folder here; $VARIABLES are filled in"
+    )
+    gguf_file: PathText | None = Field(None, description="name of a GGUF file in `path`, to take the weights from")
+    keep_layers: Positive | None = Field(
+        None, description="of a `path`: so many of its layers, evenly spread, first and last among them; unset: all"
+    )
     scratch: ScratchRecipe | None = Field(None, description="sizes of a model with random weights")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="what its weights are held in")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
@@ -159,7 +167,15 @@ class ModelRecipe(Section):
     def _one_source(self) -> ModelRecipe:
         if (self.path is None) == (self.scratch is None):
             raise ValueError("give exactly one of `path` (a folder or hub id) and `scratch` (random weights)")
+        if self.path is None and (self.gguf_file or self.keep_layers):
+            raise ValueError("gguf_file and keep_layers go with `path`")
         return self
+
+    @field_validator("path")
+    @classmethod
+    def _first_there(cls, path: str | None) -> str | None:
+        *local, last = (os.path.expandvars(choice.strip()) for choice in (path or "").split(" or "))
+        return next((choice for choice in local if Path(choice).expanduser().is_dir()), last) or None
 
 
 class OptimiserRecipe(Section):

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kvdistill.core.errors import DataError
 from kvdistill.core.files import sha256_of
@@ -63,7 +64,8 @@ def load_tokenizer(
         return character_tokenizer(symbols)
     folder = _find_folder(name, root, place)
     name = name.split(" or ")[-1].strip()
-    if folder is not None and not (folder / "tokenizer.json").is_file():
+    in_gguf = [] if folder is None or (folder / "tokenizer.json").is_file() else sorted(folder.glob("*.gguf"))
+    if folder is not None and not in_gguf and not (folder / "tokenizer.json").is_file():
         raise DataError(
             f"{folder} holds no tokenizer.json",
             place=place,
@@ -71,7 +73,10 @@ def load_tokenizer(
         )
     local_only = folder is not None or not hub_reachable()
     try:
-        found = PreTrainedTokenizerFast.from_pretrained(str(folder or name), local_files_only=local_only)
+        if in_gguf:
+            found: Any = AutoTokenizer.from_pretrained(str(folder), gguf_file=in_gguf[0].name)
+        else:
+            found = PreTrainedTokenizerFast.from_pretrained(str(folder or name), local_files_only=local_only)
     except Exception as error:  # the tokenizers library raises bare Exception for a broken tokenizer.json
         if type(error) is not Exception and not isinstance(error, _NOT_A_TOKENIZER):
             raise
@@ -215,7 +220,7 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
 
 def _find_folder(name: str, root: str | None, place: str) -> Path | None:
     """The folder that `name` stands for: of `A or B or C` the first that is there. None for a hub id at the end."""
-    for choice in map(str.strip, name.split(" or ")):
+    for choice in (os.path.expandvars(choice.strip()) for choice in name.split(" or ")):
         folder = Path(choice).expanduser()
         if choice.startswith("root:"):
             folder = Path(root or "").expanduser() / "tokenizers" / choice.removeprefix("root:")

@@ -15,6 +15,7 @@ Axes: L layers, B batch, T tokens, H key/value heads, Q query heads (a multiple 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvdistill.core.errors import AlignmentError
+from kvdistill.core.kv import AttentionRule
 from kvdistill.core.recipe import LossRecipe
 from kvdistill.losses.base import AbstractDistance
 from kvdistill.losses.blocks import (
@@ -134,7 +136,8 @@ class _OutputDifference(torch.autograd.Function):
                 ]
                 for rows, num_keys in blocks.rows():
                     bias = blocks.bias(chunk, rows, num_keys)
-                    read = [torch.bmm(s.logits(rows, bias).softmax(-1), v[:, :num_keys]) for s, v in pairs]
+                    shares = [(s.logits(rows, bias).softmax(-1)[..., :num_keys], v) for s, v in pairs]
+                    read = [torch.bmm(p, v[:, :num_keys]) for p, v in shares]
                     blocks.put_rows(difference.flatten(0, 1)[chunk], rows, read[0].sub_(read[1]))
         ctx.save_for_backward(difference, *sides)
         ctx.blocks = blocks
@@ -164,7 +167,7 @@ def _output_gradients(blocks: AttentionBlocks, side: QKV, difference: Tensor, we
             here, values = ChunkSide(blocks, chunk, q, k), blocks.head_major(v.flatten(0, 1)[chunk])
             grad_values = torch.empty(0)
             for rows, num_keys in blocks.rows():
-                p = here.logits(rows, blocks.bias(chunk, rows, num_keys)).softmax(-1)
+                p = here.logits(rows, blocks.bias(chunk, rows, num_keys)).softmax(-1)[..., :num_keys]
                 to_output = blocks.query_rows(difference.flatten(0, 1)[chunk], rows)
                 weighted = (blocks.by_row(to_output) * blocks.row_weight(weight_NT, chunk, rows)).view_as(to_output)
                 grad_values = add_to_keys(grad_values, torch.bmm(p.mT, weighted), values)
@@ -179,9 +182,9 @@ def _output_gradients(blocks: AttentionBlocks, side: QKV, difference: Tensor, we
 class AbstractAttentionDistance(AbstractDistance):
     """source, target `QKV` of equal shapes, mask [B, T] (or [L, B, T]) -> distance [L, B, T] in fp32 (fp64 for fp64).
 
-    0 at tokens outside the mask; finite, with a finite gradient, for zero vectors. Raises AlignmentError where
-    shapes differ or do not fit. Both sides get their gradient. scaling: of q.k, 1 / sqrt(D) by default. causal: keys
-    up to the token itself; False for encoders.
+    rules: of each layer, what it does with q.k; unset: what `causal` says. 0 at tokens outside the mask; finite, with
+    a finite gradient, for zero vectors. Raises AlignmentError where shapes differ or do not fit. Both sides get their
+    gradient. scaling: of q.k, 1 / sqrt(D) by default. causal: keys up to the token itself; False for encoders.
     """
 
     scaling: float | None = None
@@ -191,11 +194,15 @@ class AbstractAttentionDistance(AbstractDistance):
     needs_mask = True
 
     @abstractmethod
-    def distance(self, source: QKV, target: QKV, mask: Tensor) -> Tensor:
+    def distance(self, source: QKV, target: QKV, mask: Tensor, rules: Sequence[AttentionRule] = ()) -> Tensor:
         """`__call__` without checks; what it gives outside the mask does not matter."""
 
     def __call__(
-        self, source: QKV, target: QKV, mask: Bool[Tensor, "B T"] | Bool[Tensor, "L B T"]
+        self,
+        source: QKV,
+        target: QKV,
+        mask: Bool[Tensor, "B T"] | Bool[Tensor, "L B T"],
+        rules: Sequence[AttentionRule] = (),
     ) -> Float[Tensor, "L B T"]:
         for name, s, t in zip(("queries", "keys", "values"), source, target, strict=True):
             if s.shape != t.shape or s.shape[:3] != source.k.shape[:3]:
@@ -204,7 +211,7 @@ class AbstractAttentionDistance(AbstractDistance):
                     fix="align time, layers, heads and size of both sides first (query heads too: a row is compared "
                     "head by head)",
                 )
-        return torch.where(mask, self.distance(source, target, mask), 0.0)
+        return torch.where(mask, self.distance(source, target, mask, rules), 0.0)
 
 
 @dataclass(frozen=True)
@@ -222,8 +229,8 @@ class StructuralKVLoss(AbstractAttentionDistance):
     def from_recipe(cls, recipe: LossRecipe) -> StructuralKVLoss:
         return cls(recipe.structural_k, recipe.structural_v, recipe.structural_attention)
 
-    def distance(self, source: QKV, target: QKV, mask: Tensor) -> Tensor:
-        blocks = attention_blocks(source.q, source.k, mask, self.scaling, self.causal, self.chunk_bytes)
+    def distance(self, source: QKV, target: QKV, mask: Tensor, rules: Sequence[AttentionRule] = ()) -> Tensor:
+        blocks = attention_blocks(source.q, source.k, mask, self.scaling, self.causal, self.chunk_bytes, rules)
         total = torch.zeros((), dtype=blocks.dtype, device=mask.device)
         if self.k_weight:
             total = total + self.k_weight * cosine_distance(source.k, target.k).mean(-1)
@@ -239,8 +246,8 @@ class StructuralKVLoss(AbstractAttentionDistance):
 class AttentionOutputKVLoss(AbstractAttentionDistance):
     """Squared difference of softmax(qk)v, each side with its own q, k and v; mean over query heads and channels."""
 
-    def distance(self, source: QKV, target: QKV, mask: Tensor) -> Tensor:
-        blocks = attention_blocks(source.q, source.k, mask, self.scaling, self.causal, self.chunk_bytes)
+    def distance(self, source: QKV, target: QKV, mask: Tensor, rules: Sequence[AttentionRule] = ()) -> Tensor:
+        blocks = attention_blocks(source.q, source.k, mask, self.scaling, self.causal, self.chunk_bytes, rules)
         return _OutputDifference.apply(blocks, *source, *target)
 
 
@@ -253,17 +260,19 @@ def answer_attention(
     *,
     scaling: float | None = None,
     causal: bool = True,
+    rules: Sequence[AttentionRule] = (),
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Float[Tensor, "L B T"]:
     """The attention that answer tokens pay to each token, mean over answer tokens and query heads, as weights.
 
-    query, key: as attention sees them (rotated, for models with rotary positions). answer_BT: the tokens that look;
+    query, key: as attention sees them (rotated, for models with rotary positions). rules: of each layer, where
+    `causal` does not say all. answer_BT: the tokens that look;
     those outside `mask_BT` do not count. Weights have mean 1 over the real tokens of each sample and layer, are 0
     elsewhere, and 1 throughout where a sample has no answer token. No gradient; float32 at least.
     """
     if answer_BT.shape != mask_BT.shape:
         raise AlignmentError(f"answer tokens {tuple(answer_BT.shape)}, mask {tuple(mask_BT.shape)}")
-    blocks = attention_blocks(query, key, mask_BT, scaling, causal, chunk_bytes)
+    blocks = attention_blocks(query, key, mask_BT, scaling, causal, chunk_bytes, rules)
     looks_NT = (answer_BT & mask_BT).expand(key.shape[:3]).flatten(0, 1).to(blocks.dtype)
     has_answer = (answer_BT & mask_BT).any(0).tolist()
     paid_NT = torch.zeros_like(looks_NT)
@@ -272,7 +281,7 @@ def answer_attention(
             side = ChunkSide(blocks, chunk, query, key)
             for rows, num_keys in blocks.rows():
                 if any(has_answer[rows]):  # answers stand at the end: most blocks hold none
-                    p = side.logits(rows, blocks.bias(chunk, rows, num_keys)).softmax(-1)
+                    p = side.logits(rows, blocks.bias(chunk, rows, num_keys)).softmax(-1)[..., :num_keys]
                     share = looks_NT[chunk, None, rows, None].expand(-1, blocks.num_heads, -1, blocks.group)
                     per_head = torch.bmm(share.reshape(len(p), 1, -1), p)
                     paid_NT[chunk, :num_keys] += per_head.view(-1, blocks.num_heads, num_keys).sum(1)

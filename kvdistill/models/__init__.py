@@ -19,7 +19,8 @@ from kvdistill.models.load import (
     model_config,
     require_causal,
 )
-from kvdistill.models.rope import rotate_keys, unrotate_keys
+from kvdistill.models.probe import Probe, Verdict, probe_config, probe_model
+from kvdistill.models.rope import rotary_only, rotate_keys, unrotate_keys
 from kvdistill.models.structure import (
     auto_class,
     find_backbone,

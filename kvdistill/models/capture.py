@@ -7,9 +7,10 @@
 Mechanism: an attention function registered with transformers' attention interface (and the fitting mask function
 with the mask interface) records what it is handed and calls the implementation the model had. Keys arrive after
 any norm of theirs (Qwen3, Gemma 3), after rotation, and before they are repeated for grouped queries; with them
-comes the layer's scaling of q.k. A position bias (T5, ALiBi) or a soft cap of the logits is not recorded. The context
-manager only changes the name of the implementation in the model's config, and changes it back. Nothing is patched.
-Hidden states, where asked for, come from forward hooks on the layers, which stand only as long as the capture.
+comes the layer's scaling of q.k and its rule: window, soft cap, sink (`AttentionRule`). Of a position bias (T5) only
+that there is one is recorded. The context manager
+only changes the name of the implementation in the model's config, and changes it back. Nothing is patched. Hidden
+states, where asked for, come from forward hooks on the layers, which stand only as long as the capture.
 
 Records the last forward of the model's backbone. What runs outside of it, like the recomputation of gradient
 checkpointing during backward, is not recorded. Does not know rotary positions: `rope.py` does.
@@ -17,7 +18,7 @@ checkpointing during backward, is not recorded. Does not know rotary positions: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import TracebackType
@@ -31,7 +32,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvdistill.core.errors import ModelError
-from kvdistill.core.kv import KV, RopeFrame
+from kvdistill.core.kv import KV, AttentionRule, RopeFrame
 from kvdistill.models.structure import (
     Stack,
     check_interface,
@@ -40,6 +41,7 @@ from kvdistill.models.structure import (
     from_modeling_file,
     layer_modules,
     model_name,
+    model_stack,
     numbered_attention,
     positions_from_mask,
     text_config,
@@ -83,6 +85,7 @@ class KVCapture:
         self.backbone = find_backbone(model, stack)
         numbered = numbered_attention(model, stack)
         check_interface(model, numbered)
+        self._causal = model_stack(model, stack) == "decoder"
         self.rope: RopeFrame = "none" if find_rotary(model, stack) is None else "rotated"
         num_layers = text_config(model, stack).num_hidden_layers
         self.layers = tuple(range(num_layers)) if layers is None else tuple(sorted(set(layers)))
@@ -101,6 +104,7 @@ class KVCapture:
         self._numbers = {id(module): number for number, module in numbered}
         self._hidden_of = [(n, layer_modules(model, stack)[n]) for n in self.layers] if hidden else []
         self._recorded: dict[int, tuple[Tensor, Tensor, Tensor | None, float | None]] = {}
+        self._rules: dict[int, AttentionRule] = {}
         self._hidden: dict[int, Tensor] = {}
         self._running = self._grad_outside = False
         self._undo = ExitStack()
@@ -140,13 +144,29 @@ class KVCapture:
     def _end_forward(self, *_: object) -> None:
         self._running = False
 
-    def _record(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> bool:
-        """Keep what a layer was handed. True when nothing after it is wanted."""
+    def _record(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, settings: Mapping[str, Any]
+    ) -> bool:
+        """Keep what a layer was handed; settings: by name. True when nothing after it is wanted."""
         layer = self._numbers[id(module)]
         if not self._running or layer not in self._wanted:
             return False
         self._check_gradient(layer)
-        self._recorded[layer] = (key, value, query if self.queries else None, scaling)
+        if layer in self._recorded:
+            raise ModelError(
+                f"layer {layer} runs more than once in a forward pass: its keys of one run are not those of another",
+                place=self.name,
+                fix="use a model that runs each of its layers once",
+            )
+        self._recorded[layer] = (key, value, query if self.queries else None, settings.get("scaling"))
+        sink = settings.get("s_aux")
+        self._rules[layer] = AttentionRule(
+            causal=self._causal,
+            window=settings.get("sliding_window"),
+            cap=settings.get("softcap"),
+            sink=None if sink is None else sink.detach().flatten(),
+            biased=settings.get("position_bias") is not None,
+        )
         return self.stop_early and layer == self._last and not self._hidden_of
 
     def _record_hidden(self, layer: int, _module: nn.Module, _inputs: object, output: Any) -> None:
@@ -156,6 +176,9 @@ class KVCapture:
         self._hidden[layer] = output if isinstance(output, Tensor) else output[0]
         if self.stop_early and layer == self._last:
             raise _EnoughRecorded(self)
+
+    def note_output(self, module: nn.Module, output: Tensor) -> None:
+        """What a layer's attention gave on, [B, T, Q, D]; not kept here."""
 
     def _check_gradient(self, layer: int) -> None:
         if self._grad_outside and not torch.is_grad_enabled():
@@ -208,6 +231,7 @@ class KVCapture:
             layers=self.layers,
             # where a layer says nothing, the attention functions take 1/sqrt(head size)
             scaling=tuple(k.shape[-1] ** -0.5 if s is None else float(s) for k, _, _, s in entries),
+            rules=tuple(self._rules[layer] for layer in self.layers),
         )
 
     def hidden(self) -> tuple[Tensor, ...]:
@@ -284,7 +308,7 @@ def _recording_attention(own: str) -> Callable[..., Any]:
     ) -> Any:
         enough = None
         for capture in _LISTENERS.get(id(module), ()):
-            if capture._record(module, query, key, value, kwargs.get("scaling")):
+            if capture._record(module, query, key, value, kwargs):
                 enough = capture
         if enough is not None:
             raise _EnoughRecorded(enough)
@@ -301,7 +325,10 @@ def _recording_attention(own: str) -> Callable[..., Any]:
         interface = from_modeling_file(module, "ALL_ATTENTION_FUNCTIONS") or ALL_ATTENTION_FUNCTIONS
         attend = interface.get_interface(own, eager)
         if "flash" not in own:
-            return attend(module, query, key, value, *args, **kwargs)
+            given = attend(module, query, key, value, *args, **kwargs)
+            for capture in _LISTENERS.get(id(module), ()):
+                capture.note_output(module, given[0])
+            return given
         config: Any = module.config
         borrowed = config._attn_implementation_internal
         config._attn_implementation_internal = own  # flash attention picks its kernels by this name

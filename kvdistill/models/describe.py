@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from kvdistill.core.errors import ModelError
+from kvdistill.models.positions import most_positions
 from kvdistill.models.structure import (
     ModelKind,
     Stack,
@@ -31,6 +32,7 @@ from kvdistill.models.structure import (
     unwrap_model,
 )
 
+_EXPERT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _HEAD_SIZE_NAMES = ("head_dim", "attention_head_size", "key_value_proj_dim")  # as decoders, BERT and T5 say it
 
 
@@ -39,6 +41,7 @@ class ModelShape:
     """The sizes of one stack of a dense model. mlp_matrices: 3 with a gated MLP, 2 without.
 
     num_parameters, tied: of the whole model. kind: what the model is.
+    most_positions: the longest text it can read, in its tokens; None: as long as one likes.
     is_captured: its attention goes through transformers' attention interface, so that keys and values can be recorded.
     """
 
@@ -56,54 +59,100 @@ class ModelShape:
     mlp_matrices: int
     kind: ModelKind = "decoder"
     is_captured: bool = True
+    most_positions: int | None = None
 
 
 def describe_model(model: nn.Module, stack: Stack | None = None) -> ModelShape:
     """Sizes of a loaded model (plain or wrapped; a meta-device model will do), of `stack` as in `capture_kv`.
 
-    Raises ModelError where head sizes differ between layers (names model and layer), for mixtures of experts and for
+    Raises ModelError where sizes differ between layers (names model and layer or key), for mixtures of experts and for
     models without attention.
     """
     inner, config = unwrap_model(model), text_config(model, stack)
-    if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
-        raise ModelError("mixture of experts: sizes and FLOPs are of dense models only", place=model_name(model))
-    num_heads = getattr(config, "num_attention_heads", None)
+    name = model_name(model)
+    refuse_mixture(config, name)
+    num_heads = _size(config, "num_attention_heads", name)
     if not num_heads:
         raise ModelError(
             "it has no attention heads, and so no keys and values",
-            place=model_name(model),
+            place=name,
             fix="use a transformer: a decoder, an encoder or an encoder-decoder",
         )
-    size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
-    size = size or config.hidden_size // config.num_attention_heads
+    hidden, num_layers, vocab = (
+        _needed(config, key, name) for key in ("hidden_size", "num_hidden_layers", "vocab_size")
+    )
+    size = _size(config, "head_dim", name) or _size(config, "d_kv", name) or hidden // num_heads
     numbered = numbered_attention(model, stack)
     for layer, module in numbered:
         own = next((module.__dict__[n] for n in _HEAD_SIZE_NAMES if n in module.__dict__), size)
         if own != size:
             raise ModelError(
                 f"layer {layer} has head size {own}, the config says {size}: mixed head sizes",
-                place=model_name(model),
+                place=name,
                 fix="use a model with one head size",
             )
-    inner_sizes = [getattr(config, key, None) for key in ("intermediate_size", "n_inner", "ffn_dim", "d_ff")]
+    inner_sizes = [_size(config, key, name) for key in ("intermediate_size", "n_inner", "ffn_dim", "d_ff")]
     heads, embeddings = inner.get_output_embeddings(), inner.get_input_embeddings()
     names = {name.rsplit(".", 1)[-1] for name, _ in find_backbone(model, stack).named_modules()}
     return ModelShape(
         family=config.model_type,
-        num_layers=config.num_hidden_layers,
+        num_layers=num_layers,
         num_heads=num_heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
-        head_size=int(size),
-        hidden_size=config.hidden_size,
-        intermediate_size=int(next(filter(None, inner_sizes), 4 * config.hidden_size)),
-        vocab_size=config.vocab_size,
+        num_kv_heads=_size(config, "num_key_value_heads", name) or num_heads,
+        head_size=size,
+        hidden_size=hidden,
+        intermediate_size=next(filter(None, inner_sizes), 4 * hidden),
+        vocab_size=vocab,
         has_rope=find_rotary(model, stack) is not None,
         num_parameters=sum(p.numel() for p in inner.parameters()),
         tied=heads is not None and heads.weight is embeddings.weight,
         mlp_matrices=3 if names & {"gate_proj", "gate_up_proj", "wi_1", "Wi"} else 2,  # T5, ModernBERT
         kind=model_kind(inner.config),
         is_captured=speaks_interface(numbered),
+        most_positions=most_positions(inner),
     )
+
+
+def refuse_mixture(config: PreTrainedConfig, place: str) -> None:
+    """Raise ModelError for a mixture of experts, which the closed forms below do not count."""
+    for part in (config, getattr(config, "ffn_config", None)):
+        for key in _EXPERT_NAMES:
+            if getattr(part, key, None):
+                raise ModelError(
+                    "mixture of experts: sizes and FLOPs are of dense models only",
+                    place=place,
+                    fix="use a dense model of the family",
+                )
+
+
+def _size(config: PreTrainedConfig, key: str, place: str) -> int | None:
+    """A size of every layer, or None where the configuration has none. Raises ModelError where layers differ in it."""
+    try:
+        value = getattr(config, key, None)
+    except RuntimeError:  # transformers' own word for a size of each layer's own
+        value = ["a size of each layer's own"]
+    if value is None or isinstance(value, int):
+        return value
+    each = list(value) if isinstance(value, list | tuple) else [value]
+    if len(set(map(str, each))) == 1 and isinstance(each[0], int):
+        return int(each[0])
+    shown = ", ".join(map(str, each[:4])) + (", …" if len(each) > 4 else "")
+    raise ModelError(
+        f"{key} differs from layer to layer ({shown}): one size for all layers is needed",
+        place=place,
+        fix="use a model whose layers are alike",
+    )
+
+
+def _needed(config: PreTrainedConfig, key: str, place: str) -> int:
+    value = _size(config, key, place)
+    if value is None:
+        raise ModelError(
+            f"its configuration does not say its {key}",
+            place=place,
+            fix="use a transformer for text: a decoder, an encoder or an encoder-decoder",
+        )
+    return value
 
 
 def describe_config(config: PreTrainedConfig, stack: Stack | None = None) -> ModelShape:

@@ -80,7 +80,7 @@ def teacher_forward(
         stack.enter_context(_evaluating(model, select))
         if want_kv:
             capture = stack.enter_context(capture_kv(model, layers, queries=queries, stop_early=not want_head))
-        runs, inputs = _inputs(model, causal, ids, mask, positions)
+        runs, inputs = run_inputs(model, causal, ids, mask, positions)
         output = runs(**inputs)
         logits = output.logits[0] if want_head else None
     kv, scores = None, None
@@ -102,7 +102,7 @@ def teacher_forward(
     return replace(targets, nll_B=nll_B, topk_index_BSK=index_BTK, topk_logprob_BSK=logprob_BTK)
 
 
-def _inputs(
+def run_inputs(
     model: nn.Module, causal: bool, ids: Tensor, mask: Tensor, positions: Tensor
 ) -> tuple[nn.Module, dict[str, Any]]:
     """What is run and with which arguments: a causal model as it is, of the others the encoder alone.

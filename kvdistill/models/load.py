@@ -25,6 +25,7 @@ from kvdistill.core.hub import hub_reachable
 from kvdistill.core.recipe import LoraRecipe, ModelRecipe, StudentRecipe
 from kvdistill.core.runtime import DTYPES, derive_seed
 from kvdistill.models.scratch import scratch_config
+from kvdistill.models.shorten import shorten_config, shorten_model
 from kvdistill.models.structure import auto_class, model_kind
 
 _ATTENTION_WORDS = ("attn_implementation", "flash_attn", "FlashAttention", "scaled_dot_product_attention")
@@ -43,7 +44,12 @@ def check_model_exists(recipe: ModelRecipe, place: str) -> PreTrainedConfig:
         return model_config(recipe, recipe.scratch.vocab_size or 1, place)
     assert recipe.path is not None
     folder = Path(recipe.path).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() and recipe.gguf_file is not None:
+        if not (folder / recipe.gguf_file).is_file():
+            raise ModelError(
+                f"{folder} has no file {recipe.gguf_file}", place=f"{place}.gguf_file", fix="name a file in that folder"
+            )
+    elif folder.is_dir():
         _check_folder(folder, f"{place}.path")
     elif recipe.path.startswith((".", "/", "~")) or recipe.path.count("/") > 1:
         raise ModelError(
@@ -57,12 +63,19 @@ def check_model_exists(recipe: ModelRecipe, place: str) -> PreTrainedConfig:
             source,
             trust_remote_code=recipe.trust_remote_code,
             local_files_only=folder.is_dir() or not hub_reachable(),
+            **_gguf(recipe),
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise _cannot_load(recipe, place, error) from error
+    if recipe.keep_layers is not None:
+        shorten_config(config, recipe.keep_layers, f"{place}.keep_layers")
     if isinstance(recipe, StudentRecipe):
         require_causal(config, f"{place}.path")
     return config
+
+
+def _gguf(recipe: ModelRecipe) -> dict[str, str]:
+    return {} if recipe.gguf_file is None else {"gguf_file": recipe.gguf_file}
 
 
 def require_causal(config: PreTrainedConfig, place: str) -> None:
@@ -124,7 +137,9 @@ def _check_folder(folder: Path, place: str) -> None:
 
 def _cannot_load(recipe: ModelRecipe, place: str, error: Exception) -> ModelError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if "trust_remote_code" in str(error):
+    if recipe.gguf_file is not None and isinstance(error, ImportError):
+        fix = "pip install gguf"
+    elif "trust_remote_code" in str(error):
         fix = "use a model transformers knows; or read the code that comes with this one, then set trust_remote_code"
     else:
         fix = "give a folder with config.json and *.safetensors, or a hub id this machine can reach"
@@ -170,13 +185,13 @@ def _pretrained_model(recipe: ModelRecipe, config: PreTrainedConfig, dtype: torc
     folder = Path(recipe.path).expanduser()
     loaded: Any = auto_class(config).from_pretrained(
         str(folder) if folder.is_dir() else recipe.path,
-        config=config,
+        config=None if recipe.keep_layers or recipe.gguf_file else config,
         dtype=dtype,
         attn_implementation=recipe.attention,
         trust_remote_code=recipe.trust_remote_code,
-        use_safetensors=True,
         output_loading_info=True,
         local_files_only=folder.is_dir() or not hub_reachable(),
+        **({"gguf_file": recipe.gguf_file} if recipe.gguf_file else {"use_safetensors": True}),
     )
     model, report = loaded
     # an encoder's pooler reads its output: capture never runs it, and many folders leave it out
@@ -188,6 +203,11 @@ def _pretrained_model(recipe: ModelRecipe, config: PreTrainedConfig, dtype: torc
             fix=f"give a folder with the whole {type(model).__name__}",
         )
     refuse_non_finite(model, recipe, f"{place}.path")
+    if recipe.gguf_file is not None:  # the weights are whole numbers again: what is saved must not say otherwise
+        model.hf_quantizer, model.is_quantized = None, False
+        model.config.__dict__.pop("quantization_config", None)
+    if recipe.keep_layers is not None:
+        shorten_model(model, recipe.keep_layers, f"{place}.keep_layers")
     return model.eval()
 
 

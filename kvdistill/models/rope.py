@@ -6,25 +6,30 @@ at position p is turned by the angle p * theta_i and multiplied by the module's 
 come from the module's cos and sin, so nothing of it is written again here. cos, sin and the products are fp32.
 
 The layout is not assumed: the first use on a model compares with the `apply_rotary_pos_emb` of the model's own
-file, and a family that interleaves its channels gets an error.
+file. Families that interleave (Cohere, GLM) turn channels 2i and 2i + 1 in place of i and i + r/2; layers without
+rotation (EXAONE 4, Cohere 2, SmolLM3) are left alone; another rotation gets an error. What a model does around its
+rotation, like a norm after it, is seen only by running it: `probe.py` does, before anything is captured.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from kvdistill.core.errors import AlignmentError, ModelError
 from kvdistill.core.kv import KV, RopeFrame
 from kvdistill.models.capture import reset_dynamic_rotary
 from kvdistill.models.structure import (
     Stack,
+    auto_class,
     find_rotary,
     from_modeling_file,
     model_name,
@@ -32,7 +37,20 @@ from kvdistill.models.structure import (
     text_config,
 )
 
-_LAYOUT_CHECKED: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
+
+class RotaryLayout(NamedTuple):
+    """interleaved: channels 2i and 2i + 1 turn together, in place of i and i + r/2. interleaved_angles: the module
+    gives each angle twice in a row, in place of all angles twice."""
+
+    interleaved: bool
+    interleaved_angles: bool
+
+
+HALVES = RotaryLayout(False, False)
+_LAYOUTS: WeakKeyDictionary[nn.Module, dict[int, RotaryLayout]] = WeakKeyDictionary()
+# families whose layers with full attention have no rotation, as they tell the layers apart (EXAONE 4 turns all where
+# there is no window)
+_ONLY_WINDOWS_TURN = ("cohere2", "cohere2_moe", "exaone4", "exaone4_5", "exaone_moe", "flint", "kolibri1")
 
 
 def unrotate_keys(kv: KV, model: nn.Module, stack: Stack | None = None) -> KV:
@@ -73,16 +91,19 @@ def _turn_kv(kv: KV, model: nn.Module, positions_BT: Tensor, frame: RopeFrame, s
             place=model_name(model),
             fix="use the model the keys came from",
         )
-    check_layout(model, rotary, kv.keys[0].shape[-1], stack)
-    types = _layer_types(model, rotary, kv.layers, stack)
+    layout = check_layout(model, rotary, kv.keys[0].shape[-1], stack)
+    types, turns = _layer_types(model, rotary, kv.layers, stack), turning_layers(model, kv.layers, stack)
     turned = [*kv.keys, *kv.queries]
     for kind in dict.fromkeys(types):  # one cos/sin table for all layers of a type; most models have one type
-        cos_BTR, sin_BTR = rotary_angles(rotary, positions_BT, kind)
+        chosen = [i for i in range(len(turned)) if types[i % kv.num_layers] == kind and turns[i % kv.num_layers]]
+        if not chosen:
+            continue
+        cos_BTR, sin_BTR = rotary_angles(rotary, positions_BT, kind, layout)
         if frame == "unrotated":
             factor_BTR = cos_BTR.square() + sin_BTR.square()  # attention factor squared; 1 in most families
             cos_BTR, sin_BTR = cos_BTR / factor_BTR, -sin_BTR / factor_BTR
-        chosen = [i for i in range(len(turned)) if types[i % kv.num_layers] == kind]
-        out = turn_pairs(cos_BTR[:, None], sin_BTR[:, None], *(turned[i] for i in chosen))
+        turn = _turn_neighbours if layout.interleaved else turn_pairs
+        out = turn(cos_BTR[:, None], sin_BTR[:, None], *(turned[i] for i in chosen))
         for i, x in zip(chosen, out, strict=True):
             turned[i] = x
     keys, queries = tuple(turned[: kv.num_layers]), tuple(turned[kv.num_layers :])
@@ -90,7 +111,10 @@ def _turn_kv(kv: KV, model: nn.Module, positions_BT: Tensor, frame: RopeFrame, s
 
 
 def rotary_angles(
-    rotary: nn.Module, positions_BT: Int[Tensor, "B T"], layer_type: str | None = None
+    rotary: nn.Module,
+    positions_BT: Int[Tensor, "B T"],
+    layer_type: str | None = None,
+    layout: RotaryLayout = HALVES,
 ) -> tuple[Float[Tensor, "B T R"], Float[Tensor, "B T R"]]:
     """cos and sin [B, T, R/2] in fp32, times the attention factor, of the module's own scaling at these positions."""
     reset_dynamic_rotary(rotary)
@@ -98,8 +122,21 @@ def rotary_angles(
     extra = () if layer_type is None else (layer_type,)
     with torch.no_grad():
         cos, sin = rotary(probe, positions_BT, *extra)
-    half = cos.shape[-1] // 2
-    return cos[..., :half].float(), sin[..., :half].float()
+    once = slice(None, None, 2) if layout.interleaved_angles else slice(cos.shape[-1] // 2)
+    return cos[..., once].float(), sin[..., once].float()
+
+
+def _turn_neighbours(cos_B1TR: Tensor, sin_B1TR: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """As `turn_pairs`, of channels (2i, 2i + 1)."""
+    width = 2 * cos_B1TR.shape[-1]
+
+    def apart(x: Tensor) -> Tensor:  # all even channels, all odd ones, the rest
+        return torch.cat([x[..., :width:2], x[..., 1:width:2], x[..., width:]], dim=-1)
+
+    def together(x: Tensor) -> Tensor:
+        return torch.cat([x[..., :width].unflatten(-1, (2, -1)).mT.flatten(-2), x[..., width:]], dim=-1)
+
+    return tuple(together(x) for x in turn_pairs(cos_B1TR, sin_B1TR, *(apart(x) for x in tensors)))
 
 
 def turn_pairs(
@@ -160,6 +197,17 @@ def _spread(table_B1TR: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x[..., : table_B1TR.shape[-1]], dtype=table_B1TR.dtype).copy_(table_B1TR)
 
 
+def rotary_only(config: PreTrainedConfig, device: torch.device | str = "cpu") -> nn.Module:
+    """A model without memory for its weights whose rotary modules work on `device`: for `rotate_keys` of kept keys."""
+    with torch.device("meta"):
+        model: nn.Module = auto_class(config).from_config(config)
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            if "rotary" in type(module).__name__.lower() and hasattr(module, "config"):
+                setattr(parent, name, type(module)(module.config).to(device))  # type: ignore[arg-type]
+    return model
+
+
 # -- what the model does --------------------------------------------------------------------------
 
 
@@ -167,43 +215,72 @@ def _layer_types(model: nn.Module, rotary: nn.Module, layers: tuple[int, ...], s
     """For each layer the kind its rotary module asks for (Gemma 3: sliding or full attention), or None."""
     if "layer_type" not in inspect.signature(rotary.forward).parameters:
         return [None] * len(layers)
-    kinds = text_config(model, stack).layer_types
-    return [kinds[layer] for layer in layers]
+    kinds = getattr(text_config(model, stack), "layer_types", None)
+    return [None] * len(layers) if kinds is None else [kinds[layer] for layer in layers]
 
 
-def check_layout(model: nn.Module, rotary: nn.Module, head_size: int, stack: Stack | None = None) -> None:
-    """Raise ModelError unless `turn_pairs` does what the model's own rotation does. Looks once per rotary module."""
-    checked = _LAYOUT_CHECKED.setdefault(rotary, set())
+def turning_layers(model: nn.Module, layers: Sequence[int], stack: Stack | None = None) -> list[bool]:
+    """For each of these layers whether it turns its keys; some families leave out those with full attention."""
+    numbered = dict(reversed(numbered_attention(model, stack)))  # a number's first module is a layer's own
+    only_windows = text_config(model, stack).model_type in _ONLY_WINDOWS_TURN
+
+    def turns(module: nn.Module | None) -> bool:
+        own: dict[str, Any] = {} if module is None else module.__dict__
+        if "use_rope" in own:
+            return bool(own["use_rope"])
+        if not only_windows or "sliding_window" not in own:
+            return True
+        if "is_sliding" in own:
+            return bool(own["is_sliding"]) or own["sliding_window"] is None
+        return own["sliding_window"] is not None
+
+    return [turns(numbered.get(layer)) for layer in layers]
+
+
+def check_layout(model: nn.Module, rotary: nn.Module, head_size: int, stack: Stack | None = None) -> RotaryLayout:
+    """How this model turns channels; looks once per rotary module. Raises ModelError where `turn_pairs` cannot."""
+    checked = _LAYOUTS.setdefault(rotary, {})
     if head_size in checked:
-        return
-    config = text_config(model, stack)
-    if 0 in (getattr(config, "no_rope_layers", None) or ()):
-        raise _unsupported(model, "some layers have rotary positions and others have none")
-    apply = from_modeling_file(numbered_attention(model, stack)[0][1], "apply_rotary_pos_emb")
-    if apply is None:
-        raise _unsupported(model, "its file has no apply_rotary_pos_emb to compare with")
-    device = next(model.parameters()).device
+        return checked[head_size]
+    apply = _own_rotation(model, stack)
+    device = next(rotary.buffers(), next(model.parameters())).device
     positions = torch.tensor([[0, 1, 5]], device=device)
     probe = torch.empty(1, device=device)
     key = torch.linspace(-1, 1, 3 * head_size, device=device).sin().view(1, 1, 3, head_size)
-    for kind in dict.fromkeys(_layer_types(model, rotary, tuple(range(config.num_hidden_layers)), stack)):
+    kinds = _layer_types(model, rotary, tuple(range(text_config(model, stack).num_hidden_layers)), stack)
+    fitting = [RotaryLayout(*each) for each in ((False, False), (True, True), (True, False))]
+    for kind in dict.fromkeys(kinds):
         try:
             with torch.no_grad():
                 cos, sin = rotary(probe, positions, *(() if kind is None else (kind,)))
                 r = cos.shape[-1]  # partial rotary: in these families the attention module cuts r channels out itself
-                theirs = torch.cat([apply(key[..., :r], key[..., :r], cos, sin)[1], key[..., r:]], dim=-1)
-                ours = turn_pairs(*(x[:, None] for x in rotary_angles(rotary, positions, kind)), key)[0]
-        except (TypeError, RuntimeError, ValueError, AttributeError) as error:
+                theirs = torch.cat([apply(key[..., :r], cos, sin), key[..., r:]], dim=-1)
+                for layout in tuple(fitting):
+                    angles = (x[:, None] for x in rotary_angles(rotary, positions, kind, layout))
+                    ours = (_turn_neighbours if layout.interleaved else turn_pairs)(*angles, key)[0]
+                    if theirs.shape != ours.shape or not torch.allclose(theirs.float(), ours, atol=1e-4):
+                        fitting.remove(layout)
+        except (TypeError, RuntimeError, ValueError, AttributeError, KeyError, IndexError) as error:
             raise _unsupported(model, f"its rotary module or function takes other arguments ({error})") from error
-        if theirs.shape != ours.shape or not torch.allclose(theirs.float(), ours, atol=1e-4):
-            raise _unsupported(model, "it does not turn channel i with channel i + half (interleaved layout?)")
-    checked.add(head_size)
+        if not fitting:
+            raise _unsupported(model, "it turns neither channel i with channel i + half nor 2i with 2i + 1")
+    checked[head_size] = fitting[0]
+    return fitting[0]
+
+
+def _own_rotation(model: nn.Module, stack: Stack | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """(keys, cos, sin) -> keys turned by the function in the model's own file; some take one tensor, some two."""
+    apply = from_modeling_file(numbered_attention(model, stack)[0][1], "apply_rotary_pos_emb")
+    if apply is None:
+        raise _unsupported(model, "its file has no apply_rotary_pos_emb to compare with")
+    if list(inspect.signature(apply).parameters)[1] == "k":
+        return lambda key, cos, sin: apply(key, key, cos, sin)[1]
+    return apply  # type: ignore[no-any-return]
 
 
 def _unsupported(model: nn.Module, why: str) -> ModelError:
     return ModelError(
         f"the rotary positions of this model cannot be taken off its keys: {why}",
         place=model_name(model),
-        fix="use a family with the rotate-half layout (Qwen2/3, Llama, Mistral, Gemma, GPT-NeoX, Phi), or compare "
-        "rotated keys (align.keys: rotated)",
+        fix="use a family whose keys can be unrotated (Qwen, Llama, Gemma, OLMo, Cohere, GLM, …: docs/models.md)",
     )

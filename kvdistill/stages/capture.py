@@ -6,13 +6,17 @@ next shard; a finished one is recognised by its identity. Knows nothing of stude
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel
 
 from kvdistill.arms.teacher import Teacher, run_teacher
-from kvdistill.core.layout import folder_lock, store_root
+from kvdistill.core.layout import store_root
 from kvdistill.core.progress import Progress, silent
 from kvdistill.core.runtime import DTYPES
+from kvdistill.core.stopping import give_in, put_off
 from kvdistill.core.targets import TeacherTargets
 from kvdistill.models import describe_model, find_rotary
 from kvdistill.models.generate import right_padded
@@ -25,22 +29,18 @@ SHARD_BYTES = 256 << 20
 def capture(teacher: Teacher, progress: Progress = silent) -> None:
     """Capture a teacher on train and val. Returns at once where that is done; online teachers leave val only."""
     root, online = store_root(teacher.experiment.run), teacher.experiment.recipe.capture.source == "online"
-    writers = {
-        split: StoreWriter(root, f"targets-{split}", teacher.name, teacher.target_identity(split))
-        for split in (("val",) if online else ("train", "val"))
-    }
-    todo = {split: writer for split, writer in writers.items() if not writer.complete}
-    if not todo:
-        return
-    model = teacher.load()
-    for split, writer in todo.items():
-        with folder_lock(writer.folder, wait=True):
-            _capture_split(teacher, split, writer, model, progress)
+    model = functools.cache(teacher.load)
+    for split in ("val",) if online else ("train", "val"):
+        with StoreWriter(root, f"targets-{split}", teacher.name, teacher.target_identity(split)) as writer:
+            if not writer.complete:
+                with put_off():
+                    _capture_split(teacher, split, writer, model(), progress)
 
 
 def _capture_split(
     teacher: Teacher, split: str, writer: StoreWriter, model: PreTrainedModel, progress: Progress
 ) -> None:
+    """Shard after shard, from the first that is not there. Asked to end, it does after the shard it is at."""
     recipe, examples, layers = teacher.experiment.recipe.capture, teacher.examples(split), teacher.layers
     queries, scores, pad_id = teacher.queries, teacher.scores, teacher.tokenizer.pad_token_id
     longest = max((len(example.input_ids) for example in examples), default=1)
@@ -64,11 +64,13 @@ def _capture_split(
             batches.append(targets.to("cpu"))
             progress(f"capture {teacher.name} {split}", start + first + len(rows), len(examples))
         writer.add(pack_targets(batches, DTYPES[recipe.dtype]))
-    extra = {}
-    if queries:  # what each layer multiplies q.k with, read off a run on one text: a resumed capture needs no other
+        give_in()
+    extra: dict[str, Any] = {}
+    if queries:  # how each layer attends, read off a run on one text: a resumed capture needs no other
         ids, segments = (torch.tensor([x]).to(model.device) for x in (examples[0].input_ids, examples[0].segments))
         kv = run_teacher(model, ids, segments, layers=layers, dtype="float32", want_nll=False, queries=True).kv
-        extra = {"scaling": None if kv is None or kv.scaling is None else list(kv.scaling)}
+        if kv is not None:
+            extra = {"scaling": kv.scaling and list(kv.scaling), "rules": [rule.as_json() for rule in kv.rules]}
     rope = "none" if not layers or find_rotary(model) is None else "unrotated"
     writer.finish({"layers": layers, "rope": rope, "examples": len(examples), "split": split, **extra})
 

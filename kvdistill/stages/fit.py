@@ -21,10 +21,11 @@ from kvdistill.arms.arm import FIT_KIND, Arm
 from kvdistill.arms.batches import Batch
 from kvdistill.arms.student import CausalStudent
 from kvdistill.core.kv import KV
-from kvdistill.core.layout import fit_root, folder_lock
+from kvdistill.core.layout import fit_root
 from kvdistill.core.maps import SparseMap
 from kvdistill.core.progress import Progress, silent
 from kvdistill.core.runtime import derive_seed
+from kvdistill.core.stopping import put_off
 from kvdistill.fuse import fit_prototypes
 from kvdistill.models import fingerprint_model
 from kvdistill.store.shards import StoreWriter
@@ -33,22 +34,23 @@ STUDENT = "the student"  # no teacher can have this name
 
 
 def fit(arm: Arm, progress: Progress = silent) -> None:
-    """Fit what this arm needs and is not there yet."""
+    """Fit what this arm needs and is not there yet. Asked to end, it does after the fit it is at."""
     names = arm.recipe.teachers if arm.recipe.needs_kv else []
     if names and arm.recipe.align.match_in == "shared":
-        _fit_shared(arm)
+        with put_off():
+            _fit_shared(arm)
     for number, name in enumerate(names):
-        _fit_one(arm, name)
+        with put_off():
+            _fit_one(arm, name)
         progress("fit", number + 1, len(names))
 
 
 def _fit_one(arm: Arm, name: str) -> None:
-    writer = _writer(arm, name)
-    if writer.complete:
-        return
-    texts = _Calibration(arm, name)
-    aligner = arm.new_aligner(name).to(arm.device)
-    with folder_lock(writer.folder, wait=True):
+    with _writer(arm, name) as writer:
+        if _is_fitted(writer):
+            return
+        texts = _Calibration(arm, name)
+        aligner = arm.new_aligner(name).to(arm.device)
         if arm.recipe.align.standardise:
             aligner.fit_statistics((kv, mapping) for _, kv, mapping in texts.batches(count=True))
         extra: dict[str, Any] = {}
@@ -67,6 +69,14 @@ def _fit_one(arm: Arm, name: str) -> None:
 
 def _writer(arm: Arm, name: str) -> StoreWriter:
     return StoreWriter(fit_root(arm.experiment.run), FIT_KIND, name, arm.fit_identity(name))
+
+
+def _is_fitted(writer: StoreWriter) -> bool:
+    """Whether the fit is there. What a kill left of one is of no use, since its notes come with the last word."""
+    if writer.complete and writer.num_shards == 1:
+        return True
+    writer.start_over()
+    return False
 
 
 def _write(texts: _Calibration, aligner: MapProjectionAligner, writer: StoreWriter, extra: dict[str, Any]) -> None:
@@ -91,23 +101,23 @@ def _write(texts: _Calibration, aligner: MapProjectionAligner, writer: StoreWrit
 def _fit_shared(arm: Arm) -> None:
     """One space for all models of an arm: adapters of the student and of every teacher, from the same texts."""
     writers = {name: _writer(arm, name) for name in arm.recipe.teachers}
-    if all(writer.complete for writer in writers.values()):
-        return
-    texts = {name: _Calibration(arm, name) for name in arm.recipe.teachers}
-    aligners = {name: arm.new_aligner(name).to(arm.device) for name in arm.recipe.teachers}
-    with ExitStack() as locks:
-        for writer in writers.values():
-            locks.enter_context(folder_lock(writer.folder, wait=True))
+    with ExitStack() as held:
+        for writer in sorted(writers.values(), key=lambda writer: writer.folder):  # one order for all who wait
+            held.enter_context(writer)
+        todo = {name: writer for name, writer in writers.items() if not _is_fitted(writer)}
+        if not todo:
+            return
+        texts = {name: _Calibration(arm, name) for name in arm.recipe.teachers}
+        aligners = {name: arm.new_aligner(name).to(arm.device) for name in arm.recipe.teachers}
         for name, aligner in aligners.items():
             if arm.recipe.align.standardise:
                 aligner.fit_statistics((kv, mapping) for _, kv, mapping in texts[name].batches(count=True))
         student = CausalStudent(arm.initial_model).to(arm.device)
         spaces, said = _shared_spaces(arm, aligners, texts, student)
         extra = {"student_fingerprint": fingerprint_model(student.model), "note": said}
-        for name, writer in writers.items():
-            if not writer.complete:
-                aligners[name].set_adapters(*spaces, name, STUDENT)
-                _write(texts[name], aligners[name], writer, {**extra, "calibration": texts[name].counts()})
+        for name, writer in todo.items():
+            aligners[name].set_adapters(*spaces, name, STUDENT)
+            _write(texts[name], aligners[name], writer, {**extra, "calibration": texts[name].counts()})
 
 
 def _shared_spaces(

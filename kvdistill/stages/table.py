@@ -134,8 +134,9 @@ def perform(job: Job, recipe: Recipe, progress: Progress = silent) -> None:
         progress = _prepare_progress(progress)
     module, _, name = stage.function.partition(":")
     lock = locks_folder(run) / (job.verb if stage.alone else job.id)
+    at_work = file_lock(locks_folder(run) / "working", wait=True, shared=True)  # for as long as we live
     ranks = int(os.environ.get("WORLD_SIZE", "1"))  # of a torchrun: training has one lock for all, held by the first
-    with file_lock(lock, wait=True) if ranks == 1 else nullcontext():
+    with at_work, file_lock(lock, wait=True) if ranks == 1 else nullcontext():
         if ranks > 1 or not is_done(job, recipe):
             function = getattr(importlib.import_module(module), name)
             if stage.takes == "recipe":

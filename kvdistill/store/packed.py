@@ -4,7 +4,7 @@ Token-major rows without padding, so that one example is one contiguous
 slice and a batch is a handful of copies: `kv` [tokens, layers, 2, heads, size], `segments` [tokens], `offsets`
 [examples + 1], `nll` [examples], `topk_index`/`topk_logprob` [tokens, k]; where they were captured, `queries`
 [tokens, layers, query heads, size] and `scores` [tokens, layers, kinds, heads]. Keys and queries are unrotated. The
-layers' `scaling` stands in the manifest's extra. Knows no model.
+layers' `scaling` and `rules` stand in the manifest's extra. Knows no model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvdistill.core.kv import KV, RopeFrame
+from kvdistill.core.errors import StoreError
+from kvdistill.core.kv import KV, AttentionRule, RopeFrame
 from kvdistill.core.targets import TeacherTargets
 from kvdistill.store.shards import StoreReader
 
@@ -62,10 +63,15 @@ class TargetReader:
         self.rope: RopeFrame = store.extra["rope"]
         scaling = store.extra.get("scaling")  # stores made before queries were kept have none
         self.scaling: tuple[float, ...] | None = None if scaling is None else tuple(map(float, scaling))
+        self.rules = tuple(map(AttentionRule.from_json, store.extra.get("rules", ())))  # empty in such stores, too
         self._shards = store.shards
         self._offsets = [shard["offsets"].tolist() for shard in self._shards]
         self._place = [(s, i) for s, offsets in enumerate(self._offsets) for i in range(len(offsets) - 1)]
         self.num_examples = len(self._place)
+        expected = store.extra.get("examples", self.num_examples)
+        if self.num_examples != expected:
+            what = f"the shards hold {self.num_examples} examples, {expected} were captured"
+            raise StoreError(what, place=str(folder), fix=f"delete {folder} and run the stage that wrote it again")
 
     def nll(self) -> Tensor | None:
         """Mean gold NLL of every example, or None where it was not captured."""
@@ -125,4 +131,5 @@ class TargetReader:
             queries=queries,
             layers=self.layers,
             scaling=self.scaling,
+            rules=self.rules,
         )

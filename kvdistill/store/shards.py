@@ -8,28 +8,32 @@ folder complete. A reader refuses a folder whose identity, sizes or checksums di
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from kvdistill.core.errors import StoreError
+from kvdistill.core.errors import KVDistillError, RunFolderError, StoreError
 from kvdistill.core.files import (
     append_json_line,
+    as_json,
     open_tensors,
     read_json,
-    read_json_lines,
     sha256_file,
     sha256_of,
     write_json,
     write_json_lines,
     write_tensors,
 )
+from kvdistill.core.layout import folder_lock
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 JOURNAL = "shards.jsonl"
+_KEYS = {"format", "kind", "name", "identity", "shards", "extra"}
 
 
 def store_folder(root: Path, kind: str, name: str, identity: Mapping[str, Any]) -> Path:
@@ -39,6 +43,9 @@ def store_folder(root: Path, kind: str, name: str, identity: Mapping[str, Any]) 
 class StoreWriter:
     """Writes the shards of one folder; picks up after a kill. `finish` makes it complete.
 
+    Use as a context manager, which holds the folder's lock: what is there is looked at inside, when nobody else can
+    add to it, and all decisions rest on that.
+
     root: the folder of all stores. kind: what is in it (`targets-train`, a fit, …). name: whose it is, a teacher's
     mostly. identity: everything its content depends on, as JSON-able values; the folder's name ends in its hash.
     """
@@ -46,8 +53,23 @@ class StoreWriter:
     def __init__(self, root: Path, kind: str, name: str, identity: Mapping[str, Any]) -> None:
         self.folder = store_folder(root, kind, name, identity)
         self.kind, self.name, self.identity = kind, name, dict(identity)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._shards = self._good_shards()
+        self._shards: list[dict[str, Any]] = []
+        self._held = ExitStack()
+        self._is_open = False
+
+    def __enter__(self) -> StoreWriter:
+        self._held.enter_context(folder_lock(self.folder, wait=True))
+        try:
+            self._shards = read_manifest(self.folder)["shards"] if self.complete else self._good_shards()
+        except BaseException:
+            self._held.close()
+            raise
+        self._is_open = True
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._is_open = False
+        self._held.close()
 
     @property
     def num_shards(self) -> int:
@@ -60,7 +82,8 @@ class StoreWriter:
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
         """Write the next shard, and note it in the journal once it is whole."""
-        file = f"shard-{len(self._shards):05d}.safetensors"
+        assert self._is_open, "a store is written under its lock"
+        file = shard_name(len(self._shards))
         path = self.folder / file
         write_tensors(path, tensors)
         row = {"file": file, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
@@ -77,22 +100,36 @@ class StoreWriter:
             "shards": self._shards,
             "extra": dict(extra or {}),
         }
-        write_json(self.folder / MANIFEST, manifest)
+        manifest = as_json(manifest)  # as it will be read
+        write_json(self.folder / MANIFEST, {**manifest, "sha256": sha256_of(manifest)})
         return self.folder
 
+    def start_over(self) -> None:
+        """Forget what is there: it is made anew as a whole."""
+        for name in (MANIFEST, JOURNAL):  # first what says that something is there
+            (self.folder / name).unlink(missing_ok=True)
+        for path in self.folder.glob("shard-*"):
+            path.unlink()
+        self._shards = []
+
     def _good_shards(self) -> list[dict[str, Any]]:
-        """The longest run of journalled shards that are whole; later ones are written again."""
+        """The longest run of journalled shards that are whole and in order; later ones are written again."""
         journal = self.folder / JOURNAL
         if not journal.exists():
             return []
         good: list[dict[str, Any]] = []
-        rows = read_json_lines(journal)
-        for row in rows:
-            path = self.folder / row["file"]
-            if not path.exists() or path.stat().st_size != row["bytes"] or sha256_file(path) != row["sha256"]:
+        lines = journal.read_bytes().split(b"\n")
+        for line in lines:
+            try:
+                row = json.loads(line)
+                path = self.folder / row["file"]
+                in_order = row["file"] == shard_name(len(good))
+                if not in_order or path.stat().st_size != row["bytes"] or sha256_file(path) != row["sha256"]:
+                    break
+            except (ValueError, KeyError, TypeError, OSError):  # torn, or not there
                 break
             good.append(row)
-        if len(good) < len(rows) or not journal.read_bytes().endswith(b"\n"):  # a torn line must not be appended to
+        if len(lines) != len(good) + 1 or lines[-1]:  # what follows must not be appended to
             write_json_lines(journal, good)
         return good
 
@@ -102,11 +139,36 @@ class StoreReader:
 
     def __init__(self, folder: Path, *, verify: bool = True) -> None:
         self.folder = folder
-        self.manifest = read_json(folder / MANIFEST)
+        self.manifest = read_manifest(folder)
         self.extra: dict[str, Any] = self.manifest["extra"]
         if verify:
             verify_shards(folder, self.manifest)
         self.shards = [open_tensors(folder / row["file"]) for row in self.manifest["shards"]]
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}.safetensors"
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What the writer left last. StoreError where it is damaged, edited or of another form; RunFolderError: missing.
+
+    Stores of before 0.2 carry no checksum of it.
+    """
+    path = folder / MANIFEST
+    try:
+        found = read_json(path)
+        without = {key: value for key, value in found.items() if key != "sha256"}
+        known = {*without} == _KEYS and found["format"] == FORMAT
+        if known and ("sha256" not in found or found["sha256"] == sha256_of(without)):
+            return found
+    except (AttributeError, KeyError, UnicodeDecodeError):
+        pass
+    except RunFolderError as error:
+        if not path.exists():
+            raise
+        raise StoreError(error.what, place=error.place, fix=_again(folder)) from None
+    raise StoreError("the manifest is altered, or of another version", place=str(path), fix=_again(folder))
 
 
 def find_store(root: Path, kind: str, name: str, identity: Mapping[str, Any], *, make: str) -> Path:
@@ -116,7 +178,7 @@ def find_store(root: Path, kind: str, name: str, identity: Mapping[str, Any], *,
     """
     folder = store_folder(root, kind, name, identity)
     if (folder / MANIFEST).exists():
-        found = read_json(folder / MANIFEST)["identity"]
+        found = read_manifest(folder)["identity"]
         if found != identity:  # somebody renamed or copied a folder over this one
             raise StoreError(
                 f"the store was made with other {_differences(found, identity)}",
@@ -124,7 +186,10 @@ def find_store(root: Path, kind: str, name: str, identity: Mapping[str, Any], *,
                 fix=f"delete it and run `{make}`",
             )
         return folder
-    others = {path.parent: read_json(path)["identity"] for path in sorted(root.glob(f"{kind}-{name}-*/{MANIFEST}"))}
+    others: dict[Path, Mapping[str, Any]] = {}
+    for path in sorted(root.glob(f"{kind}-{name}-*/{MANIFEST}")):
+        with suppress(KVDistillError):  # a damaged one is not what is asked for
+            others[path.parent] = read_manifest(path.parent)["identity"]
     if others:  # name the one that is nearest: arms with other options have stores of their own beside it
         nearest = min(others, key=lambda other: len(_differing(others[other], identity)))
         raise StoreError(
@@ -136,10 +201,12 @@ def find_store(root: Path, kind: str, name: str, identity: Mapping[str, Any], *,
 
 
 def verify_shards(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Compare every shard's size and checksum with the manifest; the first that differs is named."""
-    for row in manifest["shards"]:
+    """Every shard once and in order, with the manifest's size and checksum, and no others; the first wrong is named."""
+    for number, row in enumerate(manifest["shards"]):
         path = folder / row["file"]
-        if not path.exists():
+        if row["file"] != shard_name(number):
+            what = f"shard stands in place {number} of the manifest: one is repeated, missing or of another store"
+        elif not path.exists():
             what = "shard is missing"
         elif path.stat().st_size != row["bytes"]:
             what = f"shard is truncated or altered: {path.stat().st_size} bytes, {row['bytes']} in the manifest"
@@ -147,7 +214,16 @@ def verify_shards(folder: Path, manifest: Mapping[str, Any]) -> None:
             what = "shard is altered: its checksum differs from the manifest's"
         else:
             continue
-        raise StoreError(what, place=str(path), fix=f"delete {folder} and run the stage that wrote it again")
+        raise StoreError(what, place=str(path), fix=_again(folder))
+    listed = {row["file"] for row in manifest["shards"]} | {MANIFEST, JOURNAL}
+    for path in sorted(folder.iterdir()):
+        if path.name not in listed and not path.name.startswith("."):  # locks, and what a kill left
+            what = "this file is of no shard of the manifest"
+            raise StoreError(what, place=str(path), fix=f"take it away, or {_again(folder)}")
+
+
+def _again(folder: Path) -> str:
+    return f"delete {folder} and run the stage that wrote it again"
 
 
 def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

@@ -31,7 +31,7 @@ def refuse_early(recipe: Recipe) -> None:
             fix = "pip install flash-attn, or set attention: sdpa"
             raise ModelError("the package flash_attn is not installed", place=f"{place}.attention", fix=fix)
         if model.path is not None:
-            _require_folder(model.path, f"{place}.path")
+            _require_folder(model.path, model.gguf_file or "config.json", f"{place}.path")
         if model.scratch is not None:
             _require_memory(model.scratch, f"{place}.scratch")
 
@@ -46,13 +46,13 @@ def _require_device(name: str) -> None:
     pick_device(name)
 
 
-def _require_folder(path: str, place: str) -> None:
+def _require_folder(path: str, needed: str, place: str) -> None:
     if not (path.startswith((".", "/", "~")) or path.count("/") > 1):
         return  # what may be a hub id
     folder = Path(path).expanduser()
-    if not (folder / "config.json").is_file():
+    if not (folder / needed).is_file():
         raise ModelError(
-            f"{path} has no config.json" if folder.is_dir() else f"there is no folder {path}",
+            f"{path} has no {needed}" if folder.is_dir() else f"there is no folder {path}",
             place=place,
             fix="give a folder with config.json and *.safetensors, or a hub id like Qwen/Qwen2.5-0.5B",
         )

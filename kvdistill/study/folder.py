@@ -21,6 +21,7 @@ from kvdistill.core.layout import (
     locks_folder,
     refuse_foreign,
 )
+from kvdistill.core.leftovers import sweep_run
 from kvdistill.core.provenance import machine_facts, package_versions
 from kvdistill.core.quoting import first_difference
 from kvdistill.core.recipe import Recipe
@@ -43,6 +44,7 @@ def claimed(recipe: Recipe, run: Path, *, begins: bool = True) -> ExitStack:
     path, mine = run / "recipe.json", recipe.model_dump(mode="json")
     with ExitStack() as at_work:
         with folder_lock(run, wait=True):
+            sweep_run(run, keeps_answers=bool(recipe.evaluate.tasks))
             theirs = read_json(path) if path.exists() else None
             if theirs is not None and theirs != mine:
                 if differing := difference(theirs, recipe, run):
@@ -58,8 +60,15 @@ def claimed(recipe: Recipe, run: Path, *, begins: bool = True) -> ExitStack:
                         raise RunFolderError(what, place=str(run), fix=error.fix) from None
             if theirs != mine:
                 write_json(path, mine)
+            at_work.callback(_tidy_up, recipe, run)  # by the last to leave
             at_work.enter_context(file_lock(working, wait=True, shared=True))
         return at_work.pop_all()
+
+
+def _tidy_up(recipe: Recipe, run: Path) -> None:
+    if run.exists():
+        with folder_lock(run, wait=True):
+            sweep_run(run, keeps_answers=bool(recipe.evaluate.tasks))
 
 
 def check_run_folder(run: Path, *, begins: bool) -> None:

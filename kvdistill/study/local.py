@@ -1,8 +1,9 @@
 """A graph of jobs on one machine: worker processes that start once, do one job after another, and end with us.
 
 Workers import torch once (2-6 s), hold the thread count they were given, report progress through a queue, and end by
-themselves when the parent is gone, so that a killed study never leaves a writer behind. What a job does is not known
-here (`stages.table.perform`).
+themselves when the parent is gone, so that a killed study never leaves a writer behind. A study that is asked to end
+asks its workers, which go on to the next safe place and end (`core.stopping`). What a job does is not known here
+(`stages.table.perform`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from functools import partial
+from multiprocessing import resource_tracker
+from multiprocessing.connection import wait as wait_for_ends
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +29,21 @@ from kvdistill.core.errors import JobsFailed, KVDistillError, TrainingStopped
 from kvdistill.core.files import disk_full_error
 from kvdistill.core.progress import Progress
 from kvdistill.core.recipe import HardwareRecipe, Recipe
+from kvdistill.core.stopping import (
+    ALWAYS,
+    Stopped,
+    ask_for_patience,
+    held_back,
+    is_asked,
+    is_idle,
+    listening,
+    put_off,
+)
 from kvdistill.stages.table import STAGES, Job, perform
 
 _QUEUE: Any = None  # of a worker: where its progress goes
 _RECIPE: Recipe | None = None  # of a worker: read once
+_LISTENING = ExitStack()  # of a worker, to its end
 
 
 def run_jobs(
@@ -73,6 +88,8 @@ def run_jobs(
                     unsettled.remove(job.id)
                     show(job.id, 1.0)
                     continue
+                if isinstance(error, Stopped):  # somebody asked the worker, not us
+                    raise error
                 failed[job.id] = error
                 if isinstance(error, BrokenProcessPool):  # all workers are gone, and with them what was running
                     waiting, running = [], {}
@@ -117,7 +134,10 @@ def failure(failed: Mapping[str, BaseException], num_jobs: int) -> BaseException
 
 
 class Workers:
-    """Worker processes; with number 0, this one. Use as a context manager: left by an error, it kills them."""
+    """Worker processes; with number 0, this one.
+
+    Use as a context manager: left by Stopped, it lets them come to a safe place; left by an error, it kills them.
+    """
 
     def __init__(self, number: int, recipe: Recipe) -> None:
         self.number, self._recipe = number, recipe
@@ -125,6 +145,8 @@ class Workers:
         if number == 0:
             return
         context = multiprocessing.get_context("spawn")
+        with held_back():  # Python's own helper process would die of a signal to the whole group
+            resource_tracker.ensure_running()
         self._queue = context.Queue()
         numbers = context.Queue()  # each worker takes one: which GPU is its own
         for worker in range(number):
@@ -151,22 +173,27 @@ class Workers:
             self._pool.shutdown(wait=True)
             return
         processes = list((self._pool._processes or {}).values())
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes:
-            process.kill()
-        for process in processes:
-            process.join(5)
+        try:
+            if kind is Stopped:
+                _let_end(processes)
+        finally:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                process.kill()
+            for process in processes:
+                process.join(5)
 
     def submit(self, job: Job, show: Callable[[str, float], None]) -> Future[None]:
         """Give a job to a worker; without workers it is done when this returns, and shown meanwhile."""
         if self._pool is not None:
-            return self._pool.submit(_do, job)
+            with held_back():  # a worker that is begun here hears what comes before it can listen
+                return self._pool.submit(_do, job)
         future: Future[None] = Future()
         try:
             perform(job, self._recipe, lambda _, done, total: show(job.id, done / total if total else 0.0))
             future.set_result(None)
         except Exception as error:
-            future.set_exception(error)
+            future.set_exception(_disk_full(error, job) or error)
         return future
 
     def tell(self, show: Callable[[str, float], None]) -> None:
@@ -192,15 +219,29 @@ def visible_gpus() -> list[str]:
     return [path.name.removeprefix("nvidia") for path in sorted(Path("/dev").glob("nvidia[0-9]*"))]
 
 
+def _let_end(processes: Sequence[Any]) -> None:
+    """Ask workers to end, and wait until they have. None takes longer than a checkpoint does, see `core.stopping`."""
+    with put_off(ALWAYS):
+        ask_for_patience()
+        for process in processes:
+            process.terminate()
+        left = {process.sentinel for process in processes}
+        while left:
+            left -= {*wait_for_ends(left)}
+
+
 def _start_worker(queue: Any, numbers: Any, tree: dict[str, Any], parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle: it asks us
+    signal.signal(signal.SIGUSR2, _leave)
+    _LISTENING.enter_context(listening(limit_s=ALWAYS))  # between jobs there is nothing to interrupt
     global _QUEUE, _RECIPE
     _QUEUE, _RECIPE = queue, Recipe.model_validate(tree)
     gpus = visible_gpus()
     if len(gpus) > 1:  # before torch is imported: a worker sees one GPU, its own
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[numbers.get() % len(gpus)]
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle: it ends us
-    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
-    prepare_process(_RECIPE.hardware.threads)
+    with put_off(ALWAYS):
+        threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
+        prepare_process(_RECIPE.hardware.threads)
 
 
 def prepare_process(threads: int) -> None:
@@ -213,9 +254,25 @@ def prepare_process(threads: int) -> None:
 
 
 def _end_with_parent(parent: int) -> None:
+    """Watch whether the parent lives; and end a worker that was asked to, when it has nothing to do."""
+    idle = 0
     while os.getppid() == parent:
         time.sleep(0.2)
+        idle = idle + 1 if is_asked() and is_idle() else 0
+        if idle == 2:  # looks in a row: what a job raised has gone its way back
+            main = threading.main_thread().ident
+            assert main is not None
+            signal.pthread_kill(main, signal.SIGUSR2)
     os._exit(1)
+
+
+def _leave(number: int, frame: Any) -> None:
+    sys.exit(0)
+
+
+def _disk_full(error: Exception, job: Job) -> TrainingStopped | None:
+    """The clear error behind one from a writer that is not ours; it may not say where it wrote."""
+    return disk_full_error(error, getattr(error, "filename", None) or str(job.arguments.get("run", job.id)))
 
 
 def _do(job: Job) -> None:
@@ -230,13 +287,14 @@ def _do(job: Job) -> None:
 
     assert _RECIPE is not None
     try:
-        perform(job, _RECIPE, report)
+        with put_off(0.0):
+            perform(job, _RECIPE, report)
     except KVDistillError:
         raise
     except Exception as error:
         import traceback
 
-        if full := disk_full_error(error, job.id):  # from a writer that is not ours
+        if full := _disk_full(error, job):
             raise full from None
         traceback.print_exc(file=sys.stderr)
         raise RuntimeError(f"{job.id}: {type(error).__name__}: {error}") from None

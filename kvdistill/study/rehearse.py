@@ -19,7 +19,7 @@ from kvdistill.align import parse_layer_range
 from kvdistill.arms.experiment import Experiment
 from kvdistill.core.config import arm_recipe, make_recipe, run_folder
 from kvdistill.core.errors import DataError
-from kvdistill.core.layout import folder_lock
+from kvdistill.core.layout import DRY_RUN, folder_lock
 from kvdistill.core.progress import Progress
 from kvdistill.core.recipe import ModelRecipe, Recipe
 from kvdistill.core.runtime import DTYPES, derive_seed, quiet_libraries
@@ -39,7 +39,7 @@ def dry_run(recipe: Recipe, progress: Progress) -> dict[str, Any]:
     """Do the whole graph of jobs with small models, one seed, and return {"rehearsed", "needs", "notes"}."""
     refuse_early(recipe)
     quiet_libraries()
-    folder = run_folder(recipe) / "dry-run"
+    folder = run_folder(recipe) / DRY_RUN
     notes: list[str] = []
     sources: dict[str, ModelRecipe] = {"student": recipe.student} | {f"teacher {t.name}": t for t in recipe.teachers}
     with folder_lock(folder, wait=False):

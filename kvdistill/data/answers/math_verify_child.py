@@ -30,7 +30,8 @@ _TOLERANCE = 1e-6  # for what is plainly different; beyond it math-verify is ask
 def main() -> None:
     channel, parent = Connection(int(sys.argv[1])), int(sys.argv[2])
     limit_s, memory_bytes = float(sys.argv[3]), int(sys.argv[4])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # to a whole group: the parent's to handle
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]

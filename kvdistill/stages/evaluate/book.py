@@ -24,6 +24,7 @@ from typing import Any
 from kvdistill.core.errors import RunFolderError
 from kvdistill.core.files import read_json, sha256_file, sha256_of, write_json
 from kvdistill.core.layout import folder_lock, refuse_foreign
+from kvdistill.core.leftovers import sweep_temporary
 from kvdistill.core.quoting import first_difference
 from kvdistill.core.records import Record, read_records, write_records
 from kvdistill.data.tokenizers import fingerprint_tokenizer
@@ -111,6 +112,7 @@ def open_book(
     """
     check_folder(exams, options, folder, asker)
     with folder_lock(folder, wait=False):
+        sweep_temporary(folder)
         identity, limit = check_folder(exams, options, folder, asker), options.limit
         for name, members in exams.items():
             entry = identity["evaluations"][name]

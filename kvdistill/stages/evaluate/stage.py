@@ -20,7 +20,7 @@ from kvdistill.arms.arm import Arm
 from kvdistill.arms.student import CausalStudent
 from kvdistill.core.config import asked_hash
 from kvdistill.core.errors import DataError, RunFolderError
-from kvdistill.core.layout import evaluated_mark, tokenizer_folder, trained_mark
+from kvdistill.core.layout import ANSWERS, evaluated_mark, tokenizer_folder, trained_mark
 from kvdistill.core.marks import check_marked, read_mark, write_mark
 from kvdistill.core.progress import Progress, silent
 from kvdistill.core.recipe import Recipe
@@ -30,8 +30,6 @@ from kvdistill.stages.evaluate.book import RECORDS, SCORED_BY, check_folder, ide
 from kvdistill.stages.evaluate.exams import SuiteOptions
 from kvdistill.stages.evaluate.own import OWN, RunTest
 from kvdistill.stages.evaluate.suite import Exams, evaluate_suite, make_lm, plan_suite
-
-FOLDER = "evaluated"
 
 
 def evaluate(arm: Arm, progress: Progress = silent) -> None:
@@ -66,22 +64,22 @@ def evaluate(arm: Arm, progress: Progress = silent) -> None:
     evaluated_mark(folder).unlink(missing_ok=True)  # from here on the records beside it are not what is asked
     if before is not None:
         try:  # answers to public evaluations that are still asked alike are kept
-            check_folder(exams, options, folder / FOLDER, asker)
+            check_folder(exams, options, folder / ANSWERS, asker)
         except RunFolderError:
-            shutil.rmtree(folder / FOLDER)
+            shutil.rmtree(folder / ANSWERS, ignore_errors=True)
     try:
-        evaluate_suite(lm, exams, options, folder / FOLDER, show, asker=asker)
+        evaluate_suite(lm, exams, options, folder / ANSWERS, show, asker=asker)
     except RunFolderError as error:
         raise RunFolderError(
-            error.what, place=error.place, fix=f"delete {folder / FOLDER} and give the command again"
+            error.what, place=error.place, fix=f"delete {folder / ANSWERS} and give the command again"
         ) from error
-    answers = folder / FOLDER / RECORDS
+    answers = folder / ANSWERS / RECORDS
     found = report_rows(read_records(answers) if answers.exists() else [], exams, {t.key for t in recipe.data.tasks})
     write_records(folder / "records.jsonl", [dataclasses.replace(one, arm=arm.name, seed=arm.seed) for one in found])
     facts = {"arm": arm.name, "seed": arm.seed, "questions": len(found), "asked": asked}
-    write_mark(evaluated_mark(folder), facts, ["records.jsonl", *([FOLDER] if public else [])])
+    write_mark(evaluated_mark(folder), facts, ["records.jsonl", *([ANSWERS] if public else [])])
     if not public:  # else the figures of public evaluations stay beside their answers
-        shutil.rmtree(folder / FOLDER)
+        shutil.rmtree(folder / ANSWERS)
 
 
 def recipe_options(recipe: Recipe) -> SuiteOptions:

@@ -21,6 +21,7 @@ from kvdistill.core.errors import DataError
 from kvdistill.core.files import write_json
 from kvdistill.core.progress import Progress, silent
 from kvdistill.core.records import Record
+from kvdistill.core.stopping import give_in, put_off
 from kvdistill.data.sets import EVALUATIONS, Evaluation, Member, find_evaluation
 from kvdistill.stages.evaluate.book import RESULTS, AnswerBook, open_book, summarise_book
 from kvdistill.stages.evaluate.exams import (
@@ -121,7 +122,8 @@ def evaluate_suite(
             total, done = book.evaluations[name]["questions"], len(book.rows(name))
             progress(f"evaluate {name}", done, total)
             if done < total:
-                _run_evaluation(ready(), name, members, options, book, progress)
+                with put_off():
+                    _run_evaluation(ready(), name, members, options, book, progress)
         results = summarise_book(book)
         write_json(out / RESULTS, results)
     return results
@@ -159,6 +161,7 @@ def _run_evaluation(
                 lm.on_answers = show if all(len(question.requests) == 1 for _, question in chunk) else lambda _: None
             new = [record for record in _ask(lm, chunk, scored) if record.key not in book.answered]
             book.append(new)
+            give_in()  # asked to end, it does after the chunk it is at
             done += len(new)
             progress(f"evaluate {name}", done, total)
 

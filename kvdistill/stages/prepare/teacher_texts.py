@@ -108,7 +108,7 @@ def _own_tokenizer(
         found = load_tokenizer(teacher.tokenizer, data.root, f"{place}.tokenizer")
     else:
         assert teacher.path is not None
-        theirs = load_model_tokenizer(teacher.path, place)
+        theirs = load_model_tokenizer(teacher.path, place, teacher.gguf_file)
         if tokenizer_difference(students, theirs, read_split(run, "train")[:COMPARED_EXAMPLES]) is None:
             return None
         if not theirs.is_fast:

@@ -22,7 +22,7 @@ from kvdistill.arms.teacher import Teacher
 from kvdistill.arms.texts import spread
 from kvdistill.core.errors import DataError
 from kvdistill.core.files import read_json, write_json, write_tensors
-from kvdistill.core.layout import data_folder, folder_lock, teacher_folder, trained_mark
+from kvdistill.core.layout import CHECKPOINTS, data_folder, folder_lock, teacher_folder, trained_mark
 from kvdistill.core.marks import read_mark, write_mark
 from kvdistill.core.progress import Progress, silent
 from kvdistill.core.runtime import Stopwatch, derive_seed, seed_everything
@@ -40,11 +40,11 @@ MADE = ("model", "adapters.safetensors", "log.jsonl", "ledger.json", "match.json
 def train_student(arm: Arm, progress: Progress = silent) -> None:
     """Train one arm with one seed. Returns at once where that is done."""
     folder, recipe = arm.folder, arm.experiment.recipe
-    if read_mark(trained_mark(folder)):
-        return
     watch = Stopwatch()
     # one lock for all ranks of a torchrun, held by the first
     with folder_lock(folder, wait=True) if os.environ.get("RANK", "0") == "0" else nullcontext():
+        if read_mark(trained_mark(folder)) is not None:
+            return
         seed_everything(derive_seed(arm.seed, "training"))
         init_fingerprint = fingerprint_model(arm.initial_model)
         batches, order = arm.batches("train"), arm.training_order()
@@ -85,7 +85,7 @@ def train_student(arm: Arm, progress: Progress = silent) -> None:
         distiller.student.save(folder / "model", arm.experiment.as_read(arm.experiment.tokenizer))
         facts = {"arm": arm.name, "seed": arm.seed, "steps": recipe.train.steps}
         write_mark(trained_mark(folder), facts, MADE)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
 @torch.no_grad()
@@ -112,10 +112,10 @@ def train_teacher(teacher: Teacher, progress: Progress = silent) -> None:
     """Train a scratch teacher on its own tasks with plain cross-entropy; note how well it does on validation."""
     experiment, name, optimiser = teacher.experiment, teacher.name, teacher.recipe.optimiser
     folder = teacher_folder(experiment.run, name)
-    if read_mark(trained_mark(folder)):
-        return
     watch = Stopwatch()
     with folder_lock(folder, wait=True):
+        if read_mark(trained_mark(folder)) is not None:
+            return
         seed = teacher.recipe.seed
         seed_everything(derive_seed(seed, "teacher", name))
         examples = lessons_of(teacher)
@@ -146,7 +146,7 @@ def train_teacher(teacher: Teacher, progress: Progress = silent) -> None:
         report = {"accuracy_by_task": by_task, "steps": optimiser.steps, "seconds": watch.wall_s()}
         write_json(folder / "report.json", {**report, "parameters": student.shape.num_parameters})
         write_mark(trained_mark(folder), {"teacher": name, "steps": optimiser.steps}, MADE)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
 def lessons_of(teacher: Teacher) -> list[Example]:

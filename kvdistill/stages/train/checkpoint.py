@@ -11,7 +11,7 @@ import random
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +31,20 @@ from kvdistill.core.files import (
 _PREFIX = "checkpoint-"
 
 
+class Generators(NamedTuple):
+    """States of all generators that a step draws from."""
+
+    python: tuple[Any, ...]
+    numpy: dict[str, Any]
+    torch: Tensor
+    cuda: Tensor | None
+
+    @classmethod
+    def now(cls) -> Generators:
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        return cls(random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state(), cuda)  # type: ignore[arg-type]
+
+
 def save_checkpoint(
     folder: Path,
     model: nn.Module,
@@ -38,20 +52,21 @@ def save_checkpoint(
     scheduler: Any,
     state: Mapping[str, Any],
     trainer_state: str,
+    generators: Generators,
 ) -> None:
     """Write everything that the next step depends on to `folder`, atomically.
 
-    trainer_state: the Trainer's own, as JSON.
+    trainer_state: the Trainer's own, as JSON. generators: as they were when the last step had ended.
     """
     with replacing_folder(folder) as part:
         write_tensors(part / "trainable.safetensors", _trainable(model))
         tensors, groups = _flat_optimizer(optimizer)
-        tensors["rng/torch"] = torch.get_rng_state()
-        if torch.cuda.is_available():
-            tensors["rng/cuda"] = torch.cuda.get_rng_state()
+        tensors["rng/torch"] = generators.torch
+        if generators.cuda is not None:
+            tensors["rng/cuda"] = generators.cuda
         write_tensors(part / "optimizer.safetensors", tensors)
-        version, numbers, gauss = random.getstate()
-        of_numpy = np.random.get_state(legacy=False)
+        version, numbers, gauss = generators.python
+        of_numpy = generators.numpy
         numpy_state = of_numpy["state"]
         write_json(
             part / "state.json",

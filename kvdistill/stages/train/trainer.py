@@ -2,7 +2,8 @@
 
 What differs from the base class: losses are divided by token counts of the whole optimiser step, over all
 micro-batches and ranks; teachers may run online; each loss term is watched and logged; checkpoints are
-safetensors and JSON (`checkpoint.py`). It knows nothing of recipes' files or of the run folder's layout.
+safetensors and JSON (`checkpoint.py`), and one is left where the process is asked to end (`core.stopping`), within a
+micro-batch. It knows nothing of recipes' files or of the run folder's layout.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import dataclasses
 import json
 import math
 import os
+import signal
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +27,14 @@ from transformers.integrations import TensorBoardCallback
 from kvdistill.arms.batches import Batch, BatchMaker, ExampleNumbers, FixedOrder, token_counts
 from kvdistill.arms.distiller import Distiller, DistillOutput
 from kvdistill.core.errors import TrainingStopped
-from kvdistill.core.files import append_json_line, keep_json_lines
+from kvdistill.core.files import append_json_line, keep_json_lines, read_json_lines, write_json_lines
 from kvdistill.core.recipe import ArmRecipe, OptimiserRecipe, TrainRecipe
 from kvdistill.core.runtime import Stopwatch
+from kvdistill.core.stopping import ALWAYS, Stopped, give_in, is_asked, put_off
 from kvdistill.fuse.routing_record import RoutingRecord
 from kvdistill.losses import kv_weight_at
 from kvdistill.stages.train.checkpoint import (
+    Generators,
     drop_old_checkpoints,
     load_checkpoint,
     newest_checkpoint,
@@ -45,7 +50,7 @@ def training_arguments(recipe: OptimiserRecipe, folder: Path, *, seed: int, cpu:
     train = recipe if isinstance(recipe, TrainRecipe) else TrainRecipe(**recipe.model_dump())
     if "wandb" in train.report_to:  # it would write beside wherever the command was given
         os.environ["WANDB_DIR"] = str(folder)
-    return TrainingArguments(
+    made = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=train.steps,
         per_device_train_batch_size=train.batch_size,
@@ -73,6 +78,9 @@ def training_arguments(recipe: OptimiserRecipe, folder: Path, *, seed: int, cpu:
         dataloader_num_workers=0,
         dataloader_pin_memory=not cpu,
     )
+    # one process trains on one GPU, the first it sees: with several, Trainer would split every batch among them
+    made._n_gpu = min(1, made.n_gpu)
+    return made
 
 
 class DistillTrainer(Trainer):
@@ -127,6 +135,7 @@ class DistillTrainer(Trainer):
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor]:
         """The micro-batches of one optimiser step, and the token counts its losses are divided by."""
+        self._between_steps = self._progress_state(), Generators.now()
         batches: list[Any] = []
         for _ in range(num_batches):
             batch = next(epoch_iterator, None)
@@ -136,11 +145,14 @@ class DistillTrainer(Trainer):
             return batches, torch.ones(1)
         counts = torch.stack([token_counts(batch, self._arm) for batch in batches]).sum(0)
         real = torch.stack([(batch.segments_BT > 0).sum() for batch in batches]).sum()
-        both = torch.cat([real[None].to(counts), counts]).to(device=device, dtype=torch.float32)
+        asked = counts.new_tensor([float(is_asked())])  # ranks must leave before the same step
+        both = torch.cat([asked, real[None].to(counts), counts]).to(device=device, dtype=torch.float32)
         if self.args.world_size > 1:
             both = self.accelerator.gather(both[None]).sum(0)
-        self.seen += both[:2].double().cpu()
-        return batches, both[1:].clamp_min(1.0)
+            if both[0] > 0:
+                raise Stopped(signal.SIGTERM)
+        self.seen += both[1:3].double().cpu()
+        return batches, both[2:].clamp_min(1.0)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The arguments' optimiser; no weight decay on biases and norms; projectors at their own rate."""
@@ -174,6 +186,11 @@ class DistillTrainer(Trainer):
     def floating_point_ops(self, inputs: Any) -> int:
         """Not asked of the batch: the ledger counts by closed form (`ledger.py`)."""
         return 0
+
+    def training_step(self, *args: Any, **options: Any) -> Tensor:
+        """Forward and backward: they change nothing that a checkpoint holds, so they may be cut short."""
+        with put_off() if self.args.world_size == 1 else nullcontext():
+            return super().training_step(*args, **options)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -242,6 +259,14 @@ class DistillTrainer(Trainer):
         super().log(logs, start_time)
 
     _last_logged = 0
+    _saved = 0  # the step of the newest checkpoint that we wrote
+    has_unmeasured_step = False  # asked to end while `on_step` was at work: it is made up for on resuming
+
+    def sort_log(self) -> None:
+        """A point that was measured after its step was logged goes to its place, before that row."""
+        if self.is_world_process_zero() and self._log_file.exists():
+            rows = read_json_lines(self._log_file)
+            write_json_lines(self._log_file, sorted(rows, key=lambda row: (row["step"], "val" not in row)))
 
     def _sums_of_all_ranks(self) -> dict[str, list[float]]:
         """Raw and weighted sums over ranks: each rank divides its own tokens by the counts of all."""
@@ -256,7 +281,10 @@ class DistillTrainer(Trainer):
     # -- checkpoints --------------------------------------------------------------------------
 
     def resume_or_start(self) -> int:
-        """Train to the end, from the newest good checkpoint if there is one. Returns the step it started from."""
+        """Train to the end, from the newest good checkpoint if there is one. Returns the step it started from.
+
+        Asked to end, it leaves a checkpoint of the last step that is done before Stopped goes on its way.
+        """
         found = newest_checkpoint(self._checkpoint_root())
         start = int(found.name.rsplit("-", 1)[1]) if found else 0
         if self.is_world_process_zero():
@@ -267,7 +295,15 @@ class DistillTrainer(Trainer):
 
             writer = SummaryWriter(str(self._tensorboard), purge_step=start + 1)
             self.add_callback(TensorBoardCallback(tb_writer=writer))
-        self.train(resume_from_checkpoint=str(found) if found else None)
+        with put_off(ALWAYS):
+            try:
+                self.train(resume_from_checkpoint=str(found) if found else None)
+            except Stopped:
+                if self.state.global_step > max(start, self._saved):
+                    self._write_checkpoint(*self._between_steps)
+                raise
+        if self.has_unmeasured_step:  # asked in the last step: its checkpoint is there
+            give_in()
         return start
 
     def _checkpoint_root(self) -> Path:
@@ -280,6 +316,20 @@ class DistillTrainer(Trainer):
         return self.optimizer.optimizer if hasattr(self.optimizer, "optimizer") else self.optimizer
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._write_checkpoint(self._progress_state(), Generators.now())
+
+    def _progress_state(self) -> dict[str, Any]:
+        """What a checkpoint holds of us: counts, and what the next row of the log has so far."""
+        return {
+            "seen": self.seen.tolist(),
+            "sums": {name: list(values) for name, values in self._sums.items()},
+            "last_logged": self._last_logged,
+            "routing": self._routing.state() if self._routing is not None else None,
+            "unmeasured": self.has_unmeasured_step,
+        }
+
+    def _write_checkpoint(self, progress: dict[str, Any], generators: Generators) -> None:
+        """Of the last step that is done. progress, generators: as they were then."""
         if self.is_world_process_zero():
             root = self._checkpoint_root()
             unwrapped = self.accelerator.unwrap_model(self.model)
@@ -289,16 +339,12 @@ class DistillTrainer(Trainer):
                 unwrapped,
                 self._plain_optimizer(),
                 self.lr_scheduler,
-                {
-                    "seen": self.seen.tolist(),
-                    "sums": self._sums,
-                    "last_logged": self._last_logged,
-                    "routing": self._routing.state() if self._routing is not None else None,
-                    "seconds": [self._clock.wall_s(), self._clock.cpu_s()],
-                },
+                {**progress, "seconds": [self._clock.wall_s(), self._clock.cpu_s()]},
                 json.dumps(dataclasses.asdict(self.state), default=str),
+                generators,
             )
             drop_old_checkpoints(root, self.args.save_total_limit or 2)
+        self._saved = self.state.global_step
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -307,6 +353,7 @@ class DistillTrainer(Trainer):
         self.seen = torch.tensor(state["seen"], dtype=torch.float64)
         self._sums = {name: list(values) for name, values in state["sums"].items()}
         self._last_logged = state["last_logged"]
+        self.has_unmeasured_step = state.get("unmeasured", False)
         self._clock.advance(*state["seconds"])
         if self._routing is not None and state["routing"] is not None:
             self._routing.restore(state["routing"])
@@ -333,8 +380,24 @@ class DistillTrainer(Trainer):
 
 
 class _StepCallback(TrainerCallback):
+    """Calls `on_step`, which may take minutes (a learning curve's point) and is cut short where one is asked to end."""
+
     def __init__(self, on_step: Callable[[int, DistillTrainer], None], trainer: DistillTrainer) -> None:
         self._on_step, self._trainer = on_step, trainer
 
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if self._trainer.has_unmeasured_step:
+            self._measure(state.global_step)
+            self._trainer.sort_log()
+
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self._on_step(state.global_step, self._trainer)
+        self._measure(state.global_step)
+
+    def _measure(self, step: int) -> None:
+        self._trainer.has_unmeasured_step = True
+        try:
+            with put_off(0.0):
+                self._on_step(step, self._trainer)
+            self._trainer.has_unmeasured_step = False
+        except Stopped:  # the step itself is done: it is logged, and its checkpoint says what is missing
+            pass
