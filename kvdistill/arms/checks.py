@@ -17,7 +17,8 @@ from kvdistill.arms.experiment import Experiment
 from kvdistill.arms.student import CausalStudent
 from kvdistill.arms.teacher import Teacher
 from kvdistill.core.errors import AlignmentError, ModelError, RecipeError
-from kvdistill.core.files import file_stamps, read_json, sha256_of, write_json
+from kvdistill.core.files import file_stamps, sha256_of, write_json
+from kvdistill.core.marks import read_mark, sealed
 from kvdistill.core.progress import Progress, silent
 from kvdistill.core.recipe import ModelRecipe, Recipe, ScratchRecipe
 from kvdistill.data.encode import Example
@@ -250,8 +251,8 @@ def load_model_tokenizer(path: str, place: str, gguf_file: str | None = None) ->
         raise ModelError(f"{path} has no tokenizer", place=place, fix="keep the tokenizer files beside the weights")
     try:
         return AutoTokenizer.from_pretrained(path, **({} if gguf_file is None else {"gguf_file": gguf_file}))
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+    except Exception as error:  # a stranger's file: the libraries raise whatever they come across in it
+        first = [*str(error).strip().splitlines(), type(error).__name__][0]
         raise ModelError(
             f"no tokenizer ({first})", place=place, fix="keep the tokenizer files beside the weights"
         ) from None
@@ -272,7 +273,7 @@ def try_saving(experiment: Experiment) -> None:
             "versions": [version(name) for name in ("torch", "transformers", "peft", "safetensors")],
         }
     )
-    if note.exists() and read_json(note).get("saved") == what:
+    if (read_mark(note) or {}).get("saved") == what:
         return
     made = CausalStudent(experiment.initial_model(experiment.recipe.seeds[0]), lora=student.lora)
     generator = torch.Generator().manual_seed(0)
@@ -294,7 +295,7 @@ def try_saving(experiment: Experiment) -> None:
                 place="data.tokenizer",
                 fix="use the tokenizer of the student's own family",
             )
-    write_json(note, {"saved": what})
+    write_json(note, sealed({"saved": what}))
 
 
 def check_same_tokenizer(experiment: Experiment, path: str, place: str, gguf_file: str | None = None) -> None:

@@ -40,7 +40,7 @@ from kvdistill.core.layout import (
     teacher_texts_folder,
     trained_mark,
 )
-from kvdistill.core.marks import check_marked, read_mark
+from kvdistill.core.marks import check_marked, read_mark, read_sealed, sealed
 from kvdistill.core.recipe import ArmRecipe, ModelRecipe, TeacherRecipe
 from kvdistill.core.runtime import DTYPES
 from kvdistill.core.segments import ANSWER
@@ -75,7 +75,7 @@ class Teacher:
                 place=str(path),
                 fix="run `kvdistill prepare` first",
             )
-        return dict(read_json(path))
+        return read_sealed(path, fix=f"delete {path.parent} and run `kvdistill prepare` again")
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -159,11 +159,12 @@ class Teacher:
             raise RunFolderError("this folder has no config.json", place=str(folder), fix="copy the model again")
         stamp = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
         note = teacher_folder(self._run, self.name) / "fingerprint.json"
-        if note.exists() and (known := read_json(note))["stamp"] == stamp:
-            return str(known["sha256"])
+        known = read_mark(note)  # a damaged note says nothing
+        if known is not None and known["stamp"] == stamp:
+            return str(known["files"])
         self._check_files()
         digest = sha256_of([[f.name, sha256_file(f)] for f in files])
-        write_json(note, {"stamp": stamp, "sha256": digest})
+        write_json(note, sealed({"stamp": stamp, "files": digest}))
         return digest
 
     def _check_files(self) -> None:

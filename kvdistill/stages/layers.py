@@ -26,9 +26,10 @@ from kvdistill.arms.experiment import Experiment
 from kvdistill.arms.teacher import Teacher
 from kvdistill.core.cka import CKAAccumulator
 from kvdistill.core.errors import AlignmentError, KVDistillError
-from kvdistill.core.files import read_json, sha256_of, write_json
+from kvdistill.core.files import sha256_of, write_json
 from kvdistill.core.layout import folder_lock, layers_folder
 from kvdistill.core.maps import SparseMap
+from kvdistill.core.marks import read_sealed, sealed
 from kvdistill.core.progress import Progress, silent
 from kvdistill.core.recipe import ArmRecipe, CompressRecipe
 from kvdistill.core.runtime import derive_seed
@@ -64,7 +65,7 @@ def map_layers(experiment: Experiment, progress: Progress = silent) -> None:
                 kind: {str(layer): [[m, round(w, 6)] for m, w in pairs] for layer, pairs in enumerate(sources)}
                 for kind, sources in rows.items()
             }
-            write_json(teacher.similarity_path, found | {"settings": settings, "layer_map": layer_maps})
+            write_json(teacher.similarity_path, sealed(found | {"settings": settings, "layer_map": layer_maps}))
             progress("map-layers", number + 1, len(experiment.teachers))
 
 
@@ -112,7 +113,7 @@ class _Measuring:
         """What the file holds, where it is of the same models and texts and has all that is wanted."""
         path = self.teacher.similarity_path
         try:
-            found = read_json(path)
+            found = read_sealed(path, fix="none: it is measured anew")
             sizes = found["teacher"]["num_layers"], found["student"]["num_layers"]
             for kind in self.kinds:
                 matrix = read_layer_similarity(path, *sizes, on=kind, **self.teacher.identities)

@@ -22,6 +22,7 @@ from kvdistill.core.layout import (
     refuse_foreign,
 )
 from kvdistill.core.leftovers import sweep_run
+from kvdistill.core.marks import read_mark, sealed
 from kvdistill.core.provenance import machine_facts, package_versions
 from kvdistill.core.quoting import first_difference
 from kvdistill.core.recipe import Recipe
@@ -46,6 +47,9 @@ def claimed(recipe: Recipe, run: Path, *, begins: bool = True) -> ExitStack:
         with folder_lock(run, wait=True):
             sweep_run(run, keeps_answers=bool(recipe.evaluate.tasks))
             theirs = read_json(path) if path.exists() else None
+            if path.exists() and not isinstance(theirs, dict):
+                fix = "put it back, or give another folder (run_dir=…)"
+                raise RunFolderError("this is not a recipe: it was altered", place=str(path), fix=fix)
             if theirs is not None and theirs != mine:
                 if differing := difference(theirs, recipe, run):
                     what = f"this run folder was made with another recipe: {differing} differs"
@@ -130,7 +134,9 @@ def is_finished(recipe: Recipe, run: Path) -> bool:
     mark = run / "study.json"
     if not mark.exists() or not (run / "report.html").exists() or not (run / "summary.json").exists():
         return False
-    if read_json(mark).get("recipe") != recipe_hash(recipe) or not (data_folder(run) / "manifest.json").exists():
+    if (read_mark(mark) or {}).get("recipe") != recipe_hash(recipe) or not (
+        data_folder(run) / "manifest.json"
+    ).exists():
         return False
     return all(is_evaluated(recipe, run, arm, seed) for arm in recipe.arms for seed in recipe.seeds)
 
@@ -184,7 +190,7 @@ def add_provenance(run: Path, begun_wall: float, begun_cpu: float) -> None:
     cpu = time.process_time() - begun_cpu + children.ru_utime + children.ru_stime
     with folder_lock(run, wait=True):  # others may be adding theirs
         path = run / "provenance.json"
-        before = read_json(path) if path.exists() else {}
+        before = read_mark(path) or {}  # a damaged one says nothing
         made = {
             "recipe_sha256": sha256_of(read_json(run / "recipe.json")),
             "versions": package_versions(),
@@ -195,4 +201,4 @@ def add_provenance(run: Path, begun_wall: float, begun_cpu: float) -> None:
             "seconds": before.get("seconds", 0.0) + time.time() - begun_wall,
             "cpu_seconds": before.get("cpu_seconds", 0.0) + cpu,
         }
-        write_json(path, made)
+        write_json(path, sealed(made))

@@ -13,6 +13,7 @@ from kvdistill.core.config import arm_recipe, recipe_hash, run_folder
 from kvdistill.core.errors import JobsFailed, RecipeError
 from kvdistill.core.files import write_json
 from kvdistill.core.layout import data_folder, file_lock, locks_folder, profile_folder
+from kvdistill.core.marks import sealed
 from kvdistill.core.progress import Progress
 from kvdistill.core.recipe import Recipe
 from kvdistill.study.early import refuse_early
@@ -44,7 +45,7 @@ def run_study(recipe: Recipe, progress: Progress, *, verb: str | None = None, he
         reports = [job for job in jobs if job.verb == "report"]  # it shows the provenance, and needs no worker
         run_jobs(recipe, reports, progress, what=f"{recipe.name}: report", here=True)
         if verb is None:
-            write_json(run / "study.json", {"recipe": recipe_hash(recipe), "finished": True})
+            write_json(run / "study.json", sealed({"recipe": recipe_hash(recipe), "finished": True}))
         if verb == "map-layers":
             return {"run": str(run), "layers": layer_maps(recipe, run)}
         return result_of(run) | (data_table(run) if verb == "prepare" else {})

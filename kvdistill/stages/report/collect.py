@@ -17,7 +17,7 @@ from kvdistill.core.config import asked_hash
 from kvdistill.core.errors import RunFolderError
 from kvdistill.core.files import finite, read_json_lines, write_text
 from kvdistill.core.layout import evaluated_mark, trained_mark
-from kvdistill.core.marks import check_marked, read_mark
+from kvdistill.core.marks import check_marked, read_mark, read_sealed
 from kvdistill.core.recipe import Recipe
 from kvdistill.core.records import Record, read_records
 from kvdistill.stages.report.compare import SeedRun
@@ -80,10 +80,14 @@ def collect_tables(recipe: Recipe, run: Path) -> RunTables:
     if not any(tables.runs.values()):
         raise RunFolderError("no run has been evaluated", place=str(run / "arms"), fix="train and evaluate first")
     for teacher in recipe.teachers:
+        folder = run / "teachers" / teacher.name
+        check_marked(trained_mark(folder), fix=f"delete {folder} and teach it again")
         if found := _read_object(run / "teachers" / teacher.name / "report.json"):
             tables.teachers[teacher.name] = found
-    tables.manifest = _read_object(run / "data" / "manifest.json")
-    tables.validation = _read_object(run / "data" / "validation_report.json")
+    manifest = run / "data" / "manifest.json"
+    tables.manifest = read_sealed(manifest, fix="run `kvdistill prepare` again") if manifest.is_file() else {}
+    validation = run / "data" / "validation_report.json"
+    tables.validation = read_sealed(validation, fix="run `kvdistill validate`") if validation.is_file() else {}
     tables.provenance = _read_object(run / "provenance.json")
     if unmarked:
         tables.notes.append(f"{unmarked} mark(s) missing beside records: nothing vouches for these files.")
