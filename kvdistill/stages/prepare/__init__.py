@@ -22,9 +22,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from kvdistill.core.errors import DataError, RunFolderError
-from kvdistill.core.files import read_json, replacing_folder, sha256_file, sha256_of, write_json
+from kvdistill.core.files import replacing_folder, sha256_file, sha256_of, write_json
 from kvdistill.core.layout import data_folder, tokenizer_folder
-from kvdistill.core.marks import sealed
+from kvdistill.core.marks import read_sealed, sealed
 from kvdistill.core.progress import Progress, silent
 from kvdistill.core.recipe import DataRecipe, Recipe
 from kvdistill.data.chat import chat_tokenizer, write_chat_rows
@@ -246,7 +246,7 @@ def validate(recipe: Recipe, run: Path, progress: Progress | None = None, *, fix
                 )
             manifest.unlink()
         prepare(recipe.model_copy(update={"data": data.model_copy(update={"leaks": "drop"})}), run, progress)
-        return read_json(data_folder(run) / REPORT)
+        return read_sealed(data_folder(run) / REPORT, fix="run `kvdistill validate` again")
     finished = _is_finished(data, run)
     splits = load_splits(data, progress, beside=run)
     leaks = find_split_leaks(recipe, splits, progress)

@@ -54,6 +54,7 @@ class RunTables:
 
 def collect_tables(recipe: Recipe, run: Path) -> RunTables:
     """All tables of a run folder. Raises RunFolderError if no run has records, or a file is damaged."""
+    now = asked_hash(recipe)
     tables, unmarked = RunTables(run, list(recipe.arms), list(recipe.seeds)), 0
     for arm in tables.arms:
         tables.runs[arm], tables.logs[arm], tables.matches[arm] = {}, {}, {}
@@ -65,7 +66,7 @@ def collect_tables(recipe: Recipe, run: Path) -> RunTables:
                 said = read_mark(mark)
                 if mark.exists() and said is None:
                     raise RunFolderError("this mark is damaged", place=str(mark), fix=fix)
-                if said is not None and verb == "evaluate" and said.get("asked") != asked_hash(recipe):
+                if said is not None and verb == "evaluate" and said.get("asked", now) != now:
                     what = "these answers are to another `evaluate` section than the recipe's"
                     raise RunFolderError(what, place=str(mark), fix="run `kvdistill evaluate RECIPE`, or set it back")
                 unmarked += not mark.exists() and (folder / "records.jsonl").is_file()
