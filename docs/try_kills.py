@@ -31,14 +31,27 @@ from typing import Any
 
 import yaml
 
+from kvdistill.core.marks import check_marked, read_mark
+
 HERE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- kills: made by docs/try_kills.py -->", "<!-- end of kills -->"
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 CODES = {signal.SIGKILL: -9, signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 130}
 PROGRESS = re.compile(r".+: \d+% after \d|^$")
 # what differs between two runs that were never disturbed
-TIMES = {"seconds", "cpu_seconds", "peak_memory_bytes", "written_at", "frozen_at", "started", "finished", "time"}
-SHOWN = ("provenance.json", "report.html", "summary.json", "ledger.json", "fingerprint.json")  # times among others
+TIMES = {
+    "declared",
+    "seconds",
+    "cpu_seconds",
+    "peak_memory_bytes",
+    "written_at",
+    "frozen_at",
+    "started",
+    "finished",
+    "time",
+}
+SHOWN = ("provenance.json", "report.html", "summary.json", "ledger.json", "fingerprint.json", "declared.json")
+MARKS = ("trained.json", "evaluated.json")  # they vouch for files with times in them: checked, and compared by names
 RECIPE: dict[str, Any] = {
     "name": "tiny",
     "seeds": [7],
@@ -287,6 +300,9 @@ def contents(run: Path) -> dict[str, str]:
             continue
         if file.name in SHOWN or (name.startswith(("figures/", "layers/")) and not name.endswith(".json")):
             content = b""
+        elif file.name in MARKS:
+            check_marked(file, fix="")
+            content = json.dumps(sorted((read_mark(file) or {"files": []})["files"])).encode()
         elif file.suffix == ".json":
             content = json.dumps(_timeless(json.loads(content)), sort_keys=True).encode()
         elif file.suffix == ".jsonl":

@@ -214,7 +214,7 @@ def test_another_kind_of_student_learns_generates_and_scores() -> None:
     counted = [[code > 1 for code in e.segments] for e in rows]
     ids = [list(e.input_ids) for e in rows]
     scores = student.score(ids, counted, pad_id=tokenizer.pad_token_id, batch_size=2)
-    assert len(scores) == 4 and all(0 < nll < 10 for nll in scores)
+    assert len(scores) == 4 and all(0 < nll < 10 for [nll] in scores)
 
 
 def test_training_takes_another_kind_of_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

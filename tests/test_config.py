@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_recipe import tiny_tree, write_recipe
 
-from kvdistill.core.config import FORMER_KEYS, arm_recipe, load_recipe, make_recipe, recipe_hash, run_folder
+from kvdistill.core.config import (
+    FORMER_KEYS,
+    arm_recipe,
+    load_recipe,
+    make_recipe,
+    recipe_hash,
+    recipes_folder,
+    run_folder,
+)
 from kvdistill.core.errors import RecipeError
 
 
@@ -197,10 +205,74 @@ def test_files_that_are_no_recipes(tmp_path):
             load_recipe(tmp_path / name)
         assert name in caught.value.place and caught.value.fix
     (tmp_path / "demo.yaml").write_text("name: x")
-    with pytest.raises(RecipeError, match=r"did you mean 'demo\.yaml'"):
+    with pytest.raises(RecipeError, match=f"did you mean '{tmp_path}/demo.yaml'"):
         load_recipe(tmp_path / "dmeo.yaml")
     with pytest.raises(RecipeError, match="not found"):
         load_recipe(tmp_path)
+
+
+def test_a_recipe_of_ours_is_named_by_its_path_where_there_is_none_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for missing in ("demo.yaml", "demo", "sub/demo.yaml", "dmeo.yml"):
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(missing)
+        assert str(recipes_folder() / "demo.yaml") in caught.value.fix and "kvdistill" in caught.value.fix
+    monkeypatch.chdir(recipes_folder().parent)  # what stands below where one is, as one would write it
+    with pytest.raises(RecipeError, match=f"did you mean '{recipes_folder().name}/demo.yaml'"):
+        load_recipe("demo.yaml")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(tmp_path / "nothing-like-it.yaml")
+    assert str(recipes_folder()) in caught.value.fix
+
+
+def mistakes_of(tree: dict) -> str:
+    with pytest.raises(RecipeError) as caught:
+        make_recipe(tree, place="my.yaml")
+    assert caught.value.place.startswith("my.yaml") and caught.value.fix
+    return caught.value.what
+
+
+def test_all_mistakes_of_a_recipe_are_said_at_once(tmp_path):
+    tree = tiny_tree(
+        train={"stesp": 3, "batch_size": -1},
+        data={"max_length": "long"},
+        losss={"kv_weight": 2},
+        seeds=[1, 1],
+        report={"comparisons": [["fixd", "ce"]]},
+    )
+    tree["teachers"][0]["scratch"]["hidden_size"] = 0
+    tree["arms"]["fixed"] = {"los": {"kv_weight": 1}, "loss": {"kind": "msee"}, "placebo": "perhaps"}
+    what = mistakes_of(tree)
+    wanted = (
+        "unknown key 'train.stesp'\n     (did you mean 'steps'?)",
+        "train.batch_size: ",
+        "data.max_length: ",
+        "unknown key 'losss'\n     (did you mean 'loss'?)",
+        "teachers.0.scratch.hidden_size: ",
+        "a seed is given twice: [1, 1]",
+        "arms.fixed: unknown key 'los'",
+        "arms.fixed: loss.kind: ",
+        "arms.fixed: placebo: ",
+        "report.comparisons: comparison names an arm that is not there: 'fixd'\n     (did you mean 'fixed'?)",
+    )
+    for words in wanted:
+        assert what.count(words) == 1, (words, what)
+    assert what.startswith(f"{len(wanted)} mistakes\n  1. ")
+    path = write_recipe(tmp_path)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, ["nonsense", "train.stesp=3", "seeds.9=1"])
+    assert "3 mistakes" in caught.value.what and "'nonsense'" in caught.value.what and "'seeds.9'" in caught.value.what
+
+
+def test_what_follows_from_a_mistake_is_not_a_second_one():
+    tree = tiny_tree(data={"total": "many"})
+    tree["data"]["tasks"][0]["share"] = 0.5  # goes with data.total, which cannot be read
+    assert "mistakes" not in mistakes_of(tree)
+    wide = tiny_tree(fuse={"weights": [1, 1, 1]}, arms={name: {} for name in ("a", "b", "c")})
+    assert mistakes_of(wide) == "3 weights for 2 teachers (one, two) (and in 2 more arms)"
+    assert "mistakes" not in mistakes_of(tiny_tree(align={"layer_map": 3.5}))  # neither a mapping nor a file: one
+    del (tree := tiny_tree())["student"]
+    assert mistakes_of(tree).startswith("student: ")
 
 
 def test_hash_is_that_of_what_changes_results():

@@ -72,7 +72,6 @@ JSONL: dict[str, tuple[bytes, str, str]] = {
     "Latin-1 in a UTF-8 file": (GOOD * 3 + '{"question": "café"}\n'.encode("latin-1"), ":4", "not UTF-8"),
     "UTF-16": (GOOD.decode().encode("utf-16"), ":1", "byte order mark of UTF-16"),
     "UTF-16 without its mark": (GOOD.decode().encode("utf-16-le"), ":1", "NUL byte"),
-    "byte order mark": (b"\xef\xbb\xbf" + GOOD, ":1", "byte order mark"),
     "NUL byte": (GOOD * 50 + GOOD[:20] + b"\x00" + GOOD[20:], ":51", "NUL byte"),
     "NUL, escaped": (b'{"question": "a\\u0000b", "reasoning": "r", "answer": "4"}\n', ":1", "a NUL character"),
     "half a pair": (b'{"question": "q", "reasoning": "\\udc00", "answer": "4"}\n', ":1", "surrogate"),

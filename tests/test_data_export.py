@@ -30,6 +30,7 @@ SPACED = (
 )
 PROBLEM = Problem("svamp", "chal-3", "How many is 3 times 4?", "3 * 4 = 12", "12")
 ABOUT = {"task": "svamp", "id": "chal-3", "style": "cot", "language": "en"}
+ABOUT |= {"question": PROBLEM.question, "reasoning": PROBLEM.reasoning, "answer": PROBLEM.answer}
 
 
 @functools.cache
@@ -59,6 +60,7 @@ def test_a_chat_row_is_as_written_here() -> None:
     user = "<|im_start|>user\n三乘四？\n只写出 `#### 答案`。<|im_end|>\n"
     asked = f"<|im_start|>system\n简短。<|im_end|>\n{user}<|im_start|>assistant\n"
     about = {"task": "math23k", "id": "5", "style": "direct", "language": "zh"}
+    about |= {"question": "三乘四？", "reasoning": "3*4", "answer": "12"}
     expected = {"prompt": asked, "completion": "#### 12<|im_end|>\n", **about}
     assert export_row(row, "prompt-completion") == expected
     assert export_row(plain, "prompt-completion", tokenizer, system_prompt="简短。") == expected

@@ -151,7 +151,6 @@ BAD_FILES = {
     "mark inside": (b'{"question": "q", "reasoning": "r #### 3", "answer": "4"}\n', ":1", "must not stand"),
     "two lines": (b'{"question": "q", "reasoning": "r", "answer": "4\\n5"}\n', ":1", "one line"),
     "surrogate": (b'{"question": "\\ud800", "reasoning": "r", "answer": "4"}\n', ":1", "surrogate"),
-    "bom": (b"\xef\xbb\xbf" + GOOD + b"\n", ":1", "byte order mark"),
     "utf-16": ('{"a": 1}\n'.encode("utf-16"), ":1", "byte order mark"),
     "latin-1": (GOOD + b'\n{"question": "caf\xe9"}\n', ":2", "not UTF-8"),
     "empty": (b"", "", "no rows"),

@@ -80,7 +80,7 @@ def test_mistakes_in_the_recipe(tmp_path, monkeypatch, words, parts):
 
 def test_a_recipe_that_is_not_there_names_the_nearest(tmp_path, monkeypatch):
     path = write_recipe(tmp_path)
-    assert_one_message(invoke(monkeypatch, "run", path.with_name("tinny.yaml"), work=no_work), "'tiny.yaml'")
+    assert_one_message(invoke(monkeypatch, "run", path.with_name("tinny.yaml"), work=no_work), f"'{path}'")
 
 
 @pytest.mark.parametrize("verb", ["run", "prepare", "teach", "capture", "fit", "train", "evaluate", "report"])

@@ -47,7 +47,7 @@ def test_what_it_leaves(tmp_path: Path) -> None:
     splits = {split: read_split(tmp_path, split) for split in ("train", "val", "test")}
     assert {split: len(rows) for split, rows in splits.items()} == {"train": 84, "val": 16, "test": 22}
     assert manifest["tasks"]["chain"]["train"] == {
-        "asked": 23, "problems": 23, "rows": 46, "too_long": 0, "dropped": 0
+        "asked": 23, "problems": 23, "rows": 46, "too_long": 0, "replaced": 0, "dropped": 0
     }  # fmt: skip
     assert manifest["table"]["product"] == {"cot": {"train": 19, "val": 3, "test": 4}} | {
         "direct": {"train": 19, "val": 3, "test": 4}

@@ -50,7 +50,9 @@ class AlignedKV(NamedTuple):
 class MapProjectionAligner(nn.Module):
     """The composition for one teacher. Buffers and parameters have stable names, for safetensors:
 
-    proj_k.*, proj_v.* (see `heads/`) and, with `standardise`, k_scale, k_shift, v_scale, v_shift [L', G·E].
+    proj_k.*, proj_v.* (see `heads/`) and, with `standardise`, k_scale, k_shift, v_scale, v_shift [L', G·E]. A scale
+    below 0 says that the channel is dead (`live`): nothing is divided by its deviation, and in the teacher's space both
+    sides are 0 there, so that it is in no distance, no mean and no match figure.
     """
 
     k_scale: Tensor
@@ -107,6 +109,7 @@ class MapProjectionAligner(nn.Module):
             self.proj_q = self._make_projector(ends, derive_seed(seed, "q"))
         self.is_fitted = False
         self.has_statistics = False
+        self._has_dead: bool | None = None
         for name in ("k_scale", "k_shift", "v_scale", "v_shift"):
             fill = torch.zeros(len(self.student_layers), G * E) if recipe.standardise else None
             self.register_buffer(name, fill)
@@ -158,7 +161,7 @@ class MapProjectionAligner(nn.Module):
         self.require_ready()
         flat, mask_BT = self.teacher_channels(teacher_kv, time_mapping)
         if self.recipe.match_in == "teacher":
-            return flat, mask_BT
+            return self._live_only(flat), mask_BT
         of_k, of_v = (self.adapter_k, self.adapter_v) if self.is_shared else (self.proj_k, self.proj_v)
         with torch.set_grad_enabled(self.is_trained and not self.is_shared and torch.is_grad_enabled()):
             return AlignedKV(of_k(flat.k), of_v(flat.v)), mask_BT
@@ -172,7 +175,27 @@ class MapProjectionAligner(nn.Module):
         if self.recipe.match_in == "student":
             return student
         self.require_ready()
-        return AlignedKV(self.proj_k(student.k), self.proj_v(student.v))
+        return self._live_only(AlignedKV(self.proj_k(student.k), self.proj_v(student.v)))
+
+    def live(self) -> AlignedKV | None:
+        """Which channels of the teacher's space vary, bool [L', G·E]; None where all do, or in another space."""
+        if self._has_dead is None:
+            known = self.recipe.standardise and self.recipe.match_in == "teacher"
+            self._has_dead = known and bool((self.k_scale < 0).any() | (self.v_scale < 0).any())
+        return AlignedKV(self.k_scale >= 0, self.v_scale >= 0) if self._has_dead else None
+
+    def _live_only(self, aligned: AlignedKV) -> AlignedKV:
+        live = self.live()
+        if live is None:
+            return aligned
+        return AlignedKV(aligned.k * live.k[:, None, None], aligned.v * live.v[:, None, None])
+
+    def num_dead(self) -> dict[str, int]:
+        """Channels of the mapped teacher that never vary: {"keys", "values", "channels"}, the last of all of a side."""
+        sides = (("keys", self.k_scale), ("values", self.v_scale)) if self.recipe.standardise else ()
+        return {name: int((scale < 0).sum()) for name, scale in sides} | {
+            "channels": len(self.student_layers) * self.teacher_heads[0] * self.teacher_heads[1]
+        }
 
     @torch.no_grad()
     def teacher_channels(
@@ -295,9 +318,11 @@ class MapProjectionAligner(nn.Module):
                     fix="collect them for this teacher and these student layers, or `select` the rows",
                 )
             inverse = 1 / part.std_LC.double()
+            if part.dead_LC is not None:
+                inverse = torch.where(part.dead_LC.to(inverse.device), -1.0, inverse)
             scale.copy_(inverse)
             shift.copy_(-part.mean_LC.double() * inverse)
-        self.has_statistics = True
+        self.has_statistics, self._has_dead = True, None
 
     @torch.no_grad()
     def fit_projector(
@@ -357,3 +382,4 @@ class MapProjectionAligner(nn.Module):
 
 def _mark_loaded(aligner: nn.Module, _: object) -> None:
     aligner.has_statistics = aligner.is_fitted = True  # type: ignore[assignment]
+    aligner._has_dead = None  # type: ignore[assignment]

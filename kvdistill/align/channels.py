@@ -22,14 +22,19 @@ DEAD_CHANNEL_RATIO = 1e-5
 
 @dataclass(frozen=True)
 class ChannelStatistics:
-    """Mean and std (population) of each channel C of each layer L, float32. std is never 0: see `floored_std`."""
+    """Mean and std (population) of each channel C of each layer L, float32. std is never 0: see `floored_std`.
+
+    dead_LC: channels that never vary, whose std was set to 1; None: not known, all count as live.
+    """
 
     mean_LC: Float[Tensor, "L C"]
     std_LC: Float[Tensor, "L C"]
+    dead_LC: Bool[Tensor, "L C"] | None = None
 
     def select(self, rows: Sequence[int]) -> ChannelStatistics:
         """Only these layers, in this order."""
-        return ChannelStatistics(self.mean_LC[list(rows)], self.std_LC[list(rows)])
+        dead_LC = None if self.dead_LC is None else self.dead_LC[list(rows)]
+        return ChannelStatistics(self.mean_LC[list(rows)], self.std_LC[list(rows)], dead_LC)
 
     def standardise(self, x: Float[Tensor, "L *N C"]) -> Float[Tensor, "L *N C"]:
         """(x − mean) / std. Slow and obvious: the aligner does the same in one fused pass."""
@@ -90,17 +95,19 @@ class ChannelAccumulator:
         if not bool((self._count_L1 > 0).all()):
             raise AlignmentError("channel statistics of no tokens", fix="calibrate on at least one example")
         std_LC = (self._square_LC / self._count_L1).sqrt()
-        return ChannelStatistics(self._mean_LC.float(), floored_std(self._mean_LC, std_LC).float())
+        dead_LC = dead_channels(self._mean_LC, std_LC)
+        return ChannelStatistics(self._mean_LC.float(), floored_std(self._mean_LC, std_LC).float(), dead_LC)
 
 
 def floored_std(mean_LC: Float[Tensor, "L C"], std_LC: Float[Tensor, "L C"]) -> Float[Tensor, "L C"]:
-    """1 in place of the std of dead channels, so that their standardised target is 0 and not amplified rounding.
+    """1 in place of the std of dead channels, so that their standardised target is 0 and not amplified rounding."""
+    return torch.where(dead_channels(mean_LC, std_LC), torch.ones_like(std_LC), std_LC)
 
-    Dead: std at most 1e-5 of the channel's own mean or of the layer's root-mean-square std (0 counts in any case).
-    """
+
+def dead_channels(mean_LC: Float[Tensor, "L C"], std_LC: Float[Tensor, "L C"]) -> Bool[Tensor, "L C"]:
+    """Std at most 1e-5 of the channel's own mean or of the layer's root-mean-square std (0 counts in any case)."""
     layer_L1 = std_LC.square().mean(1, keepdim=True).sqrt()
-    dead = std_LC <= DEAD_CHANNEL_RATIO * torch.maximum(mean_LC.abs(), layer_L1)
-    return torch.where(dead, torch.ones_like(std_LC), std_LC)
+    return std_LC <= DEAD_CHANNEL_RATIO * torch.maximum(mean_LC.abs(), layer_L1)
 
 
 def masked_rows(x: Float[Tensor, "L *N C"], mask: Bool[Tensor, "..."]) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,7 @@ from kvdistill.core.maps import SparseMap
 MODES = ("ratio", "interpolate", "terminal", "cka", "explicit")
 SIMILARITY_FORMAT = 1  # of the file that `kvdistill map-layers` writes
 _PLACE = "align.layer_map"
+WEAK_SIMILARITY = 0.4  # untrained or unrelated layers reach .2 to .3
 _MAKE = "run `kvdistill map-layers RECIPE`"
 
 
@@ -212,6 +213,27 @@ def cka_map(similarity_LM: Float[Tensor, "L M"], top_k: int = 2, monotone: bool 
     weight = similarity.gather(1, index).clamp_min(0)
     weight[:, 0] = torch.where(weight.sum(1) > 0, weight[:, 0], 1)
     return SparseMap(index, (weight / weight.sum(1, keepdim=True)).float(), M)
+
+
+def map_notes(similarity_LM: Float[Tensor, "L M"], mapping: SparseMap) -> list[str]:
+    """What speaks against a map made from these similarities: layers that cross, and layers that are hardly alike."""
+    sources = layer_sources(mapping, range(mapping.n_out))
+    place_L = [sum(m * share for m, share in row) for row in sources]
+    best_L = [max(float(similarity_LM[layer, m]) for m, _ in row) for layer, row in enumerate(sources)]
+    crossing = [layer for layer in range(1, len(place_L)) if place_L[layer] < max(place_L[:layer]) - 1e-6]
+    weak = [layer for layer, best in enumerate(best_L) if not best >= WEAK_SIMILARITY]
+    notes = []
+    if crossing:
+        notes.append(
+            f"the map crosses: student layer{'s' if len(crossing) > 1 else ''} {', '.join(map(str, crossing))} read "
+            "lower teacher layers than a layer below does (align.cka_monotone: true, or layers: ratio)"
+        )
+    if weak:
+        notes.append(
+            f"weak: student layer{'s' if len(weak) > 1 else ''} {', '.join(map(str, weak))} and the teacher layers "
+            f"chosen for them have a CKA below {WEAK_SIMILARITY} (layers: ratio asks for no similarity)"
+        )
+    return notes
 
 
 def _best_first(similarity_LK: Tensor) -> Tensor:

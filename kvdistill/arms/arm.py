@@ -28,13 +28,17 @@ from kvdistill.core.errors import AlignmentError
 from kvdistill.core.kv import KV
 from kvdistill.core.layout import arm_folder, fit_root
 from kvdistill.core.recipe import ArmRecipe
-from kvdistill.core.runtime import derive_seed
+from kvdistill.core.runtime import derive_seed, elements_at_once
+from kvdistill.core.segments import PROMPT
 from kvdistill.core.targets import TeacherTargets
+from kvdistill.data.encode import Example
 from kvdistill.fuse import build_fusion
+from kvdistill.models.generate import Rows
 from kvdistill.store.packed import TargetReader
 from kvdistill.store.shards import StoreReader, find_store
 
 FIT_KIND = "aligner"
+MEASURED = 64  # examples of a batch that is only looked at
 
 
 class Arm:
@@ -193,6 +197,7 @@ class Arm:
         model, arm = teacher.load(), self.recipe
         layers = teacher.layers if arm.needs_kv else []
         top_k = teacher.top_k if arm.needs_logits else 0
+        means = teacher.channel_means(model) if layers else None
 
         def run_now(ids_BS: Tensor, segments_BS: Tensor) -> TeacherTargets:
             return run_teacher(
@@ -204,6 +209,7 @@ class Arm:
                 want_nll=arm.needs_nll,
                 top_k=top_k,
                 queries=arm.needs_queries,
+                means=means,
             )
 
         return run_now
@@ -220,16 +226,43 @@ class Arm:
         """The training examples that aligners are fitted on, or the first `most` of them, in batches."""
         generator = torch.Generator().manual_seed(derive_seed(self.experiment.recipe.data.seed, "calibration"))
         order = torch.randperm(len(self.experiment.split("train")), generator=generator).tolist()
-        return self._in_batches(order[: self.recipe.align.calibration_examples][:most])
+        return self._in_batches(
+            self.experiment.examples("train"), order[: self.recipe.align.calibration_examples][:most]
+        )
 
     def held_out_numbers(self, most: int) -> list[list[int]]:
         """Of `batches("val")`, evenly over the tasks, in batches."""
         most = min(most, self.experiment.recipe.evaluate.match_examples)
-        return self._in_batches(spread(self.experiment.examples("val"), most))
+        examples = self.experiment.examples("val")
+        return self._in_batches(examples, spread(examples, most))
 
-    def _in_batches(self, numbers: Sequence[int]) -> list[list[int]]:
-        size = self.experiment.recipe.capture.batch_size  # nothing here keeps a graph
-        return [list(numbers[start : start + size]) for start in range(0, len(numbers), size)]
+    def measured_in(
+        self, examples: Sequence[Example], numbers: Sequence[int], *, head: bool, kv: bool, most: int = MEASURED
+    ) -> list[list[int]]:
+        """These examples in batches of what a pass without a graph has room for, at most `most` of them each.
+
+        head: logits of completions are made. kv: keys and values of both sides are held beside each other.
+        """
+        mine, layers = self.experiment.student_shape, 0
+        per_token = 4 * mine.intermediate_size
+        for sizes in self.pairings.values() if kv else ():
+            layers = len(sizes.student_layers)
+            theirs = sizes.teacher.num_kv_heads * sizes.teacher.head_size
+            # captured; mapped or projected on both sides; their difference
+            per_token += 2 * theirs * (len(sizes.teacher_layers) + 3 * layers)
+        per_token += 2 * 3 * layers * mine.num_kv_heads * mine.head_size
+
+        def elements(chosen: Sequence[int]) -> int:
+            segments = [examples[i].segments for i in chosen]
+            num_predicted = sum(code != PROMPT for row in segments for code in row) if head else 0
+            return 3 * mine.vocab_size * num_predicted + per_token * len(chosen) * max(map(len, segments))
+
+        rows = Rows(most).batches(numbers, elements, elements_at_once(self.device))
+        return [list(chosen) for chosen in rows]
+
+    def _in_batches(self, examples: Sequence[Example], numbers: Sequence[int]) -> list[list[int]]:
+        most = self.experiment.recipe.capture.batch_size
+        return self.measured_in(examples, numbers, head=False, kv=True, most=most)
 
     # -- both sides ---------------------------------------------------------------------------------------
 
@@ -255,6 +288,7 @@ class Arm:
                 layers=layers,
                 queries=self.recipe.compares_attention,
                 keys=self.recipe.align.keys,
+                head=False,
             ).kv
         assert kv is not None
         return kv

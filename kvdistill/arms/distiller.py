@@ -22,8 +22,18 @@ from kvdistill.arms.student import Student, StudentOutput
 from kvdistill.core.kv import KV
 from kvdistill.core.recipe import ArmRecipe
 from kvdistill.fuse import Fusion, fuse_caches
-from kvdistill.losses import QKV, build_distance, cross_entropy, logit_divergence, masked_token_mean, prediction_mask
+from kvdistill.losses import (
+    QKV,
+    AbstractKVDistance,
+    build_distance,
+    cross_entropy,
+    logit_divergence,
+    masked_token_mean,
+    prediction_mask,
+)
 from kvdistill.models import rotate_keys
+
+HIGHEST = 3  # layers whose keys and values tell what share of the gradient each term has
 
 
 @dataclass
@@ -33,11 +43,15 @@ class DistillOutput:
     Raw values know no router: they are the same figure for every arm, so their curves can be compared.
 
     weights: router weights [N, L or 1, B, T or 1], or None for arms without teachers.
+    parts: name -> what entered the loss, with graph. seen: keys and values of the student's highest layers that take
+    part, as its own attention took them; `shares.py` takes gradients of the one with respect to the other.
     """
 
     loss: Tensor
     terms: dict[str, tuple[Tensor, float, Tensor]] = field(default_factory=dict)
     weights: Tensor | None = None
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    seen: list[Tensor] = field(default_factory=list)
 
 
 class Distiller(nn.Module):
@@ -77,11 +91,15 @@ class Distiller(nn.Module):
         """
         arm = self.arm
         needs_kv = arm is not None and arm.needs_kv
-        logits_BTV, kv = self._run_student(batch, capture=needs_kv)
         supervised_BT = self._supervised(batch)
-        ce = cross_entropy(logits_BTV, batch.input_ids_BT, supervised_BT, counts[0])
+        logits, kv, seen = self._run_student(batch, capture=needs_kv, head=supervised_BT)
+        assert logits is not None
+        ce = cross_entropy(logits, batch.input_ids_BT, supervised_BT, counts[0])
         ce_weight = arm.loss.ce_weight if arm is not None else 1.0
         out = DistillOutput(loss=ce_weight * ce, terms={"ce": (ce.detach(), ce_weight, ce_weight * ce.detach())})
+        out.parts["ce"] = out.loss
+        if seen is not None:
+            out.seen = [*seen.keys[-HIGHEST:], *seen.values[-HIGHEST:]]
         if arm is None or not (needs_kv or arm.needs_logits):
             return out
         sources: dict[str, AlignedKV] = {}
@@ -94,19 +112,21 @@ class Distiller(nn.Module):
         elif kv is not None:
             self._add_kv_terms(out, sources, batch, counts, kv_weight)
         if arm.needs_logits:
-            self._add_logit_terms(out, logits_BTV, batch, supervised_BT, counts[0])
+            self._add_logit_terms(out, logits, batch, supervised_BT, counts[0])
         return out
 
     @torch.no_grad()
     def cross_entropy_only(self, batch: Batch, counts: Tensor) -> Tensor:
         """Cross-entropy of a batch without any teacher: what learning curves compare train and validation by."""
-        logits_BTV, _ = self._run_student(batch, capture=False)
-        return cross_entropy(logits_BTV, batch.input_ids_BT, self._supervised(batch), counts[0])
+        supervised_BT = self._supervised(batch)
+        logits = self._run_student(batch, capture=False, head=supervised_BT).logits
+        assert logits is not None
+        return cross_entropy(logits, batch.input_ids_BT, supervised_BT, counts[0])
 
     @torch.no_grad()
     def match(self, batch: Batch, name: str) -> tuple[AlignedKV, AlignedKV]:
         """Student and teacher `name` in the space they meet in, for match figures: two [L, B, T, C] pairs."""
-        _, kv = self._run_student(batch, capture=True)
+        kv = self._run_student(batch, capture=True, head=None).kv
         assert kv is not None
         return self.aligner(name).sources(kv), self._target_channels(name, batch)
 
@@ -128,9 +148,11 @@ class Distiller(nn.Module):
         kv = self._frames[name](kv) if name in self._frames else kv
         return self.aligner(name).targets(kv, batch.maps.get(name))[0]
 
-    def _run_student(self, batch: Batch, *, capture: bool) -> StudentOutput:
+    def _run_student(self, batch: Batch, *, capture: bool, head: Tensor | None) -> StudentOutput:
+        """head: the labels that logits are wanted for; None: only keys and values are looked at."""
+        at = False if head is None else prediction_mask(head)
         if not capture:
-            return self.student(batch.input_ids_BT, batch.mask_BT)
+            return self.student(batch.input_ids_BT, batch.mask_BT, head=at)
         assert self.arm is not None
         return self.student(
             batch.input_ids_BT,
@@ -138,6 +160,7 @@ class Distiller(nn.Module):
             layers=self.student_layers,
             queries=self.arm.compares_attention,
             keys=self.arm.align.keys,
+            head=at,
         )
 
     def router_weights(self, batch: Batch, sources: Mapping[str, AlignedKV]) -> Tensor:
@@ -164,8 +187,13 @@ class Distiller(nn.Module):
         distance, names = self._distance, self.teachers
         aligned = {name: self._target_channels(name, batch) for name in names}
 
-        def between(source: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-            return distance(source, target, mask) if distance.needs_mask else distance(source, target)
+        def between(source: Tensor, target: Tensor, mask: Tensor, live_LC: Tensor | None = None) -> Tensor:
+            if distance.needs_mask:
+                return distance(source, target, mask)
+            if live_LC is None or not isinstance(distance, AbstractKVDistance):
+                return distance(source, target)
+            share_L11 = live_LC.float().mean(1).clamp_min(1 / live_LC.shape[1])[:, None, None]
+            return distance.over_live(source, target, share_L11)
 
         for side, place, side_weight in (("k", 0, self.arm.loss.k_weight), ("v", 1, self.arm.loss.v_weight)):
             if side_weight == 0:
@@ -178,7 +206,9 @@ class Distiller(nn.Module):
                 self._add(out, f"kv/fused/{side}", raw, kv_weight * side_weight, raw)
                 continue
             for name in names:
-                distance_LBT = between(sources[name][place], aligned[name][place], batch.kv_masks[name])
+                live = self.aligner(name).live()
+                sides = sources[name][place], aligned[name][place], batch.kv_masks[name]
+                distance_LBT = between(*sides, None if live is None else live[place])
                 self._add_routed(out, name, side, distance_LBT, batch, counts, kv_weight * side_weight)
 
     def _add_attention_terms(self, out: DistillOutput, kv: KV, batch: Batch, counts: Tensor, kv_weight: float) -> None:
@@ -216,7 +246,7 @@ class Distiller(nn.Module):
     def _add_logit_terms(
         self,
         out: DistillOutput,
-        logits_BTV: Tensor,
+        logits: Tensor,
         batch: Batch,
         supervised_BT: Tensor,
         num_tokens: Tensor,
@@ -228,7 +258,7 @@ class Distiller(nn.Module):
             assert target.topk_index_BSK is not None and target.topk_logprob_BSK is not None
             weight_BT = out.weights[number].mean(0)  # over layers
             divergence_N = logit_divergence(
-                logits_BTV,
+                logits,
                 target.topk_index_BSK,
                 target.topk_logprob_BSK,
                 predicts_BT,
@@ -242,5 +272,5 @@ class Distiller(nn.Module):
     def _add(out: DistillOutput, name: str, raw: Tensor, weight: float, routed: Tensor) -> None:
         """raw: mean per token, for the log. routed: the same with the router's weights, what is learned from."""
         entered = weight * routed
-        out.terms[name] = (raw.detach(), weight, entered.detach())
+        out.terms[name], out.parts[name] = (raw.detach(), weight, entered.detach()), entered
         out.loss = out.loss + entered

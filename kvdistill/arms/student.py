@@ -8,6 +8,7 @@ no file layout.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -21,25 +22,34 @@ from kvdistill.core.files import replacing_folder
 from kvdistill.core.kv import KV, RopeFrame
 from kvdistill.core.recipe import LoraRecipe
 from kvdistill.models import (
+    KVCapture,
     add_lora,
     capture_kv,
     describe_model,
     forward_flops,
+    head_at,
     merge_lora,
     positions_from_mask,
     unrotate_keys,
 )
 from kvdistill.models.generate import Answer, Rows, generate_greedy, segment_nll
 
+# Logits of one micro-batch up to which the head runs on all positions where a graph is kept: that costs little, and the
+# gradient of its weights, a sum over fewer rows, would be rounded otherwise in its last bits.
+WHOLE_HEAD_LOGITS = 1 << 25
+
 # how far logits may be off after saving, relative: merging adapters rounds once more
 _SAVED_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
 
 
 class StudentOutput(NamedTuple):
-    """logits_BTV: next-token logits, with graph. kv: of the layers asked for, with graph; None where none was."""
+    """logits: of the next token, with graph: [B, T, V], or [1, N, V] of the positions asked for; None where none was.
+    kv: of the layers asked for, with graph; None where none was. seen: the same as the student's own attention takes
+    them, so that logits depend on these very tensors; None where a student does not say."""
 
-    logits_BTV: Tensor
+    logits: Tensor | None
     kv: KV | None
+    seen: KV | None = None
 
 
 @runtime_checkable
@@ -54,10 +64,13 @@ class Student(Protocol):
         layers: Sequence[int] | None = None,
         queries: bool = False,
         keys: RopeFrame = "unrotated",
+        head: Tensor | bool = True,
     ) -> StudentOutput:
         """One forward pass over right-padded texts, with graph.
 
         layers: whose keys and values (and queries) to capture; None: none, and no `kv`. keys: frame of the keys.
+        head: where next-token logits are wanted: everywhere, nowhere (then `layers`), or at the True of [B, T]; there
+        they are [1, N, V], row by row, or [B, T, V] where that is as cheap.
         """
 
     def generate(
@@ -75,9 +88,18 @@ class Student(Protocol):
         """
 
     def score(
-        self, rows: Sequence[Sequence[int]], counted: Sequence[Sequence[bool]], *, pad_id: int, batch_size: int
-    ) -> list[float]:
-        """Mean NLL (nats per token) of the counted tokens of each row, teacher-forced; NaN where none is counted."""
+        self,
+        rows: Sequence[Sequence[int]],
+        counted: Sequence[Sequence[int]],
+        *,
+        pad_id: int,
+        batch_size: int,
+        num_parts: int = 1,
+    ) -> list[list[float]]:
+        """Mean NLL (nats per token) of each part of each row, teacher-forced; NaN for a part without tokens.
+
+        counted: for every token the number of the part it belongs to, from 1; 0: to none.
+        """
 
     def save(self, folder: Path, tokenizer: Any) -> None:
         """Write what `load` reads, and what anybody can load without kvdistill; whole or not at all."""
@@ -135,6 +157,7 @@ class CausalStudent(nn.Module):
         layers: Sequence[int] | None = None,
         queries: bool = False,
         keys: RopeFrame = "unrotated",
+        head: Tensor | bool = True,
     ) -> StudentOutput:
         """As `Student.__call__`."""
         positions_BT = positions_from_mask(mask_BT)
@@ -144,12 +167,26 @@ class CausalStudent(nn.Module):
             "position_ids": positions_BT,
             "use_cache": False,
         }
-        if layers is None:
-            return StudentOutput(self.model(**inputs).logits, None)
-        with capture_kv(self.model, layers=layers, queries=queries) as captured:
-            logits_BTV = self.model(**inputs).logits
+        if isinstance(head, Tensor) and torch.is_grad_enabled():
+            head = True if mask_BT.numel() * self.shape.vocab_size <= WHOLE_HEAD_LOGITS else head
+        logits: Tensor | None = None
+        captured: KVCapture | None = None
+        # leaving a pass in its middle would leave its graph there too
+        stop_early = head is False and not torch.is_grad_enabled()
+        with ExitStack() as stack:
+            if head is not True:
+                at_BT = torch.zeros_like(mask_BT, dtype=torch.bool) if isinstance(head, bool) else head
+                stack.enter_context(head_at(self.model, at_BT))
+            if layers is not None:
+                captured = stack.enter_context(
+                    capture_kv(self.model, layers=layers, queries=queries, stop_early=stop_early)
+                )
+            logits = self.model(**inputs).logits
+        logits = None if head is False else logits
+        if captured is None:
+            return StudentOutput(logits, None)
         kv = captured.kv(mask_BT, positions_BT)
-        return StudentOutput(logits_BTV, kv if keys == "rotated" else unrotate_keys(kv, self.model))
+        return StudentOutput(logits, kv if keys == "rotated" else unrotate_keys(kv, self.model), kv)
 
     def generate(
         self,
@@ -167,10 +204,16 @@ class CausalStudent(nn.Module):
         )
 
     def score(
-        self, rows: Sequence[Sequence[int]], counted: Sequence[Sequence[bool]], *, pad_id: int, batch_size: int
-    ) -> list[float]:
+        self,
+        rows: Sequence[Sequence[int]],
+        counted: Sequence[Sequence[int]],
+        *,
+        pad_id: int,
+        batch_size: int,
+        num_parts: int = 1,
+    ) -> list[list[float]]:
         """As `Student.score`."""
-        return segment_nll(self.model, rows, counted, pad_id=pad_id, batch_size=batch_size)
+        return segment_nll(self.model, rows, counted, pad_id=pad_id, batch_size=batch_size, num_parts=num_parts)
 
     def save(self, folder: Path, tokenizer: Any) -> None:
         """A folder that plain transformers loads: merged weights (safetensors), config, generation ids, tokenizer.

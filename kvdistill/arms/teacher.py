@@ -44,11 +44,12 @@ from kvdistill.core.marks import check_marked, read_mark, read_sealed, sealed
 from kvdistill.core.recipe import ArmRecipe, ModelRecipe, TeacherRecipe
 from kvdistill.core.runtime import DTYPES
 from kvdistill.core.segments import ANSWER
-from kvdistill.core.targets import TeacherTargets
+from kvdistill.core.targets import ChannelMeans, TeacherTargets
 from kvdistill.data.encode import Example
 from kvdistill.data.tables import check_file, read_table
 from kvdistill.losses import answer_attention
 from kvdistill.models import ModelShape, load_model, model_config, rotary_only, rotate_keys, teacher_forward
+from kvdistill.models.generate import right_padded
 from kvdistill.store.packed import TargetReader
 from kvdistill.store.shards import find_store
 
@@ -260,6 +261,24 @@ class Teacher:
         """Whether an arm asks which of its tokens this teacher finds important."""
         return any(arm.needs_scores for arm in self._arms)
 
+    @property
+    def is_centred(self) -> bool:
+        """Whether rounding to `capture.dtype` loses something, so that each channel's mean is taken out before it."""
+        return self.experiment.recipe.capture.dtype not in ("float32", self.recipe.dtype)
+
+    def channel_means(self, model: PreTrainedModel) -> ChannelMeans | None:
+        """Of the first training texts: the same for the store and for a teacher that runs in every step.
+
+        None where nothing is lost, or no keys and values are wanted.
+        """
+        if not self.is_centred or not self.layers:
+            return None
+        rows = self.examples("train")[: self.experiment.recipe.capture.batch_size]
+        ids = right_padded([row.input_ids for row in rows], self.tokenizer.pad_token_id).to(model.device)
+        segments = right_padded([row.segments for row in rows], 0).to(model.device)
+        options: dict[str, Any] = {"layers": self.layers, "dtype": "float32", "queries": self.queries}
+        return ChannelMeans.of(run_teacher(model, ids, segments, want_nll=False, **options))
+
     # -- what it gave -------------------------------------------------------------------------------------
 
     def target_identity(self, split: str) -> dict[str, Any]:
@@ -275,6 +294,7 @@ class Teacher:
             "logits_top_k": self.top_k,
             "attention": self.recipe.attention,
             "teacher_dtype": self.recipe.dtype,
+            **({"centred": True} if self.is_centred and self.layers else {}),
             **({"queries": True} if self.queries else {}),
             **({"scores": True} if self.scores else {}),
             **{key: value for key in ("gguf_file", "keep_layers") if (value := getattr(self.recipe, key)) is not None},
@@ -318,8 +338,9 @@ def run_teacher(
     top_k: int = 0,
     queries: bool = False,
     scores: bool = False,
+    means: ChannelMeans | None = None,
 ) -> TeacherTargets:
-    """Targets of one batch straight from the model, rounded to `dtype` as the store would.
+    """Targets of one batch straight from the model, rounded to `dtype` as the store would (around `means`).
 
     queries: with the KV. scores: what the teacher's attention says of each token (`token_scores`).
     """
@@ -335,6 +356,8 @@ def run_teacher(
         want_queries=queries,
         scorer=token_scores if scores else None,
     )
+    if out.kv is not None and means is not None:
+        return replace(out, kv=means.rounded(out.kv, DTYPES[dtype]))
     if out.kv is not None and out.kv.keys[0].dtype != DTYPES[dtype]:
         return replace(out, kv=out.kv.map_layers(lambda x: x.to(DTYPES[dtype])))
     return out

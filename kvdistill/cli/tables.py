@@ -47,14 +47,14 @@ def as_text(result: Mapping[str, Any]) -> str:
     summary = result.get("summary") or {}
     arms = summary.get("arms") or {}
     if arms:
-        width = max(len(printable(name)) for name in arms)
-        for name, arm in arms.items():
-            lines.append(f"  {printable(name):<{width}}  {_points(arm.get('mean'))} ± {_points(arm.get('std'))}")
+        lines += _arm_lines(arms, summary.get("primary", "accuracy"))
+        lines += [f"  {printable(line)}" for line in summary.get("not_asked") or []]
         for row in summary.get("comparisons") or []:
             if row.get("verdict"):
-                lines.append(
-                    f"  {printable(row['arm'])} against {printable(row['baseline'])}: {printable(row['verdict'])}"
-                )
+                line = f"{printable(row['arm'])} against {printable(row['baseline'])}: {printable(row['verdict'])}"
+                line += " (after the results)" if row.get("after_results") else ""
+                reasons = "; ".join(printable(reason) for reason in row.get("refused") or ())
+                lines += _said(f"{line} ({reasons})" if reasons else line)
     shown = {
         "data": _data_table,
         "leaks": _leak_lines,
@@ -78,6 +78,22 @@ def as_text(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _arm_lines(arms: Mapping[str, Any], primary: str) -> list[str]:
+    """The figure that verdicts are about first: a study whose primary figure is NLL may have no right answer yet."""
+    rows = [["", "accuracy, %", "NLL, answer", "NLL, reasoning"]]
+    for name, arm in arms.items():
+        row = [printable(name), f"{_points(arm.get('mean'))} ± {_points(arm.get('std'))}"]
+        for figure in ("nll", "nll_reasoning"):
+            found = arm.get(figure) or {}
+            known = isinstance(found.get("mean"), int | float)
+            spread = f" ± {found['std']:.3f}" if known and isinstance(found.get("std"), int | float) else ""
+            row.append(f"{found['mean']:.3f}{spread}" if known else "–")
+        rows.append(row)
+    order = [0, 1, 2, 3] if primary == "accuracy" else [0, 2, 3, 1]
+    order = [i for i in order if i != 3 or any(row[3] != "–" for row in rows[1:])]
+    return _table([[row[i] for i in order] for row in rows], left=1)
+
+
 # -- data, and leaks in it ----------------------------------------------------------------------------
 
 _SPLITS = ("train", "val", "test", "teach")
@@ -93,7 +109,11 @@ def _data_table(data: Mapping[str, Any]) -> list[str]:
     lines = _table(
         [["task", "style", *_SPLITS], *([printable(cell) for cell in row] for row in [*rows, total])], left=2
     )
-    for what, words in (("too_long", "longer than data.max_length"), ("dropped", "leaks, taken out of training")):
+    for what, words in (
+        ("too_long", "longer than data.max_length"),
+        ("dropped", "leaks, taken out of training"),
+        ("replaced", "longer than data.max_length, the next problem in place of each"),
+    ):
         left_out = {task: sum(n.get(what, 0) for n in splits.values()) for task, splits in data["tasks"].items()}
         if any(left_out.values()):
             named = ", ".join(f"{printable(task)} {number}" for task, number in left_out.items() if number)
@@ -108,6 +128,20 @@ def _data_table(data: Mapping[str, Any]) -> list[str]:
             line += f"{_points(lost['tokens']).strip()} % of the tokens have nothing behind them"
             line += f" ({lost['examples']:,} whole examples)" if lost["examples"] else ""
         lines.append(line)
+    for task, found in data.get("noticed", {}).items():
+        if unused := found["unused_columns"]:
+            lines.append(f"{printable(task)}: columns that nothing is made of: {', '.join(map(printable, unused))}")
+        if number := found.get("numbers_with_words"):
+            lines.append(
+                f"{printable(task)}: {number:,} answers are a number with words ({printable(found['one_of_them'])}), "
+                "compared as text; `answer: number` reads the number"
+            )
+    for task, styles in data.get("examples", {}).items():
+        for style, row in styles.items():
+            lines.append(f"one {printable(task)} row, style {printable(style)}, as a model reads it:")
+            for part in ("prompt", "reasoning", "answer"):
+                for number, line in enumerate(row[part].splitlines() or [""]):
+                    lines.append(f"  {part if not number else '':<9} |{_begun(printable(line), WIDTH - 13)}")
     return [*lines, f"fingerprint: {data['fingerprint']['all']}"]
 
 
@@ -208,6 +242,7 @@ def layer_lines(layers: Mapping[str, Any]) -> list[str]:
             best = max(range(len(similarity)), key=similarity.__getitem__)
             rows.append([f"layer {layer}", said, f"{best} ({similarity[best]:.2f})"])
         lines += _table(rows, left=3)
+        lines += _said(*map(printable, found.get("notes") or ()))
         lines += [f"  {printable(file)}" for file in (found["file"], *found["figures"])]
     return lines
 
@@ -224,7 +259,7 @@ def profile_lines(profiles: Mapping[str, Any]) -> list[str]:
         lines += [""] if lines else []
         lines.append(head + "─" * max(0, WIDTH - len(head)))
         lines.append(f"taught by {teachers}{placebo}; seed {profile['seed']}, on {profile['device']}{threads}")
-        for part in (_shapes, _costs, _step, _match, _numbers):
+        for part in (_shapes, _costs, _step, _shares, _match, _numbers):
             lines += part(profile)
     return lines
 
@@ -325,6 +360,26 @@ def _step(profile: Mapping[str, Any]) -> list[str]:
         f"{step['memory_ratio']:.2f} times ({step['memory']})"
     )
     return lines
+
+
+def _shares(profile: Mapping[str, Any]) -> list[str]:
+    """Each term's gradient on the student, and the weight that follows from it."""
+    found = profile["numbers"]["shares"]
+    rows = [["term", "norm", "share", "cosine with ce"]]
+    for name, term in found["terms"].items():
+        rows.append([_short(name, 28), _largest(term["norm"]), _share(term["share"])])
+        rows[-1].append("–" if term["cosine"] is None else f"{term['cosine']:.2f}")
+    total = sum(term["norm"] or 0.0 for name, term in found["terms"].items() if "/" not in name)
+    notes = []
+    if found["clipped_to"] and total > found["clipped_to"]:
+        notes.append(f"clipped together to {found['clipped_to']:g}, so that the terms with large shares decide")
+    if found["proposed"] is not None:
+        notes.append(
+            f"loss.kv_weight is {found['kv_weight']:g}; with {found['proposed']:g} the gradient of keys and values "
+            f"would have {found['wanted']:g} times the norm of cross-entropy's, here at the start (shares move: "
+            "log.jsonl has them for every logged step)"
+        )
+    return ["gradient on the student, before clipping", *_table(rows, left=1), *_said(*notes)]
 
 
 # -- match --------------------------------------------------------------------------------------------

@@ -1,14 +1,17 @@
 """Recipes: YAML plus `key=value` overrides in, one typed, checked, hashed `Recipe` out.
 
-Every mistake becomes one `RecipeError` that names the key (and the nearest key there is) before anything
-expensive happens. Checks that need only the recipe are here; those that need models or data are in the stages.
+Every mistake in a recipe is named at once, each with its key (and the nearest key there is), in one `RecipeError`
+before anything expensive happens. Checks that need only the recipe are here; those that need models or data are in the
+stages.
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -73,21 +76,30 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     path = Path(path)
     if not path.is_file():
-        there = sorted({*(p.name for p in path.parent.glob("*.yaml")), *(p.name for p in builtin_recipes())})
-        close = difflib.get_close_matches(path.name, there, n=1, cutoff=0.5)
-        example = f"recipes/{(there or ['demo.yaml'])[0]}"
-        fix = f"did you mean {close[0]!r}?" if close else f"give the path of a recipe, for example {example}"
-        raise RecipeError("recipe not found", place=str(path), fix=fix)
+        raise RecipeError("recipe not found", place=str(path), fix=_nearest_recipe(path))
     try:
         tree = OmegaConf.create(_read_yaml(path))
-        _lay_over(tree, overrides)
+        mistakes = _lay_over(tree, overrides)
         plain: Any = OmegaConf.to_container(tree, resolve=True)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError, RecursionError) as error:
         first = "nested too deep" if isinstance(error, RecursionError) else shown(" ".join(str(error).split()), 300)
         raise RecipeError(
             f"not a readable recipe: {first}", place=str(path), fix="mend the YAML (or the override)"
         ) from None
-    return make_recipe(plain, place=str(path))
+    return make_recipe(plain, place=str(path), also=mistakes)
+
+
+def _nearest_recipe(missing: Path) -> str:
+    """What to write in place of a recipe that is not there: the path of one beside it, or of one of ours."""
+    beside = {path.stem: path for path in missing.parent.glob("*.yaml") if path.is_file()}
+    ours = {path.stem: path for path in builtin_recipes()}
+    close = difflib.get_close_matches(missing.stem, ours | beside, n=1)
+    if close and close[0] in beside:
+        return f"did you mean {str(beside[close[0]])!r}?"
+    if close:
+        came = Path(os.path.relpath(ours[close[0]])) if ours[close[0]].is_relative_to(Path.cwd()) else ours[close[0]]
+        return f"did you mean {str(came)!r}, which comes with kvdistill?"
+    return f"give the path of a recipe; those that come with kvdistill are in {recipes_folder()}"
 
 
 def _read_yaml(path: Path) -> str:
@@ -122,22 +134,27 @@ def _read_yaml(path: Path) -> str:
     return text
 
 
-def _lay_over(tree: Any, overrides: Sequence[str]) -> None:
-    """Lay each `key=value` over the tree; values are read as YAML, list entries go by number (`teachers.0.seed=1`)."""
+def _lay_over(tree: Any, overrides: Sequence[str]) -> list[RecipeError]:
+    """Lay each `key=value` over the tree; values are read as YAML, list entries go by number (`teachers.0.seed=1`).
+
+    Returns what is wrong with those that could not be laid.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    mistakes: list[RecipeError] = []
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
-            raise RecipeError(f"cannot read {override!r}", place="command line", fix="write overrides as key=value")
+            what = f"cannot read {override!r}"
+            mistakes.append(RecipeError(what, place="command line", fix="write overrides as key=value"))
+            continue
         try:
             OmegaConf.update(tree, key, OmegaConf.from_dotlist([f"value={value}"])["value"], merge=True, force_add=True)
         except (OmegaConfBaseException, TypeError, ValueError, IndexError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise RecipeError(
-                f"cannot set {key!r} ({first})", place="command line", fix="see docs/recipe.md for keys"
-            ) from None
+            what = f"cannot set {key!r} ({str(error).strip().splitlines()[0]})"
+            mistakes.append(RecipeError(what, place="command line", fix="see docs/recipe.md for keys"))
+    return mistakes
 
 
 def make_options(model: type[Options], overrides: Sequence[str] = (), tree: Mapping[str, Any] | None = None) -> Options:
@@ -149,134 +166,176 @@ def make_options(model: type[Options], overrides: Sequence[str] = (), tree: Mapp
     from omegaconf.errors import OmegaConfBaseException
 
     made = OmegaConf.create(dict(tree or {}))
-    _lay_over(made, overrides)
+    mistakes = _lay_over(made, overrides)
     try:
-        return _validated(model, OmegaConf.to_container(made, resolve=True), "command line")
+        return _validated(model, OmegaConf.to_container(made, resolve=True), "command line", also=mistakes)
     except OmegaConfBaseException as error:
         raise RecipeError(
             str(error).strip().splitlines()[0], place="command line", fix="write overrides as key=value"
         ) from None
 
 
-def _check_data(data: DataRecipe, place: str) -> None:
+def make_recipe(tree: Mapping[str, Any], place: str = "recipe", *, also: Iterable[RecipeError] = ()) -> Recipe:
+    """Typed recipe from a plain mapping, with every cross-check that needs no model and no data.
+
+    also: mistakes found before. RecipeError for all mistakes together. What depends on a section in which something is
+    wrong already is not judged: most of that would be the same mistake once more.
+    """
+    found = list(also)
+    wrong: set[str] = set()  # sections
+    try:
+        recipe: Recipe | None = Recipe.model_validate(tree)
+    except ValidationError as error:
+        found += _mistakes_of(error, Recipe, place)
+        wrong = {str(one["loc"][0]) for one in error.errors(include_url=False) if one["loc"]}
+        recipe = _without_wrong_keys(tree, error)
+    if recipe is not None:
+        found += _cross_mistakes(recipe, place, wrong)
+    _refuse(found, place)
+    assert recipe is not None
+    return recipe
+
+
+def _cross_mistakes(recipe: Recipe, place: str, wrong: Collection[str]) -> Iterator[RecipeError]:
+    """What does not go together in a recipe whose keys and values are right by themselves, but for the sections
+    `wrong`."""
+    names = [teacher.name for teacher in recipe.teachers]
+    if len(set(names)) < len(names):
+        yield RecipeError("two teachers share a name", place=f"{place}: teachers", fix="give each teacher its own name")
+    for arm in recipe.arms:
+        if not re.fullmatch(FOLDER_NAME, arm):
+            yield RecipeError(
+                f"{arm!r} cannot be an arm's name: its folder is called so",
+                place=f"{place}: arms",
+                fix="use letters, digits and . _ + @ -, beginning with a letter or digit",
+            )
+    if len(set(recipe.seeds)) < len(recipe.seeds):
+        yield RecipeError(f"a seed is given twice: {recipe.seeds}", place=f"{place}: seeds", fix="give each once")
+    if "data" not in wrong:
+        yield from _data_mistakes(recipe.data, place)
+    tasks = [task.key for task in recipe.data.tasks]
+    for number, teacher in enumerate(recipe.teachers):
+        for task in teacher.train_on if "data" not in wrong else ():
+            if task not in tasks:
+                yield RecipeError(
+                    f"teacher {teacher.name!r} is to be trained on {task!r}, which is not among the tasks",
+                    place=f"{place}: teachers.{number}.train_on",
+                    fix=_nearest(task, tasks),
+                )
+    for arm in recipe.arms:
+        _, mistakes = _read_arm(recipe, arm, place, alone=bool({"teachers", "capture", *ARM_SECTIONS} & {*wrong}))
+        yield from mistakes
+    for pair in recipe.report.comparisons:
+        for arm in pair:
+            if arm not in recipe.arms:
+                yield RecipeError(
+                    f"comparison names an arm that is not there: {arm!r}",
+                    place=f"{place}: report.comparisons",
+                    fix=_nearest(arm, list(recipe.arms)),
+                )
+
+
+def _data_mistakes(data: DataRecipe, place: str) -> Iterator[RecipeError]:
     """Keys of the data section that say nothing without another one: whoever writes them expects something of them."""
     mixed = [task.key for task in data.tasks if task.share is not None or task.cap is not None]
     if mixed and data.total is None:
-        raise RecipeError(
+        yield RecipeError(
             f"`share` and `cap` of {', '.join(mixed)} divide data.total, which is not set",
             place=f"{place}: data.tasks",
             fix="set data.total, or give train, val and test counts instead",
         )
     if data.system_prompt is not None and data.template != "chat":
-        raise RecipeError(
+        yield RecipeError(
             "a system prompt goes with the chat template only", place=f"{place}: data", fix="set data.template=chat"
         )
     if data.disjoint_teachers and data.total is None and not any(task.teach for task in data.tasks):
-        raise RecipeError(
+        yield RecipeError(
             "disjoint_teachers: no task has problems for teachers only",
             place=f"{place}: data.tasks",
             fix="give tasks a `teach` count, or set data.total (half of train then goes to the teachers)",
         )
 
 
-def make_recipe(tree: Mapping[str, Any], place: str = "recipe") -> Recipe:
-    """Typed recipe from a plain mapping, with every cross-check that needs no model and no data."""
-    recipe = _validated(Recipe, tree, place)
-    names = [teacher.name for teacher in recipe.teachers]
-    if len(set(names)) < len(names):
-        raise RecipeError("two teachers share a name", place=f"{place}: teachers", fix="give each teacher its own name")
-    for arm in recipe.arms:
-        if not re.fullmatch(FOLDER_NAME, arm):
-            raise RecipeError(
-                f"{arm!r} cannot be an arm's name: its folder is called so",
-                place=f"{place}: arms",
-                fix="use letters, digits and . _ + @ -, beginning with a letter or digit",
-            )
-    if len(set(recipe.seeds)) < len(recipe.seeds):
-        raise RecipeError(f"a seed is given twice: {recipe.seeds}", place=f"{place}: seeds", fix="give each once")
-    _check_data(recipe.data, place)
-    tasks = [task.key for task in recipe.data.tasks]
-    for number, teacher in enumerate(recipe.teachers):
-        for task in teacher.train_on:
-            if task not in tasks:
-                raise RecipeError(
-                    f"teacher {teacher.name!r} is to be trained on {task!r}, which is not among the tasks",
-                    place=f"{place}: teachers.{number}.train_on",
-                    fix=_nearest(task, tasks),
-                )
-    for arm in recipe.arms:
-        arm_recipe(recipe, arm, place=place)
-    for pair in recipe.report.comparisons:
-        for arm in pair:
-            if arm not in recipe.arms:
-                raise RecipeError(
-                    f"comparison names an arm that is not there: {arm!r}",
-                    place=f"{place}: report.comparisons",
-                    fix=_nearest(arm, list(recipe.arms)),
-                )
-    return recipe
-
-
 def arm_recipe(recipe: Recipe, arm: str, place: str = "recipe") -> ArmRecipe:
     """The complete recipe of one arm: the study's sections with the arm's own changes over them."""
     if arm not in recipe.arms:
         raise RecipeError(f"there is no arm {arm!r}", place=f"{place}: arms", fix=_nearest(arm, list(recipe.arms)))
+    made, mistakes = _read_arm(recipe, arm, place)
+    _refuse(mistakes, place)
+    assert made is not None
+    return made
+
+
+def _read_arm(
+    recipe: Recipe, arm: str, place: str, *, alone: bool = False
+) -> tuple[ArmRecipe | None, list[RecipeError]]:
+    """The arm (None where its keys are wrong) and its mistakes. alone: the sections that it changes are not to be
+    relied on, so only its own keys and values are judged."""
     where = f"{place}: arms.{arm}"
     changes = dict(recipe.arms[arm] or {})
+    mistakes: list[RecipeError] = []
     teachers = changes.pop("teachers", [teacher.name for teacher in recipe.teachers])
     tree: dict[str, Any] = {"teachers": teachers, "placebo": changes.pop("placebo", False)}
     for section in ARM_SECTIONS:
         over = changes.pop(section, None) or {}
         if not isinstance(over, dict):
-            raise RecipeError(f"{section} is a section", place=where, fix=f"write {section}: {{key: value}}")
+            mistakes.append(RecipeError(f"{section} is a section", place=where, fix=f"write {section}: {{key: value}}"))
+            over = {}
         tree[section] = {**getattr(recipe, section).model_dump(), **over}
-    if changes:
-        unknown = next(iter(changes))
-        words = ["teachers", "placebo", *ARM_SECTIONS]
-        raise RecipeError(f"unknown key {unknown!r}", place=where, fix=_nearest(unknown, words, ArmRecipe))
-    made = _validated(ArmRecipe, tree, where)
-    _check_arm(made, [teacher.name for teacher in recipe.teachers], where)
-    if made.needs_scores and recipe.capture.source == "online":
-        raise RecipeError(
-            "r-kv and attention_weighted read what was noted when the teacher ran over the texts",
-            place=f"{where}: compress, loss",
-            fix="set capture.source: store",
-        )
-    return made
+    words = ["teachers", "placebo", *ARM_SECTIONS]
+    mistakes += (
+        RecipeError(f"unknown key {unknown!r}", place=where, fix=_nearest(unknown, words, ArmRecipe))
+        for unknown in changes
+    )
+    try:
+        made = ArmRecipe.model_validate(tree)
+    except ValidationError as error:
+        return None, [*mistakes, *_mistakes_of(error, ArmRecipe, where)]
+    if not alone:
+        mistakes += _arm_mistakes(made, [teacher.name for teacher in recipe.teachers], where)
+        if made.needs_scores and recipe.capture.source == "online":
+            mistakes.append(
+                RecipeError(
+                    "r-kv and attention_weighted read what was noted when the teacher ran over the texts",
+                    place=f"{where}: compress, loss",
+                    fix="set capture.source: store",
+                )
+            )
+    return made, mistakes
 
 
-def _check_arm(arm: ArmRecipe, teachers: list[str], where: str) -> None:
+def _arm_mistakes(arm: ArmRecipe, teachers: list[str], where: str) -> Iterator[RecipeError]:
     for name in arm.teachers:
         if name not in teachers:
-            raise RecipeError(f"unknown teacher {name!r}", place=f"{where}.teachers", fix=_nearest(name, teachers))
+            yield RecipeError(f"unknown teacher {name!r}", place=f"{where}.teachers", fix=_nearest(name, teachers))
     if len(set(arm.teachers)) < len(arm.teachers):
-        raise RecipeError(f"a teacher is named twice: {arm.teachers}", place=f"{where}.teachers", fix="name each once")
+        yield RecipeError(f"a teacher is named twice: {arm.teachers}", place=f"{where}.teachers", fix="name each once")
     weights = arm.fuse.weights if arm.teachers else None
     if weights is not None and arm.fuse.fusion_strategy == "fixed" and len(weights) != len(arm.teachers):
-        raise RecipeError(
+        yield RecipeError(
             f"{len(weights)} weights for {len(arm.teachers)} teachers ({', '.join(arm.teachers)})",
             place=f"{where}: fuse.weights",
             fix="give one weight per teacher of the arm, or leave weights out for equal ones",
         )
     if arm.placebo and not arm.needs_kv:
-        raise RecipeError("a placebo arm needs teachers and loss.kv_weight > 0", place=where, fix="give it both")
+        yield RecipeError("a placebo arm needs teachers and loss.kv_weight > 0", place=where, fix="give it both")
     if arm.loss.k_weight + arm.loss.v_weight <= 0 and arm.needs_kv:
-        raise RecipeError(
+        yield RecipeError(
             "loss.k_weight and loss.v_weight are both 0",
             place=where,
             fix="make one positive, or set loss.kv_weight: 0 for an arm without KV",
         )
     if arm.fuse.fuse_at == "kv" and arm.align.match_in == "teacher" and arm.needs_kv:
-        raise RecipeError(
+        yield RecipeError(
             "fuse.fuse_at: kv averages teachers in the student's space",
             place=f"{where}: align.match_in",
             fix="set align.match_in: student (and align.init: ridge) or shared, or fuse.fuse_at: loss",
         )
-    for wrong, key, what, fix in _combinations(arm):
-        if wrong and arm.needs_kv:
-            raise RecipeError(what, place=f"{where}: {key}", fix=fix)
+    for is_wrong, key, what, fix in _combinations(arm):
+        if is_wrong and arm.needs_kv:
+            yield RecipeError(what, place=f"{where}: {key}", fix=fix)
     if arm.align.layers == "explicit" and arm.align.layer_map is None:
-        raise RecipeError(
+        yield RecipeError(
             "layers: explicit needs align.layer_map",
             place=f"{where}: align.layers",
             fix="give a mapping or a JSON file",
@@ -370,26 +429,90 @@ def run_folder(recipe: Recipe) -> Path:
 # -- error messages ---------------------------------------------------------------------------------
 
 
-def _validated(model: type[Options], tree: Any, place: str) -> Options:
-    """The section that `tree` spells; RecipeError for the first thing in it that is wrong."""
+def _refuse(mistakes: Iterable[RecipeError], place: str) -> None:
+    """One RecipeError for all of them, where there are any; what several arms have alike is said once."""
+    found: dict[tuple[str, str, str], list[RecipeError]] = {}
+    for mistake in mistakes:
+        key = re.sub(r"arms\.[^:]*?(?=: |\.teachers$|$)", "arms", mistake.place)
+        found.setdefault((mistake.what, mistake.fix, key), []).append(mistake)
+    different: list[RecipeError] = []
+    for first, *others in found.values():
+        if others and (more := len({other.place for other in others} - {first.place})):
+            what = f"{first.what} (and in {more} more arm{'s' if more > 1 else ''})"
+            first = RecipeError(what, place=first.place, fix=first.fix)
+        different.append(first)
+    if len(different) == 1:
+        raise different[0] from None
+    if different:
+        lines = [f"{len(different)} mistakes"]
+        for number, one in enumerate(different, start=1):
+            where = one.place.removeprefix(place).lstrip(": ")
+            lines.append(f"  {number}. {f'{where}: ' if where else ''}{one.what}\n     ({one.fix})")
+        raise RecipeError("\n".join(lines), place=place, fix="mend them all; docs/recipe.md has every key") from None
+
+
+def _validated(model: type[Options], tree: Any, place: str, *, also: Iterable[RecipeError] = ()) -> Options:
+    """The section that `tree` spells; RecipeError for all that is wrong in it, and for the mistakes `also`."""
+    found = list(also)
     try:
-        return model.model_validate(tree)
+        made: Options | None = model.model_validate(tree)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        key = str(first["loc"][-1])
+        made = None
+        found += _mistakes_of(error, model, place)
+    _refuse(found, place)
+    assert made is not None
+    return made
+
+
+def _mistakes_of(error: ValidationError, model: type[BaseModel], place: str) -> list[RecipeError]:
+    """What pydantic found, in our words. A value that fits none of several types is one mistake, not one a type."""
+    mistakes: dict[tuple[Any, ...], RecipeError] = {}
+    for one in error.errors(include_url=False):
+        where = ".".join(str(part) for part in one["loc"])
         section: type[BaseModel] | None = model
-        for part in first["loc"][:-1]:
+        key: list[Any] = []  # the way to the field, without the names that pydantic gives to the types it tried
+        for part in one["loc"]:
             if section is not None and not isinstance(part, int):
                 field = section.model_fields.get(str(part))
+                if field is None and one["type"] == "extra_forbidden":
+                    break
                 section = next(sections_in(field.annotation), None) if field else None
-        words = list(section.model_fields) if section else []
-        raise RecipeError(f"unknown key {where!r}", place=place, fix=_nearest(key, words, model))
-    what = first["msg"].removeprefix("Value error, ")
-    given = first.get("input")
-    shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) or given is None else ""
-    raise RecipeError(f"{where}: {what}{shown}" if where else what, place=place, fix="see docs/recipe.md for this key")
+            elif section is None and not isinstance(part, int):
+                break
+            key.append(part)
+        if one["type"] == "extra_forbidden":
+            words = list(section.model_fields) if section else []
+            unknown = RecipeError(
+                f"unknown key {where!r}", place=place, fix=_nearest(str(one["loc"][-1]), words, model)
+            )
+            mistakes.setdefault(one["loc"], unknown)
+            continue
+        what = one["msg"].removeprefix("Value error, ")
+        given = one.get("input")
+        shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) or given is None else ""
+        what = f"{where}: {what}{shown}" if where else what
+        mistakes.setdefault(tuple(key), RecipeError(what, place=place, fix="see docs/recipe.md for this key"))
+    return list(mistakes.values())
+
+
+def _without_wrong_keys(tree: Mapping[str, Any], error: ValidationError) -> Recipe | None:
+    """The recipe less the keys that are wrong, so that the rest of it can be judged too; None where it is none then."""
+    rest: Any = copy.deepcopy(dict(tree))
+    for one in error.errors(include_url=False):
+        inner, holder = rest, None  # the innermost mapping on the way, and its key
+        for part in one["loc"]:
+            try:
+                within = inner[part]
+            except (LookupError, TypeError):  # it is not there, was taken out before, or names a type that was tried
+                break
+            holder = (inner, part) if isinstance(inner, dict) else holder
+            inner = within
+        if holder is not None:
+            holder[0].pop(holder[1], None)
+    try:
+        return Recipe.model_validate(rest)
+    except ValidationError:
+        return None
 
 
 def _all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

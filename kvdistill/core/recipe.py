@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -43,6 +43,8 @@ Segment = Literal["prompt", "reasoning", "answer"]
 NonNegative = Annotated[float, Field(ge=0, le=1e9)]
 AboveZero = Annotated[float, Field(gt=0, le=1e9)]
 PathText = Annotated[str, AfterValidator(_usable_path)]
+AnswerRule = Literal["value", "number", "fraction", "latex", "yes-no", "letter", "exact-match"]
+ANSWER_RULES = get_args(AnswerRule)
 TimeMode = Literal["index", "pad", "proportional", "segment"]
 RESAMPLING = ("proportional", "segment")  # the time modes that average neighbouring tokens
 TIME_ALIASES = {"truncate": "index", "soft": "segment"}  # align.time, in the original's words
@@ -56,7 +58,15 @@ class TaskRecipe(Section):
         "or jsonl, csv, parquet with `file`"
     )
     file: PathText | None = Field(None, description="your own file with question, reasoning, answer (or `fields`)")
-    fields: dict[str, str] = Field(default_factory=dict, description="our name -> column, e.g. {question: problem}")
+    fields: dict[str, str] = Field(
+        default_factory=dict,
+        description="own file: our name (id, question, reasoning, answer, completion, language) -> column, or a "
+        'template of columns, e.g. {question: "{body} {question}"}',
+    )
+    language: str | None = Field(None, description="own file: of rows that have none, en or zh; unset: en")
+    answer: AnswerRule | None = Field(
+        None, description="own file: how answers are read and compared; unset: value (numbers, else text)"
+    )
     revision: str | None = Field(None, description="commit, tag or branch on the hub; unset: the newest")
     train: Count = Field(1000, description="training problems; these four count where `data.total` is unset")
     val: Count = Field(100, description="validation problems")

@@ -33,7 +33,8 @@ class Record:
         mode: how it was asked (likelihood, generation).
         prediction, completion, gold: the answer that was read, the text it was read from, the published answer.
         correct, score: by our answer rules; the score is 1 or 0 but for probability masses. metrics: lm-eval's own.
-        nll: mean nats per token of the published answer (of the right choice).
+        nll: mean nats per token of the published answer (of the right choice). nll_reasoning: of the reasoning that
+            stands before it, where there is one; records made before it was kept have none.
         tokens_in, tokens_out, forward_passes: of this question alone. For `own`, tokens_out leaves out the end token.
         truncated: the prompt did not fit into the window. unspelled: share of its characters that the tokenizer lacks.
         seconds: its share of its chunk's time.
@@ -56,6 +57,7 @@ class Record:
     score: float
     metrics: dict[str, float | None] = field(default_factory=dict)
     nll: float | None
+    nll_reasoning: float | None = None
     tokens_in: int | None
     tokens_out: int | None
     forward_passes: int | None
@@ -66,6 +68,7 @@ class Record:
 
     def __post_init__(self) -> None:  # JSON has no word for NaN: in memory as it will be read back
         object.__setattr__(self, "nll", _finite(self.nll))
+        object.__setattr__(self, "nll_reasoning", _finite(self.nll_reasoning))
         object.__setattr__(self, "metrics", {name: _finite(value) for name, value in self.metrics.items()})
 
     @property
@@ -118,7 +121,7 @@ def _checked(row: dict[str, Any], place: str) -> Record:
         filled: dict[str, Any] = dict.fromkeys(_KINDS)
         filled |= {"evaluation": "own", "style": "", "mode": "generation", "metrics": {}, "score": row.get("correct")}
         row = filled | {key: value for key, value in row.items() if value is not None}
-    row = {"arm": None, "seed": None, **row, "schema": SCHEMA}
+    row = {"arm": None, "seed": None, "nll_reasoning": None, **row, "schema": SCHEMA}
     for name, kinds in _KINDS.items():
         if name not in row or not isinstance(row[name], kinds):
             wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)

@@ -79,6 +79,16 @@ class Stopwatch:
         return time.process_time() - self._cpu
 
 
+def elements_at_once(device: torch.device) -> int:
+    """Numbers that one batch of a measurement may make live together, where rows can be taken apart at will.
+
+    A GiB of float32 on a CPU; a sixteenth of a GPU's whole memory, so that the same device batches alike every time.
+    """
+    if device.type != "cuda":
+        return 1 << 28
+    return torch.cuda.get_device_properties(device).total_memory // (16 * 4)
+
+
 def quiet_libraries() -> None:
     """Keep transformers' and datasets' own bars and advice off the terminal: progress is ours to show."""
     import logging

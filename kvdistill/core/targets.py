@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,3 +38,42 @@ class TeacherTargets:
             name: part.to(device, non_blocking=True) for name, part in vars(self).items() if isinstance(part, Tensor)
         }
         return replace(self, kv=None if self.kv is None else self.kv.to(device), **moved)
+
+
+@dataclass(frozen=True)
+class ChannelMeans:
+    """A mean of every captured channel, float32, which narrow stores take out before they round: kv [M, 2, G, E],
+    queries [M, H, E], or None.
+
+    The keys of some layers (Qwen2.5's first) have channels whose mean is 500 times their deviation: bfloat16, with
+    eight bits, keeps nothing of what such a channel says. Any number near the mean will do, so long as it is fixed.
+    """
+
+    kv_M2GE: Tensor
+    queries_MHE: Tensor | None = None
+
+    @staticmethod
+    def of(targets: TeacherTargets) -> ChannelMeans:
+        """Over the real tokens of one batch, of what is finite; 0 for a channel where nothing is."""
+        assert targets.kv is not None
+        real_BS = targets.segments_BS > 0
+
+        def means(tensors: Sequence[Tensor]) -> Tensor:
+            rows = [x.transpose(1, 2)[real_BS].double() for x in tensors]
+            found = [torch.where(x.isfinite(), x, torch.nan).nanmean(0).nan_to_num(0.0) for x in rows]
+            return torch.stack(found).float().cpu()
+
+        kv = targets.kv
+        both = torch.stack([means(kv.keys), means(kv.values)], dim=1)
+        return ChannelMeans(both, means(kv.queries) if kv.queries else None)
+
+    def rounded(self, kv: KV, dtype: torch.dtype) -> KV:
+        """What a store of this dtype gives back: the mean in float32 and what was left in `dtype`."""
+
+        def around(tensors: Sequence[Tensor], means: Tensor) -> tuple[Tensor, ...]:
+            pairs = [(x.float(), mean_GE.to(x.device)[:, None]) for x, mean_GE in zip(tensors, means, strict=True)]
+            return tuple((x - mean).to(dtype).float() + mean for x, mean in pairs)
+
+        keys, values = (around(side, self.kv_M2GE[:, i]) for i, side in enumerate((kv.keys, kv.values)))
+        queries = () if self.queries_MHE is None or not kv.queries else around(kv.queries, self.queries_MHE)
+        return replace(kv, keys=keys, values=values, queries=queries)

@@ -5,11 +5,13 @@ it gives without the answer and with `add_generation_prompt=True`, plus what the
 answer (Qwen3's empty thinking block). A template is rendered once with texts of our own; after that a row costs one
 concatenation. The real rendering is looked at wherever a row might be treated otherwise: for a text longer than any
 seen before, with white space at an end, or with a word the template itself mentions, and for every 64th row.
-A template that changes the texts is refused: their segments could not be told apart.
+A template that changes the texts is refused: their segments could not be told apart. A reasoning that begins with a
+`<think>` block goes as `reasoning_content` to a template that knows the word, and every such row is rendered for real.
 
 Two things are settled here and nowhere else. The end of a turn is the template's own (`chat_tokenizer` makes it the
 tokenizer's end-of-text, so that generation stops there); a template without one is followed by the tokenizer's. And a
 template that writes today's date gets TODAY, or the same recipe would give other data tomorrow.
+A template is its publisher's code: it is rendered in a process of its own, within limits of time and memory.
 Knows no file and no task.
 """
 
@@ -17,14 +19,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, final
 from weakref import WeakKeyDictionary
 
 import jinja2
 from transformers import PreTrainedTokenizerFast
 
-from kvdistill.core.errors import DataError
-from kvdistill.data.problems import Frame, Piece, Row, text_of
+from kvdistill.core.errors import DataError, KVDistillError
+from kvdistill.data.limited import TIMEOUT, AbstractLimited, one_a_process
+from kvdistill.data.problems import Frame, Piece, Row, read_thought, text_of
 from kvdistill.data.tokenizers import with_end_token
 
 TODAY = "26 Jul 2024"  # what Llama-3's own templates write where no clock is at hand
@@ -39,11 +44,50 @@ _ASKED = (
     "JUDGE MY VOW.\t0123456789 !#$%()*+-./;=@[\\]^_`{|}~ Well?"
 )
 _ANSWERED = "It's <i>3rd</i> & 'NOT' \"4th\":\n\n  so\t| it  IS.\n#### 42"
+_THOUGHT = "Three dozen are 36,\n\nand then 6 more."
 _LOOK_EVERY = 64
 _MARKUP = re.compile(r"[^\w\s]\S*\w\S*[^\w\s]").fullmatch  # <|im_start|>, [INST]; not an added word or line end
 _PLAIN = "set data.template=plain, or use a tokenizer with another chat template"
-_BROKEN = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
 Messages = list[dict[str, str]]
+
+LIMIT_S = 10.0  # a rendering
+MEMORY_BYTES = 2 << 30  # address space of the process that renders
+_CHILD = Path(__file__).with_name("chat_child.py")
+
+
+class TemplateFailed(Exception):
+    """A chat template that raises, or that takes too long or too much memory."""
+
+
+@final
+class _Renderer(AbstractLimited):
+    @property
+    def program(self) -> Path:
+        return _CHILD
+
+    def not_started(self, reason: str) -> KVDistillError:
+        fix = "leave the process 2 GB of memory, or set data.template=plain"
+        return DataError(f"chat templates cannot be rendered: {reason}", place="data.template", fix=fix)
+
+
+_RENDERER = _Renderer(LIMIT_S, MEMORY_BYTES)  # of this process
+one_a_process(_RENDERER)
+
+
+def render_messages(tokenizer: Any, messages: Messages, template: str, **options: Any) -> str:
+    """What `tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **options)` gives, within
+    LIMIT_S and MEMORY_BYTES. Raises TemplateFailed with the reason."""
+    named = tokenizer.special_tokens_map.items()
+    tokens = {name: [*map(str, token)] if isinstance(token, list) else str(token) for name, token in named}
+    said = _RENDERER.ask({"messages": messages, "chat_template": template, "tokens": tokens, **options})
+    if said == TIMEOUT:
+        raise TemplateFailed(f"it takes more than {_RENDERER.limit_s:g} s")
+    if said is None:
+        raise TemplateFailed(f"it takes more than {MEMORY_BYTES >> 30} GB of memory")
+    kind, text = said
+    if kind == "error":
+        raise TemplateFailed(text)
+    return str(text)
 
 
 def write_chat(row: Row, tokenizer: PreTrainedTokenizerFast, *, system_prompt: str | None = None) -> Row:
@@ -69,6 +113,9 @@ def write_chat_rows(
     for row in rows:
         user = row.user or row.prompt
         reasoning = row.reasoning.lstrip()
+        if writer.takes_thoughts and (thought := read_thought(reasoning)) is not None:
+            written.append(writer.thinking_row(row, user, *thought, tokenizer))
+            continue
         answer = row.answer if reasoning else row.answer.lstrip()
         content = reasoning + answer
         longest, writer.written = max(len(user), len(content)), writer.written + 1
@@ -134,7 +181,7 @@ class _Look:
         self.template = _STOPPED_CLOCK + source if "strftime_now" in source else source
         try:
             self.rendered, prompt = _render(tokenizer, self.template, _ASKED, _ANSWERED, system)
-        except _BROKEN as error:
+        except TemplateFailed as error:
             raise _not_rendered(tokenizer, self.template, system, error) from error
         if self.rendered.count(_ASKED) != 1 or self.rendered.count(_ANSWERED) != 1 or prompt.count(_ASKED) != 1:
             raise _altered("the chat template changes the texts it is given")
@@ -180,12 +227,58 @@ class _Writer:
         words = {str(token.value).strip() for token in tokens if token.type == "string"}
         self.words = tuple(sorted(word for word in words if len(word) > 1 and word not in _ASKED + _ANSWERED))
         self.written, self.longest = 0, len(_ANSWERED)
+        # Whether the template has a place of its own for what is thought and not said.
+        self.takes_thoughts = "reasoning_content" in self.template
+        self._thinking: tuple[Frame, str, str] | None = None  # frame, and what stands before and after a thought
+
+    def thinking_row(self, row: Row, user: str, thought: str, said: str, tokenizer: PreTrainedTokenizerFast) -> Row:
+        """The row whose thought goes where the template writes `reasoning_content`: to the completion's beginning.
+
+        The prompt then ends where generation begins, without the empty block that stands before an answer alone.
+        """
+        if self._thinking is None:
+            self._thinking = self._look_at_thoughts(tokenizer)
+        frame, before, after = self._thinking
+        said = f"{said} " if said else ""
+        content = said + row.answer.lstrip()
+        whole, prompt = self._render_thought(tokenizer, user, thought, content)
+        asked = prompt.removeprefix(self.opening).removesuffix(self.generation)
+        if whole != f"{prompt}{before}{thought}{after}{content}{self.tail}" or asked.strip() != user.strip():
+            raise _altered("the chat template changes the texts of this problem, which has a <think> block", row)
+        reasoning = f"{before}{thought}{after}{said.rstrip()}"
+        return Row(row.problem, row.style, prompt, reasoning, content[len(said.rstrip()) :], asked, frame)
+
+    def _render_thought(
+        self, tokenizer: PreTrainedTokenizerFast, user: str, thought: str, content: str
+    ) -> tuple[str, str]:
+        messages = _conversation(user, content, self.frame.system)
+        messages[-1]["reasoning_content"] = thought
+        try:
+            whole = render_messages(tokenizer, messages, self.template, add_generation_prompt=False)
+            return whole, render_messages(tokenizer, messages[:-1], self.template, add_generation_prompt=True)
+        except TemplateFailed as error:
+            raise _altered(f"the chat template fails ({_reason(error)})") from error
+
+    def _look_at_thoughts(self, tokenizer: PreTrainedTokenizerFast) -> tuple[Frame, str, str]:
+        whole, prompt = self._render_thought(tokenizer, "Well?", _THOUGHT, "#### 42")
+        after_prompt = whole.removeprefix(prompt)
+        before, found, rest = after_prompt.partition(_THOUGHT)
+        after, answered, tail = rest.partition("#### 42")
+        if not (found and answered and whole.startswith(prompt) and tail == self.tail):
+            raise _altered("the chat template does not keep a <think> block as it is given")
+        special = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special and str(t) in before + after]
+        if special:
+            raise _altered(
+                f"the chat template marks thoughts by the special token {special[0]!r}, which no text can write"
+            )
+        frame = replace(self.frame, middle=_pieces(tokenizer, self.generation), lead="")
+        return frame, before, after
 
     def real_texts(self, row: Row, user: str, content: str, tokenizer: PreTrainedTokenizerFast) -> tuple[str, str]:
         """User's text and answer as the real rendering has them: it may have taken white space off their ends."""
         try:
             whole, prompt = _render(tokenizer, self.template, user, content, self.frame.system)
-        except _BROKEN as error:
+        except TemplateFailed as error:
             raise _altered(f"the chat template fails ({_reason(error)})", row) from error
         if whole.startswith(self.opening) and whole.endswith(self.tail):
             body = whole[len(self.opening) : len(whole) - len(self.tail)]
@@ -212,10 +305,10 @@ def _render(
     """The whole conversation, and it without the answer but with what makes the model begin one."""
     messages = _conversation(user, content, system)
     whole, prompt = (
-        tokenizer.apply_chat_template(asked, chat_template=template, tokenize=False, add_generation_prompt=begins)
+        render_messages(tokenizer, asked, template, add_generation_prompt=begins)
         for asked, begins in ((messages, False), (messages[:-1], True))
     )
-    return str(whole), str(prompt)
+    return whole, prompt
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerFast, tail: str) -> tuple[str, str, str]:
@@ -264,10 +357,10 @@ def _pieces(tokenizer: PreTrainedTokenizerFast, text: str, *, end: str = "") -> 
 
 def _not_rendered(tokenizer: PreTrainedTokenizerFast, template: str, system: str | None, error: Exception) -> DataError:
     reason = _reason(error)
-    if system is not None:
+    if system is not None and "it takes" not in reason:
         try:
             _render(tokenizer, template, _ASKED, _ANSWERED, None)
-        except _BROKEN:
+        except TemplateFailed:
             pass  # it fails without the system message too, so that is not the reason
         else:
             return _no_system(f"the chat template takes no system message ({reason})")

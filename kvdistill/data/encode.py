@@ -48,7 +48,7 @@ class Example:
     """One encoded row. `answer` is the gold answer, `prompt` the text that generation starts from.
 
     input_ids, segments: one entry a token, no padding. doc_hash: of the folded question, the same in every style;
-    prompt_hash: of the exact prompt text.
+    prompt_hash: of the exact prompt text. rule: by which a user's own row is answered; empty: its task's.
     """
 
     task: str
@@ -63,6 +63,7 @@ class Example:
     reasoning: str = ""
     language: str = "en"
     question: str = ""
+    rule: str = ""
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -224,6 +225,7 @@ def _join(rows: Sequence[Row], plans: Sequence[Plan], found: Sequence[_Found], u
                 reasoning=problem.reasoning,
                 language=problem.language,
                 question=problem.question,
+                rule=problem.rule,
             )
         )
     return examples

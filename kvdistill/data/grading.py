@@ -1,7 +1,8 @@
 """What a completion answers, and whether that is right.
 
 A task marks its answer, and only what stands after the first mark counts: never "the last number in the text".
-The rules belong to the tasks; a task key that is not built in is a local file and follows `jsonl`'s rules.
+The rules belong to the tasks; a task key that is not built in is a local file and follows `jsonl`'s rules, or the one
+that its recipe names (`rule`, one of `sets.RULES`).
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ class Checked:
         return self.verdict == "equal"
 
 
-def extract_answer(task: str, completion: str) -> str | None:
+def extract_answer(task: str, completion: str, rule: str = "") -> str | None:
     """The marked answer of a generated text in the task's normal form, or None where nothing is marked."""
-    return find_rules(task).extract(completion)
+    return find_rules(task, rule).extract(completion)
 
 
-def is_correct(task: str, completion: str, gold: str) -> bool:
+def is_correct(task: str, completion: str, gold: str, rule: str = "") -> bool:
     """Whether the marked answer of `completion` equals `gold` under the task's own rule (numbers: exact decimals)."""
-    return check_answers(task, [(completion, gold)])[0].is_correct
+    return check_answers(task, [(completion, gold)], rule)[0].is_correct
 
 
-def check_answers(task: str, pairs: Sequence[tuple[str, str]]) -> list[Checked]:
+def check_answers(task: str, pairs: Sequence[tuple[str, str]], rule: str = "") -> list[Checked]:
     """Many (completion, gold) of one task; of LaTeX answers also those on which there is no verdict are told apart."""
-    rules = find_rules(task)
+    rules = find_rules(task, rule)
     answers = [rules.extract(completion) for completion, _ in pairs]
     marked = [(answer, gold) for answer, (_, gold) in zip(answers, pairs, strict=True) if answer is not None]
     verdicts: list[Verdict]

@@ -8,6 +8,7 @@ task.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,7 +23,7 @@ _TEMPLATES: dict[str, tuple[str, dict[Style, str]]] = {
     "zh": ("问题：", {"cot": "解答：", "direct": "最终答案："}),
 }
 # What a user adds to the question in a chat; the answer is read after the mark in both styles.
-_INSTRUCTIONS: dict[str, dict[Style, str]] = {
+INSTRUCTIONS: dict[str, dict[Style, str]] = {
     "en": {
         "cot": f"Think step by step, then end with `{ANSWER_MARK} answer`.",
         "direct": f"Give only `{ANSWER_MARK} answer`.",
@@ -36,7 +37,10 @@ _INSTRUCTIONS: dict[str, dict[Style, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One problem. `answer` is the gold answer in its task's normal form (one line, never empty)."""
+    """One problem. `answer` is the gold answer in its task's normal form (one line, never empty).
+
+    rule: by which rule a user's own row is answered; empty: by its task's.
+    """
 
     task: str
     id: str
@@ -44,6 +48,7 @@ class Problem:
     reasoning: str
     answer: str
     language: str = "en"
+    rule: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +122,20 @@ class Row:
         return {"prompt": (0, first), "reasoning": (first, second), "answer": (second, len(self.text))}
 
 
+_THOUGHT = re.compile(r"\s*<think>(?P<thought>.*?)</think>(?P<said>.*)", re.DOTALL)
+
+
+def write_thought(thought: str, said: str) -> str:
+    """Reasoning of which a part is thought and not said, as models write it down."""
+    return f"<think>\n{thought}\n</think>\n\n{said}".rstrip()
+
+
+def read_thought(reasoning: str) -> tuple[str, str] | None:
+    """What is thought and what is said of a reasoning that begins with a `<think>` block; None for any other."""
+    match = _THOUGHT.fullmatch(reasoning)
+    return (match["thought"].strip(), match["said"].strip()) if match else None
+
+
 def styles_of(style: str) -> tuple[Style, ...]:
     """`cot`, `direct`, or `both` as the styles that each problem is written in."""
     choices: dict[str, tuple[Style, ...]] = {"cot": ("cot",), "direct": ("direct",), "both": ("cot", "direct")}
@@ -130,7 +149,7 @@ def write_plain(problem: Problem, style: Style) -> Row:
     so segment boundaries fall between tokens.
     """
     opening, endings = _TEMPLATES.get(problem.language, _TEMPLATES["en"])
-    instructions = _INSTRUCTIONS.get(problem.language, _INSTRUCTIONS["en"])
+    instructions = INSTRUCTIONS.get(problem.language, INSTRUCTIONS["en"])
     return Row(
         problem=problem,
         style=style,

@@ -9,6 +9,7 @@ is kept once. Reads through the tasks; writes nothing but an unnamed temporary f
 from __future__ import annotations
 
 import random
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +20,15 @@ from kvdistill.core.recipe import DataRecipe
 from kvdistill.core.runtime import derive_seed
 from kvdistill.data.mix import Available, mix, share_out
 from kvdistill.data.problems import SPLITS, Row, Split, Style
-from kvdistill.data.sets import TASKS, Task, find_task
+from kvdistill.data.sets import TASKS, Task, find_rules, find_task
 from kvdistill.data.sets.held_out import Dealable, read_once
+from kvdistill.data.sets.own_file import rule_of
+from kvdistill.data.sets.published import Noticed
 from kvdistill.data.sources import Source
 from kvdistill.data.spool import Selection, spool_beside
 
 # Test is dealt first, so that asking for more training problems leaves the held-out ones as they were.
-_DEAL_ORDER = ("test", "val", "train", "teach")
+DEAL_ORDER = ("test", "val", "train", "teach")
 
 
 @dataclass
@@ -33,7 +36,9 @@ class Splits:
     """The problems of every split in task order, what they were read from, and what was asked for and found.
 
     rules: task key -> Task. asked: task -> split -> problems asked for. duplicates: task -> repeated questions dropped.
-    pools: the tasks whose test part is the fixed part of a pool.
+    pools: the tasks whose test part is the fixed part of a pool. noticed: task -> what to tell of a user's own rows.
+    spare: task -> split -> numbers in the spool that nobody asked for; splits that share a source share these.
+    replaced: task -> split -> problems that were too long and gave way to one of them.
     """
 
     problems: dict[str, Selection]
@@ -42,6 +47,9 @@ class Splits:
     asked: dict[str, dict[str, int]] = field(default_factory=dict)
     duplicates: dict[str, int] = field(default_factory=dict)
     pools: list[str] = field(default_factory=list)
+    noticed: dict[str, Noticed] = field(default_factory=dict)
+    spare: dict[str, dict[str, deque[int]]] = field(default_factory=dict)
+    replaced: dict[str, Counter[str]] = field(default_factory=dict)
 
 
 def load_splits(data: DataRecipe, progress: Progress = silent, *, beside: Path | None = None) -> Splits:
@@ -82,7 +90,8 @@ def load_splits(data: DataRecipe, progress: Progress = silent, *, beside: Path |
         if task.key not in read:
             read[task.key] = read_once(rules.load(task.model_copy(update=asked), data), spool)
         _deal_task(task.key, read[task.key], asked, data.seed, splits)
-        splits.rules[task.key] = rules
+        splits.rules[task.key] = find_rules(task.key, rule_of(task)) if task.file else rules
+        splits.noticed[task.key] = read[task.key].loaded.noticed
     return splits
 
 
@@ -134,10 +143,12 @@ def _deal_task(key: str, read: Dealable, asked: Mapping[str, int], seed: int, sp
             random.Random(derive_seed(seed, key, split)).shuffle(rows)
     shares, start = share_out({split: 0 if split in own else asked[split] for split in SPLITS}, len(rest)), 0
     dealt: dict[str, list[int]] = {}
-    for split in _DEAL_ORDER:
+    for split in DEAL_ORDER:
         dealt[split] = rest[start : start + shares[split]]
         start += shares[split]
     dealt |= {split: rows[: asked[split]] for split, rows in own.items()}
+    shared = deque(rest[start:])
+    splits.spare[key] = {split: deque(own[split][asked[split] :]) if split in own else shared for split in SPLITS}
     refuse_empty({split: len(dealt[split]) for split in SPLITS}, asked, key)
     for split in SPLITS:
         splits.problems[split].numbers.extend(dealt[split])

@@ -17,7 +17,7 @@ from typing import overload
 
 from kvdistill.data.problems import Problem
 
-_FIELDS = ("task", "id", "question", "reasoning", "answer", "language")
+_FIELDS = ("task", "id", "question", "reasoning", "answer", "language", "rule")
 _FLUSH_BYTES = 1 << 20
 _BATCH = 1000  # problems read at once
 

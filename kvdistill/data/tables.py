@@ -34,11 +34,11 @@ SCHEMA = pa.schema(
         ("language", pa.string()),
         ("input_ids", pa.list_(pa.int32())),
         ("segments", pa.list_(pa.int8())),
-        *((name, pa.string()) for name in ("doc_hash", "prompt_hash")),
+        *((name, pa.string()) for name in ("doc_hash", "prompt_hash", "rule")),
     ]
 )
 _LISTS = ("input_ids", "segments")
-_TEXTS = sorted(field.name for field in dataclasses.fields(Example) if field.name not in ("id", *_LISTS))
+_TEXTS = sorted(field.name for field in dataclasses.fields(Example) if field.name not in ("id", "rule", *_LISTS))
 
 
 def split_path(run: Path, split: str) -> Path:
@@ -68,7 +68,8 @@ class SplitWriter:
         self.num_rows += len(examples)
         self.max_tokens = max(self.max_tokens, *(len(example.input_ids) for example in examples))
         for example in examples:  # as bytes that are the same on every machine
-            texts = json.dumps([getattr(example, name) for name in _TEXTS], ensure_ascii=False).encode()
+            said = [getattr(example, name) for name in _TEXTS] + [example.rule] * bool(example.rule)
+            texts = json.dumps(said, ensure_ascii=False).encode()
             numbers = (np.asarray(getattr(example, name), dtype="<i4").tobytes() for name in _LISTS)
             self._digest.update(b"\n".join((texts, *numbers, b"")))
 
@@ -138,7 +139,7 @@ class _Examples(Sequence[Example]):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         row = index % len(self)
-        columns: dict[str, Any] = {name: column[row].as_py() for name, column in self._texts.items()}
+        columns: dict[str, Any] = {name: column[row].as_py() or "" for name, column in self._texts.items()}
         for name, (starts, values) in self._lists.items():
             columns[name] = values[starts[row] : starts[row + 1]].tolist()
         return Example(**columns)

@@ -1,7 +1,8 @@
 """Terms on the student's predictions: cross entropy, and distillation of a teacher's most probable tokens.
 
-Supervised positions are selected before anything is made of them: no [B, T, V] float32 tensor is written. Does not
-know models; what a teacher gives arrives as indices and log-probabilities.
+Supervised positions are selected before anything is made of them: no [B, T, V] float32 tensor is written. Where the
+head ran on them alone, logits come as [1, N, V], row by row (`predicting_rows`). Does not know models; what a teacher
+gives arrives as indices and log-probabilities.
 
 Axes: B batch, T tokens, V vocabulary, K kept teacher logits, N selected positions.
 """
@@ -22,8 +23,15 @@ def prediction_mask(label_mask_BT: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
     return F.pad(label_mask_BT[:, 1:], (0, 1), value=False)
 
 
+def predicting_rows(logits: Float[Tensor, "_ _ V"], positions_BT: Bool[Tensor, "B T"]) -> Int[Tensor, " N"]:
+    """Where the logits of the N True positions stand among all rows of [B, T, V], or of [1, N, V] of these alone."""
+    if logits.shape[:2] == positions_BT.shape:
+        return positions_BT.flatten().nonzero().squeeze(1)
+    return torch.arange(logits.shape[1], device=logits.device)  # the last position predicts nothing: N < T where B is 1
+
+
 def cross_entropy(
-    logits_BTV: Float[Tensor, "B T V"],
+    logits: Float[Tensor, "_ _ V"],
     input_ids_BT: Int[Tensor, "B T"],
     label_mask_BT: Bool[Tensor, "B T"],
     num_tokens: int | float | Float[Tensor, ""] | Int[Tensor, ""],
@@ -32,12 +40,13 @@ def cross_entropy(
 
     label_mask_BT: True at tokens that are to be predicted (reasoning and answer, say); the token itself is
     the label and position t - 1 predicts it, so column 0 is never one. Supervised positions are selected
-    before the upcast: no [B, T, V] fp32 tensor is made. num_tokens: labels in the whole optimiser step.
+    before the upcast: no [B, T, V] fp32 tensor is made. logits: [B, T, V], or [1, N, V] of the positions that predict
+    a label. num_tokens: labels in the whole optimiser step.
     """
     positions = prediction_mask(label_mask_BT)
     labels = input_ids_BT.roll(-1, dims=1)[positions]
     # by number, not by mask: backward then makes one [B * T, V] gradient instead of two
-    chosen = logits_BTV.flatten(0, 1).index_select(0, positions.flatten().nonzero().squeeze(1))
+    chosen = logits.flatten(0, 1).index_select(0, predicting_rows(logits, positions))
     total = F.cross_entropy(chosen.to(sum_dtype(chosen)), labels.long(), reduction="sum")
     return total / at_least_one(num_tokens)
 
@@ -70,7 +79,7 @@ def logit_distillation(
 
 
 def logit_divergence(
-    student_logits_BTV: Float[Tensor, "B T V"],
+    student_logits: Float[Tensor, "_ _ V"],
     topk_index_BTK: Int[Tensor, "B T K"],
     topk_logprob_BTK: Float[Tensor, "B T K"],
     mask_BT: Bool[Tensor, "B T"],
@@ -78,14 +87,15 @@ def logit_divergence(
 ) -> Float[Tensor, "N"]:
     """temperature^2 * KL(teacher || student) at each of the N positions of `mask_BT`, row by row.
 
-    The classes are those of `logit_distillation`.
+    The classes are those of `logit_distillation`. student_logits: [B, T, V], or [1, N, V] of these positions alone.
     """
     places_N = mask_BT.flatten().nonzero().squeeze(1)
     index_NK = topk_index_BTK.flatten(0, 1)[places_N].long()
     teacher = topk_logprob_BTK.detach().flatten(0, 1)[places_N]
-    student_classes, rest_N1 = _TopAndRest.apply(student_logits_BTV.flatten(0, 1), places_N, index_NK)
+    rows_N = predicting_rows(student_logits, mask_BT)
+    student_classes, rest_N1 = _TopAndRest.apply(student_logits.flatten(0, 1), rows_N, index_NK)
     teacher_classes = teacher.to(student_classes.dtype)
-    if index_NK.shape[-1] < student_logits_BTV.shape[-1]:
+    if index_NK.shape[-1] < student_logits.shape[-1]:
         student_classes = torch.cat([student_classes, rest_N1], dim=-1)
         left_N1 = 1 - teacher_classes.exp().sum(-1, keepdim=True)
         log_left_N1 = left_N1.clamp_min(torch.finfo(left_N1.dtype).tiny).log()  # rounding may leave nothing: no NaN

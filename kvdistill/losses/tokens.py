@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -118,7 +119,10 @@ class AbstractKVDistance(AbstractDistance):
     """source, target [..., T, C] -> distance [..., T] in fp32 (fp64 for fp64 inputs).
 
     Finite, with a finite gradient, for zero vectors. Raises AlignmentError where the shapes differ.
+    is_channel_mean: it is a mean over channels of something that is 0 where both sides are.
     """
+
+    is_channel_mean: ClassVar[bool] = True
 
     @abstractmethod
     def distance(self, source: Tensor, target: Tensor) -> Tensor:
@@ -133,6 +137,11 @@ class AbstractKVDistance(AbstractDistance):
                 fix="align time, layers and channels first: both are [..., tokens, channels] of one shape",
             )
         return self.distance(source, target)
+
+    def over_live(self, source: Tensor, target: Tensor, live_share: Tensor) -> Tensor:
+        """The distance over live channels alone. live_share: of the channels; the others are 0 on both sides."""
+        found = self(source, target)
+        return found / live_share if self.is_channel_mean else found
 
 
 @dataclass(frozen=True)
@@ -175,6 +184,7 @@ class MercatorKVLoss(AbstractKVDistance):
     |x| is sqrt(sum x^2 + 1e-8 C), so that a zero vector has cosine 0 and a finite log-norm.
     """
 
+    is_channel_mean = False
     alpha: float = 1.0
     beta: float = 0.1
 
@@ -207,4 +217,8 @@ class HybridKVLoss(AbstractKVDistance):
 
     def distance(self, source: Tensor, target: Tensor) -> Tensor:
         squared = _MeanSquare.apply(source, target)
+        return self.share * squared + (1 - self.share) * self.mercator(source, target)
+
+    def over_live(self, source: Tensor, target: Tensor, live_share: Tensor) -> Tensor:
+        squared = MSEKVLoss().over_live(source, target, live_share)
         return self.share * squared + (1 - self.share) * self.mercator(source, target)

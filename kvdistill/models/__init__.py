@@ -9,7 +9,7 @@ from kvdistill.models.describe import (
     describe_model,
     forward_flops,
 )
-from kvdistill.models.forward import EMPTY_LOGPROB, teacher_forward
+from kvdistill.models.forward import EMPTY_LOGPROB, head_at, teacher_forward
 from kvdistill.models.load import (
     add_lora,
     check_model_exists,

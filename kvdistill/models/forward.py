@@ -164,24 +164,30 @@ def _read_logits(
 
 @contextmanager
 def _evaluating(model: nn.Module, select_BT: Tensor | None) -> Iterator[None]:
-    """No dropout while open, and every module's own mode afterwards.
-
-    select_BT: the LM head sees only these positions, so that the model's logits are [1, N, V]; unset: all. The model's
-    own forward still runs around the head, so that scaled or soft-capped logits come out right.
-    """
+    """No dropout while open, and every module's own mode afterwards. select_BT: as in `head_at`; unset: all."""
     with ExitStack() as undo:
         if select_BT is not None:
-            head = unwrap_model(model).get_output_embeddings()
-            if head is None:
-                raise ModelError(
-                    "the model has no LM head", place=model_name(model), fix="load a causal language model"
-                )
-            hook = head.register_forward_pre_hook(
-                lambda _, args: (args[0][select_BT.to(args[0].device)][None], *args[1:])
-            )
-            undo.callback(hook.remove)
+            undo.enter_context(head_at(model, select_BT))
         for module in model.modules() if model.training else ():
             if module.training:
                 undo.callback(setattr, module, "training", True)
         model.eval()
         yield
+
+
+@contextmanager
+def head_at(model: nn.Module, select_BT: Tensor) -> Iterator[None]:
+    """While open, the LM head sees only the True positions of select_BT [B, T]: the model's logits are [1, N, V].
+
+    With a vocabulary of 262,000 words the logits of one text are 0.3 GB, and few of its positions are looked at. The
+    model's own forward still runs around the head, so that scaled or soft-capped logits come out right. model: plain
+    or wrapped (peft). Raises ModelError for a model without a head.
+    """
+    head = unwrap_model(model).get_output_embeddings()
+    if head is None:
+        raise ModelError("the model has no LM head", place=model_name(model), fix="load a causal language model")
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0][select_BT.to(args[0].device)][None], *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()

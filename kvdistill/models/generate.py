@@ -17,6 +17,9 @@ from transformers import DynamicCache, GenerationConfig, StoppingCriteria, Stopp
 from transformers.cache_utils import DynamicLayer
 
 from kvdistill.core.errors import ModelError
+from kvdistill.core.runtime import elements_at_once
+from kvdistill.models.describe import describe_model
+from kvdistill.models.forward import head_at
 
 T = TypeVar("T")
 ROOM = 256  # tokens that a cache gets room for at a time
@@ -39,10 +42,15 @@ class Rows:
     def __init__(self, most: int) -> None:
         self.most = most
 
-    def batches(self, items: Sequence[T]) -> Iterator[Sequence[T]]:
+    def batches(
+        self, items: Sequence[T], elements: Callable[[Sequence[T]], int] = len, limit: int | None = None
+    ) -> Iterator[Sequence[T]]:
+        """elements: numbers that a batch makes live together; limit: how many may be (one row may always run)."""
         start = 0
         while start < len(items):
             batch = items[start : start + self.most]
+            while limit is not None and len(batch) > 1 and elements(batch) > limit:
+                batch = batch[: len(batch) // 2]
             start += len(batch)
             yield batch
 
@@ -195,27 +203,46 @@ class _RowEnds(StoppingCriteria):
 
 @torch.no_grad()
 def segment_nll(
-    model: Any, rows: Sequence[Sequence[int]], counted: Sequence[Sequence[bool]], *, pad_id: int, batch_size: int
-) -> list[float]:
-    """Mean NLL (nats per token) of the counted tokens of each row, teacher-forced; NaN where none is counted.
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    counted: Sequence[Sequence[int]],
+    *,
+    pad_id: int,
+    batch_size: int,
+    num_parts: int = 1,
+) -> list[list[float]]:
+    """Mean NLL (nats per token) of each part of each row, teacher-forced; NaN for a part without tokens.
 
-    model: a causal model, plain or wrapped (peft).
+    model: a causal model, plain or wrapped (peft); its head runs on counted tokens alone. counted: for every token the
+    number of the part it belongs to, from 1; 0: to none.
     """
+    shape = describe_model(model)
 
-    def score(chosen: Sequence[int]) -> list[float]:
+    def elements(chosen: Sequence[int]) -> int:
+        num_predicted = sum(sum(map(bool, counted[i])) for i in chosen)
+        # logits, in float32, and their exponentials; what an MLP holds
+        return 3 * shape.vocab_size * num_predicted + 4 * shape.intermediate_size * len(chosen) * len(rows[chosen[-1]])
+
+    def score(chosen: Sequence[int]) -> list[list[float]]:
         ids_BT = right_padded([rows[i] for i in chosen], pad_id).to(model.device)
         mask_BT = right_padded([[1] * len(rows[i]) for i in chosen], 0).to(model.device)
-        wanted_BT = right_padded([[int(c) for c in counted[i]] for i in chosen], 0).to(model.device)[:, 1:] > 0
-        logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits[:, :-1]
-        b, t = wanted_BT.nonzero(as_tuple=True)
-        nll = torch.nn.functional.cross_entropy(logits_BTV[b, t].float(), ids_BT[:, 1:][b, t], reduction="none")
-        sums = torch.zeros(len(chosen), device=nll.device).index_add_(0, b, nll)
-        return (sums / wanted_BT.sum(1)).tolist()
+        part_BT = right_padded([[int(c) for c in counted[i]] for i in chosen], 0).to(model.device)
+        part_BT = torch.nn.functional.pad(part_BT[:, 1:], (0, 1))  # at the position that predicts the token
+        if not bool(part_BT.any()):
+            return [[float("nan")] * num_parts for _ in chosen]
+        with head_at(model, part_BT > 0):
+            logits_1NV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
+        b, t = part_BT.nonzero(as_tuple=True)
+        nll_N = torch.nn.functional.cross_entropy(logits_1NV[0].float(), ids_BT[b, t + 1], reduction="none")
+        place_N = b * num_parts + part_BT[b, t] - 1
+        sums = torch.zeros(len(chosen) * num_parts, device=nll_N.device).index_add_(0, place_N, nll_N)
+        return (sums / torch.bincount(place_N, minlength=len(sums))).view(-1, num_parts).tolist()
 
-    result = [float("nan")] * len(rows)
+    result = [[float("nan")] * num_parts for _ in rows]
     fitting, was_training = Rows(batch_size), model.training
     model.eval()
-    for batch in fitting.batches(sorted(range(len(rows)), key=lambda i: len(rows[i]))):
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for batch in fitting.batches(order, elements, elements_at_once(model.device)):
         for i, value in zip(batch, fitting.run(score, batch), strict=True):
             result[i] = value
     model.train(was_training)

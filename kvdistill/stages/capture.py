@@ -13,11 +13,12 @@ import torch
 from transformers import PreTrainedModel
 
 from kvdistill.arms.teacher import Teacher, run_teacher
+from kvdistill.core.files import open_tensors
 from kvdistill.core.layout import store_root
 from kvdistill.core.progress import Progress, silent
 from kvdistill.core.runtime import DTYPES
 from kvdistill.core.stopping import give_in, put_off
-from kvdistill.core.targets import TeacherTargets
+from kvdistill.core.targets import ChannelMeans, TeacherTargets
 from kvdistill.models import describe_model, find_rotary
 from kvdistill.models.generate import right_padded
 from kvdistill.store.packed import pack_targets
@@ -44,6 +45,7 @@ def _capture_split(
     recipe, examples, layers = teacher.experiment.recipe.capture, teacher.examples(split), teacher.layers
     queries, scores, pad_id = teacher.queries, teacher.scores, teacher.tokenizer.pad_token_id
     longest = max((len(example.input_ids) for example in examples), default=1)
+    means = _channel_means(teacher, writer, model)
     per_shard = examples_per_shard(model, longest, len(layers), teacher.top_k, recipe.dtype, queries, scores)
     for start in range(writer.num_shards * per_shard, len(examples), per_shard):
         part = examples[start : start + per_shard]
@@ -55,7 +57,7 @@ def _capture_split(
                 right_padded([row.input_ids for row in rows], pad_id).to(model.device),
                 right_padded([row.segments for row in rows], 0).to(model.device),
                 layers=layers,
-                dtype=recipe.dtype,
+                dtype=recipe.dtype if means is None else "float32",  # then rounded when it is packed
                 want_nll=True,
                 top_k=teacher.top_k,
                 queries=queries,
@@ -63,7 +65,7 @@ def _capture_split(
             )
             batches.append(targets.to("cpu"))
             progress(f"capture {teacher.name} {split}", start + first + len(rows), len(examples))
-        writer.add(pack_targets(batches, DTYPES[recipe.dtype]))
+        writer.add(pack_targets(batches, DTYPES[recipe.dtype], means))
         give_in()
     extra: dict[str, Any] = {}
     if queries:  # how each layer attends, read off a run on one text: a resumed capture needs no other
@@ -73,6 +75,14 @@ def _capture_split(
             extra = {"scaling": kv.scaling and list(kv.scaling), "rules": [rule.as_json() for rule in kv.rules]}
     rope = "none" if not layers or find_rotary(model) is None else "unrotated"
     writer.finish({"layers": layers, "rope": rope, "examples": len(examples), "split": split, **extra})
+
+
+def _channel_means(teacher: Teacher, writer: StoreWriter, model: PreTrainedModel) -> ChannelMeans | None:
+    """Those of the shards that a killed capture left, so that all shards have the same; else made now."""
+    if writer.num_shards:
+        first = open_tensors(writer.folder / "shard-00000.safetensors")
+        return ChannelMeans(first["kv_mean"], first.get("queries_mean")) if "kv_mean" in first else None
+    return teacher.channel_means(model)
 
 
 def examples_per_shard(

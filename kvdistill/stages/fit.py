@@ -95,7 +95,7 @@ def _write(texts: _Calibration, aligner: MapProjectionAligner, writer: StoreWrit
         seed = derive_seed(texts.arm.experiment.recipe.data.seed, texts.name)
         tensors["prototypes"] = fit_prototypes(keys(), fuse.prototype, fuse.num_prototypes, seed)
     writer.add(tensors or {"nothing": torch.zeros(1)})
-    writer.finish(extra)
+    writer.finish({**extra, "dead_channels": aligner.num_dead()} if aligner.recipe.standardise else extra)
 
 
 def _fit_shared(arm: Arm) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvdistill.align.layers import cka_map, layer_sources, read_layer_similarity
+from kvdistill.align.layers import cka_map, layer_sources, map_notes, read_layer_similarity
 from kvdistill.arms.arm import Arm
 from kvdistill.arms.experiment import Experiment
 from kvdistill.arms.teacher import Teacher
@@ -65,7 +65,9 @@ def map_layers(experiment: Experiment, progress: Progress = silent) -> None:
                 kind: {str(layer): [[m, round(w, 6)] for m, w in pairs] for layer, pairs in enumerate(sources)}
                 for kind, sources in rows.items()
             }
-            write_json(teacher.similarity_path, sealed(found | {"settings": settings, "layer_map": layer_maps}))
+            notes = {kind: map_notes(similarities[kind], mapping) for kind, mapping in maps.items()}
+            found |= {"settings": settings, "layer_map": layer_maps, "notes": notes}
+            write_json(teacher.similarity_path, sealed(found))
             progress("map-layers", number + 1, len(experiment.teachers))
 
 

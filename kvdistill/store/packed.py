@@ -4,7 +4,8 @@ Token-major rows without padding, so that one example is one contiguous
 slice and a batch is a handful of copies: `kv` [tokens, layers, 2, heads, size], `segments` [tokens], `offsets`
 [examples + 1], `nll` [examples], `topk_index`/`topk_logprob` [tokens, k]; where they were captured, `queries`
 [tokens, layers, query heads, size] and `scores` [tokens, layers, kinds, heads]. Keys and queries are unrotated. The
-layers' `scaling` and `rules` stand in the manifest's extra. Knows no model.
+layers' `scaling` and `rules` stand in the manifest's extra. Stores in a narrower dtype than the teacher's keep what is
+left after each channel's mean, and the means in every shard (`kv_mean`, `queries_mean`, float32). Knows no model.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from torch import Tensor
 
 from kvdistill.core.errors import StoreError
 from kvdistill.core.kv import KV, AttentionRule, RopeFrame
-from kvdistill.core.targets import TeacherTargets
+from kvdistill.core.targets import ChannelMeans, TeacherTargets
 from kvdistill.store.shards import StoreReader
 
 
-def pack_targets(targets: Sequence[TeacherTargets], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The shard tensors of these batches' examples, padding dropped, in order."""
+def pack_targets(
+    targets: Sequence[TeacherTargets], dtype: torch.dtype, means: ChannelMeans | None = None
+) -> dict[str, Tensor]:
+    """The shard tensors of these batches' examples, padding dropped, in order. means: taken out, and stored beside."""
     packed: dict[str, list[Tensor]] = {}
 
     def put(name: str, value: Tensor) -> None:
@@ -36,10 +39,14 @@ def pack_targets(targets: Sequence[TeacherTargets], dtype: torch.dtype) -> dict[
         if batch.kv is not None:
             layers = [torch.stack([k, v], dim=0) for k, v in zip(batch.kv.keys, batch.kv.values, strict=True)]
             kv_BSM2GE = torch.stack(layers, dim=0).permute(2, 4, 0, 1, 3, 5)  # [M,2,B,G,S,E] -> [B,S,M,2,G,E]
-            put("kv", kv_BSM2GE[real_BS].to(dtype))
+            kv_NM2GE = kv_BSM2GE[real_BS]
+            put("kv", kv_NM2GE.to(dtype) if means is None else (kv_NM2GE.float() - means.kv_M2GE).to(dtype))
             if batch.kv.queries:
                 queries_BSMHE = torch.stack(batch.kv.queries, dim=0).permute(1, 3, 0, 2, 4)
-                put("queries", queries_BSMHE[real_BS].to(dtype))
+                queries_NMHE = queries_BSMHE[real_BS]
+                if means is not None and means.queries_MHE is not None:
+                    queries_NMHE = queries_NMHE.float() - means.queries_MHE
+                put("queries", queries_NMHE.to(dtype))
         if batch.scores_BSMRG is not None:
             put("scores", batch.scores_BSMRG[real_BS].float())
         if batch.nll_B is not None:
@@ -49,6 +56,10 @@ def pack_targets(targets: Sequence[TeacherTargets], dtype: torch.dtype) -> dict[
             put("topk_logprob", batch.topk_logprob_BSK[real_BS].float())
     tensors = {name: torch.cat(parts) for name, parts in packed.items()}
     lengths = tensors.pop("lengths")
+    if means is not None and "kv" in tensors:
+        tensors["kv_mean"] = means.kv_M2GE
+        if means.queries_MHE is not None:
+            tensors["queries_mean"] = means.queries_MHE
     tensors["offsets"] = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     return tensors
 
@@ -65,6 +76,7 @@ class TargetReader:
         self.scaling: tuple[float, ...] | None = None if scaling is None else tuple(map(float, scaling))
         self.rules = tuple(map(AttentionRule.from_json, store.extra.get("rules", ())))  # empty in such stores, too
         self._shards = store.shards
+        self._means = {name: self._shards[0].get(f"{name}_mean") for name in ("kv", "queries")} if self._shards else {}
         self._offsets = [shard["offsets"].tolist() for shard in self._shards]
         self._place = [(s, i) for s, offsets in enumerate(self._offsets) for i in range(len(offsets) - 1)]
         self.num_examples = len(self._place)
@@ -102,10 +114,13 @@ class TargetReader:
         for name, want in wanted.items():
             if not want or name not in self._shards[0]:
                 continue
-            source = self._shards[0][name]
-            padded = source.new_zeros((B, S, *source.shape[1:]))
+            source, mean = self._shards[0][name], self._means.get(name)
+            dtype = source.dtype if mean is None else torch.float32
+            padded = source.new_zeros((B, S, *source.shape[1:]), dtype=dtype)
             for b, ((shard, _), (start, end)) in enumerate(zip(rows, spans, strict=True)):
                 padded[b, : end - start] = self._shards[shard][name][start:end]
+                if mean is not None:
+                    padded[b, : end - start] += mean
             out[name] = padded
         nll = torch.stack([self._shards[s]["nll"][i] for s, i in rows]) if "nll" in self._shards[0] else None
         segments_BS = out["segments"].long()

@@ -161,6 +161,7 @@ def layer_maps(recipe: Recipe, run: Path) -> dict[str, Any]:
             "compared": recipe.align.cka_on,
             "num_vectors": measured["num_vectors"],
             "layer_map": measured["layer_map"][recipe.align.cka_on],
+            "notes": (measured.get("notes") or {}).get(recipe.align.cka_on, []),
             "similarity": measured["similarity"][recipe.align.cka_on],
         }
     return found
@@ -172,7 +173,8 @@ def data_table(run: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     manifest = read_json(path)
-    data = {"table": manifest["table"], "tasks": manifest["tasks"], "fingerprint": manifest["fingerprint"]}
+    data = {key: manifest[key] for key in ("table", "tasks", "fingerprint")}
+    data |= {key: manifest[key] for key in ("examples", "noticed") if manifest.get(key)}
     own = {file.parent.name: read_json(file) for file in sorted(path.parent.glob("teachers/*/manifest.json"))}
     data["teachers"] = {
         name: {"tokenizer": found["tokenizer"], "own_chains": not found["one_text"], "lost": found["lost"]}

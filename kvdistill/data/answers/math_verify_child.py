@@ -2,59 +2,33 @@
 
 Says `ready` (or why it cannot start), then answers each pair of expressions that comes with `equal`, `different` or
 `failed`. Started by its path, with the standard library and math-verify only: importing the package would load torch.
-Its clock and its look at the parent end it where nobody is left to do so. Knows no task and no rule of ours.
+`limited_child.py` holds its limits and ends it with its parent. Knows no task and no rule of ours.
 
     python -P math_verify_child.py CHANNEL PARENT_PID LIMIT_S MEMORY_BYTES
 """
 
 from __future__ import annotations
 
-import os
 import random
-import resource
-import signal
-import sys
+import runpy
 from collections.abc import Callable
-from contextlib import suppress
 from functools import lru_cache, partial
-from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
-_LOOK_S = 1.0  # how often an idle child looks whether its parent is still there
-_GRACE_S = 1.0  # the parent kills at the limit; who is still computing this long after it has no parent
 _LONGEST = 20_000  # characters: what is longer is no answer
 _DIGITS = 12  # decimals that count: 0.3333333 is not 1/3
 _TOLERANCE = 1e-6  # for what is plainly different; beyond it math-verify is asked
 
 
 def main() -> None:
-    channel, parent = Connection(int(sys.argv[1])), int(sys.argv[2])
-    limit_s, memory_bytes = float(sys.argv[3]), int(sys.argv[4])
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # to a whole group: the parent's to handle
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with suppress(ValueError, OSError):  # macOS has no such limit; the clock remains
-        wanted = memory_bytes if hard == resource.RLIM_INFINITY else min(memory_bytes, hard)
-        resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
-    with suppress(OSError, EOFError):  # nobody is there any more
-        try:
-            compare = load()
-        except (ImportError, MemoryError) as error:
-            channel.send(f"{type(error).__name__}: {error}".replace("\n", " "))
-            return
-        channel.send("ready")
-        while True:
-            while not channel.poll(_LOOK_S):  # a fork of the parent may hold the channel open
-                if os.getppid() != parent:
-                    return
-            first, second = channel.recv()
-            signal.setitimer(signal.ITIMER_REAL, limit_s + _GRACE_S)
-            verdict = compare(first, second)
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            channel.send(verdict)
+    limited = runpy.run_path(str(Path(__file__).parents[1] / "limited_child.py"))
+
+    def load_pairs() -> Callable[[tuple[str, str]], str]:
+        compare = load()
+        return lambda pair: compare(*pair)
+
+    limited["serve"](load_pairs)
 
 
 def load() -> Callable[[str, str], str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from kvdistill.core.errors import DataError
@@ -28,6 +29,7 @@ from kvdistill.data.sets.math import MATH, MATH500
 from kvdistill.data.sets.math23k import MATH23K
 from kvdistill.data.sets.own_file import CSV, JSONL, PARQUET
 from kvdistill.data.sets.published import Loaded, Member
+from kvdistill.data.sets.rules import RULES
 from kvdistill.data.sets.strategyqa import STRATEGYQA
 from kvdistill.data.sets.subjects import CEVAL, CMMLU
 from kvdistill.data.sets.svamp import SVAMP
@@ -57,9 +59,13 @@ def find_task(name: str, *, place: str) -> Task:
     return TASKS[name]
 
 
-def find_rules(key: str) -> Task:
-    """The task of a row's task key: one that is not built in is the stem of a user's file, which has jsonl's rules."""
-    return TASKS.get(key, TASKS["jsonl"])
+def find_rules(key: str, rule: str = "") -> Task:
+    """The task of a row's task key: one that is not built in is the stem of a user's file, which has jsonl's rules.
+
+    rule: the rule of RULES by which its answers are read and compared; empty: the task's own.
+    """
+    task = TASKS.get(key, TASKS["jsonl"])
+    return replace(task, extract=RULES[rule].extract, same=RULES[rule].same) if rule else task
 
 
 def find_evaluation(name: str, *, place: str) -> Evaluation:
@@ -112,6 +118,7 @@ def questions_of(evaluation: Evaluation, root: Path | None) -> Iterator[tuple[st
 
 __all__ = [
     "EVALUATIONS",
+    "RULES",
     "TASKS",
     "DataSet",
     "Evaluation",

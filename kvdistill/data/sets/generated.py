@@ -23,7 +23,7 @@ from kvdistill.core.runtime import derive_seed
 from kvdistill.data.answers.numbers import normalise_number, same_number, text_after
 from kvdistill.data.problems import Problem, Row, Style
 from kvdistill.data.sets.base import DataSet, Task
-from kvdistill.data.sets.published import Loaded
+from kvdistill.data.sets.published import Loaded, refuse_keys_of_own_files
 from kvdistill.data.sources import Source
 
 _MARK = "="
@@ -158,12 +158,7 @@ def _draw_numbers(total: int, count: int, seed: int) -> Iterator[int]:
 
 def load_generated(task: TaskRecipe, data: DataRecipe, *, family: AbstractFamily) -> Loaded:
     """As many different problems as all splits need together, held-out ones first, so that they cannot overlap."""
-    if task.file is not None:
-        raise DataError(
-            f"`file` does not go with the built-in task {family.name}",
-            place="data.tasks",
-            fix="use name: jsonl for a file",
-        )
+    refuse_keys_of_own_files(task)
     problems = family.draw(task.test + task.val, task.train + task.teach, data.seed)
     return Loaded(problems, [Source(family.name, "generated", repr(family))], in_order=True)
 

@@ -22,6 +22,24 @@ RowDict = dict[str, Any]
 Split = Literal["test", "fewshot"]
 
 
+@dataclass
+class Noticed:
+    """What a user should know of rows that were read: nothing is wrong with them, but perhaps they are meant otherwise.
+
+    unused: columns; `used` are those that problems were made of. numbers_with_words: answers that are a number for a
+    reader and a text for the rule that reads them, and one_of_them.
+    """
+
+    unused: set[str] = field(default_factory=set)
+    used: set[str] = field(default_factory=set)
+    numbers_with_words: int = 0
+    one_of_them: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        words = {"numbers_with_words": self.numbers_with_words, "one_of_them": self.one_of_them}
+        return {"unused_columns": sorted(self.unused - self.used), **(words if self.numbers_with_words else {})}
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A task's problems before they are split. Each of the three may be gone through once: rows are read as one goes.
@@ -29,6 +47,7 @@ class Loaded:
     problems: train is taken from these, and val and test too unless `val` and `test` hold the publisher's own.
     in_order: the order is already random (generated), so no shuffle.
     pool: `problems` are a published file without splits, of which a fixed part is test.
+    noticed: filled while a user's own rows are gone through.
     """
 
     problems: Iterable[Problem]
@@ -37,6 +56,7 @@ class Loaded:
     in_order: bool = False
     val: Iterable[Problem] | None = None
     pool: bool = False
+    noticed: Noticed = field(default_factory=Noticed)
 
 
 @dataclass(frozen=True)
@@ -108,14 +128,7 @@ class Published:
         Files are opened at once, and rows read when they are asked for.
         """
         place = f"data.tasks ({self.name})"
-        given = "file" if task.file is not None else "fields" if task.fields else ""
-        if given:
-            raise DataError(
-                f"`{given}` does not go with {self.name}",
-                place=place,
-                fix="use name: jsonl, csv or parquet for a file of your own, or data.root for a copy of the "
-                "published files",
-            )
+        refuse_keys_of_own_files(task)
         problems: dict[str, Iterable[Problem]] = {}
         sources: list[Source] = []
         folder = None if data.root is None else Path(data.root).expanduser()
@@ -246,6 +259,18 @@ class Published:
     def _looked_for(self, member: Member, split: Split) -> str:
         listed = " or ".join(f"DIR/{path}" for path in self._paths(member, split))
         return f"{listed} (or .json, .parquet, .csv of the same names)"
+
+
+def refuse_keys_of_own_files(task: TaskRecipe) -> None:
+    """DataError for a built-in task with a key that says how a user's own file is read."""
+    for key in ("file", "fields", "language", "answer"):
+        if getattr(task, key):
+            raise DataError(
+                f"`{key}` does not go with {task.name}",
+                place=f"data.tasks ({task.name})",
+                fix="use name: jsonl, csv or parquet for a file of your own, or data.root for a copy of the "
+                "published files",
+            )
 
 
 def _wanted(task: TaskRecipe, has: Mapping[str, str]) -> dict[str, int]:

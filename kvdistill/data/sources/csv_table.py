@@ -2,7 +2,7 @@
 
 Texts may hold line breaks and delimiters inside quotes; quoting is checked strictly, so that a quote that is never
 closed is an error and not one giant text. A UTF-8 byte order mark is passed over, because Excel writes one into every
-`CSV UTF-8` it saves (JSON forbids it, and there it is refused). All values are text.
+`CSV UTF-8` it saves. All values are text.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """JSON text: one object a line (JSONL), or one array of objects, or objects one after another.
 
-Read piece by piece, so that memory does not grow with the rows. Numbers with a point stay as they are written
+Read piece by piece, so that memory does not grow with the rows. A UTF-8 byte order mark is passed over, because Windows
+programs write one. Numbers with a point stay as they are written
 (Decimal), NaN and Infinity are refused, and so is a name that an object has twice.
 """
 
@@ -31,7 +32,7 @@ def read_jsonl(path: Path, *, place: str) -> Iterator[RawRow]:
     place: the recipe key that named the file. DataError at once for a file that is none (`check_file`), and at the
     line for bytes that are not UTF-8, a broken row, a row that is not an object; at the end where there was no row.
     """
-    return _lines(check_file(path, place))
+    return _lines(check_file(path, place, utf8_bom=True))
 
 
 def _lines(file: DataFile) -> Iterator[RawRow]:
@@ -82,7 +83,7 @@ def read_json_objects(path: Path, *, place: str) -> Iterator[RawRow]:
 
     A row's place is the line on which its object begins. DataError as `read_jsonl`, and for a torn array.
     """
-    return _objects(check_file(path, place))
+    return _objects(check_file(path, place, utf8_bom=True))
 
 
 def _objects(file: DataFile) -> Iterator[RawRow]:
@@ -121,7 +122,7 @@ class _Text:
         self._text, self._at = "", 0
         self._line, self._counted = 1, 0
         self._num_lines_read = 0
-        self._all_read = False
+        self._all_read, self._is_first = False, True
 
     def where(self) -> str:
         """Place of the next character that is no space."""
@@ -189,4 +190,6 @@ class _Text:
             raise not_utf8(self._path, line) from None
         self._num_lines_read += data.count(b"\n")
         self._text, self._at, self._counted = rest + more, 0, 0
+        if self._is_first and self._text:
+            self._text, self._is_first = self._text.removeprefix("\ufeff"), False
         return bool(data)

@@ -38,6 +38,12 @@ def read_parquet(path: Path, *, place: str, columns: Sequence[Column] = ()) -> I
     return _rows(file, present if columns else None)
 
 
+def parquet_columns(path: Path, place: str) -> list[str]:
+    """The names of all columns of a Parquet file. DataError as `read_parquet`."""
+    with _opened(check_file(path, place, magic=_MAGIC)) as table:
+        return list(table.schema_arrow.names)
+
+
 @contextmanager
 def _opened(file: DataFile) -> Iterator[Any]:
     import pyarrow

@@ -13,14 +13,14 @@ import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jinja2
 import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 
 from kvdistill.arms.student import Student
-from kvdistill.data.chat import TODAY
+from kvdistill.core.errors import ModelError
+from kvdistill.data.chat import TODAY, TemplateFailed, render_messages
 from kvdistill.models.generate import Rows, generate_greedy, left_padded
 from kvdistill.stages.evaluate.exams import DEFAULT_NEW_TOKENS, Usage
 from kvdistill.stages.evaluate.own import StudentLM
@@ -88,15 +88,16 @@ class MeteredLM(HFLM, StudentLM):
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": not add_generation_prompt,
         }
-        options |= {"tokenize": False, "chat_template": self._template}
+        template = self._template or str(self.tokenizer.chat_template)
         try:
-            return self.tokenizer.apply_chat_template(chat_history, **options)
-        except jinja2.TemplateError:
+            return render_messages(self.tokenizer, chat_history, template, **options)
+        except TemplateFailed as error:
             if chat_history[0]["role"] != "system" or len(chat_history) < 2:
-                raise
+                what, fix = f"the chat template fails ({error})", "set evaluate.chat=false, or use another tokenizer"
+                raise ModelError(what, place="evaluate.chat", fix=fix) from error
             system, first, *rest = chat_history
             merged = {**first, "content": f"{system['content'].strip()}\n\n{first['content']}"}
-            return self.tokenizer.apply_chat_template([merged, *rest], **options)
+            return render_messages(self.tokenizer, [merged, *rest], template, **options)
 
     # -- log-likelihoods ------------------------------------------------------------------------------
 
@@ -209,7 +210,11 @@ def _turn_ends(tokenizer: Any) -> list[int]:
     """The special token that the chat template writes after what the assistant said, if it writes one."""
     said = "Seven."
     messages = [{"role": "user", "content": "Three and four?"}, {"role": "assistant", "content": said}]
-    written = tokenizer.apply_chat_template(messages, tokenize=False)
+    try:
+        written = render_messages(tokenizer, messages, str(tokenizer.chat_template))
+    except TemplateFailed as error:
+        fix = "set evaluate.chat=false, or use another tokenizer"
+        raise ModelError(f"the chat template fails ({error})", place="evaluate.chat", fix=fix) from error
     if said not in written:  # the template writes something else: what ends a turn cannot be seen
         return []
     after = tokenizer.encode(written.rpartition(said)[2], add_special_tokens=False)

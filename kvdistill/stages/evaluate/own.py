@@ -13,7 +13,7 @@ from typing import Any
 from kvdistill.arms.student import Student
 from kvdistill.core.files import read_json, sha256_of
 from kvdistill.core.recipe import EvaluateRecipe
-from kvdistill.core.segments import ANSWER
+from kvdistill.core.segments import ANSWER, REASONING
 from kvdistill.data.encode import Example
 from kvdistill.data.grading import extract_answer, is_correct
 from kvdistill.data.tables import read_manifest, read_split
@@ -90,9 +90,9 @@ class RunTestExam(AbstractExam):
         return (self._examples[question.number].num_prompt_tokens,)
 
     def judge(self, question: Question, responses: Sequence[Any]) -> Judgement:
-        gold = self._examples[question.number].answer
-        correct = is_correct(self.name, responses[0], gold)
-        return Judgement(extract_answer(self.name, responses[0]), responses[0], gold, correct, float(correct))
+        gold, rule = (example := self._examples[question.number]).answer, example.rule
+        correct = is_correct(self.name, responses[0], gold, rule)
+        return Judgement(extract_answer(self.name, responses[0], rule), responses[0], gold, correct, float(correct))
 
 
 class StudentLM:
@@ -125,16 +125,19 @@ class StudentLM:
         ]
         return [one.text for one in answers]
 
-    def score_example(self, requests: Sequence[Request]) -> list[float]:
-        """Mean NLL (nats per token) of each example's answer after its reasoning, teacher-forced."""
+    def score_example(self, requests: Sequence[Request]) -> list[tuple[float, float]]:
+        """Mean NLL (nats per token) of each example's answer and of the reasoning before it, teacher-forced."""
         assert self.student is not None
         examples = [request.args[0] for request in requests]
-        return self.student.score(
+        parts = {ANSWER: 1, REASONING: 2}
+        found = self.student.score(
             [example.input_ids for example in examples],
-            [[segment == ANSWER for segment in example.segments] for example in examples],
+            [[parts.get(segment, 0) for segment in example.segments] for example in examples],
             pad_id=self.student_tokenizer.pad_token_id,
             batch_size=self.student_batch_size,
+            num_parts=len(parts),
         )
+        return [(answer, reasoning) for answer, reasoning in found]
 
     def unspelled(self, text: str) -> tuple[int, int]:
         """Characters of `text` that do not survive encoding and decoding, and all of them; spaces not counted."""

@@ -166,21 +166,22 @@ def _run_evaluation(
             progress(f"evaluate {name}", done, total)
 
 
-def _ask(lm: Any, chunk: Sequence[_Asked], scored: Mapping[int, float]) -> list[Record]:
+def _ask(lm: Any, chunk: Sequence[_Asked], scored: Mapping[int, tuple[float, float]]) -> list[Record]:
     """The records of a chunk. Seconds are shared evenly among its questions; scoring gold answers is not counted.
 
-    scored: id of a request for a published answer -> its NLL, where that is known already.
+    scored: id of a request for a published answer -> its NLL and its reasoning's, where they are known already.
     """
     begun = time.perf_counter()
     answers = _answers(lm, [request for _, question in chunk for request in question.requests])
     seconds = (time.perf_counter() - begun) / len(chunk)
     gold = [one.gold for _, one in chunk if one.gold is not None and id(one.gold) not in scored]
-    nll = {**scored, **{i: _nll(*answer) for i, answer in _answers(lm, gold).items()}}
+    nll = {**scored, **{i: (_nll(*answer), None) for i, answer in _answers(lm, gold).items()}}
     records = []
     for exam, question in chunk:
         found = [answers[id(request)] for request in question.requests]
         judged = exam.judge(question, [response for response, _ in found])
         right = None if judged.right is None else _nll(*found[judged.right])
+        nll_answer, nll_reasoning = (right, None) if question.gold is None else nll[id(question.gold)]
         records.append(
             Record(
                 evaluation=exam.evaluation,
@@ -197,7 +198,8 @@ def _ask(lm: Any, chunk: Sequence[_Asked], scored: Mapping[int, float]) -> list[
                 correct=judged.correct,
                 score=judged.score,
                 metrics=dict(judged.metrics),
-                nll=right if question.gold is None else nll[id(question.gold)],
+                nll=nll_answer,
+                nll_reasoning=nll_reasoning,
                 seconds=seconds,
                 **_cost([usage for _, usage in found if usage is not None]),
             )

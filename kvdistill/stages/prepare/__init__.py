@@ -1,6 +1,7 @@
 """The stage `prepare`: sources in; tokenizer, encoded splits, leak report and manifest out. And `validate`, its check.
 
     check.py          what is learned from against what is held out
+    lengths.py        which problems are too long, and what takes their place
     teacher_texts.py  the same problems as teachers with their own tokenizer or chains read them
     export.py         the prepared splits in the forms other trainers read
 
@@ -19,6 +20,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from transformers import PreTrainedTokenizerFast
 
 from kvdistill.core.errors import DataError, RunFolderError
@@ -27,22 +29,22 @@ from kvdistill.core.layout import data_folder, tokenizer_folder
 from kvdistill.core.marks import read_sealed, sealed
 from kvdistill.core.progress import Progress, silent
 from kvdistill.core.recipe import DataRecipe, Recipe
-from kvdistill.data.chat import chat_tokenizer, write_chat_rows
 from kvdistill.data.encode import encode_rows, texts_of
 from kvdistill.data.leaks import question_hash
 from kvdistill.data.problems import SPLITS, Row, styles_of
-from kvdistill.data.splits import Splits, load_splits, refuse_empty
+from kvdistill.data.splits import Splits, refuse_empty
 from kvdistill.data.tables import MANIFEST, SplitWriter, check_file, read_manifest, read_split, split_path
 from kvdistill.data.tokenizers import CHARACTERS, fingerprint_tokenizer, load_tokenizer, trim_tokenizer
 from kvdistill.stages.prepare.check import (
-    checked_splits,
+    check_splits,
     count_leaks,
     drop_leaks,
     find_split_leaks,
     report_as_dict,
     require_checked,
 )
-from kvdistill.stages.prepare.teacher_texts import prepare_teacher_texts
+from kvdistill.stages.prepare.lengths import fits, fitted_splits, plain_tokenizer, write_rows
+from kvdistill.stages.prepare.teacher_texts import check_teachers_templates, prepare_teacher_texts
 
 _FORMAT = 2
 _CHUNK = 1000  # problems
@@ -64,8 +66,11 @@ def prepare(recipe: Recipe, run: Path, progress: Progress | None = None) -> None
 
 def _prepare_data(recipe: Recipe, run: Path, progress: Progress) -> None:
     data = recipe.data
-    splits, report, dropped = checked_splits(recipe, progress, beside=run)
-    tokenizer, id_map = _make_tokenizer(data, splits)
+    reader = None if data.tokenizer == CHARACTERS and data.template != "chat" else plain_tokenizer(data)
+    check_teachers_templates(recipe)  # before the minutes that reading rows may take
+    splits = fitted_splits(data, progress, beside=run, tokenizer=None if reader is None else lambda: reader)
+    report, dropped = check_splits(recipe, splits, progress)
+    tokenizer, id_map = _make_tokenizer(data, splits, reader)
     encoded = _encode(splits, data, tokenizer, run, progress)
     counts = _count(splits, encoded, dropped, data.max_length)
     with replacing_folder(tokenizer_folder(run)) as folder:
@@ -87,6 +92,8 @@ def _prepare_data(recipe: Recipe, run: Path, progress: Progress) -> None:
         },
         "tasks": counts,
         "table": {task: {style: dict(n) for style, n in styles.items()} for task, styles in encoded.rows.items()},
+        "examples": encoded.examples,
+        "noticed": {task: said for task, one in splits.noticed.items() if any((said := one.as_dict()).values())},
         "duplicates_dropped": splits.duplicates,
         "num_leaks": found["num_leaks"],
         "max_tokens": max(table.max_tokens for table in encoded.tables.values()),
@@ -115,11 +122,9 @@ class _Written:
 
         read_back: every row is read by its task; DataError where the gold answer does not come out of it.
         """
-        data, rules, styles = self.data, self.splits.rules, styles_of(self.data.style)
         for problems in self.splits.problems[split].batches(_CHUNK):
-            rows = [rules[problem.task].write(problem, style) for problem in problems for style in styles]
-            for row in rows if read_back else ():
-                task, problem = rules[row.problem.task], row.problem
+            for row in write_rows(problems, self.splits, self.data, None) if read_back else ():
+                task, problem = self.splits.rules[row.problem.task], row.problem
                 answer = task.extract(row.reasoning + row.answer)
                 if answer is None or not task.same(answer, problem.answer):
                     raise DataError(
@@ -127,23 +132,21 @@ class _Written:
                         place=f"{problem.task} / {problem.id}",
                         fix="take the task's answer mark out of the reasoning, or take the row out",
                     )
-            if data.template == "chat" and self.tokenizer is not None:
-                rows = write_chat_rows(rows, self.tokenizer, system_prompt=data.system_prompt)
-            yield rows
+            yield write_rows(problems, self.splits, self.data, self.tokenizer)
 
     def __iter__(self) -> Iterator[str]:
         return chain.from_iterable(texts_of(rows) for split in SPLITS for rows in self.chunks(split))
 
 
-def _make_tokenizer(data: DataRecipe, splits: Splits) -> tuple[PreTrainedTokenizerFast, dict[int, int] | None]:
-    """The tokenizer of the data section; trimmed over the texts of all splits, as they will be tokenized.
+def _make_tokenizer(
+    data: DataRecipe, splits: Splits, reader: PreTrainedTokenizerFast | None
+) -> tuple[PreTrainedTokenizerFast, dict[int, int] | None]:
+    """The tokenizer of the data section (reader; None: of single characters, made of the texts);
+    trimmed over the texts of all splits, as they will be tokenized.
 
     Test texts count too: what a pretrained teacher reads must be the pieces it was trained on.
     """
-    texts = _Written(splits, data, None) if data.tokenizer == CHARACTERS else ()
-    tokenizer = load_tokenizer(data.tokenizer, data.root, texts=texts)
-    if data.template == "chat":
-        tokenizer = chat_tokenizer(tokenizer)
+    tokenizer = reader or load_tokenizer(CHARACTERS, texts=_Written(splits, data, None))
     if not data.trim_vocabulary:
         return tokenizer, None
     return trim_tokenizer(tokenizer, _Written(splits, data, tokenizer))
@@ -154,6 +157,7 @@ class _Encoded:
     """What was written: a finished table per split, and counts. too_long: task -> split -> problems left out.
 
     rows: task -> style -> split -> rows. problems: task -> split -> problems. unknown: split -> unknown tokens.
+    examples: task -> style -> the first row as it will be read: what is asked, reasoning, answer.
     """
 
     tables: dict[str, SplitWriter]
@@ -161,12 +165,13 @@ class _Encoded:
     rows: dict[str, dict[str, Counter[str]]] = field(default_factory=dict)
     too_long: dict[str, Counter[str]] = field(default_factory=dict)
     unknown: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, dict[str, dict[str, str]]] = field(default_factory=dict)
 
 
 def _encode(
     splits: Splits, data: DataRecipe, tokenizer: PreTrainedTokenizerFast, run: Path, progress: Progress
 ) -> _Encoded:
-    """Every split encoded; problems of which any style is longer than `data.max_length` tokens are left out.
+    """Every split encoded; problems that are too long in any style are left out (`lengths.fits`).
 
     run: need not exist; the files without names lie on its disk.
     """
@@ -182,12 +187,14 @@ def _encode(
             for start in range(0, len(examples), num_styles):
                 problem = examples[start : start + num_styles]
                 task = problem[0].task
-                if any(len(example.input_ids) > data.max_length for example in problem):
+                if not fits(problem, split, data.max_length):
                     encoded.too_long.setdefault(task, Counter())[split] += 1
                     continue
                 encoded.problems.setdefault(task, Counter())[split] += 1
-                for example in problem:
+                for row, example in zip(rows[start : start + num_styles], problem, strict=True):
                     encoded.rows.setdefault(task, {}).setdefault(example.style, Counter())[split] += 1
+                    shown = {"prompt": row.prompt, "reasoning": row.reasoning, "answer": row.answer + row.closing}
+                    encoded.examples.setdefault(task, {}).setdefault(example.style, shown)
                 kept += problem
             encoded.tables[split].write(kept)
             if unk is not None:
@@ -200,7 +207,8 @@ def _encode(
 def _count(
     splits: Splits, encoded: _Encoded, dropped: dict[str, dict[str, int]], max_length: int
 ) -> dict[str, dict[str, dict[str, int]]]:
-    """task -> split -> asked, problems, rows, too_long, dropped (as leaks). DataError for a split that is now empty."""
+    """task -> split -> asked, problems, rows, too_long, replaced (by as many others, for the same reason), dropped (as
+    leaks). DataError for a split that is now empty."""
     counts: dict[str, dict[str, dict[str, int]]] = {}
     for task, asked in splits.asked.items():
         counts[task] = {}
@@ -210,11 +218,13 @@ def _count(
                 "problems": encoded.problems.get(task, Counter())[split],
                 "rows": sum(styles[split] for styles in encoded.rows.get(task, {}).values()),
                 "too_long": encoded.too_long.get(task, Counter())[split],
+                "replaced": splits.replaced.get(task, Counter())[split],
                 "dropped": dropped.get(split, {}).get(task, 0),
             }
             if count["problems"] == 0 and count["too_long"]:
+                what = "prompts" if split == "test" else "problems"
                 raise DataError(
-                    f"all {count['too_long']} problems of split {split} of task {task} are longer than {max_length} "
+                    f"all {count['too_long']} {what} of split {split} of task {task} are longer than {max_length} "
                     "tokens",
                     place="data.max_length",
                     fix="raise data.max_length",
@@ -248,7 +258,7 @@ def validate(recipe: Recipe, run: Path, progress: Progress | None = None, *, fix
         prepare(recipe.model_copy(update={"data": data.model_copy(update={"leaks": "drop"})}), run, progress)
         return read_sealed(data_folder(run) / REPORT, fix="run `kvdistill validate` again")
     finished = _is_finished(data, run)
-    splits = load_splits(data, progress, beside=run)
+    splits = fitted_splits(data, progress, beside=run)
     leaks = find_split_leaks(recipe, splits, progress)
     if data.leaks != "allow":
         require_checked(splits, leaks)
@@ -290,12 +300,21 @@ def _section(data: DataRecipe) -> dict[str, Any]:
     return data.model_dump(mode="json", exclude={"root", "leaks"})
 
 
+def _section_of(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The data section that a manifest keeps, with the keys that came into being since at their defaults."""
+    kept: dict[str, Any] = manifest.get("section", {})
+    try:
+        return _section(DataRecipe.model_validate(kept))
+    except ValidationError:  # of another version
+        return kept
+
+
 def _is_finished(data: DataRecipe, run: Path) -> bool:
     path = data_folder(run) / MANIFEST
     if not path.is_file():
         return False
     manifest = read_manifest(run)
-    ours, theirs = _section(data), manifest.get("section", {})
+    ours, theirs = _section(data), _section_of(manifest)
     if manifest.get("format") != _FORMAT or ours != theirs:
         differing = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
         named = ", ".join(f"data.{key}" for key in differing) or "the manifest's format"

@@ -21,7 +21,7 @@ from kvdistill.data.sets import (
     missing_evaluations,
     questions_of,
 )
-from kvdistill.data.splits import Splits, load_splits
+from kvdistill.data.splits import Splits
 
 _MOST_SHOWN = 1000  # pairs in the report; all are counted
 METHOD = {
@@ -31,20 +31,17 @@ METHOD = {
 }
 
 
-def checked_splits(recipe: Recipe, progress: Progress, *, beside: Path) -> tuple[Splits, LeakReport, dict[str, Any]]:
-    """The splits of the data section, without leaks unless they are allowed; what was found; problems dropped.
-
-    The last is split -> task -> number taken out (`data.leaks: drop`). DataError for the first leak under `refuse`.
-    """
-    splits = load_splits(recipe.data, progress, beside=beside)
+def check_splits(recipe: Recipe, splits: Splits, progress: Progress) -> tuple[LeakReport, dict[str, Any]]:
+    """What leaks were found, and the problems dropped (from `splits`, in place): split -> task -> number taken out
+    (`data.leaks: drop`). DataError for the first leak under `refuse`."""
     report = find_split_leaks(recipe, splits, progress)
     if recipe.data.leaks == "allow":
-        return splits, report, {}
+        return report, {}
     require_checked(splits, report)
     if recipe.data.leaks == "refuse":
         refuse_leaks(report.leaks)
-        return splits, report, {}
-    return splits, report, drop_leaks(splits, report)
+        return report, {}
+    return report, drop_leaks(splits, report)
 
 
 def find_split_leaks(recipe: Recipe, splits: Splits, progress: Progress) -> LeakReport:

@@ -62,7 +62,8 @@ def export(recipe: Recipe, run: Path, form: str, progress: Progress) -> list[str
 def export_row(
     row: Row, format: str, tokenizer: PreTrainedTokenizerFast | None = None, *, system_prompt: str | None = None
 ) -> dict[str, Any]:
-    """One row in one of FORMATS, with its task, id, style and language alongside.
+    """One row in one of FORMATS, with its task, id, style, language, question, reasoning and answer alongside, by which
+    it can be read back as a file of one's own.
 
     row: plain, or through a chat template already. tokenizer: its chat template is used for a row that is plain.
     system_prompt: the first message of a plain row's conversation; a rendered row has its own.
@@ -72,6 +73,7 @@ def export_row(
         raise DataError(f"unknown format {format!r}", place="--format", fix=f"use {', '.join(FORMATS)}")
     problem = row.problem
     about = {"task": problem.task, "id": problem.id, "style": row.style, "language": problem.language}
+    about |= {"question": problem.question, "reasoning": problem.reasoning, "answer": problem.answer}
     if format == "messages":
         return {"messages": chat_messages(row, system_prompt=system_prompt), **about}
     if tokenizer is not None and not row.rendered:

@@ -81,6 +81,27 @@ def prepare_teacher_texts(recipe: Recipe, run: Path, progress: Progress) -> None
             write_json(part / MANIFEST, sealed(manifest))
 
 
+def check_teachers_templates(recipe: Recipe) -> None:
+    """Look at the chat templates of teachers with tokenizers of their own; the error names whose it is."""
+    data = recipe.data
+    for teacher in recipe.teachers if data.template == "chat" else ():
+        name = teacher.tokenizer or teacher.path
+        if name is not None and name != data.tokenizer:
+            place = teacher_place(recipe, teacher.name)
+            where = f"{place}.tokenizer" if teacher.tokenizer else place
+            found = load_tokenizer(name, data.root if teacher.tokenizer else None, where)
+            _through_template(found, where)
+
+
+def _through_template(tokenizer: PreTrainedTokenizerFast, where: str) -> PreTrainedTokenizerFast:
+    """`chat_tokenizer`, with the teacher named in what it refuses."""
+    try:
+        return chat_tokenizer(tokenizer)
+    except DataError as error:
+        fix = "name a `tokenizer` of the same pieces that has a chat template, or set data.template=plain"
+        raise DataError(f"{error.what} (data.template=chat goes through it)", place=where, fix=fix) from error
+
+
 def _section(run: Path, teacher: TeacherRecipe, place: str) -> dict[str, Any]:
     """What these texts are made from: a change of any of it makes them anew."""
     traces = None
@@ -122,7 +143,8 @@ def _own_tokenizer(
                 fix="name a fast tokenizer of the same pieces with `tokenizer`",
             )
         found = load_tokenizer(teacher.path, None, place)
-    return chat_tokenizer(found) if data.template == "chat" else found
+    where = f"{place}.tokenizer" if teacher.tokenizer else place
+    return _through_template(found, where) if data.template == "chat" else found
 
 
 def _read_traces(teacher: TeacherRecipe, place: str) -> dict[str, str] | None:
@@ -174,7 +196,7 @@ class _Texts:
         for start in range(0, len(examples), _CHUNK):
             part, rows = examples[start : start + _CHUNK], []
             for example in part:
-                rules, reasoning = find_rules(example.task), example.reasoning
+                rules, reasoning = find_rules(example.task, example.rule), example.reasoning
                 if self.traces is not None and example.style == "cot":
                     own = self.traces.get(example.doc_hash)
                     if own is None and split in _LEARNED:
@@ -185,7 +207,13 @@ class _Texts:
                         )
                     reasoning = own or reasoning
                 problem = Problem(
-                    example.task, example.id, example.question, reasoning, example.answer, example.language
+                    example.task,
+                    example.id,
+                    example.question,
+                    reasoning,
+                    example.answer,
+                    example.language,
+                    example.rule,
                 )
                 row = rules.write(problem, "direct" if example.style == "direct" else "cot")
                 answer = rules.extract(row.completion) if reasoning is not example.reasoning else problem.answer

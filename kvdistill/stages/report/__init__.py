@@ -34,7 +34,7 @@ def report(recipe: Recipe, run: Path, progress: Progress | None = None) -> Path:
     family = compare_all(recipe, tables)
     summary = summarise(recipe, tables, family)
     summary["headline"] = write_headline(summary)
-    write_json(run / "statistical_results.json", statistics_document(recipe, family))
+    write_json(run / "statistical_results.json", statistics_document(recipe, summary))
     tell("figures", 2, total)
     pictures = draw_all(recipe, tables, summary)
     for picture in pictures:

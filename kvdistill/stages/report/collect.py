@@ -16,7 +16,7 @@ import numpy as np
 from kvdistill.core.config import asked_hash
 from kvdistill.core.errors import RunFolderError
 from kvdistill.core.files import finite, read_json_lines, write_text
-from kvdistill.core.layout import evaluated_mark, trained_mark
+from kvdistill.core.layout import evaluated_mark, layers_folder, trained_mark
 from kvdistill.core.marks import check_marked, read_mark, read_sealed
 from kvdistill.core.recipe import Recipe
 from kvdistill.core.records import Record, read_records
@@ -85,6 +85,7 @@ def collect_tables(recipe: Recipe, run: Path) -> RunTables:
         check_marked(trained_mark(folder), fix=f"delete {folder} and teach it again")
         if found := _read_object(run / "teachers" / teacher.name / "report.json"):
             tables.teachers[teacher.name] = found
+    tables.notes += _layer_notes(recipe, run)
     manifest = run / "data" / "manifest.json"
     tables.manifest = read_sealed(manifest, fix="run `kvdistill prepare` again") if manifest.is_file() else {}
     validation = run / "data" / "validation_report.json"
@@ -100,6 +101,22 @@ def collect_tables(recipe: Recipe, run: Path) -> RunTables:
     if strays:
         tables.notes.append("In the folder but not in the recipe, and left out: " + ", ".join(strays) + ".")
     return tables
+
+
+def _layer_notes(recipe: Recipe, run: Path) -> list[str]:
+    """What speaks against the layer maps that arms read by similarity."""
+    kinds: dict[str, set[str]] = {}  # teacher -> what its layers are compared by
+    for spec in recipe.arms.values():
+        changes: Row = spec.get("align") or {}
+        if changes.get("layers", recipe.align.layers) == "cka":
+            names = spec.get("teachers")
+            for name in [one.name for one in recipe.teachers] if names is None else names:
+                kinds.setdefault(name, set()).add(changes.get("cka_on", recipe.align.cka_on))
+    notes = []
+    for name, on in kinds.items():
+        found = _read_object(layers_folder(run) / f"{name}.json").get("notes") or {}
+        notes += [f"Layers of {name} by CKA of {kind}: {note}." for kind in sorted(on) for note in found.get(kind, ())]
+    return notes
 
 
 def read_log(path: Path) -> list[Row]:
@@ -155,6 +172,7 @@ def read_run(folder: Path, arm: str, seed: int) -> SeedRun:
         nll_Q=np.array([one.nll for one in records], dtype=np.float64),  # None: NaN
         tokens_out_Q=np.array([one.tokens_out for one in records], dtype=np.float64),
         ledger=_read_object(folder / "ledger.json"),
+        nll_reasoning_Q=np.array([one.nll_reasoning for one in records], dtype=np.float64),
     )
 
 

@@ -33,7 +33,8 @@ _NO_VERDICT = stats.Verdict("refused", "refused")
 class SeedRun:
     """One training run as evaluation saw it: one entry per question, in the order of `keys`, plus its budget.
 
-    keys: (task, id, style), unique. nll: mean per answer token, NaN where unknown.
+    keys: (task, id, style), unique. nll: mean per answer token; nll_reasoning: per token of the reasoning before it;
+    NaN where unknown.
     """
 
     keys: tuple[tuple[str, str, str], ...]
@@ -43,12 +44,15 @@ class SeedRun:
     nll_Q: np.ndarray
     tokens_out_Q: np.ndarray
     ledger: Mapping[str, Any] = field(default_factory=dict)
+    nll_reasoning_Q: np.ndarray | None = None
 
     @property
     def tasks_Q(self) -> list[str]:
         return [task for task, _, _ in self.keys]
 
     def column(self, figure: str) -> np.ndarray:
+        if figure == "nll_reasoning":
+            return np.full(len(self.keys), NAN) if self.nll_reasoning_Q is None else self.nll_reasoning_Q
         return {"accuracy": self.correct_Q, "nll": self.nll_Q, "tokens_out": self.tokens_out_Q}[figure]
 
     def by_task(self, figure: str) -> dict[str, float]:
@@ -59,6 +63,8 @@ class SeedRun:
     def macro(self, figure: str) -> float:
         """Mean over tasks: every task counts the same, however many questions it has."""
         means = list(self.by_task(figure).values())
+        if figure == "nll_reasoning":  # tasks whose answers have none before them are no reason to show none
+            means = [mean for mean in means if not np.isnan(mean)]
         return float(np.mean(means)) if means else NAN
 
 

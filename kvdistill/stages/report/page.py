@@ -27,7 +27,7 @@ from kvdistill.stages.report.summary import METHOD, budgets, reference_arm
 SVG_LIMIT_BYTES = 250_000
 SPLITS = ("train", "val", "test")
 # of the data manifest: as a table, in the recipe, or of no use
-SHOWN_ELSEWHERE = ("tasks", "section", "files", "format")
+SHOWN_ELSEWHERE = ("tasks", "section", "files", "format", "examples")
 EXAMPLES_PER_KIND = 4
 EXCERPT = 700
 
@@ -68,6 +68,7 @@ def build_page(recipe: Recipe, tables: RunTables, summary: Row, pictures: Sequen
         css=Markup((here / "page.css").read_text(encoding="utf-8")),  # ours, and holds no `<`
         title=summary["title"], summary=summary, arms=summary["arms"], tasks=summary["tasks"], recipe=recipe,
         warnings=text.list_warnings(summary), pictures={p.name: _embed(p) for p in pictures}, method=METHOD,
+        has_reasoning=any(not math.isnan(arm["nll_reasoning"]["mean"]) for arm in summary["arms"].values()),
         figure=summary["primary"], best=max(means, key=lambda name: means[name], default=""), seeds_words=seeds_words,
         match=match_table(recipe, tables), match_figures=MATCH_FIGURES,
         budgets=budgets(recipe, tables), reference=reference_arm(recipe), teachers=teachers,

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvdistill import stats
+from kvdistill.core.declared import compare_declared
 from kvdistill.core.recipe import Recipe
 from kvdistill.stages.report.collect import RunTables
 from kvdistill.stages.report.compare import Comparison, compare_family, describe_comparison
@@ -99,6 +100,17 @@ def describe_arm(recipe: Recipe, arm: str) -> str:
     return words + ("; placebo: teacher KV of a mismatched example" if spec.get("placebo") else "")
 
 
+def dead_channels(tables: RunTables, arm: str) -> dict[str, dict[str, int]]:
+    """By teacher how many channels of its mapped keys and values never vary: {"keys", "values", "channels"}."""
+    found: dict[str, dict[str, int]] = {}
+    for run in tables.runs[arm].values():
+        for teacher, extra in (run.ledger.get("alignment") or {}).items():
+            counts = extra.get("dead_channels")
+            if counts and (counts["keys"] or counts["values"]):
+                found[teacher] = counts
+    return found
+
+
 def mean_ledger(tables: RunTables, arm: str) -> dict[str, Any]:
     """Mean over seeds of every figure of the ledger; {} if no run has one. FLOPs as floats, teachers by name."""
     ledgers = [run.ledger for run in tables.runs[arm].values() if run.ledger]
@@ -162,22 +174,41 @@ def summarise(recipe: Recipe, tables: RunTables, family: dict[str, list[Comparis
             "questions": max((len(run.keys) for run in tables.runs[arm].values()), default=0),
             "missing_seeds": [s for s in tables.seeds if s not in tables.runs[arm]],
             "description": describe_arm(recipe, arm),
+            "nll_reasoning": _spread(tables, arm, "nll_reasoning"), "dead_channels": dead_channels(tables, arm),
         }  # fmt: skip
     known = [a["mean"] for a in arms.values() if not math.isnan(a["mean"])]
     ledgers = [run.ledger for runs in tables.runs.values() for run in runs.values()]
+    declared = compare_declared(recipe, tables.path)
+    comparisons = {kind: [describe_comparison(c) for c in family[kind]] for kind in ("primary", "secondary")}
+    for one in (*comparisons["primary"], *comparisons["secondary"]):
+        one["after_results"] = [one["arm"], one["baseline"]] in declared["late"]
     return {
-        "schema": 1, "name": recipe.name, "title": recipe.title or recipe.name, "primary": recipe.report.primary,
+        "schema": 1, "declared": declared, "name": recipe.name,
+        "title": recipe.title or recipe.name, "primary": recipe.report.primary,
         "seeds": tables.seeds, "tasks": tables.tasks, "arms": arms,
-        "comparisons": [describe_comparison(c) for c in family["primary"]],
-        "secondary_comparisons": [describe_comparison(c) for c in family["secondary"]],
+        "comparisons": comparisons["primary"],
+        "secondary_comparisons": comparisons["secondary"],
         "accuracy_near_zero": bool(known) and max(known) < NEAR_ZERO,
         "seconds": _total([tables.provenance], "seconds"), "cpu_seconds": _total([tables.provenance], "cpu_seconds"),
         "student_seconds": _total(ledgers, "seconds"),
         "teacher_seconds": _total(list(tables.teachers.values()), "seconds"),
         "leaks_allowed": recipe.data.leaks == "allow" or bool(tables.manifest.get("num_leaks")),
         "leaks_found": tables.validation.get("num_leaks"),
+        "not_asked": not_asked(tables),
         "notes": tables.notes,
     }  # fmt: skip
+
+
+def not_asked(tables: RunTables) -> list[str]:
+    """What of the test questions no model was asked, in words: an accuracy is that of the others."""
+    tasks = tables.manifest.get("tasks") or {}
+    counts = {task: (splits.get("test") or {}) for task, splits in tasks.items()}
+    return [
+        f"{task}: {left} of {left + test['problems']} test questions were not asked: their prompts are longer than "
+        "data.max_length"
+        for task, test in counts.items()
+        if (left := test.get("too_long") or 0)
+    ]
 
 
 def _total(rows: Sequence[Any], key: str) -> float:
@@ -185,14 +216,14 @@ def _total(rows: Sequence[Any], key: str) -> float:
     return sum(known) if known else NAN
 
 
-def statistics_document(recipe: Recipe, family: dict[str, list[Comparison]]) -> dict[str, Any]:
+def statistics_document(recipe: Recipe, summary: dict[str, Any]) -> dict[str, Any]:
     """What `statistical_results.json` holds: rules, method in words, every comparison of both figures."""
     rules = recipe.report
     return {
         "schema": 1, "primary": rules.primary, "alpha": rules.alpha, "margin": rules.margin,
         "seeds": list(recipe.seeds),
         "family": [list(pair) for pair in rules.comparisons], "method": METHOD,
-        "comparisons": [describe_comparison(c) for c in family["primary"]],
-        "secondary_comparisons": [describe_comparison(c) for c in family["secondary"]],
+        "declared": summary["declared"], "comparisons": summary["comparisons"],
+        "secondary_comparisons": summary["secondary_comparisons"],
         "secondary_note": "exploratory: the recipe declares one primary figure, and no margin for this one",
     }  # fmt: skip

@@ -128,7 +128,8 @@ def outcome(comparison: dict[str, Any], family_size: int) -> str:
     name, p = ("TOST p", comparison["tost_p_holm"]) if word == "equivalent" else ("p", comparison["p_holm"])
     adjusted = f", Holm-adjusted for {family_size} comparisons" if family_size > 1 else ""
     text = word if word in ("better", "worse") else comparison["sentence"]
-    return f"{text} ({name} {p_value(p)}{adjusted})"
+    late = "; chosen after the results" if comparison.get("after_results") else ""
+    return f"{text} ({name} {p_value(p)}{adjusted}{late})"
 
 
 def amount(found: dict[str, Any], figure: str) -> str:

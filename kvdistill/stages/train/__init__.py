@@ -20,6 +20,7 @@ from kvdistill.arms.distiller import Distiller
 from kvdistill.arms.student import CausalStudent
 from kvdistill.arms.teacher import Teacher
 from kvdistill.arms.texts import spread
+from kvdistill.core.declared import declare
 from kvdistill.core.errors import DataError
 from kvdistill.core.files import read_json, write_json, write_tensors
 from kvdistill.core.layout import CHECKPOINTS, data_folder, folder_lock, teacher_folder, trained_mark
@@ -29,7 +30,7 @@ from kvdistill.core.runtime import Stopwatch, derive_seed, seed_everything
 from kvdistill.data.encode import Example
 from kvdistill.match import TeacherMatch
 from kvdistill.models import fingerprint_model, load_model
-from kvdistill.stages.train.curves import BATCH, LearningCurve, accuracy_by_task
+from kvdistill.stages.train.curves import LearningCurve, accuracy_by_task
 from kvdistill.stages.train.ledger import training_ledger
 from kvdistill.stages.train.trainer import DistillTrainer, training_arguments
 
@@ -45,6 +46,7 @@ def train_student(arm: Arm, progress: Progress = silent) -> None:
     with folder_lock(folder, wait=True) if os.environ.get("RANK", "0") == "0" else nullcontext():
         if read_mark(trained_mark(folder)) is not None:
             return
+        declare(recipe, arm.experiment.run)
         seed_everything(derive_seed(arm.seed, "training"))
         init_fingerprint = fingerprint_model(arm.initial_model)
         batches, order = arm.batches("train"), arm.training_order()
@@ -99,8 +101,8 @@ def match_on_held_out(arm: Arm, distiller: Distiller) -> dict[str, Any]:
     batches = arm.batches("val")
     chosen = spread(batches.examples, arm.experiment.recipe.evaluate.match_examples)
     figures = {name: TeacherMatch(len(distiller.student_layers), seed=arm.seed) for name in arm.recipe.teachers}
-    for start in range(0, len(chosen), BATCH):
-        batch = batches(chosen[start : start + BATCH]).to(arm.device)
+    for numbers in arm.measured_in(batches.examples, chosen, head=False, kv=True):
+        batch = batches(numbers).to(arm.device)
         for name, figure in figures.items():
             source, target = distiller.match(batch, name)
             figure.keys.add(source.k, target.k, batch.kv_masks[name])

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from kvdistill.arms.arm import Arm
+from kvdistill.arms.arm import MEASURED, Arm
 from kvdistill.arms.batches import BatchMaker, token_counts
 from kvdistill.arms.distiller import Distiller
 from kvdistill.arms.student import Student
@@ -20,8 +20,6 @@ from kvdistill.arms.texts import spread
 from kvdistill.core.files import append_json_line
 from kvdistill.data.encode import Example
 from kvdistill.data.grading import is_correct
-
-BATCH = 64
 
 
 class LearningCurve:
@@ -59,19 +57,23 @@ class LearningCurve:
         """Mean cross-entropy, and the mean of the raw KV terms (over teachers, K and V), per token."""
         arm = self._arm.recipe.model_copy(update={"teachers": []}) if plain else self._arm.recipe
         sums: dict[str, float] = {}
-        tokens = 0.0
-        for start in range(0, len(chosen), BATCH):
-            batch = batches(chosen[start : start + BATCH])
+        tokens: dict[str, float] = {}
+        for numbers in self._arm.measured_in(batches.examples, chosen, head=True, kv=arm.needs_kv and not plain):
+            batch = batches(numbers)
             counts = token_counts(batch, arm).float().clamp_min(1).to(self._arm.device)
             batch = batch.to(self._arm.device)
             if plain:
                 terms = {"ce": distiller.cross_entropy_only(batch, counts)}
             else:
                 terms = {name: raw for name, (raw, _, _) in distiller(batch, counts, kv_weight=1.0).terms.items()}
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0.0) + float(value) * float(counts[0])
-            tokens += float(counts[0])
-        means = {name: value / max(tokens, 1.0) for name, value in sums.items()}
+            of_teacher = dict(zip(arm.teachers, counts[1:].tolist(), strict=False))
+            for name, value in terms.items():  # kv/TEACHER/k is a mean over the teacher's own tokens
+                count = float(counts[0])
+                if name.startswith("kv/"):
+                    count = of_teacher.get(name.split("/", 1)[1].rpartition("/")[0], max(of_teacher.values()))
+                sums[name] = sums.get(name, 0.0) + float(value) * count
+                tokens[name] = tokens.get(name, 0.0) + count
+        means = {name: value / tokens[name] for name, value in sums.items()}
         kv = [value for name, value in means.items() if name.startswith("kv/")]
         return {"ce": means["ce"], "nll": means["ce"], "kv_loss": sum(kv) / len(kv) if kv else None}
 
@@ -81,8 +83,8 @@ def accuracy_by_task(
 ) -> dict[str, float]:
     """Share of greedy answers that are right, per task."""
     prompts = [example.prompt_ids for example in examples]
-    answers = student.generate(prompts, tokenizer, max_new_tokens=max_new_tokens, batch_size=2 * BATCH)
+    answers = student.generate(prompts, tokenizer, max_new_tokens=max_new_tokens, batch_size=2 * MEASURED)
     right: dict[str, list[bool]] = {}
     for example, one in zip(examples, answers, strict=True):
-        right.setdefault(example.task, []).append(is_correct(example.task, one.text, example.answer))
+        right.setdefault(example.task, []).append(is_correct(example.task, one.text, example.answer, example.rule))
     return {task: sum(values) / len(values) for task, values in sorted(right.items())}

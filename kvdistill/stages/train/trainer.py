@@ -26,6 +26,7 @@ from transformers.integrations import TensorBoardCallback
 
 from kvdistill.arms.batches import Batch, BatchMaker, ExampleNumbers, FixedOrder, token_counts
 from kvdistill.arms.distiller import Distiller, DistillOutput
+from kvdistill.arms.shares import gradient_shares
 from kvdistill.core.errors import TrainingStopped
 from kvdistill.core.files import append_json_line, keep_json_lines, read_json_lines, write_json_lines
 from kvdistill.core.recipe import ArmRecipe, OptimiserRecipe, TrainRecipe
@@ -112,6 +113,7 @@ class DistillTrainer(Trainer):
         self._log_file = log_file
         self._projector_lr_scale, self._tensorboard = projector_lr_scale, tensorboard
         self._sums: dict[str, list[float]] = {}
+        self._shares: dict[str, dict[str, float | None]] | None = None
         self._routing = RoutingRecord(model.teachers, max(1, len(model.student_layers))) if model.teachers else None
         self._clock = clock or Stopwatch()
         self.seen = torch.zeros(2, dtype=torch.float64)  # real tokens, loss tokens
@@ -204,6 +206,7 @@ class DistillTrainer(Trainer):
             )
         out: DistillOutput = model(batch, counts=num_items_in_batch, kv_weight=kv_weight)
         self._watch(out)
+        self._note_shares(out)
         if self._routing is not None and out.weights is not None:
             self._routing.add(out.weights, batch.mask_BT, batch.tasks)
         loss = out.loss * self.args.world_size  # ranks are averaged, counts are global
@@ -227,6 +230,14 @@ class DistillTrainer(Trainer):
             sums[1] = weight
             sums[2] += entered
 
+    def _note_shares(self, out: DistillOutput) -> None:
+        """What share of the gradient each term has, in the first micro-batch of a step that will be logged."""
+        step = self.state.global_step + 1
+        logged = step == 1 or step % int(self.args.logging_steps) == 0
+        # through `parts` and not through parameters: nothing is added to a gradient, no rank waits for another
+        if logged and self._shares is None and out.seen and out.loss.requires_grad and self.is_world_process_zero():
+            self._shares = gradient_shares(out.parts, out.seen)
+
     # -- log ----------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -248,6 +259,10 @@ class DistillTrainer(Trainer):
                 "tokens": int(self.seen[0]),
                 "seconds": round(self._clock.wall_s(), 3),
             }
+            if self._shares is not None:
+                row["gradient"] = self._shares
+                logs |= {f"{name}/share": found["share"] for name, found in self._shares.items() if found["share"]}
+                self._shares = None
             if self._routing is not None:
                 row["routing"] = self._routing.row()
             if self.is_world_process_zero():

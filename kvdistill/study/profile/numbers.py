@@ -22,6 +22,7 @@ from kvdistill.align import attention_sources, attention_targets
 from kvdistill.align.channels import floored_std
 from kvdistill.arms.arm import Arm
 from kvdistill.arms.batches import KV_SEGMENTS, Batch, in_segments, token_counts
+from kvdistill.arms.shares import WANTED, gradient_shares, proposed_weight
 from kvdistill.arms.teacher import Teacher
 from kvdistill.core.kv import KV
 from kvdistill.study.profile.shapes import first_batches
@@ -113,17 +114,21 @@ Meters = dict[tuple[str, str | None, str], StageMeter]  # (stage, teacher, what)
 
 
 def number_figures(arm: Arm, num_batches: int) -> dict[str, Any]:
-    """{"stages": in order, "terms", "gradients", "empty", "first_non_finite", "says"}; see `StageMeter.figures`."""
+    """{"stages": in order, "terms", "gradients", "shares", "empty", "first_non_finite", "says"}.
+
+    stages: see `StageMeter.figures`. shares: `share_figures`.
+    """
     meters: Meters = {}
     terms: dict[str, dict[str, Any]] = {}
     gradients: dict[str | None, dict[str, Any]] = {}
+    shares: list[dict[str, dict[str, float | None]]] = []
     empty: dict[str, dict[str, int]] = {name: {"tokens": 0, "empty": 0} for name in arm.recipe.teachers}
     maker = arm.batches("train")
     for numbers in first_batches(arm, num_batches):
         batch = arm.load(maker, numbers)
         with torch.no_grad():
             _add_sides(meters, arm, batch)
-        _add_step(terms, gradients, arm, batch)
+        _add_step(terms, gradients, shares, arm, batch)
         wanted_BT = in_segments(batch.segments_BT, KV_SEGMENTS[arm.recipe.loss.kv_on])
         for name, count in empty.items():
             mask = batch.kv_masks[name]
@@ -140,6 +145,7 @@ def number_figures(arm: Arm, num_batches: int) -> dict[str, Any]:
         "stages": rows,
         "terms": terms,
         "gradients": steps,
+        "shares": share_figures(arm, shares),
         "empty": empty,
         "first_non_finite": first,
         "says": first["says"] if first is not None else _nearest(rows + steps),
@@ -222,7 +228,11 @@ def _in_what_was_fitted(arm: Arm, rows: Sequence[Mapping[str, Any]]) -> dict[str
 
 
 def _add_step(
-    terms: dict[str, dict[str, Any]], gradients: dict[str | None, dict[str, Any]], arm: Arm, batch: Batch
+    terms: dict[str, dict[str, Any]],
+    gradients: dict[str | None, dict[str, Any]],
+    shares: list[dict[str, dict[str, float | None]]],
+    arm: Arm,
+    batch: Batch,
 ) -> None:
     """Loss and gradients at the full KV weight (after the warm-up), of one micro-batch, unclipped.
 
@@ -239,6 +249,7 @@ def _add_step(
         values = {"raw": float(raw), "weighted": float(entered)}
         term["non_finite"] += not all(map(math.isfinite, values.values()))
         term |= {key: max(term[key], value) for key, value in values.items()}
+    shares.append(gradient_shares(out.parts, [p for p in distiller.student.parameters() if p.requires_grad]))
     out.loss.backward()
     for name, parameter in distiller.named_parameters():
         if parameter.grad is None:
@@ -260,6 +271,26 @@ def _add_step(
         if largest >= row["largest"]:
             row |= {"largest": largest, "of_fp16": largest / FP16_MAX, "largest_in": inner or rest}
     distiller.eval().zero_grad(set_to_none=True)
+
+
+def share_figures(arm: Arm, shares: Sequence[Mapping[str, Mapping[str, float | None]]]) -> dict[str, Any]:
+    """Each term's gradient on the student, a mean over batches, before clipping; the weight that is proposed for KV.
+
+    {"terms": {ce, kv, kv/TEACHER, …: {"norm", "share", "cosine"}}, "kv_weight", "proposed", "wanted", "clipped_to"}
+    """
+    terms: dict[str, dict[str, float | None]] = {}
+    for name in shares[0]:
+        columns = {key: [one[name][key] for one in shares] for key in ("norm", "share", "cosine")}
+        known = {key: [x for x in column if x is not None] for key, column in columns.items()}
+        terms[name] = {key: sum(column) / len(column) if column else None for key, column in known.items()}
+    weight = arm.recipe.loss.kv_weight
+    return {
+        "terms": terms,
+        "kv_weight": weight,
+        "proposed": proposed_weight(weight, terms),
+        "wanted": WANTED,
+        "clipped_to": arm.experiment.recipe.train.max_grad_norm,
+    }
 
 
 # -- in words -----------------------------------------------------------------------------------------

@@ -27,7 +27,8 @@ from kvdistill.arms.batches import BatchMaker, token_counts
 from kvdistill.arms.distiller import Distiller
 from kvdistill.study.profile.shapes import first_batches
 
-_WARM_UP = 2
+_WARM_UP = 1
+PATIENCE_S = 20.0  # for timed steps, where a step is slow
 _OF_ALIGNER = {
     "targets": "teacher_alignment",
     "teacher_channels": "teacher_alignment",
@@ -132,13 +133,19 @@ class LiveTensors(TorchDispatchMode):
 
 
 class _Steps:
-    """Training steps of one module on batches of one maker, one after another."""
+    """Training steps of one module on batches of one maker, one after another.
 
-    def __init__(self, arm: Arm, distiller: Distiller, maker: BatchMaker) -> None:
+    optimizer: of a module that holds this one's parameters: both kinds of steps share its state, or there would be two.
+    """
+
+    def __init__(
+        self, arm: Arm, distiller: Distiller, maker: BatchMaker, optimizer: torch.optim.Optimizer | None = None
+    ) -> None:
         self._arm, self._distiller, self._maker = arm, distiller, maker
         trained = [p for p in distiller.parameters() if p.requires_grad]
-        self._trained, train = trained, arm.experiment.recipe.train
-        self._optimizer = torch.optim.AdamW(trained, lr=0.0, betas=train.adam_betas, weight_decay=0.0)
+        self._trained, betas = trained, arm.experiment.recipe.train.adam_betas
+        # a parameter that this module lacks has no gradient, and is passed over
+        self.optimizer = optimizer or torch.optim.AdamW(trained, lr=0.0, betas=betas, weight_decay=0.0)
 
     def step(self, numbers: list[int], clock: PartClock | None = None) -> None:
         """clock: for its parts; else nothing waits for the device."""
@@ -157,8 +164,8 @@ class _Steps:
         with clock.part("update"):
             if train.max_grad_norm:
                 torch.nn.utils.clip_grad_norm_(self._trained, train.max_grad_norm)
-            self._optimizer.step()
-            self._optimizer.zero_grad(set_to_none=True)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
 
     def whole(self, numbers: list[int]) -> float:
         """Seconds of a step, as it runs."""
@@ -167,14 +174,15 @@ class _Steps:
         self.step(numbers)
         return clock.now() - begun
 
-    def parts(self, numbers: list[int]) -> dict[str, float]:
-        """Seconds of each part of a step."""
+    def parts(self, numbers: list[int]) -> tuple[float, dict[str, float]]:
+        """Seconds of a step and of each of its parts. On a GPU parts wait for it, and the whole is slower for that."""
         clock = PartClock(self._arm.device)
         begun = clock.now()
         with clock.watching(self._distiller):
             self.step(numbers, clock)
-        clock.seconds["loss"] = clock.now() - begun - sum(clock.seconds.values())
-        return clock.seconds
+        whole = clock.now() - begun
+        clock.seconds["loss"] = whole - sum(clock.seconds.values())
+        return whole, clock.seconds
 
     def peak_bytes(self, numbers: list[int]) -> int:
         device = self._arm.device
@@ -190,10 +198,22 @@ class _Steps:
         return live.peak
 
 
-def step_figures(arm: Arm, num_steps: int) -> dict[str, Any]:
+def num_timed(step_s: float, most: int) -> int:
+    """How many steps of each kind are timed: as many as PATIENCE_S has room for, odd, at least 1."""
+    fitting = int(PATIENCE_S / (2 * max(step_s, 1e-9)))
+    return max(1, min(most, fitting - (fitting + 1) % 2))
+
+
+def num_steps_in_all(arm: Arm, num_steps: int) -> int:
+    """Steps that `step_figures` takes, of both kinds, for its progress."""
+    return 2 * (_WARM_UP + num_steps + 1) + (num_steps if arm.device.type == "cuda" else 0)
+
+
+def step_figures(arm: Arm, num_steps: int, progress: Callable[[float], None] = lambda share: None) -> dict[str, Any]:
     """Of the parts, the whole and cross-entropy alone: medians over `num_steps` steps in milliseconds; peak bytes.
 
-    Of whole steps the fastest too: what a machine with other work says beside its median.
+    Of whole steps the fastest too: what a machine with other work says beside its median. progress: given the share of
+    steps that are done.
     """
     numbers = first_batches(arm, 3)
     plain_arm = arm.recipe.model_copy(update={"teachers": []})
@@ -202,13 +222,26 @@ def step_figures(arm: Arm, num_steps: int) -> dict[str, Any]:
         arm,
         Distiller(arm.distiller.student, plain_arm).train(),
         BatchMaker(arm.batches("train").examples, arm.experiment.tokenizer.pad_token_id),
+        taught.optimizer,
     )
-    chosen = [numbers[i % len(numbers)] for i in range(_WARM_UP + num_steps)]
-    taken = [(taught.whole(one), plain.whole(one), taught.parts(one)) for one in chosen][_WARM_UP:]
-    taught_s, plain_s, parts = zip(*taken, strict=True)
+    on_gpu, total, done = arm.device.type == "cuda", num_steps_in_all(arm, num_steps), 0
+    taught_s: list[float] = []
+    plain_s: list[float] = []
+    parts: list[dict[str, float]] = []
+    for i in range(_WARM_UP + num_steps):
+        one = numbers[i % len(numbers)]
+        whole_s, parts_s = taught.parts(one)
+        if on_gpu and i >= _WARM_UP:
+            whole_s, done = taught.whole(one), done + 1
+        plain_step_s = plain.whole(one)
+        done += 2
+        progress(done / total)
+        if i >= _WARM_UP:
+            taught_s.append(whole_s)
+            plain_s.append(plain_step_s)
+            parts.append(parts_s)
     step_ms, plain_ms = (1000 * statistics.median(seconds) for seconds in (taught_s, plain_s))
     peak, plain_peak = (steps.peak_bytes(numbers[0]) for steps in (taught, plain))
-    on_gpu = arm.device.type == "cuda"
     return {
         "batch_size": arm.experiment.recipe.train.batch_size,
         "steps": num_steps,

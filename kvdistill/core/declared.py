@@ -1,0 +1,62 @@
+"""What was declared before the first student was trained: the family of comparisons, its rules and the seeds.
+
+`declared.json` in the run folder, written once with its time and hash. A report holds against it what it is asked to
+show, and says what was chosen after the results. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from kvdistill.core.errors import RunFolderError
+from kvdistill.core.files import as_json, read_json, sha256_of, write_json
+from kvdistill.core.layout import file_lock, locks_folder
+from kvdistill.core.recipe import Recipe
+
+_RULES = ("primary", "alpha", "margin")
+
+
+def declare(recipe: Recipe, run: Path) -> None:
+    """Freeze the recipe's family and seeds, unless that is done or a student was trained before there was a choice."""
+    with file_lock(locks_folder(run) / "declare", wait=True):
+        if not _path(run).exists() and not [*run.glob("arms/*/seed-*/trained.json")]:
+            content = {**_family(recipe), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+            write_json(_path(run), {**content, "sha256": sha256_of(content)})
+
+
+def compare_declared(recipe: Recipe, run: Path) -> dict[str, Any]:
+    """What a report says of it: `time` and `sha256` (None: nothing was frozen here), `changed`: in words what differs,
+    `late`: [arm, baseline] pairs that were chosen after the results. Raises RunFolderError for an altered file."""
+    now = _family(recipe)
+    if not _path(run).exists():
+        return {"time": None, "sha256": None, "changed": [], "late": []}
+    then = read_json(_path(run))
+    digest = then.pop("sha256", None) if isinstance(then, dict) else None
+    if digest is None or digest != sha256_of(then):
+        raise RunFolderError(
+            "what was declared before training was altered",
+            place=str(_path(run)),
+            fix="put the file back as it was, or delete it: the page then says that nothing is known to be declared",
+        )
+    changed = [f"{rule} was {then[rule]}, is {now[rule]}" for rule in _RULES if then[rule] != now[rule]]
+    late = [pair for pair in now["comparisons"] if changed or pair not in then["comparisons"]]
+    left_out = [pair for pair in then["comparisons"] if pair not in now["comparisons"]]
+    if left_out:  # Holm over fewer comparisons than were declared
+        changed.append(f"left out: {', '.join(' against '.join(pair) for pair in left_out)}")
+        late = now["comparisons"]
+    if then["seeds"] != now["seeds"]:
+        changed.append(f"seeds were {then['seeds']}, are {now['seeds']}")
+        late = now["comparisons"]
+    return {"time": then["time"], "sha256": digest, "changed": changed, "late": late}
+
+
+def _family(recipe: Recipe) -> dict[str, Any]:
+    rules = recipe.report
+    found = {"comparisons": [list(pair) for pair in rules.comparisons], "seeds": list(recipe.seeds)}
+    return as_json(found | {rule: getattr(rules, rule) for rule in _RULES})
+
+
+def _path(run: Path) -> Path:
+    return run / "declared.json"
