@@ -21,6 +21,7 @@ SAMPLE = [  # of files that nothing but this vouched for, or that gave traceback
     ("teachers/…/model/config.json", "deleted"),
     ("teachers/…/report.json", "flipped"),
     ("tokenizer/tokenizer.json", "flipped"),
+    ("tokenizer/tokenizer_config.json", "flipped"),
 ]
 
 

@@ -83,7 +83,7 @@ class Teacher:
         """Of what this teacher reads; the run's where it has none of its own."""
         folder = own_tokenizer_folder(self._run, self.name)
         if self.texts["own_text"] and folder.is_dir():
-            return load_prepared_tokenizer(folder, self.texts["tokenizer"]["fingerprint"])
+            return load_prepared_tokenizer(folder, self.texts["tokenizer"])
         return self.experiment.tokenizer
 
     @property

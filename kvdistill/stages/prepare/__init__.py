@@ -86,6 +86,7 @@ def _prepare_data(recipe: Recipe, run: Path, progress: Progress) -> None:
         "tokenizer": {
             "name": data.tokenizer,
             "fingerprint": fingerprint_tokenizer(tokenizer),
+            "files": {file.name: sha256_file(file) for file in sorted(tokenizer_folder(run).iterdir())},
             "size": len(tokenizer),
             "trimmed": id_map is not None,
             "unknown_tokens": {split: encoded.unknown[split] for split in SPLITS},
