@@ -17,6 +17,10 @@ _PUBLIC = {
     "KVDistillError": "kvdistill.core.errors",
     "Recipe": "kvdistill.core.recipe",
     "load_recipe": "kvdistill.core.config",
+    "prepare": "kvdistill.study.verbs",
+    "train": "kvdistill.study.verbs",
+    "evaluate": "kvdistill.study.verbs",
+    "report": "kvdistill.study.verbs",
     "capture_kv": "kvdistill.models",
     "rotate_keys": "kvdistill.models",
     "unrotate_keys": "kvdistill.models",
@@ -52,6 +56,10 @@ if TYPE_CHECKING:
     from kvdistill.models import rotate_keys as rotate_keys
     from kvdistill.models import unrotate_keys as unrotate_keys
     from kvdistill.stages.report import LearningCurveTracker as LearningCurveTracker
+    from kvdistill.study.verbs import evaluate as evaluate
+    from kvdistill.study.verbs import prepare as prepare
+    from kvdistill.study.verbs import report as report
+    from kvdistill.study.verbs import train as train
 
 
 def __getattr__(name: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,10 +20,12 @@ from tiny_recipe import (
     invoke,
     no_work,
     rows_of,
+    run_jobs_here,
     tiny_recipe,
     write_recipe,
 )
 
+from kvdistill.core.config import load_recipe
 from kvdistill.core.files import sha256_file
 from kvdistill.stages.table import Job
 
@@ -66,8 +69,10 @@ def test_the_parent_of_a_study_does_not_import_torch(studied):
     script = (
         "import sys\nimport kvdistill.study.run, kvdistill.study.folder, kvdistill.core.config\n"
         "from kvdistill.core.config import load_recipe\n"
-        f"kvdistill.study.folder.check_run_folder(load_recipe({str(studied / 'tiny.yaml')!r}), "
-        f"__import__('pathlib').Path({str(studied / 'run')!r}))\nassert 'torch' not in sys.modules"
+        "import kvdistill.study.early\n"
+        f"kvdistill.study.early.refuse_early(load_recipe({str(studied / 'tiny.yaml')!r}))\n"
+        f"kvdistill.study.folder.check_run_folder(__import__('pathlib').Path({str(studied / 'run')!r}), begins=False)\n"
+        "assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -134,6 +139,54 @@ def test_only_one_arm_and_seed(tmp_path, monkeypatch):
 def test_the_data_may_lie_elsewhere_and_the_title_may_change(studied, monkeypatch):
     answer = invoke(monkeypatch, "run", studied / "tiny.yaml", "title=Another", "hardware.workers=3", work=no_work)
     assert answer.code == 0 and "already finished" in answer.out
+
+
+def test_the_version_and_completion(monkeypatch):
+    import kvdistill
+
+    assert invoke(monkeypatch, "--version").out.strip() == f"kvdistill {kvdistill.__version__}"
+    assert "--install-completion" in invoke(monkeypatch, "--help").out
+
+
+def test_a_recipe_is_printed_as_it_is_understood_and_reads_back_as_the_same(tmp_path, monkeypatch):
+    recipe = write_recipe(tmp_path, arms=ARMS)
+    answer = invoke(monkeypatch, "recipe", recipe, "train.steps=9")
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(answer.out)
+    assert load_recipe(printed) == load_recipe(recipe, ["train.steps=9"])
+    assert load_recipe(printed).train.steps == 9 and "projection: flat" in answer.out, "defaults are written out"
+    assert_one_message(invoke(monkeypatch, "recipe", recipe, "train.stesp=9"), "'train.stesp'")
+
+
+@pytest.mark.parametrize("verb", ["teach", "capture", "fit", "train", "evaluate", "report"])
+def test_a_mistyped_run_folder_is_named_and_not_made(studied, monkeypatch, verb):
+    slip = studied / "rum"
+    answer = invoke(monkeypatch, verb, studied / "tiny.yaml", f"run_dir={slip}", work=no_work)
+    assert_one_message(answer, "there is no run folder", str(slip), f"did you mean {studied / 'run'}?")
+    assert not slip.exists()
+
+
+def test_another_evaluate_section_asks_anew_in_the_same_folder(studied, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(studied / "run", run)
+    recipe, kept = write_recipe(tmp_path), f"run_dir={run}"
+    (run / "recipe.json").write_text((run / "recipe.json").read_text().replace(str(studied / "run"), str(run)))
+    weights = {file: sha256_file(file) for file in run.rglob("*.safetensors")}
+    answer = invoke(monkeypatch, "report", recipe, kept, "evaluate.limit=5", work=run_jobs_here)
+    assert_one_message(answer, "another `evaluate` section", "evaluated.json", "kvdistill evaluate")
+    begun: list[str] = []
+
+    def note(recipe: Any, jobs: Any, progress: Any, **options: Any) -> None:
+        begun.extend(job.verb for job in jobs)
+        run_jobs_here(recipe, jobs, progress)
+
+    assert invoke(monkeypatch, "run", recipe, kept, "evaluate.limit=5", work=note).code == 0
+    assert {*begun} == {"prepare", "check", "evaluate", "report"}
+    assert len(rows_of(run / f"arms/ce/seed-{SEED}/records.jsonl")) == 10
+    assert {file: sha256_file(file) for file in run.rglob("*.safetensors")} == weights
+    assert invoke(monkeypatch, "run", recipe, kept, "evaluate.limit=5", work=no_work).code == 0
+    answer = invoke(monkeypatch, "run", recipe, kept, "evaluate.match_examples=9", work=no_work)
+    assert_one_message(answer, "evaluate.match_examples", "another recipe")  # match.json was measured on so many
 
 
 def test_doctor_and_the_module_run_as_processes():

@@ -6,11 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from kvdistill.cli.app import app
 from kvdistill.core.config import builtin_recipes, load_recipe
-from kvdistill.core.reference import recipe_reference
+from kvdistill.core.recipe import ArmRecipe, Recipe
+from kvdistill.core.reference import recipe_reference, sections_in
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "README.zh-CN.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -20,6 +22,21 @@ VERBS = {command.name or command.callback.__name__ for command in app.registered
 def test_recipe_reference_is_fresh() -> None:
     written = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8").strip()
     assert written == recipe_reference().strip(), "run: .venv/bin/kvdistill recipe > docs/recipe.md"
+
+
+def test_every_recipe_key_has_a_type_and_a_meaning() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \| (.*) \| (.*) \|$", recipe_reference(), flags=re.MULTILINE)
+    assert len(rows) > 150
+    for name, kind, default, meaning in rows:
+        assert kind and default and len(meaning) > 8, name
+        assert not re.search(r"Annotated|Literal|Optional|Any\b|\bint\b|\bstr\b|[<\[]", kind), (name, kind)
+
+    def num_keys(section: type[BaseModel], seen: set[type]) -> int:
+        inner = {one for field in section.model_fields.values() for one in sections_in(field.annotation)} - seen
+        seen |= inner
+        return len(section.model_fields) + sum(num_keys(one, seen) for one in inner)
+
+    assert len(rows) == num_keys(Recipe, set()) + len(ArmRecipe.model_fields)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -32,6 +32,7 @@ from kvdistill.arms.experiment import Experiment
 from kvdistill.core.errors import KVDistillError, RunFolderError, TrainingStopped
 from kvdistill.core.files import write_json
 from kvdistill.core.layout import refuse_foreign
+from kvdistill.core.marks import sealed
 from kvdistill.core.recipe import ScratchRecipe
 from kvdistill.stages.table import Job
 from kvdistill.study.folder import claimed
@@ -299,17 +300,19 @@ def test_a_store_of_another_teacher_tokenizer_or_option_is_refused(tmp_path, mon
     run, recipe = ready_to_train(tmp_path)
     if changed == "teacher":
         stamp = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in weight_files(run)]
-        (run / file).write_text(json.dumps({"stamp": stamp, "sha256": "0" * 64}))
+        (run / file).write_text(json.dumps(sealed({"stamp": stamp, "files": "0" * 64})))
     elif changed == "tokenizer":
         manifest = json.loads((run / file).read_text())
         manifest["tokenizer"]["fingerprint"] = "0" * 64
-        (run / file).write_text(json.dumps(manifest))
+        manifest.pop("sha256")
+        (run / file).write_text(json.dumps(sealed(manifest)))
     else:
         recipe = write_recipe(tmp_path, arms=ARMS, capture={"dtype": "bfloat16"})
         tree = json.loads((run / "recipe.json").read_text())
         (run / "recipe.json").write_text(json.dumps({**tree, "capture": {**tree["capture"], "dtype": "bfloat16"}}))
     answer = train(monkeypatch, recipe)
-    assert_one_message(answer, "made with other ", f"{changed} (", "run `kvdistill")
+    part = "not the one that the texts were made with" if changed == "tokenizer" else f"{changed} ("
+    assert_one_message(answer, part, "run `kvdistill")
 
 
 def weight_files(run: Path) -> list[Path]:
@@ -333,7 +336,7 @@ def test_a_stage_before_its_turn_says_which_one_is_missing(tmp_path, monkeypatch
         ("teachers.0.scratch.hidden_size=32", "scratch"),
         ("student.scratch.num_layers=3", "student.scratch.num_layers (2 there, 3 now)"),
         ("capture.dtype=bfloat16", "capture.dtype"),
-        ("evaluate.max_new_tokens=9", "evaluate.max_new_tokens"),
+        ("evaluate.match_examples=9", "evaluate.match_examples"),
         ("arms.fixed.loss.kv_weight=1", "arms.fixed.loss.kv_weight (5.0 there, 1.0 now)"),
     ],
 )

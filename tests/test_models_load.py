@@ -114,6 +114,30 @@ def test_torn_and_incomplete_weights_are_refused(tmp_path):
         load(ModelRecipe(path=str(tmp_path)))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_named_by_file_and_tensor_when_a_model_is_loaded(tmp_path, dtype, value):
+    tiny_model("llama").save_pretrained(tmp_path)
+    file, name = tmp_path / "model.safetensors", "model.layers.1.self_attn.k_proj.weight"
+    tensors = load_file(file)
+    assert load(ModelRecipe(path=str(tmp_path), dtype=dtype), vocab_size=3).dtype == getattr(torch, dtype)
+    tensors[name][1, 2] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"{file}: tensor {name} holds 1 values of") as raised:
+        load(ModelRecipe(path=str(tmp_path), dtype=dtype), vocab_size=3)
+    assert raised.value.place == "student.path" and "damaged" in raised.value.fix
+
+
+def test_weights_that_a_dtype_cannot_hold_are_told_from_damaged_ones(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.norm.weight"][0] = 1e6
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    load(ModelRecipe(path=str(tmp_path), dtype="bfloat16"), vocab_size=3)
+    with pytest.raises(ModelError, match=r"model.norm.weight has values that float16 cannot hold"):
+        load(ModelRecipe(path=str(tmp_path), dtype="float16"), vocab_size=3)
+
+
 def test_code_that_comes_with_a_model_is_not_run(tmp_path):
     load(scratch("llama")).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from kvdistill.core.errors import DataError, RunFolderError, StoreError
+from kvdistill.core.marks import read_sealed
 from kvdistill.core.recipe import Recipe
 from kvdistill.data.leaks import question_hash
 from kvdistill.data.tables import read_manifest, read_split
@@ -33,7 +34,7 @@ def _file(path: Path, count: int, word: str = "What") -> dict[str, Any]:
 
 
 def _report(run: Path) -> dict[str, Any]:
-    return json.loads((run / "data/validation_report.json").read_text())
+    return read_sealed(run / "data/validation_report.json", fix="none")
 
 
 def _places(run: Path) -> dict[str, set[str]]:

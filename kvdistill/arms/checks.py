@@ -17,9 +17,10 @@ from kvdistill.arms.experiment import Experiment
 from kvdistill.arms.student import CausalStudent
 from kvdistill.arms.teacher import Teacher
 from kvdistill.core.errors import AlignmentError, ModelError, RecipeError
-from kvdistill.core.files import file_stamps, read_json, sha256_of, write_json
+from kvdistill.core.files import file_stamps, sha256_of, write_json
+from kvdistill.core.marks import read_mark, sealed
 from kvdistill.core.progress import Progress, silent
-from kvdistill.core.recipe import ModelRecipe, ScratchRecipe
+from kvdistill.core.recipe import ModelRecipe, Recipe, ScratchRecipe
 from kvdistill.data.encode import Example
 from kvdistill.data.tokenizers import fingerprint_tokenizer, load_tokenizer
 from kvdistill.models import ModelShape, Probe, model_config, probe_config
@@ -33,7 +34,7 @@ def check_models(experiment: Experiment, progress: Progress = silent) -> None:
     outside a model), AlignmentError (what an arm cannot bring together). Data is prepared.
     """
     recipe, teachers = experiment.recipe, experiment.teachers
-    _ = experiment.student_shape
+    _check_kinds(experiment)
     if recipe.student.path is not None:
         check_same_tokenizer(experiment, recipe.student.path, "student", recipe.student.gguf_file)
     elif recipe.student.scratch is not None:
@@ -41,21 +42,8 @@ def check_models(experiment: Experiment, progress: Progress = silent) -> None:
     check_positions(experiment)
     try_saving(experiment)
     for number, teacher in enumerate(teachers.values()):
-        try:
-            kind = teacher.shape.kind
-        except ModelError as error:  # what is wrong inside a model knows the model's name, not whose it is
-            if error.place.startswith(teacher.place):
-                raise
-            raise ModelError(error.what, place=f"{teacher.place}: {error.place}", fix=error.fix) from None
         scratch = teacher.recipe.scratch
         if scratch is not None:
-            if kind != "decoder":
-                raise ModelError(
-                    f"{scratch.architecture} is an {kind}: it cannot be trained on the spot to continue a text from "
-                    "left to right",
-                    place=f"{teacher.place}.scratch.architecture",
-                    fix="choose a causal architecture (qwen2, llama, gpt2, …), or give a pretrained one with `path`",
-                )
             check_saved_tokenizer(experiment, scratch, teacher.place, teacher.tokenizer)
         progress("check", number + 1, len(teachers))
     for name in recipe.arms:
@@ -69,6 +57,41 @@ def check_models(experiment: Experiment, progress: Progress = silent) -> None:
                 _ = arm.shared_size
             except AlignmentError as error:
                 raise AlignmentError(error.what, place=f"arms.{name}: {error.place}", fix=error.fix) from None
+
+
+def check_sizes(recipe: Recipe, run: Path) -> None:
+    """What is wrong with models and layers whatever the data says: looked at before any data is read, in a second."""
+    experiment = Experiment(recipe, run)
+    experiment.vocab_size = 1  # not known yet: the smallest there is
+    for teacher in experiment.teachers.values():
+        teacher.texts = {"own_text": False, "one_text": True, "tokenizer": None}
+    _check_kinds(experiment)
+    for name in recipe.arms:
+        arm = experiment.arm(name, recipe.seeds[0])
+        for teacher in arm.teachers.values() if arm.uses_teachers else ():
+            _check_gives(arm, teacher)
+            if arm.recipe.needs_kv and not isinstance(arm.recipe.align.layer_map, str):  # of a file: with the data
+                _check_layers(arm, teacher)
+
+
+def _check_kinds(experiment: Experiment) -> None:
+    """The student's sizes, and every teacher's: each a model that can do what is asked of it."""
+    _ = experiment.student_shape
+    for teacher in experiment.teachers.values():
+        try:
+            kind = teacher.shape.kind
+        except ModelError as error:  # what is wrong inside a model knows the model's name, not whose it is
+            if error.place.startswith(teacher.place):
+                raise
+            raise ModelError(error.what, place=f"{teacher.place}: {error.place}", fix=error.fix) from None
+        scratch = teacher.recipe.scratch
+        if scratch is not None and kind != "decoder":
+            raise ModelError(
+                f"{scratch.architecture} is an {kind}: it cannot be trained on the spot to continue a text from "
+                "left to right",
+                place=f"{teacher.place}.scratch.architecture",
+                fix="choose a causal architecture (qwen2, llama, gpt2, …), or give a pretrained one with `path`",
+            )
 
 
 def check_positions(experiment: Experiment) -> None:
@@ -207,10 +230,15 @@ def _check_meets(arm: Arm, teacher: Teacher) -> None:
             place=f"{place}: fuse.fusion_strategy",
             fix="set fuse.fusion_strategy: fixed or similarity",
         )
+    _check_layers(arm, teacher)
+
+
+def _check_layers(arm: Arm, teacher: Teacher) -> None:
     try:
-        teacher.check_pair(recipe)
+        teacher.check_pair(arm.recipe)
     except RecipeError as error:
-        raise RecipeError(error.what, place=f"{place}: {error.place}", fix=error.fix) from None
+        place = f"arms.{arm.name} with teacher {teacher.name!r}: {error.place}"
+        raise RecipeError(error.what, place=place, fix=error.fix) from None
 
 
 # -- tokenizers: compared by what they do, never by their size or by how they are written down ---------
@@ -224,8 +252,8 @@ def load_model_tokenizer(path: str, place: str, gguf_file: str | None = None) ->
         raise ModelError(f"{path} has no tokenizer", place=place, fix="keep the tokenizer files beside the weights")
     try:
         return AutoTokenizer.from_pretrained(path, **({} if gguf_file is None else {"gguf_file": gguf_file}))
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+    except Exception as error:  # a stranger's file: the libraries raise whatever they come across in it
+        first = [*str(error).strip().splitlines(), type(error).__name__][0]
         raise ModelError(
             f"no tokenizer ({first})", place=place, fix="keep the tokenizer files beside the weights"
         ) from None
@@ -246,7 +274,7 @@ def try_saving(experiment: Experiment) -> None:
             "versions": [version(name) for name in ("torch", "transformers", "peft", "safetensors")],
         }
     )
-    if note.exists() and read_json(note).get("saved") == what:
+    if (read_mark(note) or {}).get("saved") == what:
         return
     made = CausalStudent(experiment.initial_model(experiment.recipe.seeds[0]), lora=student.lora)
     generator = torch.Generator().manual_seed(0)
@@ -268,7 +296,7 @@ def try_saving(experiment: Experiment) -> None:
                 place="data.tokenizer",
                 fix="use the tokenizer of the student's own family",
             )
-    write_json(note, {"saved": what})
+    write_json(note, sealed({"saved": what}))
 
 
 def check_same_tokenizer(experiment: Experiment, path: str, place: str, gguf_file: str | None = None) -> None:

@@ -21,6 +21,7 @@ from kvdistill.arms.texts import (
     PickedRows,
     SpanTable,
     TeacherText,
+    load_prepared_tokenizer,
     may_have_own_text,
     own_table_path,
     own_tokenizer_folder,
@@ -39,14 +40,13 @@ from kvdistill.core.layout import (
     teacher_texts_folder,
     trained_mark,
 )
-from kvdistill.core.marks import check_marked, read_mark
+from kvdistill.core.marks import check_marked, read_mark, read_sealed, sealed
 from kvdistill.core.recipe import ArmRecipe, ModelRecipe, TeacherRecipe
 from kvdistill.core.runtime import DTYPES
 from kvdistill.core.segments import ANSWER
 from kvdistill.core.targets import ChannelMeans, TeacherTargets
 from kvdistill.data.encode import Example
 from kvdistill.data.tables import check_file, read_table
-from kvdistill.data.tokenizers import load_tokenizer
 from kvdistill.losses import answer_attention
 from kvdistill.models import ModelShape, load_model, model_config, rotary_only, rotate_keys, teacher_forward
 from kvdistill.models.generate import right_padded
@@ -76,14 +76,14 @@ class Teacher:
                 place=str(path),
                 fix="run `kvdistill prepare` first",
             )
-        return dict(read_json(path))
+        return read_sealed(path, fix=f"delete {path.parent} and run `kvdistill prepare` again")
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Of what this teacher reads; the run's where it has none of its own."""
         folder = own_tokenizer_folder(self._run, self.name)
         if self.texts["own_text"] and folder.is_dir():
-            return load_tokenizer(str(folder), place=str(folder))
+            return load_prepared_tokenizer(folder, self.texts["tokenizer"])
         return self.experiment.tokenizer
 
     @property
@@ -155,13 +155,17 @@ class Teacher:
             config = model_config(source, 1, self.place)
             return f"hub:{source.path}@{getattr(config, '_commit_hash', None)}"
         files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf"), *folder.glob("config.json")])
+        if not any(folder.glob("*.gguf")) and not (folder / "config.json").is_file():
+            self._check_files()  # names it
+            raise RunFolderError("this folder has no config.json", place=str(folder), fix="copy the model again")
         stamp = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
         note = teacher_folder(self._run, self.name) / "fingerprint.json"
-        if note.exists() and (known := read_json(note))["stamp"] == stamp:
-            return str(known["sha256"])
+        known = read_mark(note)  # a damaged note says nothing
+        if known is not None and known["stamp"] == stamp:
+            return str(known["files"])
         self._check_files()
         digest = sha256_of([[f.name, sha256_file(f)] for f in files])
-        write_json(note, {"stamp": stamp, "sha256": digest})
+        write_json(note, sealed({"stamp": stamp, "files": digest}))
         return digest
 
     def _check_files(self) -> None:

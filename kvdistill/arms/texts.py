@@ -7,7 +7,7 @@ reads what the student reads has no texts of its own, and costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from kvdistill.core.errors import RunFolderError
 from kvdistill.core.layout import teacher_texts_folder, tokenizer_folder
 from kvdistill.core.recipe import Recipe, TeacherRecipe
 from kvdistill.data.encode import Example
-from kvdistill.data.tables import read_manifest
-from kvdistill.data.tokenizers import load_tokenizer
+from kvdistill.data.tables import check_file, read_manifest
+from kvdistill.data.tokenizers import fingerprint_tokenizer, load_tokenizer
 
 SPAN_NAMES = ("offsets", "spans", "roles")
 
@@ -83,9 +84,23 @@ class PickedRows(Sequence[Example]):
 
 
 def load_tokenizer_of(run: Path) -> PreTrainedTokenizerFast:
-    """The run's tokenizer, as `prepare` left it: the student's."""
-    read_manifest(run)  # says so where prepare has not finished
-    return load_tokenizer(str(tokenizer_folder(run)), place=str(tokenizer_folder(run)))
+    """The run's tokenizer, as `prepare` left it: the student's. RunFolderError where it is another one now."""
+    said = read_manifest(run)["tokenizer"]  # says so where prepare has not finished
+    return load_prepared_tokenizer(tokenizer_folder(run), said)
+
+
+def load_prepared_tokenizer(folder: Path, said: Mapping[str, Any]) -> PreTrainedTokenizerFast:
+    """A tokenizer of a run, compared with what the manifest beside its texts says of it."""
+    for name, sha256 in said.get("files", {}).items():
+        check_file(folder / name, sha256)
+    found = load_tokenizer(str(folder), place=str(folder))
+    if fingerprint_tokenizer(found) != said["fingerprint"]:
+        raise RunFolderError(
+            "this tokenizer is not the one that the texts were made with: it was altered",
+            place=str(folder),
+            fix="delete the run's data/ and tokenizer/ folders and run `kvdistill prepare` again",
+        )
+    return found
 
 
 def teacher_place(recipe: Recipe, name: str) -> str:

@@ -7,17 +7,14 @@ Imports only typer at start, so that `--help` is instant; everything else is imp
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -30,6 +27,22 @@ app = typer.Typer(
     The single stages, in the order of the data: prepare, teach, capture, fit, train, evaluate, report.
     Each reads a recipe, works in its run folder, skips what is finished and resumes what was interrupted.""",
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"kvdistill {importlib.import_module('kvdistill').__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def every_verb(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    pass
+
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML recipe, e.g. recipes/demo.yaml")]
 Overrides = Annotated[
@@ -185,7 +198,7 @@ def evaluate(
         "choice": choice,
         "chat": chat or None,
     }
-    is_recipe = target.endswith((".yaml", ".yml")) or Path(target).is_file()
+    is_recipe = target.endswith((".yaml", ".yml")) or os.path.isfile(target)
 
     given = out is not None or any(value is not None for value in flags.values())
     if is_recipe and not given:
@@ -216,11 +229,29 @@ def report(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = 
 
 
 @app.command()
-def recipe() -> None:
-    """Every key a recipe can have, with type, default and meaning (Markdown)."""
-    from kvdistill.core.reference import recipe_reference
+def recipe(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE]", help="a YAML recipe; without one: what keys there are")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """A recipe as it is understood, with every key, as YAML. Without one: every key there is, its type and meaning."""
 
-    print(recipe_reference())
+    def work() -> None:
+        if recipe is None:
+            from kvdistill.core.reference import recipe_reference
+
+            print(recipe_reference())
+            return
+        import yaml
+
+        from kvdistill.core.config import load_recipe
+
+        made = load_recipe(recipe, overrides or ())
+        tree = {**made.model_dump(mode="json"), "arms": made.arms}  # as they were written: numbers stay numbers
+        print(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120), end="")
+
+    _guarded(work, as_json=False)
 
 
 @app.command()
@@ -262,10 +293,11 @@ def _with_bars(as_json: bool, work: Callable[[Any], dict[str, Any]]) -> dict[str
         bars.close()
 
 
-def _guarded(work: Callable[[], dict[str, Any]], as_json: bool) -> dict[str, Any]:
-    """Run, print the result, and turn a user's mistake into one message and exit code 2."""
+def _guarded(work: Callable[[], Any], as_json: bool) -> Any:
+    """Run, print the result if there is any, and turn a user's mistake into one message and exit code 2."""
     from kvdistill.core.errors import KVDistillError
-    from kvdistill.core.files import disk_full_error
+    from kvdistill.core.files import disk_full_error, path_error
+    from kvdistill.core.quoting import json_line
     from kvdistill.core.stopping import Stopped, listening
 
     try:
@@ -273,24 +305,24 @@ def _guarded(work: Callable[[], dict[str, Any]], as_json: bool) -> dict[str, Any
             with listening():
                 result = work()
         except Exception as error:  # raised by a writer that is not ours (core.files turns its own into the clear one)
-            if full := disk_full_error(error, str(getattr(error, "filename", None) or "")):
-                raise full from None
+            if clear := path_error(error) if isinstance(error, OSError) else disk_full_error(error, ""):
+                raise clear from None
             raise
     except KVDistillError as error:
         if as_json:
-            print(json.dumps({"error": error.what, "place": error.place, "fix": error.fix}, ensure_ascii=False))
+            print(json_line({"error": error.what, "place": error.place, "fix": error.fix}))
         else:
             print(f"kvdistill: {error.message()}", file=sys.stderr)
         raise typer.Exit(error.exit_code) from None
     except Stopped as stopped:
         if as_json:
-            print(json.dumps({"error": stopped.message(), "place": "", "fix": ""}, ensure_ascii=False))
+            print(json_line({"error": stopped.message(), "place": "", "fix": ""}))
         else:
             _say(stopped)
         raise typer.Exit(stopped.exit_code) from None
     if as_json:
-        print(json.dumps(result, ensure_ascii=False))
-    else:
+        print(json_line(result))
+    elif result is not None:
         from kvdistill.cli.tables import as_text
 
         print(as_text(result))

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from kvdistill.core.errors import RecipeError
 from kvdistill.core.files import sha256_of
+from kvdistill.core.quoting import shown
 from kvdistill.core.recipe import (
     FOLDER_NAME,
     AlignRecipe,
@@ -38,6 +39,7 @@ ARM_SECTIONS: dict[str, type[BaseModel]] = {
     "fuse": FuseRecipe,
     "loss": LossRecipe,
 }
+MAX_RECIPE_BYTES, MAX_RECIPE_VALUES = 4 << 20, 100_000
 # keys of the original software -> keys of a recipe
 FORMER_KEYS = {
     "fusion_strategy": "fuse.fusion_strategy",
@@ -76,16 +78,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not path.is_file():
         raise RecipeError("recipe not found", place=str(path), fix=_nearest_recipe(path))
     try:
-        tree = OmegaConf.load(path)
+        tree = OmegaConf.create(_read_yaml(path))
         mistakes = _lay_over(tree, overrides)
         plain: Any = OmegaConf.to_container(tree, resolve=True)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError) as error:
-        first = str(error).strip().replace("\n", " ")
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError, RecursionError) as error:
+        first = "nested too deep" if isinstance(error, RecursionError) else shown(" ".join(str(error).split()), 300)
         raise RecipeError(
             f"not a readable recipe: {first}", place=str(path), fix="mend the YAML (or the override)"
         ) from None
-    if not isinstance(plain, dict):
-        raise RecipeError("a recipe is a mapping of sections", place=str(path), fix="start from recipes/demo.yaml")
     return make_recipe(plain, place=str(path), also=mistakes)
 
 
@@ -100,6 +100,38 @@ def _nearest_recipe(missing: Path) -> str:
         came = Path(os.path.relpath(ours[close[0]])) if ours[close[0]].is_relative_to(Path.cwd()) else ours[close[0]]
         return f"did you mean {str(came)!r}, which comes with kvdistill?"
     return f"give the path of a recipe; those that come with kvdistill are in {recipes_folder()}"
+
+
+def _read_yaml(path: Path) -> str:
+    """The text of a YAML file that holds a mapping. RecipeError for something else, and for what would fill memory."""
+    import yaml
+
+    place = str(path)
+    if path.stat().st_size > MAX_RECIPE_BYTES:
+        what = f"this file has {path.stat().st_size:,} bytes, which no recipe needs"
+        raise RecipeError(what, place=place, fix="give the path of a recipe; data goes into files of its own")
+    text = path.read_text(encoding="utf-8-sig")
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        """Values in a node; one that is named again (`*name`) counts every time, as it will be copied."""
+        if id(node) not in sizes:
+            sizes[id(node)] = MAX_RECIPE_VALUES  # while it is counted: a node inside of itself has no end
+            parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+            sizes[id(node)] = 1 + sum(size(x) for part in parts for x in (part if isinstance(part, tuple) else (part,)))
+        return sizes[id(node)]
+
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    if not isinstance(root, yaml.MappingNode):
+        kind = "a list" if isinstance(root, yaml.SequenceNode) else "empty" if root is None else shown(text, 40)
+        what = f"a recipe is a mapping of sections, and this is {kind}"
+        raise RecipeError(what, place=place, fix="start from recipes/demo.yaml; `kvdistill recipe` explains every key")
+    if size(root) > MAX_RECIPE_VALUES:
+        what = "it holds more values than a recipe can have, or names itself (`*name`)"
+        raise RecipeError(
+            what, place=place, fix="write the recipe out without aliases; data goes into files of its own"
+        )
+    return text
 
 
 def _lay_over(tree: Any, overrides: Sequence[str]) -> list[RecipeError]:
@@ -382,6 +414,12 @@ def recipe_hash(recipe: Recipe) -> str:
     for key in ("run_dir", "hardware", "title"):
         tree.pop(key, None)
     return sha256_of(tree)
+
+
+def asked_hash(recipe: Recipe) -> str:
+    """Hash of what trained students are asked and how: whoever changes it evaluates anew."""
+    evaluate = recipe.evaluate.model_dump(mode="json", exclude={"batch_size", "match_examples"})
+    return sha256_of(evaluate)
 
 
 def run_folder(recipe: Recipe) -> Path:

@@ -1,13 +1,16 @@
 """The one exception family. A user's mistake says what is wrong, where, and how to mend it.
 
 The command line prints these as one message and exits with 2; anything else is a bug of ours and exits with 1.
-Imports nothing of ours, so that the command line can start without torch.
+A message names files and words of strangers, so whatever a terminal would obey is made visible in it.
+Imports nothing heavy, so that the command line can start without torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+
+from kvdistill.core.quoting import printable
 
 
 class KVDistillError(Exception):
@@ -24,8 +27,9 @@ class KVDistillError(Exception):
         super().__init__(self.message())
 
     def message(self) -> str:
-        head = f"{self.place}: {self.what}" if self.place else self.what
-        return f"{head}\n  fix: {self.fix}" if self.fix else head
+        what, fix = ("\n".join(map(printable, text.split("\n"))) for text in (self.what, self.fix))
+        head = f"{printable(self.place)}: {what}" if self.place else what
+        return f"{head}\n  fix: {fix}" if fix else head
 
     def __reduce__(self):  # survives the way back from a worker process
         return partial(type(self), self.what, place=self.place, fix=self.fix), ()

@@ -43,6 +43,18 @@ def disk_full_error(error: BaseException, path: Path | str) -> TrainingStopped |
     return None
 
 
+_UNUSABLE = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
+
+
+def path_error(error: OSError) -> KVDistillError | None:
+    """The clear error behind an OSError that a path, its permissions or its disk are to blame for; else None."""
+    path = "" if error.filename is None else str(error.filename)
+    if error.errno in _UNUSABLE and path:
+        shown = path if len(path) <= 200 else f"{path[:199]}…"
+        return RunFolderError(f"the system refuses this path: {error.strerror}", place=shown, fix="give another path")
+    return disk_full_error(error, path)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`; on success it is flushed and takes `path`'s name, else it is removed."""
@@ -119,7 +131,7 @@ def read_json(path: Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunFolderError("file is missing", place=str(path), fix="run the stage that writes it again") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no text, too deep
         raise RunFolderError(
             f"not valid JSON ({error})", place=str(path), fix="delete it and run the stage again"
         ) from None

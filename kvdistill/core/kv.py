@@ -113,6 +113,22 @@ class KV:
                     fix="each layer needs [batch, heads, tokens, size] with the mask's batch and tokens",
                 )
 
+    def __repr__(self) -> str:
+        """One line of shapes; sizes that differ between layers are all named."""
+
+        def sizes(tensors: Sequence[Tensor], axis: int) -> str:
+            return "|".join(map(str, sorted({tensor.shape[axis] for tensor in tensors})))
+
+        B, T = self.mask_BT.shape
+        k, v = sizes(self.keys, 3), sizes(self.values, 3)
+        size = k if k == v else f"{k} (values {v})"
+        queries = f", {sizes(self.queries, 1)} query heads" if self.queries else ""
+        return (
+            f"KV({self.num_layers} layers: [{B} texts, {sizes(self.keys, 1)} heads, {T} tokens, size {size}]{queries}, "
+            f"keys {self.rope if self.rope != 'none' else 'without rotation'}, "
+            f"{str(self.keys[0].dtype).removeprefix('torch.')} on {self.keys[0].device})"
+        )
+
     @property
     def num_layers(self) -> int:
         return len(self.keys)

@@ -38,6 +38,22 @@ def read_mark(mark: Path) -> dict[str, Any] | None:
     return content
 
 
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON content with its own checksum in it, for files that are read as they are."""
+    return {**content, "sha256": sha256_of(content)}
+
+
+def read_sealed(path: Path, *, fix: str) -> dict[str, Any]:
+    """What was sealed, without the checksum. RunFolderError where it is something else or was altered; what an earlier
+    version left without a checksum is taken as it is."""
+    content = read_json(path)
+    if not isinstance(content, dict) or not content:
+        raise RunFolderError("this file holds something else than what is written here", place=str(path), fix=fix)
+    if "sha256" in content and content.pop("sha256") != sha256_of(content):
+        raise RunFolderError("this file was altered: its own checksum differs", place=str(path), fix=fix)
+    return content
+
+
 def check_marked(mark: Path, made: str = "", *, fix: str) -> None:
     """Compare files with their mark, all or those of one file or folder (`made`). RunFolderError names the first that
     is missing or altered, and an unknown one in a folder. Without a sound mark there is nothing to compare with."""

@@ -23,7 +23,7 @@ class TerminalProgress:
     """
 
     def __init__(self, every_s: float = 0.2, plain_every_s: float = 15.0) -> None:
-        self._tty = sys.stderr.isatty()
+        self._tty = sys.stderr.isatty() or "ipykernel" in sys.modules  # a notebook draws a line over, too
         self._every_s = every_s if self._tty else plain_every_s
         self._begun: dict[str, tuple[float, float]] = {}
         self._finished: set[str] = set()

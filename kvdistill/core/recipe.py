@@ -7,21 +7,42 @@ are the reference that `docs/recipe.md` and `kvdistill recipe` print. Knows no t
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
-FOLDER_NAME = r"^\w[\w.+@-]*$"  # teachers and arms have folders of their names: no way out of the run folder
-Positive = Annotated[int, Field(gt=0)]
+def _usable_path(path: str) -> str:
+    """A path that a file system can take: no NUL, and no name in it longer than 255 bytes."""
+    if "\0" in path:
+        raise ValueError("a path cannot hold a NUL character")
+    if len(path.encode()) > MAX_PATH_BYTES or any(len(part.encode()) > MAX_NAME_BYTES for part in path.split("/")):
+        raise ValueError(f"too long for a path ({MAX_PATH_BYTES} bytes, {MAX_NAME_BYTES} for each name in it)")
+    return path
+
+
+MAX_PATH_BYTES, MAX_NAME_BYTES = 4000, 255
+MAX_EXAMPLES_SEEN = 10**9  # by one training, repetitions counted: their order is one list of numbers
+# teachers and arms have folders of their names: no way out of the run folder, and room for what is put around a name
+FOLDER_NAME = r"^\w[\w.+@-]{0,63}$"
+# Bounds are far above what anybody trains, and far below what hangs a machine before it can say anything.
+Count = Annotated[int, Field(ge=0, le=10**8)]  # of problems, texts, steps
+Positive = Annotated[int, Field(gt=0, le=10**8)]
+Size = Annotated[int, Field(gt=0, le=2**17)]  # of a model's parts, in channels
+Batch = Annotated[int, Field(gt=0, le=2**16)]
+Tokens = Annotated[int, Field(gt=0, le=2**20)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Segment = Literal["prompt", "reasoning", "answer"]
-NonNegative = Annotated[float, Field(ge=0)]
+NonNegative = Annotated[float, Field(ge=0, le=1e9)]
+AboveZero = Annotated[float, Field(gt=0, le=1e9)]
+PathText = Annotated[str, AfterValidator(_usable_path)]
 AnswerRule = Literal["value", "number", "fraction", "latex", "yes-no", "letter", "exact-match"]
 ANSWER_RULES = get_args(AnswerRule)
 TimeMode = Literal["index", "pad", "proportional", "segment"]
@@ -36,7 +57,7 @@ class TaskRecipe(Section):
         description="chain, product (built in); gsm8k, svamp, strategyqa, math23k, math, arc_challenge, hotpotqa; "
         "or jsonl, csv, parquet with `file`"
     )
-    file: str | None = Field(None, description="your own file with question, reasoning, answer (or `fields`)")
+    file: PathText | None = Field(None, description="your own file with question, reasoning, answer (or `fields`)")
     fields: dict[str, str] = Field(
         default_factory=dict,
         description="own file: our name (id, question, reasoning, answer, completion, language) -> column, or a "
@@ -47,10 +68,10 @@ class TaskRecipe(Section):
         None, description="own file: how answers are read and compared; unset: value (numbers, else text)"
     )
     revision: str | None = Field(None, description="commit, tag or branch on the hub; unset: the newest")
-    train: int = Field(1000, ge=0, description="training problems; these four count where `data.total` is unset")
-    val: int = Field(100, ge=0, description="validation problems")
-    test: int = Field(100, ge=0, description="test problems, seen by evaluation only")
-    teach: int = Field(0, ge=0, description="training problems that scratch teachers study beside `train`")
+    train: Count = Field(1000, description="training problems; these four count where `data.total` is unset")
+    val: Count = Field(100, description="validation problems")
+    test: Count = Field(100, description="test problems, seen by evaluation only")
+    teach: Count = Field(0, description="training problems that scratch teachers study beside `train`")
     share: NonNegative | None = Field(
         None, description="part of `data.total`; unset: math23k 0.2, the others what is left, in equal parts"
     )
@@ -65,8 +86,8 @@ class TaskRecipe(Section):
 class DataRecipe(Section):
     """Problems, splits and the tokenizer."""
 
-    tasks: list[TaskRecipe] = Field(min_length=1)
-    root: str | None = Field(None, description="folder with local copies of the public data sets; unset: the hub")
+    tasks: list[TaskRecipe] = Field(min_length=1, max_length=1000, description="where problems come from, mixed")
+    root: PathText | None = Field(None, description="folder with local copies of the public data sets; unset: the hub")
     total: Positive | None = Field(
         None, description="problems over all tasks, mixed by `share`; unset: each its counts"
     )
@@ -79,12 +100,12 @@ class DataRecipe(Section):
     style: Literal["cot", "direct", "both"] = Field("cot", description="written reasoning before the answer, or not")
     template: Literal["plain", "chat"] = Field("plain", description="our own, or the tokenizer's chat template")
     system_prompt: str | None = Field(None, description="chat: system message; unset: the template's own default")
-    tokenizer: str = Field(
+    tokenizer: PathText = Field(
         "characters", description="characters (built in), a folder, `root:NAME`, a hub id, or `A or B`"
     )
     trim_vocabulary: bool = Field(False, description="keep only the pieces these texts need (tiny models)")
-    max_length: Positive = Field(512, description="tokens; longer examples are left out and counted")
-    seed: int = Field(0, description="which problems go where; the same for every arm and seed")
+    max_length: Tokens = Field(512, description="tokens; longer examples are left out and counted")
+    seed: Seed = Field(0, description="which problems go where; the same for every arm and seed")
     leaks: Literal["refuse", "drop", "allow"] = Field(
         "refuse",
         description="a problem (or near duplicate) of test, val or an evaluation in training: stop; take it out of "
@@ -108,42 +129,48 @@ class ScratchRecipe(Section):
     """A model with random weights of a known family."""
 
     architecture: Literal["qwen2", "qwen3", "llama", "mistral", "gemma", "gpt2", "gpt_neox", "phi", "bert", "t5"] = (
-        "qwen2"
+        Field("qwen2", description="its family; what is trained on the spot has to be causal (not bert, t5)")
     )
-    hidden_size: Positive = 64
-    num_layers: Positive = 2
-    num_heads: Positive = 4
-    num_kv_heads: Positive | None = Field(None, description="unset: as many as num_heads")
-    head_size: Positive | None = Field(None, description="unset: hidden_size / num_heads")
-    intermediate_size: Positive | None = Field(None, description="unset: 8/3 of hidden_size, rounded up to 8")
-    vocab_size: Positive | None = Field(None, description="unset: the tokenizer's length")
-    init_std: float = Field(0.02, gt=0, description="standard deviation of the random weights")
-    rope_theta: float = 10000.0
-    tie_embeddings: bool = True
+    hidden_size: Size = Field(64, description="width of the model")
+    num_layers: Annotated[int, Field(gt=0, le=1024)] = Field(2, description="layers, one on the other")
+    num_heads: Annotated[int, Field(gt=0, le=4096)] = Field(4, description="attention heads of each layer")
+    num_kv_heads: Annotated[int, Field(gt=0, le=4096)] | None = Field(None, description="unset: as many as num_heads")
+    head_size: Size | None = Field(None, description="unset: hidden_size / num_heads")
+    intermediate_size: Annotated[int, Field(gt=0, le=2**20)] | None = Field(
+        None, description="width of the MLP; unset: 8/3 of hidden_size, rounded up to 8"
+    )
+    vocab_size: Annotated[int, Field(gt=0, le=2**24)] | None = Field(None, description="unset: the tokenizer's length")
+    init_std: float = Field(0.02, gt=0, le=100, description="standard deviation of the random weights")
+    rope_theta: float = Field(10000.0, gt=0, le=1e12, description="base of the rotary frequencies")
+    tie_embeddings: bool = Field(True, description="the LM head shares the embeddings' weights")
 
 
 class LoraRecipe(Section):
     """Low-rank adapters (peft); merged into the saved student."""
 
-    r: Positive = 16
-    alpha: Positive = 32
-    dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    r: Annotated[int, Field(gt=0, le=2**16)] = Field(16, description="rank of an adapter")
+    alpha: Annotated[int, Field(gt=0, le=2**16)] = Field(32, description="an adapter's part is scaled by alpha / r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of an adapter's inputs that is dropped in training")
+    target_modules: list[str] | Literal["all-linear"] = Field(
+        "all-linear", description="names of the linear layers that get one, e.g. [q_proj, v_proj]"
+    )
 
 
 class ModelRecipe(Section):
     """Where a model comes from: `path` (folder or hub id) or `scratch` (random weights). One of the two."""
 
-    path: str | None = Field(
+    path: PathText | None = Field(
         None, description="a folder or hub id, or `A or B`: the first that is a folder here; $VARIABLES are filled in"
     )
-    gguf_file: str | None = Field(None, description="name of a GGUF file in `path`, to take the weights from")
+    gguf_file: PathText | None = Field(None, description="name of a GGUF file in `path`, to take the weights from")
     keep_layers: Positive | None = Field(
         None, description="of a `path`: so many of its layers, evenly spread, first and last among them; unset: all"
     )
-    scratch: ScratchRecipe | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    scratch: ScratchRecipe | None = Field(None, description="sizes of a model with random weights")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="what its weights are held in")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        "sdpa", description="transformers' implementation; flash_attention_2 needs its package and a GPU"
+    )
     trust_remote_code: bool = Field(False, description="run code that comes with the model: only if you read it")
 
     @model_validator(mode="after")
@@ -164,31 +191,43 @@ class ModelRecipe(Section):
 class OptimiserRecipe(Section):
     """AdamW, a schedule, and how many steps."""
 
-    steps: Positive = 800
-    batch_size: Positive = Field(32, description="examples per device and micro-batch")
-    accumulation: Positive = Field(1, description="micro-batches per optimiser step; the loss does not depend on it")
-    learning_rate: float = Field(2e-3, gt=0)
-    adam_betas: tuple[float, float] = (0.9, 0.98)
-    weight_decay: NonNegative = 0.0
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    steps: Positive = Field(800, description="optimiser steps")
+    batch_size: Batch = Field(32, description="examples per device and micro-batch")
+    accumulation: Batch = Field(1, description="micro-batches per optimiser step; the loss does not depend on it")
+    learning_rate: float = Field(2e-3, gt=0, le=1000, description="AdamW's, at the peak of the schedule")
+    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.98), description="decay of AdamW's means of gradients and of their squares"
+    )
+    weight_decay: NonNegative = Field(0.0, description="AdamW's, decoupled")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="learning rate over the steps")
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="cosine ends at this share of the peak")
-    lr_warmup_steps: int = Field(0, ge=0, description="steps of linear rise before the schedule")
-    max_grad_norm: NonNegative = 1.0
+    lr_warmup_steps: Count = Field(0, description="steps of linear rise before the schedule")
+    max_grad_norm: NonNegative = Field(1.0, description="gradients are clipped to this norm; 0: not at all")
+
+    @model_validator(mode="after")
+    def _not_endless(self) -> OptimiserRecipe:
+        seen = self.steps * self.batch_size * self.accumulation
+        if seen > MAX_EXAMPLES_SEEN:
+            raise ValueError(
+                f"steps x batch_size x accumulation are {seen:,} examples, more than {MAX_EXAMPLES_SEEN:,}: "
+                "their order would not fit into memory"
+            )
+        return self
 
 
 class TeacherRecipe(ModelRecipe):
     """One teacher. A `scratch` teacher is trained on the spot, on `train_on`, with `optimiser`."""
 
-    name: str = Field(pattern=FOLDER_NAME)
-    tokenizer: str | None = Field(
+    name: str = Field(pattern=FOLDER_NAME, description="what arms, folders and messages call it")
+    tokenizer: PathText | None = Field(
         None, description="folder, `root:NAME` or hub id; unset: beside the weights of `path`, else data.tokenizer"
     )
-    traces: str | None = Field(
+    traces: PathText | None = Field(
         None, description="JSONL with question, reasoning: this teacher's own chains; unset: the data's"
     )
     train_on: list[str] = Field(default_factory=list, description="tasks a scratch teacher is trained on")
-    optimiser: OptimiserRecipe = OptimiserRecipe()
-    seed: int = 0
+    optimiser: OptimiserRecipe = Field(OptimiserRecipe(), description="how a scratch teacher is trained")
+    seed: Seed = Field(0, description="of a scratch teacher's weights and order")
 
     @model_validator(mode="after")
     def _trained(self) -> TeacherRecipe:
@@ -200,8 +239,8 @@ class TeacherRecipe(ModelRecipe):
 class StudentRecipe(ModelRecipe):
     """The model that learns."""
 
-    lora: LoraRecipe | None = None
-    gradient_checkpointing: bool = False
+    lora: LoraRecipe | None = Field(None, description="train adapters only; unset: all weights")
+    gradient_checkpointing: bool = Field(False, description="less memory, about a third more time")
 
 
 class CaptureRecipe(Section):
@@ -210,9 +249,11 @@ class CaptureRecipe(Section):
     source: Literal["store", "online"] = Field(
         "store", description="paid once and read from disk, or run in every step"
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    logits_top_k: int = Field(32, ge=0, description="teacher logits kept per token for logit distillation; 0: none")
-    batch_size: Positive = 64
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="what targets are stored in")
+    logits_top_k: int = Field(
+        32, ge=0, le=2**16, description="teacher logits kept per token for logit distillation; 0: none"
+    )
+    batch_size: Batch = Field(64, description="texts that a teacher reads at once")
 
 
 class AlignRecipe(Section):
@@ -231,34 +272,40 @@ class AlignRecipe(Section):
     smoothness: dict[Segment, NonNegative] = Field(
         default_factory=dict, description="segment: width of the window around each place; 0: linear interpolation"
     )
-    layers: Literal["ratio", "interpolate", "terminal", "cka", "explicit"] = "ratio"
-    layer_map: dict[int, list[int]] | str | None = Field(
+    layers: Literal["ratio", "interpolate", "terminal", "cka", "explicit"] = Field(
+        "ratio", description="which teacher layers stand behind each student layer; cka: those that are most alike"
+    )
+    layer_map: dict[int, list[int]] | PathText | None = Field(
         None,
         description="explicit: student layer -> teacher layers, or JSON with it; cka: the file of map-layers",
     )
     cka_on: Literal["keys", "values", "hidden"] = Field("keys", description="what layers are compared by")
-    cka_top_k: Positive = Field(2, description="teacher layers behind each student layer, weighted by similarity")
+    cka_top_k: int = Field(
+        2, gt=0, le=1024, description="teacher layers behind each student layer, weighted by similarity"
+    )
     cka_texts: Positive = Field(100, description="training texts that similarities are measured on")
     cka_monotone: bool = Field(False, description="deeper student layers never read shallower teacher layers")
     projection: Literal["flat", "structured", "elastic"] = Field(
         "flat", description="one linear over all heads; head mixer + size; or norm and a small MLP over all heads"
     )
     per_head: bool = Field(False, description="structured: a size map for each head; ridge: a fit for each head alone")
-    rank: Positive | None = Field(None, description="flat: two thin matrices of this rank; unset: one full matrix")
-    elastic_hidden: Positive | None = Field(None, description="elastic: width of its MLP; unset: the wider side")
+    rank: Size | None = Field(None, description="flat: two thin matrices of this rank; unset: one full matrix")
+    elastic_hidden: Size | None = Field(None, description="elastic: width of its MLP; unset: the wider side")
     residual: bool = Field(False, description="a gated correction on top of a fixed first guess (gate starts at 0)")
     share_layers: bool = Field(False, description="one projector for all layers")
-    init: Literal["xavier", "orthogonal", "identity", "uniform", "ridge"] = "xavier"
+    init: Literal["xavier", "orthogonal", "identity", "uniform", "ridge"] = Field(
+        "xavier", description="what a projector starts from; ridge: the closed form"
+    )
     train_projector: bool | None = Field(None, description="unset: trained in teacher space, frozen in student space")
-    ridge_l2: float = Field(1e-2, gt=0, description="ridge penalty relative to the mean channel variance")
+    ridge_l2: AboveZero = Field(1e-2, description="ridge penalty relative to the mean channel variance")
     ridge_on: Literal["kv", "attention"] = Field(
         "kv", description="error in keys and values, or in what attention reads of them (softmax(qk)v)"
     )
     shared_fit: Literal["gcca", "procrustes", "trained"] = Field("gcca", description="how shared adapters are made")
-    shared_size: Positive | None = Field(None, description="channels of the shared space; unset: the narrowest model's")
+    shared_size: Size | None = Field(None, description="channels of the shared space; unset: the narrowest model's")
     standardise: bool = Field(True, description="teacher channels to mean 0, std 1 over the training tokens")
     keys: Literal["unrotated", "rotated"] = Field("unrotated", description="frame in which keys are compared")
-    calibration_examples: Positive = 512
+    calibration_examples: Positive = Field(512, description="training texts that statistics and closed forms are of")
 
     @field_validator("time", mode="before")
     @classmethod
@@ -291,7 +338,9 @@ class AlignRecipe(Section):
 class CompressRecipe(Section):
     """Which teacher tokens take part."""
 
-    kv_compression: Literal["full", "right", "crop", "r-kv", "random", "uniform", "none"] = "full"
+    kv_compression: Literal["full", "right", "crop", "r-kv", "random", "uniform", "none"] = Field(
+        "full", description="all; the last, first, most important, random or evenly spaced ones; or none"
+    )
     keep: Positive | None = Field(None, description="reasoning tokens kept: the last, the first, the best, …")
     importance_share: float = Field(
         0.1, ge=0, le=1, description="r-kv: weight of importance; the rest is redundancy (KaVa's lambda)"
@@ -307,13 +356,17 @@ class CompressRecipe(Section):
 class FuseRecipe(Section):
     """How several teachers become one signal."""
 
-    fusion_strategy: Literal["fixed", "competence", "similarity"] = "fixed"
+    fusion_strategy: Literal["fixed", "competence", "similarity"] = Field(
+        "fixed", description="weights per example: fixed; by how well each explains the gold text; by likeness of keys"
+    )
     weights: list[float] | None = Field(None, description="fixed: one per teacher, normalised to sum 1; unset: equal")
-    temperature: float = Field(1.0, gt=0, description="softmax temperature of competence and similarity")
+    temperature: AboveZero = Field(1.0, description="softmax temperature of competence and similarity")
     fuse_at: Literal["loss", "kv"] = Field("loss", description="one loss term per teacher, or one averaged cache")
-    metric: Literal["cosine", "dot", "euclidean"] = "cosine"
-    prototype: Literal["mean", "first", "max", "k-means"] = "mean"
-    num_prototypes: Positive = Field(4, description="centres for k-means")
+    metric: Literal["cosine", "dot", "euclidean"] = Field("cosine", description="similarity: to a teacher's prototype")
+    prototype: Literal["mean", "first", "max", "k-means"] = Field(
+        "mean", description="similarity: what stands for a teacher's keys"
+    )
+    num_prototypes: int = Field(4, gt=0, le=4096, description="centres for k-means")
 
     @field_validator("weights")
     @classmethod
@@ -329,17 +382,21 @@ class FuseRecipe(Section):
 class LossRecipe(Section):
     """The terms of the loss and their weights."""
 
-    kind: Literal["mse", "smooth_l1", "l1", "mercator", "hybrid", "structural", "attention_output", "cka"] = "mse"
+    kind: Literal["mse", "smooth_l1", "l1", "mercator", "hybrid", "structural", "attention_output", "cka"] = Field(
+        "mse", description="distance of keys and values; structural, attention_output: of what attention does with them"
+    )
     kv_weight: NonNegative = Field(20.0, description="0: no KV term")
-    k_weight: NonNegative = 1.0
-    v_weight: NonNegative = 1.0
+    k_weight: NonNegative = Field(1.0, description="share of the keys in the KV term")
+    v_weight: NonNegative = Field(1.0, description="share of the values in the KV term")
     kv_warmup: NonNegative = Field(
         0.1, description="below 1: share of the steps; else steps; the KV weight rises linearly"
     )
     distill_layers: str = Field("all", description="student layers, `0-12` (inclusive), `3,5`, or `all`")
-    smooth_l1_beta: float = Field(1.0, gt=0)
-    mercator_alpha: NonNegative = 1.0
-    mercator_beta: NonNegative = 0.1
+    smooth_l1_beta: AboveZero = Field(1.0, description="smooth_l1: below it squares, above it absolute values")
+    mercator_alpha: NonNegative = Field(1.0, description="mercator: weight of 1 - cos")
+    mercator_beta: NonNegative = Field(
+        0.1, description="mercator: weight of the squared difference of the lengths' logarithms"
+    )
     hybrid_share: float = Field(0.5, ge=0, le=1, description="hybrid: share of mse, the rest mercator")
     structural_k: NonNegative = Field(1.0, description="structural: weight of 1 - cos of keys")
     structural_v: NonNegative = Field(1.0, description="structural: weight of 1 - cos of values")
@@ -347,10 +404,10 @@ class LossRecipe(Section):
     attention_weighted: bool = Field(
         False, description="tokens weigh by the attention the teacher's answer pays to them (mean 1)"
     )
-    ce_weight: NonNegative = 1.0
-    ce_on: Literal["reasoning+answer", "answer"] = "reasoning+answer"
+    ce_weight: NonNegative = Field(1.0, description="of the cross-entropy of the text")
+    ce_on: Literal["reasoning+answer", "answer"] = Field("reasoning+answer", description="tokens of the cross-entropy")
     logit_weight: NonNegative = Field(0.0, description="logit distillation (reference arm)")
-    logit_temperature: float = Field(1.0, gt=0)
+    logit_temperature: AboveZero = Field(1.0, description="logit distillation: both sides' logits are divided by it")
     kv_on: Literal["all", "reasoning", "answer", "reasoning+answer"] = Field("all", description="tokens of the KV term")
 
     @property
@@ -362,16 +419,18 @@ class LossRecipe(Section):
 class TrainRecipe(OptimiserRecipe):
     """Training of the student."""
 
-    projector_lr_scale: float = Field(1.0, gt=0, description="projectors learn at this multiple of the learning rate")
+    projector_lr_scale: AboveZero = Field(1.0, description="projectors learn at this multiple of the learning rate")
     bf16: bool = Field(False, description="autocast to bfloat16")
-    log_every: Positive = 20
-    eval_every: int = Field(
-        200, ge=0, description="steps between validation points (KV loss and accuracy); 0: only the end"
+    log_every: Positive = Field(20, description="steps between lines of log.jsonl")
+    eval_every: Count = Field(
+        200, description="steps between validation points (KV loss and accuracy); 0: only the end"
     )
     eval_examples: Positive = Field(64, description="validation problems per point of the learning curve")
     save_every: Positive = Field(200, description="steps between checkpoints")
-    keep_checkpoints: Positive = 2
-    report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
+    keep_checkpoints: int = Field(2, gt=0, le=1000, description="the newest ones")
+    report_to: list[Literal["tensorboard", "wandb"]] = Field(
+        default_factory=list, description="where the log goes too; each needs its package"
+    )
 
 
 class EvaluateRecipe(Section):
@@ -380,15 +439,17 @@ class EvaluateRecipe(Section):
     tasks: list[str] = Field(
         default_factory=list, description="public evaluations beside the test split: gsm8k, math500, bbh, gpqa, …"
     )
-    num_fewshot: int | None = Field(None, ge=0, description="examples in the prompt; unset: each evaluation's usual")
+    num_fewshot: int | None = Field(
+        None, ge=0, le=1000, description="examples in the prompt; unset: each evaluation's usual"
+    )
     choice: Literal["likelihood", "generation"] = Field(
         "likelihood", description="multiple choice: the likeliest choice, or the letter that is written"
     )
     chat: bool = Field(False, description="evaluations through the model's chat template")
 
-    max_new_tokens: Positive = 64
-    batch_size: Positive = 64
-    limit: int | None = Field(None, gt=0, description="first n test problems of each task")
+    max_new_tokens: Tokens = Field(64, description="longest answer, greedily")
+    batch_size: Batch = Field(64, description="questions at once")
+    limit: Positive | None = Field(None, description="first n test problems of each task")
     match_examples: Positive = Field(128, description="held-out examples for R2, centred cosine and retrieval")
 
 
@@ -399,27 +460,36 @@ class ReportRecipe(Section):
         default_factory=list, description="[arm, baseline] pairs: the Holm family"
     )
     primary: Literal["accuracy", "nll"] = Field("accuracy", description="what the verdict is about")
-    alpha: float = Field(0.05, gt=0, lt=1)
-    margin: float = Field(0.02, gt=0, description="TOST equivalence margin, in units of the primary figure")
+    alpha: float = Field(0.05, gt=0, lt=1, description="family-wise error rate (Holm)")
+    margin: AboveZero = Field(0.02, description="TOST equivalence margin, in units of the primary figure")
 
 
 class HardwareRecipe(Section):
     """Where runs happen. Changes no result."""
 
-    device: str = "auto"
-    workers: int = Field(0, ge=0, description="runs side by side on this machine; 0: one per core (CPU) or GPU")
-    threads: int = Field(1, ge=0, description="threads per worker; 0: torch's choice")
+    device: str = Field("auto", description="auto: CUDA where there is one; cpu, cuda, cuda:1, mps")
+    workers: int = Field(
+        0, ge=0, le=4096, description="runs side by side on this machine; 0: one per core (CPU) or GPU"
+    )
+    threads: int = Field(1, ge=0, le=4096, description="threads per worker; 0: torch's choice")
+
+    @field_validator("device")
+    @classmethod
+    def _known(cls, device: str) -> str:
+        if not re.fullmatch(r"(auto|cpu|mps|(cuda|xpu)(:\d{1,3})?)", device):
+            raise ValueError("no such kind of device: auto, cpu, cuda, cuda:N, mps and xpu are known")
+        return device
 
 
 class ArmRecipe(Section):
     """One arm of the study, complete: the recipe's sections with the arm's changes laid over them."""
 
-    teachers: list[str]
+    teachers: list[str] = Field(max_length=100, description="names of those it learns from; unset: all; []: none")
     placebo: bool = Field(False, description="teacher KV of a mismatched example: same cost, no information")
-    align: AlignRecipe
-    compress: CompressRecipe
-    fuse: FuseRecipe
-    loss: LossRecipe
+    align: AlignRecipe = Field(description="changes to `align`")
+    compress: CompressRecipe = Field(description="changes to `compress`")
+    fuse: FuseRecipe = Field(description="changes to `fuse`")
+    loss: LossRecipe = Field(description="changes to `loss`")
 
     @property
     def needs_kv(self) -> bool:
@@ -451,22 +521,26 @@ class ArmRecipe(Section):
 class Recipe(Section):
     """A whole study."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    title: str = ""
-    run_dir: str | None = Field(None, description="unset: runs/NAME")
-    seeds: list[int] = Field(default_factory=lambda: [42, 43, 44], min_length=1)
-    data: DataRecipe
-    teachers: list[TeacherRecipe] = Field(default_factory=list)
-    student: StudentRecipe
-    capture: CaptureRecipe = CaptureRecipe()
-    align: AlignRecipe = AlignRecipe()
-    compress: CompressRecipe = CompressRecipe()
-    fuse: FuseRecipe = FuseRecipe()
-    loss: LossRecipe = LossRecipe()
-    train: TrainRecipe = TrainRecipe()
-    evaluate: EvaluateRecipe = EvaluateRecipe()
-    report: ReportRecipe = ReportRecipe()
-    hardware: HardwareRecipe = HardwareRecipe()
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="what the study and its folder are called"
+    )
+    title: str = Field("", max_length=1000, description="what stands above the page")
+    run_dir: PathText | None = Field(None, description="the run folder; unset: runs/NAME")
+    seeds: list[Seed] = Field(
+        default_factory=lambda: [42, 43, 44], min_length=1, max_length=1000, description="every arm runs once with each"
+    )
+    data: DataRecipe = Field(description="problems, splits, tokenizer")
+    teachers: list[TeacherRecipe] = Field(default_factory=list, max_length=100, description="models to learn from")
+    student: StudentRecipe = Field(description="the model that learns")
+    capture: CaptureRecipe = Field(CaptureRecipe(), description="how teacher targets reach the student")
+    align: AlignRecipe = Field(AlignRecipe(), description="teacher KV to student slots, layers, heads and sizes")
+    compress: CompressRecipe = Field(CompressRecipe(), description="which teacher tokens take part")
+    fuse: FuseRecipe = Field(FuseRecipe(), description="how several teachers become one signal")
+    loss: LossRecipe = Field(LossRecipe(), description="terms of the loss and their weights")
+    train: TrainRecipe = Field(TrainRecipe(), description="training of the student")
+    evaluate: EvaluateRecipe = Field(EvaluateRecipe(), description="what trained students are asked")
+    report: ReportRecipe = Field(ReportRecipe(), description="comparisons and margins, declared beforehand")
+    hardware: HardwareRecipe = Field(HardwareRecipe(), description="where runs happen; changes no result")
     arms: dict[str, dict[str, Any]] = Field(
-        min_length=1, description="arm -> {teachers, placebo, align, fuse, loss, …}"
+        min_length=1, max_length=1000, description="arm -> {teachers, placebo, align, fuse, loss, …}"
     )

@@ -15,6 +15,8 @@ from functools import reduce
 import numpy as np
 import torch
 
+from kvdistill.core.errors import RecipeError
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -43,9 +45,19 @@ def set_threads(num_threads: int) -> None:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """`auto` is CUDA where there is one, else CPU. One process sees one device (LOCAL_RANK)."""
+    """`auto` is CUDA where there is one, else CPU. One process sees one device (LOCAL_RANK).
+
+    Raises RecipeError for a device that is not there.
+    """
     if name != "auto":
-        return torch.device(name)
+        device = torch.device(name)
+        there = 1 if device.type == "cpu" else torch.get_device_module(device).device_count()
+        if (device.index or 0) >= there:
+            found = "there is none here" if there == 0 else f"there are {there}, counted from 0"
+            raise RecipeError(
+                f"no device {name}: {found}", place="hardware.device", fix="set hardware.device=auto (or cpu)"
+            )
+        return device
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")

@@ -21,8 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kvdistill.core.errors import RunFolderError, StoreError
-from kvdistill.core.files import read_json, replacing, sha256_file
+from kvdistill.core.files import replacing, sha256_file
 from kvdistill.core.layout import data_folder
+from kvdistill.core.marks import read_sealed
 from kvdistill.data.encode import Example
 from kvdistill.data.problems import SPLITS
 
@@ -91,7 +92,7 @@ def read_manifest(run: Path) -> dict[str, Any]:
     path = data_folder(Path(run)) / MANIFEST
     if not path.is_file():
         raise RunFolderError("the data is not prepared", place=str(path), fix="run `kvdistill prepare` first")
-    return read_json(path)
+    return read_sealed(path, fix="delete the run's data/ folder and run `kvdistill prepare` again")
 
 
 def read_split(run: Path, split: str) -> Sequence[Example]:

@@ -27,7 +27,6 @@ from kvdistill.core.hub import hub_reachable
 CHARACTERS = "characters"
 _CHUNK = 1000  # texts; what is known of each of their pieces takes much more memory than the texts
 SYMBOLS = "0123456789+-*=;:?., "
-_NOT_A_TOKENIZER = (OSError, ValueError, KeyError, TypeError, ImportError)
 _ROLES = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
 
 
@@ -77,10 +76,8 @@ def load_tokenizer(
             found: Any = AutoTokenizer.from_pretrained(str(folder), gguf_file=in_gguf[0].name)
         else:
             found = PreTrainedTokenizerFast.from_pretrained(str(folder or name), local_files_only=local_only)
-    except Exception as error:  # the tokenizers library raises bare Exception for a broken tokenizer.json
-        if type(error) is not Exception and not isinstance(error, _NOT_A_TOKENIZER):
-            raise
-        reason = str(error).strip().split("\n", 1)[0]
+    except Exception as error:  # a stranger's file: the libraries raise whatever they come across in it
+        reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
         what, fix = f"cannot load a fast tokenizer from {folder}: {reason}", "check its tokenizer.json"
         if folder is None:
             why = "the hub cannot be reached and it is not in the local cache" if local_only else reason

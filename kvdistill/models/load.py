@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
@@ -65,7 +65,7 @@ def check_model_exists(recipe: ModelRecipe, place: str) -> PreTrainedConfig:
             local_files_only=folder.is_dir() or not hub_reachable(),
             **_gguf(recipe),
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # a stranger's file: transformers raises whatever its parsers come across
         raise _cannot_load(recipe, place, error) from error
     if recipe.keep_layers is not None:
         shorten_config(config, recipe.keep_layers, f"{place}.keep_layers")
@@ -202,12 +202,37 @@ def _pretrained_model(recipe: ModelRecipe, config: PreTrainedConfig, dtype: torc
             place=f"{place}.path",
             fix=f"give a folder with the whole {type(model).__name__}",
         )
+    refuse_non_finite(model, recipe, f"{place}.path")
     if recipe.gguf_file is not None:  # the weights are whole numbers again: what is saved must not say otherwise
         model.hf_quantizer, model.is_quantized = None, False
         model.config.__dict__.pop("quantization_config", None)
     if recipe.keep_layers is not None:
         shorten_model(model, recipe.keep_layers, f"{place}.keep_layers")
     return model.eval()
+
+
+def refuse_non_finite(model: nn.Module, recipe: ModelRecipe, place: str) -> None:
+    """Raise ModelError where a weight is NaN or infinite, naming file and tensor: later it would look like a step of
+    training or a teacher's weight that is to blame. One pass over the weights, without copies.
+    """
+    weights = ((name, p.detach()) for name, p in model.named_parameters() if p.numel())
+    name = next((name for name, w in weights if not all(bool(end.isfinite()) for end in torch.aminmax(w))), None)
+    if name is None:
+        return
+    found, fix = f"weight {name} holds NaN or infinity", "copy or convert the model again: this file is damaged"
+    folder = Path(recipe.path or "").expanduser()
+    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+        with safe_open(str(file), framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (not a dict)
+                tensor = tensors.get_tensor(key)
+                if tensor.is_floating_point() and (number := int((~tensor.isfinite()).sum())):
+                    what = (
+                        f"{file}: tensor {key} holds {number:,} values of {tensor.numel():,} that are NaN or infinite"
+                    )
+                    raise ModelError(what, place=place, fix=fix)
+    if folder.is_dir():
+        found, fix = f"weight {name} has values that {recipe.dtype} cannot hold", "set dtype: bfloat16 or float32"
+    raise ModelError(found, place=place, fix=fix)
 
 
 # -- LoRA -----------------------------------------------------------------------------------------

@@ -26,9 +26,10 @@ from kvdistill.arms.experiment import Experiment
 from kvdistill.arms.teacher import Teacher
 from kvdistill.core.cka import CKAAccumulator
 from kvdistill.core.errors import AlignmentError, KVDistillError
-from kvdistill.core.files import read_json, sha256_of, write_json
+from kvdistill.core.files import sha256_of, write_json
 from kvdistill.core.layout import folder_lock, layers_folder
 from kvdistill.core.maps import SparseMap
+from kvdistill.core.marks import read_sealed, sealed
 from kvdistill.core.progress import Progress, silent
 from kvdistill.core.recipe import ArmRecipe, CompressRecipe
 from kvdistill.core.runtime import derive_seed
@@ -65,7 +66,8 @@ def map_layers(experiment: Experiment, progress: Progress = silent) -> None:
                 for kind, sources in rows.items()
             }
             notes = {kind: map_notes(similarities[kind], mapping) for kind, mapping in maps.items()}
-            write_json(teacher.similarity_path, found | {"settings": settings, "layer_map": layer_maps, "notes": notes})
+            found |= {"settings": settings, "layer_map": layer_maps, "notes": notes}
+            write_json(teacher.similarity_path, sealed(found))
             progress("map-layers", number + 1, len(experiment.teachers))
 
 
@@ -113,7 +115,7 @@ class _Measuring:
         """What the file holds, where it is of the same models and texts and has all that is wanted."""
         path = self.teacher.similarity_path
         try:
-            found = read_json(path)
+            found = read_sealed(path, fix="none: it is measured anew")
             sizes = found["teacher"]["num_layers"], found["student"]["num_layers"]
             for kind in self.kinds:
                 matrix = read_layer_similarity(path, *sizes, on=kind, **self.teacher.identities)

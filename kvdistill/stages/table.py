@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from kvdistill.core.config import asked_hash
 from kvdistill.core.layout import arm_folder, evaluated_mark, file_lock, locks_folder, teacher_folder, trained_mark
 from kvdistill.core.marks import read_mark
 from kvdistill.core.progress import Progress, silent
@@ -64,7 +65,7 @@ class Stage:
 
 ARM = ("arm", "seed")
 STAGES: dict[str, Stage] = {
-    "prepare": Stage("kvdistill.stages.prepare:prepare", (), lambda recipe: 10 + recipe.data.num_learned / 200),
+    "prepare": Stage("kvdistill.stages.table:prepare", (), lambda recipe: 10 + recipe.data.num_learned / 200),
     "check": Stage("kvdistill.stages.table:check", ("prepare",), lambda recipe: 10.0, takes="experiment"),
     "teach": Stage(
         "kvdistill.stages.train:train_teacher",
@@ -117,6 +118,12 @@ STAGES: dict[str, Stage] = {
 }
 
 
+def is_done(job: Job, recipe: Recipe) -> bool:
+    """Whether a job's mark is there; of an evaluation, whether it asked what the recipe asks now."""
+    mark = None if job.mark is None else read_mark(Path(str(job.arguments["run"])) / job.mark)
+    return mark is not None and (job.verb != "evaluate" or mark.get("asked") == asked_hash(recipe))
+
+
 def perform(job: Job, recipe: Recipe, progress: Progress = silent) -> None:
     """Do a job in this process. Where another process is at it, wait for that one, and see then whether it is done.
 
@@ -130,7 +137,7 @@ def perform(job: Job, recipe: Recipe, progress: Progress = silent) -> None:
     at_work = file_lock(locks_folder(run) / "working", wait=True, shared=True)  # for as long as we live
     ranks = int(os.environ.get("WORLD_SIZE", "1"))  # of a torchrun: training has one lock for all, held by the first
     with at_work, file_lock(lock, wait=True) if ranks == 1 else nullcontext():
-        if ranks > 1 or job.mark is None or read_mark(run / job.mark) is None:
+        if ranks > 1 or not is_done(job, recipe):
             function = getattr(importlib.import_module(module), name)
             if stage.takes == "recipe":
                 function(recipe, run, progress=progress)
@@ -143,6 +150,15 @@ def perform(job: Job, recipe: Recipe, progress: Progress = silent) -> None:
             elif stage.takes == "arm":
                 subject = subject.arm(str(job.arguments["arm"]), int(job.arguments["seed"]))
             function(subject, progress=progress)
+
+
+def prepare(recipe: Recipe, run: Path, progress: Progress = silent) -> None:
+    """The data; and first what is wrong with models whatever the data, which would else be said after it."""
+    from kvdistill.arms.checks import check_sizes
+    from kvdistill.stages.prepare import prepare as prepare_data
+
+    check_sizes(recipe, run)
+    prepare_data(recipe, run, progress)
 
 
 def check(experiment: Any, progress: Progress = silent) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 import time
 from collections.abc import Mapping
@@ -10,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from kvdistill.core.config import arm_recipe, recipe_hash
-from kvdistill.core.errors import ModelError, RunFolderError
+from kvdistill.core.errors import RunFolderError
 from kvdistill.core.files import read_json, sha256_of, write_json
 from kvdistill.core.layout import (
-    arm_folder,
     data_folder,
-    evaluated_mark,
     file_lock,
     folder_lock,
     layers_folder,
@@ -23,28 +22,34 @@ from kvdistill.core.layout import (
     refuse_foreign,
 )
 from kvdistill.core.leftovers import sweep_run
-from kvdistill.core.marks import read_mark
+from kvdistill.core.marks import read_mark, sealed
 from kvdistill.core.provenance import machine_facts, package_versions
 from kvdistill.core.quoting import first_difference
-from kvdistill.core.recipe import ModelRecipe, Recipe
+from kvdistill.core.recipe import Recipe
+from kvdistill.study.plan import is_evaluated
 
 # sections a finished model depends on: a run folder made with others is refused
 _BASE = ("data", "teachers", "student", "capture", "train", "evaluate")
 
 
-def claimed(recipe: Recipe, run: Path) -> ExitStack:
+def claimed(recipe: Recipe, run: Path, *, begins: bool = True) -> ExitStack:
     """Work in this run folder with this recipe: `recipe.json` is written, or the folder refused that another one made.
 
     Others may work in it at the same time, if they want the same but for arms and seeds: each job has a lock of its
     own (`stages.table.perform`), the folder's is held only while it is claimed. New arms and seeds are welcome.
+
+    begins: whether this may be the first command in the folder.
     """
-    check_run_folder(recipe, run)  # before the first lock, which leaves a file behind
+    check_run_folder(run, begins=begins)  # before the first lock, which leaves a file behind
     working = locks_folder(run) / "working"
     path, mine = run / "recipe.json", recipe.model_dump(mode="json")
     with ExitStack() as at_work:
         with folder_lock(run, wait=True):
             sweep_run(run, keeps_answers=bool(recipe.evaluate.tasks))
             theirs = read_json(path) if path.exists() else None
+            if path.exists() and not isinstance(theirs, dict):
+                fix = "put it back, or give another folder (run_dir=…)"
+                raise RunFolderError("this is not a recipe: it was altered", place=str(path), fix=fix)
             if theirs is not None and theirs != mine:
                 if differing := difference(theirs, recipe, run):
                     what = f"this run folder was made with another recipe: {differing} differs"
@@ -70,22 +75,22 @@ def _tidy_up(recipe: Recipe, run: Path) -> None:
             sweep_run(run, keeps_answers=bool(recipe.evaluate.tasks))
 
 
-def check_run_folder(recipe: Recipe, run: Path) -> None:
-    """Refuse, before anything is written, a folder that is no run folder, and model folders that are not there."""
-    models: list[tuple[str, ModelRecipe]] = [("student", recipe.student)]
-    models += [(f"teachers.{i} ({t.name})", t) for i, t in enumerate(recipe.teachers)]
-    for place, model in models:  # what can be seen without loading anything; the rest is the `check` job's
-        given, needed = model.path, model.gguf_file or "config.json"
-        if given is None or not (given.startswith((".", "/", "~")) or given.count("/") > 1):
-            continue  # scratch, or what may be a hub id
-        folder = Path(given).expanduser()
-        if not (folder / needed).is_file():
-            raise ModelError(
-                f"{given} has no {needed}" if folder.is_dir() else f"there is no folder {given}",
-                place=f"{place}.path",
-                fix="give a folder with config.json and *.safetensors, or a hub id like Qwen/Qwen2.5-0.5B",
-            )
+def check_run_folder(run: Path, *, begins: bool) -> None:
+    """Refuse, before anything is written, a folder that is no run folder; and, unless the command begins one, none.
+
+    begins: whether the command may be the first in a folder. Else a run_dir that is not there is a slip of the pen,
+    and is named with the nearest one there is.
+    """
     refuse_foreign(run, "recipe.json", fix="give an empty or new folder with run_dir=…")
+    if begins or (run / "recipe.json").is_file():
+        return
+    folder = run.parent
+    there = [path.parent.name for path in folder.glob("*/recipe.json")] if folder.is_dir() else []
+    near = difflib.get_close_matches(run.name, there, n=1, cutoff=0.6)
+    fix = f"did you mean {folder / near[0]}? Otherwise" if near else "mend run_dir, or"
+    raise RunFolderError(
+        "there is no run folder here", place=str(run), fix=f"{fix} run `kvdistill prepare RECIPE` first"
+    )
 
 
 def difference(theirs: Any, recipe: Recipe, run: Path, *, planned: bool = False) -> str | None:
@@ -97,7 +102,7 @@ def difference(theirs: Any, recipe: Recipe, run: Path, *, planned: bool = False)
     sections = ["data"] if (data_folder(run) / "manifest.json").exists() else []
     if planned or any((run / made).exists() for made in ("teachers", "store", "fit", "arms")):
         sections = list(_BASE)
-    old_base, new_base = _base_of(theirs), _base_of(recipe.model_dump(mode="json"))
+    old_base, new_base = _base_of(theirs, planned), _base_of(recipe.model_dump(mode="json"), planned)
     differing = first_difference({s: old_base[s] for s in sections}, {s: new_base[s] for s in sections})
     if differing is not None:
         return differing
@@ -116,8 +121,10 @@ def difference(theirs: Any, recipe: Recipe, run: Path, *, planned: bool = False)
     return None
 
 
-def _base_of(tree: Mapping[str, Any]) -> dict[str, Any]:
+def _base_of(tree: Mapping[str, Any], planned: bool) -> dict[str, Any]:
     base = {key: tree.get(key) for key in _BASE}
+    if not planned:  # students are asked anew where that changes; how much is captured for match figures stays
+        base["evaluate"] = {"match_examples": (base["evaluate"] or {}).get("match_examples")}
     # where a copy lies changes nothing, and the manifest knows whether leaks are in the data
     base["data"] = {k: v for k, v in (base["data"] or {}).items() if k not in ("root", "leaks")}
     return base
@@ -127,9 +134,11 @@ def is_finished(recipe: Recipe, run: Path) -> bool:
     mark = run / "study.json"
     if not mark.exists() or not (run / "report.html").exists() or not (run / "summary.json").exists():
         return False
-    if read_json(mark).get("recipe") != recipe_hash(recipe) or not (data_folder(run) / "manifest.json").exists():
+    if (read_mark(mark) or {}).get("recipe") != recipe_hash(recipe) or not (
+        data_folder(run) / "manifest.json"
+    ).exists():
         return False
-    return all(read_mark(evaluated_mark(arm_folder(run, arm, seed))) for arm in recipe.arms for seed in recipe.seeds)
+    return all(is_evaluated(recipe, run, arm, seed) for arm in recipe.arms for seed in recipe.seeds)
 
 
 def result_of(run: Path) -> dict[str, Any]:
@@ -183,7 +192,7 @@ def add_provenance(run: Path, begun_wall: float, begun_cpu: float) -> None:
     cpu = time.process_time() - begun_cpu + children.ru_utime + children.ru_stime
     with folder_lock(run, wait=True):  # others may be adding theirs
         path = run / "provenance.json"
-        before = read_json(path) if path.exists() else {}
+        before = read_mark(path) or {}  # a damaged one says nothing
         made = {
             "recipe_sha256": sha256_of(read_json(run / "recipe.json")),
             "versions": package_versions(),
@@ -194,4 +203,4 @@ def add_provenance(run: Path, begun_wall: float, begun_cpu: float) -> None:
             "seconds": before.get("seconds", 0.0) + time.time() - begun_wall,
             "cpu_seconds": before.get("cpu_seconds", 0.0) + cpu,
         }
-        write_json(path, made)
+        write_json(path, sealed(made))

@@ -13,11 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kvdistill.core.config import arm_recipe
+from kvdistill.core.config import arm_recipe, asked_hash
 from kvdistill.core.layout import arm_folder, evaluated_mark
 from kvdistill.core.marks import read_mark
 from kvdistill.core.recipe import Recipe
-from kvdistill.stages.table import STAGES, Job
+from kvdistill.stages.table import STAGES, Job, is_done
 
 STUDY = ("teach", "evaluate", "report")  # what a whole study is after; everything else only comes before it
 Runs = Sequence[tuple[str, int]]
@@ -35,7 +35,7 @@ def plan(
     """
     if runs is None:
         runs = [(a, s) for s in recipe.seeds for a in recipe.arms]
-        runs = [pair for pair in runs if read_mark(evaluated_mark(arm_folder(run, *pair))) is None]
+        runs = [pair for pair in runs if not is_evaluated(recipe, run, *pair)]
     arms = {name: arm_recipe(recipe, name) for name in recipe.arms}
     used = {teacher for arm, _ in runs for teacher in arms[arm].teachers}
     maps = any(a.needs_kv and a.align.layers == "cka" and a.align.layer_map is None for a in arms.values())
@@ -63,15 +63,21 @@ def plan(
             mark = None if stage.mark is None else stage.mark(run, **mine).relative_to(run).as_posix()
             cost = stage.cost(recipe, **mine | ({"arm": arms[mine["arm"]]} if "arm" in mine else {}))
             jobs[identity] = Job(identity, verb, {"run": str(run), **mine}, tuple(after), cost, mark)
-    return _left_to_do(list(jobs.values()), run, goals)
+    return _left_to_do(list(jobs.values()), recipe, goals)
 
 
-def _left_to_do(jobs: Sequence[Job], run: Path, goals: Collection[str]) -> list[Job]:
+def is_evaluated(recipe: Recipe, run: Path, arm: str, seed: int) -> bool:
+    """Whether a student's answers to what the recipe asks are there."""
+    mark = read_mark(evaluated_mark(arm_folder(run, arm, seed)))
+    return mark is not None and mark.get("asked") == asked_hash(recipe)
+
+
+def _left_to_do(jobs: Sequence[Job], recipe: Recipe, goals: Collection[str]) -> list[Job]:
     """Without the jobs whose mark is there, and those that no wanted job waits for any more."""
     kept: list[Job] = []
     awaited: set[str] = set()
     for job in reversed(jobs):
-        if (job.verb in goals or job.id in awaited) and (job.mark is None or read_mark(run / job.mark) is None):
+        if (job.verb in goals or job.id in awaited) and not is_done(job, recipe):
             kept.append(job)
             awaited |= {*job.after}
     there = {job.id for job in kept}

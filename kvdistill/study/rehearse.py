@@ -27,6 +27,7 @@ from kvdistill.data.tokenizers import load_tokenizer
 from kvdistill.models import ModelShape, auto_class, check_model_exists, describe_config, forward_flops
 from kvdistill.models.published import published_config
 from kvdistill.stages.prepare import prepare
+from kvdistill.study.early import refuse_early
 from kvdistill.study.local import run_jobs
 from kvdistill.study.plan import plan
 
@@ -36,6 +37,7 @@ GIB = 1 << 30
 
 def dry_run(recipe: Recipe, progress: Progress) -> dict[str, Any]:
     """Do the whole graph of jobs with small models, one seed, and return {"rehearsed", "needs", "notes"}."""
+    refuse_early(recipe)
     quiet_libraries()
     folder = run_folder(recipe) / DRY_RUN
     notes: list[str] = []

@@ -13,33 +13,39 @@ from kvdistill.core.config import arm_recipe, recipe_hash, run_folder
 from kvdistill.core.errors import JobsFailed, RecipeError
 from kvdistill.core.files import write_json
 from kvdistill.core.layout import data_folder, file_lock, locks_folder, profile_folder
+from kvdistill.core.marks import sealed
 from kvdistill.core.progress import Progress
 from kvdistill.core.recipe import Recipe
+from kvdistill.study.early import refuse_early
 from kvdistill.study.folder import add_provenance, claimed, data_table, is_finished, layer_maps, result_of
 from kvdistill.study.local import prepare_process, run_jobs
 from kvdistill.study.plan import STUDY, plan
 
 
-def run_study(recipe: Recipe, progress: Progress, *, verb: str | None = None) -> dict[str, Any]:
+def run_study(recipe: Recipe, progress: Progress, *, verb: str | None = None, here: bool = False) -> dict[str, Any]:
     """Do all that is left of a study, or of one verb, and return what the command prints: folder, page, summary.
+
+    here: in this process, in place of workers.
 
     Raises KVDistillError for whatever a user can mend; what is finished stays.
     """
     run = run_folder(recipe)
     begun_wall, begun_cpu = time.time(), time.process_time()
-    with claimed(recipe, run):
+    if verb != "report" and not (verb is None and is_finished(recipe, run)):
+        refuse_early(recipe)
+    with claimed(recipe, run, begins=verb in (None, "prepare", "map-layers")):
         if verb is None and is_finished(recipe, run):
             return {**result_of(run), "already_finished": True}
         jobs = plan(recipe, run, STUDY if verb is None else (verb,), before=verb in (None, "map-layers"))
         try:
             what = recipe.name if verb is None else f"{recipe.name}: {verb}"
-            run_jobs(recipe, [job for job in jobs if job.verb != "report"], progress, what=what)
+            run_jobs(recipe, [job for job in jobs if job.verb != "report"], progress, what=what, here=here)
         finally:  # a call that was interrupted counts too
             add_provenance(run, begun_wall, begun_cpu)
         reports = [job for job in jobs if job.verb == "report"]  # it shows the provenance, and needs no worker
         run_jobs(recipe, reports, progress, what=f"{recipe.name}: report", here=True)
         if verb is None:
-            write_json(run / "study.json", {"recipe": recipe_hash(recipe), "finished": True})
+            write_json(run / "study.json", sealed({"recipe": recipe_hash(recipe), "finished": True}))
         if verb == "map-layers":
             return {"run": str(run), "layers": layer_maps(recipe, run)}
         return result_of(run) | (data_table(run) if verb == "prepare" else {})
@@ -73,9 +79,20 @@ def export_data(recipe: Recipe, progress: Progress, *, form: str) -> dict[str, A
         return {"run": str(run), "files": export(recipe, run, form, progress)}
 
 
-def run_arms(recipe: Recipe, progress: Progress, *, verb: str, arm: str | None, seed: int | None) -> dict[str, Any]:
+def run_arms(
+    recipe: Recipe,
+    progress: Progress,
+    *,
+    verb: str,
+    arm: str | None,
+    seed: int | None,
+    before: bool = False,
+    here: bool = False,
+) -> dict[str, Any]:
     """`kvdistill train` and `evaluate`: all arms and seeds or the chosen ones. One run, when both are named, is done in
     this process, which may be one rank of a torchrun.
+
+    before: with all that must be done before. here: in this process, in place of workers.
     """
     run = run_folder(recipe)
     if arm is not None:
@@ -83,9 +100,10 @@ def run_arms(recipe: Recipe, progress: Progress, *, verb: str, arm: str | None, 
     if seed is not None and seed not in recipe.seeds:
         raise RecipeError(f"seed {seed} is not in the recipe", place="--seed", fix=f"one of {recipe.seeds}")
     chosen = [(a, s) for s in recipe.seeds for a in recipe.arms if arm in (None, a) and seed in (None, s)]
-    here = arm is not None and seed is not None
-    with claimed(recipe, run):
-        jobs = plan(recipe, run, (verb,), before=False, runs=chosen)
+    here = here or (arm is not None and seed is not None)
+    refuse_early(recipe)
+    with claimed(recipe, run, begins=before):
+        jobs = plan(recipe, run, (verb,), before=before, runs=chosen)
         if here:
             prepare_process(recipe.hardware.threads)  # as a worker would be, for the same numbers
         run_jobs(recipe, jobs, progress, what=f"{recipe.name}: {verb}", here=here)
@@ -110,6 +128,7 @@ def profile_alignment(recipe: Recipe, progress: Progress, *, arm: str | None) ->
     result: dict[str, Any] = {"run": str(run), "profiles": {}, "skipped": skipped}
     if not profiled:
         return result
+    refuse_early(recipe)
     with claimed(recipe, run):
         jobs = plan(recipe, run, ("teach", "fit"), runs=[(name, recipe.seeds[0]) for name in profiled])
         run_jobs(recipe, [job for job in jobs if job.verb != "fit"], progress)

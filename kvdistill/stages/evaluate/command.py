@@ -80,6 +80,7 @@ def evaluate_model(
         )
     set_threads(options.hardware.threads)
     keep_freed_memory()
+    device = pick_device(options.hardware.device)
     run = run_of(Path(model)) if Path(model).is_dir() else None
     suite = suite_options(options, run)
     exams = plan_suite(options.evaluate.tasks, suite)
@@ -94,8 +95,8 @@ def evaluate_model(
     def load() -> Any:
         loaded: Any = load_model(recipe, vocab_size=len(tokenizer), seed=0, place=_PLACE)
         try:
-            loaded = loaded.to(pick_device(options.hardware.device))
-        except (RuntimeError, AssertionError) as error:  # no such device, or too little memory on it
+            loaded = loaded.to(device)
+        except (RuntimeError, AssertionError) as error:  # too little memory on it
             raise ModelError(
                 f"the model does not go to device {options.hardware.device} ({_reason(error)})",
                 place="hardware.device",

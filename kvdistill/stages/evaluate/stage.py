@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 from kvdistill.arms.arm import Arm
 from kvdistill.arms.student import CausalStudent
+from kvdistill.core.config import asked_hash
 from kvdistill.core.errors import DataError, RunFolderError
 from kvdistill.core.layout import ANSWERS, evaluated_mark, tokenizer_folder, trained_mark
 from kvdistill.core.marks import check_marked, read_mark, write_mark
@@ -25,16 +26,20 @@ from kvdistill.core.progress import Progress, silent
 from kvdistill.core.recipe import Recipe
 from kvdistill.core.records import Record, read_records, write_records
 from kvdistill.core.runtime import DTYPES
-from kvdistill.stages.evaluate.book import RECORDS, SCORED_BY, identify
+from kvdistill.stages.evaluate.book import RECORDS, SCORED_BY, check_folder, identify
 from kvdistill.stages.evaluate.exams import SuiteOptions
 from kvdistill.stages.evaluate.own import OWN, RunTest
 from kvdistill.stages.evaluate.suite import Exams, evaluate_suite, make_lm, plan_suite
 
 
 def evaluate(arm: Arm, progress: Progress = silent) -> None:
-    """Answer and score every question with one trained student. Returns at once where that is done."""
+    """Answer and score every question with one trained student. Returns at once where that is done.
+
+    A student that was asked something else before (another `evaluate` section) is asked anew.
+    """
     recipe, run, folder = arm.experiment.recipe, arm.experiment.run, arm.folder
-    if read_mark(evaluated_mark(folder)):
+    asked, before = asked_hash(recipe), read_mark(evaluated_mark(folder))
+    if before is not None and before.get("asked") == asked:
         return
     if read_mark(trained_mark(folder)) is None:
         raise RunFolderError(
@@ -56,6 +61,12 @@ def evaluate(arm: Arm, progress: Progress = silent) -> None:
         here = counts[what] * done / total if total else 0.0
         progress("evaluate", sum(counts[name] for name in earlier) + here, sum(counts.values()))
 
+    evaluated_mark(folder).unlink(missing_ok=True)  # from here on the records beside it are not what is asked
+    if before is not None:
+        try:  # answers to public evaluations that are still asked alike are kept
+            check_folder(exams, options, folder / ANSWERS, asker)
+        except RunFolderError:
+            shutil.rmtree(folder / ANSWERS, ignore_errors=True)
     try:
         evaluate_suite(lm, exams, options, folder / ANSWERS, show, asker=asker)
     except RunFolderError as error:
@@ -65,7 +76,7 @@ def evaluate(arm: Arm, progress: Progress = silent) -> None:
     answers = folder / ANSWERS / RECORDS
     found = report_rows(read_records(answers) if answers.exists() else [], exams, {t.key for t in recipe.data.tasks})
     write_records(folder / "records.jsonl", [dataclasses.replace(one, arm=arm.name, seed=arm.seed) for one in found])
-    facts = {"arm": arm.name, "seed": arm.seed, "questions": len(found)}
+    facts = {"arm": arm.name, "seed": arm.seed, "questions": len(found), "asked": asked}
     write_mark(evaluated_mark(folder), facts, ["records.jsonl", *([ANSWERS] if public else [])])
     if not public:  # else the figures of public evaluations stay beside their answers
         shutil.rmtree(folder / ANSWERS)

@@ -24,15 +24,16 @@ from pydantic import ValidationError
 from transformers import PreTrainedTokenizerFast
 
 from kvdistill.core.errors import DataError, RunFolderError
-from kvdistill.core.files import read_json, replacing_folder, sha256_file, sha256_of, write_json
+from kvdistill.core.files import replacing_folder, sha256_file, sha256_of, write_json
 from kvdistill.core.layout import data_folder, tokenizer_folder
+from kvdistill.core.marks import read_sealed, sealed
 from kvdistill.core.progress import Progress, silent
 from kvdistill.core.recipe import DataRecipe, Recipe
 from kvdistill.data.encode import encode_rows, texts_of
 from kvdistill.data.leaks import question_hash
 from kvdistill.data.problems import SPLITS, Row, styles_of
 from kvdistill.data.splits import Splits, refuse_empty
-from kvdistill.data.tables import MANIFEST, SplitWriter, check_file, read_split, split_path
+from kvdistill.data.tables import MANIFEST, SplitWriter, check_file, read_manifest, read_split, split_path
 from kvdistill.data.tokenizers import CHARACTERS, fingerprint_tokenizer, load_tokenizer, trim_tokenizer
 from kvdistill.stages.prepare.check import (
     check_splits,
@@ -85,6 +86,7 @@ def _prepare_data(recipe: Recipe, run: Path, progress: Progress) -> None:
         "tokenizer": {
             "name": data.tokenizer,
             "fingerprint": fingerprint_tokenizer(tokenizer),
+            "files": {file.name: sha256_file(file) for file in sorted(tokenizer_folder(run).iterdir())},
             "size": len(tokenizer),
             "trimmed": id_map is not None,
             "unknown_tokens": {split: encoded.unknown[split] for split in SPLITS},
@@ -99,8 +101,8 @@ def _prepare_data(recipe: Recipe, run: Path, progress: Progress) -> None:
         "sources": [asdict(source) for source in splits.sources],
         "files": {split_path(run, split).name: encoded.tables[split].keep(split_path(run, split)) for split in SPLITS},
     }
-    write_json(data_folder(run) / REPORT, found)
-    write_json(data_folder(run) / MANIFEST, manifest)
+    write_json(data_folder(run) / REPORT, sealed(found))
+    write_json(data_folder(run) / MANIFEST, sealed(manifest))
 
 
 # -- problems to encoded examples, chunk by chunk ------------------------------------------------------
@@ -245,7 +247,7 @@ def validate(recipe: Recipe, run: Path, progress: Progress | None = None, *, fix
     run, progress, data = Path(run), progress or silent, recipe.data
     if fix:
         manifest = data_folder(run) / MANIFEST
-        if manifest.is_file() and read_json(manifest).get("num_leaks"):
+        if manifest.is_file() and read_manifest(run).get("num_leaks"):
             used = [name for name in ("teachers", "store", "fit", "arms") if (run / name).exists()]
             if used:
                 raise RunFolderError(
@@ -255,7 +257,7 @@ def validate(recipe: Recipe, run: Path, progress: Progress | None = None, *, fix
                 )
             manifest.unlink()
         prepare(recipe.model_copy(update={"data": data.model_copy(update={"leaks": "drop"})}), run, progress)
-        return read_json(data_folder(run) / REPORT)
+        return read_sealed(data_folder(run) / REPORT, fix="run `kvdistill validate` again")
     finished = _is_finished(data, run)
     splits = fitted_splits(data, progress, beside=run)
     leaks = find_split_leaks(recipe, splits, progress)
@@ -269,7 +271,7 @@ def validate(recipe: Recipe, run: Path, progress: Progress | None = None, *, fix
         dropped = drop_leaks(splits, leaks) if data.leaks == "drop" else {}
         staying = [] if data.leaks == "drop" else leaks.leaks
     found = report_as_dict(leaks, dropped, data.leaks, num_left=len(staying))
-    write_json(data_folder(run) / REPORT, found)
+    write_json(data_folder(run) / REPORT, sealed(found))
     return found
 
 
@@ -312,7 +314,7 @@ def _is_finished(data: DataRecipe, run: Path) -> bool:
     path = data_folder(run) / MANIFEST
     if not path.is_file():
         return False
-    manifest = read_json(path)
+    manifest = read_manifest(run)
     ours, theirs = _section(data), _section_of(manifest)
     if manifest.get("format") != _FORMAT or ours != theirs:
         differing = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))

@@ -21,6 +21,7 @@ from kvdistill.arms.texts import load_tokenizer_of, may_have_own_text, own_table
 from kvdistill.core.errors import AlignmentError, DataError
 from kvdistill.core.files import read_json, replacing_folder, sha256_file, write_json, write_tensors
 from kvdistill.core.layout import teacher_texts_folder
+from kvdistill.core.marks import sealed
 from kvdistill.core.progress import Progress
 from kvdistill.core.recipe import DataRecipe, Recipe, TeacherRecipe
 from kvdistill.data.chat import chat_tokenizer, write_chat_rows
@@ -53,7 +54,10 @@ def prepare_teacher_texts(recipe: Recipe, run: Path, progress: Progress) -> None
         own = _own_tokenizer(data, run, teacher, place, students)
         traces = _read_traces(teacher, place)
         if own is None and traces is None:
-            write_json(folder / MANIFEST, {"section": section, "own_text": False, "one_text": True, "tokenizer": None})
+            write_json(
+                folder / MANIFEST,
+                sealed({"section": section, "own_text": False, "one_text": True, "tokenizer": None}),
+            )
             continue
         texts = _Texts(data, run, teacher, own or students, traces, place)
         if own is not None and data.trim_vocabulary and teacher.scratch is not None:
@@ -74,7 +78,7 @@ def prepare_teacher_texts(recipe: Recipe, run: Path, progress: Progress) -> None
                 "lost": lost,
                 "files": files,
             }
-            write_json(part / MANIFEST, manifest)
+            write_json(part / MANIFEST, sealed(manifest))
 
 
 def check_teachers_templates(recipe: Recipe) -> None:

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from kvdistill.core.config import asked_hash
 from kvdistill.core.errors import RunFolderError
 from kvdistill.core.files import finite, read_json_lines, write_text
 from kvdistill.core.layout import evaluated_mark, layers_folder, trained_mark
-from kvdistill.core.marks import check_marked, read_mark
+from kvdistill.core.marks import check_marked, read_mark, read_sealed
 from kvdistill.core.recipe import Recipe
 from kvdistill.core.records import Record, read_records
 from kvdistill.stages.report.compare import SeedRun
@@ -53,6 +54,7 @@ class RunTables:
 
 def collect_tables(recipe: Recipe, run: Path) -> RunTables:
     """All tables of a run folder. Raises RunFolderError if no run has records, or a file is damaged."""
+    now = asked_hash(recipe)
     tables, unmarked = RunTables(run, list(recipe.arms), list(recipe.seeds)), 0
     for arm in tables.arms:
         tables.runs[arm], tables.logs[arm], tables.matches[arm] = {}, {}, {}
@@ -61,8 +63,12 @@ def collect_tables(recipe: Recipe, run: Path) -> RunTables:
             for mark, verb in ((trained_mark(folder), "train"), (evaluated_mark(folder), "evaluate")):
                 fix = f"delete {mark} and {verb} again"
                 check_marked(mark, fix=fix)
-                if mark.exists() and read_mark(mark) is None:
+                said = read_mark(mark)
+                if mark.exists() and said is None:
                     raise RunFolderError("this mark is damaged", place=str(mark), fix=fix)
+                if said is not None and verb == "evaluate" and said.get("asked", now) != now:
+                    what = "these answers are to another `evaluate` section than the recipe's"
+                    raise RunFolderError(what, place=str(mark), fix="run `kvdistill evaluate RECIPE`, or set it back")
                 unmarked += not mark.exists() and (folder / "records.jsonl").is_file()
             if rows := read_log(folder / "log.jsonl"):
                 tables.logs[arm][seed] = rows
@@ -75,11 +81,15 @@ def collect_tables(recipe: Recipe, run: Path) -> RunTables:
     if not any(tables.runs.values()):
         raise RunFolderError("no run has been evaluated", place=str(run / "arms"), fix="train and evaluate first")
     for teacher in recipe.teachers:
+        folder = run / "teachers" / teacher.name
+        check_marked(trained_mark(folder), fix=f"delete {folder} and teach it again")
         if found := _read_object(run / "teachers" / teacher.name / "report.json"):
             tables.teachers[teacher.name] = found
     tables.notes += _layer_notes(recipe, run)
-    tables.manifest = _read_object(run / "data" / "manifest.json")
-    tables.validation = _read_object(run / "data" / "validation_report.json")
+    manifest = run / "data" / "manifest.json"
+    tables.manifest = read_sealed(manifest, fix="run `kvdistill prepare` again") if manifest.is_file() else {}
+    validation = run / "data" / "validation_report.json"
+    tables.validation = read_sealed(validation, fix="run `kvdistill validate`") if validation.is_file() else {}
     tables.provenance = _read_object(run / "provenance.json")
     if unmarked:
         tables.notes.append(f"{unmarked} mark(s) missing beside records: nothing vouches for these files.")
