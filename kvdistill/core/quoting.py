@@ -68,10 +68,6 @@ def first_difference(there: Any, now: Any, where: str = "", *, length: int = 60)
         inner = ((i, f"{where}.{i}" if where else str(i)) for i in range(len(now)))
         found = (first_difference(there[i], now[i], name, length=length) for i, name in inner)
         return next((one for one in found if one), None)
-    both_lists = isinstance(there, list) and isinstance(now, list) and len(there) == len(now)
-    if both_lists and all(isinstance(one, Mapping) for one in [*there, *now]):
-        pairs = enumerate(zip(there, now, strict=True))
-        return next(filter(None, (first_difference(*pair, f"{where}.{i}", length=length) for i, pair in pairs)))
     old, new = (json.dumps(value, ensure_ascii=False)[:length] for value in (there, now))
     return f"{where} ({old} there, {new} now)"
 
