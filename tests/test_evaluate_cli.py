@@ -215,8 +215,8 @@ def test_mistakes_before_the_model_is_loaded(model, data_root, tmp_path, monkeyp
 def test_a_recipe_and_a_model_have_flags_of_their_own(tmp_path, monkeypatch):
     recipe = write_tiny(tmp_path)
     assert_one_message(invoke(monkeypatch, "evaluate", recipe, "--tasks", "gsm8k"), "go with a model", "evaluate.tasks")
-    answer = invoke(monkeypatch, "evaluate", tmp_path / "none.yaml")
-    assert_one_message(answer, "recipe not found", "'tiny.yaml'")
+    answer = invoke(monkeypatch, "evaluate", tmp_path / "tinny.yaml")
+    assert_one_message(answer, "recipe not found", "/tiny.yaml'")
 
 
 @pytest.mark.parametrize("wrong", ["missing", "empty", "pickled", "no tokenizer", "small vocabulary"])

@@ -28,6 +28,7 @@ from tiny_recipe import (
 
 from kvdistill.arms.arm import Arm
 from kvdistill.arms.experiment import Experiment
+from kvdistill.core.config import asked_hash
 from kvdistill.core.errors import JobsFailed, RecipeError, RunFolderError, TrainingStopped
 from kvdistill.core.files import sha256_file
 from kvdistill.core.layout import LOCK, arm_folder, evaluated_mark, file_lock, folder_lock, locks_folder, trained_mark
@@ -44,7 +45,7 @@ THREE: dict[str, Any] = {"seeds": [1, 2], "arms": {"ce": {"teachers": []}, "one"
 
 
 def touch(path: Path) -> None:
-    write_mark(path, {}, [])
+    write_mark(path, {"asked": asked_hash(tiny_recipe(path.parent))}, [])
 
 
 # -- the graph ----------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ def _usable_path(path: str) -> str:
     """A path that a file system can take: no NUL, and no name in it longer than 255 bytes."""
     if "\0" in path:
         raise ValueError("a path cannot hold a NUL character")
-    if len(path.encode()) > MAX_PATH_BYTES or any(len(part.encode()) > MAX_NAME_BYTES for part in path.split("/")):
+    whole = os.fsencode(path)
+    if len(whole) > MAX_PATH_BYTES or any(len(part) > MAX_NAME_BYTES for part in whole.split(b"/")):
         raise ValueError(f"too long for a path ({MAX_PATH_BYTES} bytes, {MAX_NAME_BYTES} for each name in it)")
     return path
 
@@ -40,8 +41,8 @@ Tokens = Annotated[int, Field(gt=0, le=2**20)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Segment = Literal["prompt", "reasoning", "answer"]
-NonNegative = Annotated[float, Field(ge=0, le=1e9)]
-AboveZero = Annotated[float, Field(gt=0, le=1e9)]
+NonNegative = Annotated[float, Field(ge=0, le=1e39)]
+AboveZero = Annotated[float, Field(gt=0, le=1e39)]
 PathText = Annotated[str, AfterValidator(_usable_path)]
 AnswerRule = Literal["value", "number", "fraction", "latex", "yes-no", "letter", "exact-match"]
 ANSWER_RULES = get_args(AnswerRule)
@@ -194,7 +195,7 @@ class OptimiserRecipe(Section):
     steps: Positive = Field(800, description="optimiser steps")
     batch_size: Batch = Field(32, description="examples per device and micro-batch")
     accumulation: Batch = Field(1, description="micro-batches per optimiser step; the loss does not depend on it")
-    learning_rate: float = Field(2e-3, gt=0, le=1000, description="AdamW's, at the peak of the schedule")
+    learning_rate: float = Field(2e-3, gt=0, le=1e30, description="AdamW's, at the peak of the schedule")
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         (0.9, 0.98), description="decay of AdamW's means of gradients and of their squares"
     )
