@@ -84,8 +84,9 @@ def test_a_student_that_was_altered_after_training_is_not_evaluated(tmp_path, mo
         content = bytearray(file.read_bytes())
         content[-3] ^= 0x40
         file.write_bytes(content)
-    answer = invoke(monkeypatch, "evaluate", recipe)
-    assert_one_message(answer, name, "missing" if how == "deleted" else "checksum differs")
+    for asked in (["evaluate", recipe], ["evaluate", file.parent, "--tasks", "own"]):
+        answer = invoke(monkeypatch, *asked)
+        assert_one_message(answer, name, "missing" if how == "deleted" else "checksum differs")
     assert not (run / f"arms/ce/seed-{SEED}/evaluated.json").exists()
 
 

@@ -107,6 +107,19 @@ def test_what_a_publisher_prefers_in_generation_neither_stops_saving_nor_changes
     assert answers == [record.completion for record in records]
 
 
+def test_a_damaged_generation_config_and_logits_that_are_no_numbers_are_said_before_training(tmp_path, monkeypatch):
+    folder = published_llama(tmp_path / "llama")
+    (folder / "generation_config.json").write_text("[1, 2]")
+    answer = invoke(monkeypatch, "run", write_recipe(tmp_path, **of_path(folder)), work=no_training)
+    assert_one_message(answer, "llama")
+    published_llama(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    torch.nn.init.constant_(model.lm_head.weight, 3e38)
+    model.save_pretrained(folder)
+    answer = invoke(monkeypatch, "run", write_recipe(tmp_path, **of_path(folder)), work=no_training)
+    assert_one_message(answer, "logits are NaN or infinite", f"student.path: {folder}")
+
+
 @pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
 def test_adapters_on_tied_embeddings_are_refused_before_training(tmp_path, monkeypatch, module):
     folder = published_llama(tmp_path / "llama", tie_word_embeddings=True)

@@ -283,7 +283,12 @@ def try_saving(experiment: Experiment) -> None:
             with torch.no_grad():
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     with tempfile.TemporaryDirectory(dir=experiment.run, prefix=".check-") as folder:
-        made.save(Path(folder) / "model", experiment.as_read(experiment.tokenizer))
+        try:
+            made.save(Path(folder) / "model", experiment.as_read(experiment.tokenizer))
+        except ModelError as error:  # of a folder that nobody will see
+            raise ModelError(
+                error.what, place=f"student{'' if student.path is None else f'.path: {student.path}'}", fix=error.fix
+            ) from None
         theirs = AutoTokenizer.from_pretrained(Path(folder) / "model")
     special = [*experiment.tokenizer.get_added_vocab()]
     for example in experiment.split("train")[:COMPARED_EXAMPLES]:

@@ -223,6 +223,10 @@ class CausalStudent(nn.Module):
         ModelError, and nothing is left behind.
         """
         before = self._some_logits(self.model)
+        if not torch.isfinite(before).all():
+            raise ModelError(
+                "the student's logits are NaN or infinite", place=str(folder), fix="look at its weights and its dtype"
+            )
         model = merge_lora(self.model)
         ids = {role: getattr(tokenizer, role) for role in ("pad_token_id", "eos_token_id", "bos_token_id")}
         for role, number in ids.items():

@@ -168,7 +168,7 @@ def load_model(recipe: ModelRecipe, *, vocab_size: int, seed: int, place: str) -
             model.config.dtype = dtype
             return model.eval()
         return _pretrained_model(recipe, config, dtype, place)
-    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (ImportError, OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         if isinstance(error, ImportError) or any(word in str(error) for word in _ATTENTION_WORDS):
             raise ModelError(
                 f"cannot run attention {recipe.attention} here: {str(error).strip().splitlines()[0]}",

@@ -18,6 +18,8 @@ from kvdistill.arms.student import CausalStudent
 from kvdistill.core.config import make_options
 from kvdistill.core.errors import DataError, ModelError, RecipeError
 from kvdistill.core.hub import hub_reachable
+from kvdistill.core.layout import trained_mark
+from kvdistill.core.marks import check_marked
 from kvdistill.core.progress import Progress, silent
 from kvdistill.core.recipe import EvaluateRecipe, HardwareRecipe, ModelRecipe, Section
 from kvdistill.core.runtime import DTYPES, keep_freed_memory, pick_device, quiet_libraries, set_threads
@@ -82,6 +84,10 @@ def evaluate_model(
     keep_freed_memory()
     device = pick_device(options.hardware.device)
     run = run_of(Path(model)) if Path(model).is_dir() else None
+    if run is not None:
+        folder = Path(model).resolve()
+        fix = f"delete {folder.parent} and train again, or give another model"
+        check_marked(trained_mark(folder.parent), f"{folder.name}/", fix=fix)
     suite = suite_options(options, run)
     exams = plan_suite(options.evaluate.tasks, suite)
     recipe, tokenizer, asker = _look_at(model, options, run)
