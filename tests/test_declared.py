@@ -63,6 +63,10 @@ def test_a_page_says_what_was_declared_and_what_came_after_the_results(tmp_path,
     assert "Declared before" not in page and "After the results:" in page and "alpha was 0.05, is 0.4" in page
     [comparison] = read_json(run / "summary.json")["comparisons"]
     assert comparison["after_results"]
+    again = invoke(monkeypatch, "run", write_recipe(tmp_path, **FAMILY))
+    assert again.code == 0 and "After the results" not in (run / "report.html").read_text(), "the recipe's own page"
+    assert "already finished" in str(invoke(monkeypatch, "run", write_recipe(tmp_path, **FAMILY)))
+    assert invoke(monkeypatch, "report", write_recipe(tmp_path, **after)).code == 0
     assert invoke(monkeypatch, "report", write_recipe(tmp_path, report={"comparisons": []})).code == 0
     assert "left out: fixed against ce" in (run / "report.html").read_text(), "also where nothing is compared any more"
     tree = json.loads((run / "declared.json").read_text())

@@ -138,6 +138,14 @@ def is_finished(recipe: Recipe, run: Path) -> bool:
         data_folder(run) / "manifest.json"
     ).exists():
         return False
+    try:  # `report` may have shown something else since
+        shown = read_json(run / "statistical_results.json")
+    except RunFolderError:
+        return False
+    asked = recipe.report.model_dump(mode="json") | {"seeds": recipe.seeds}
+    asked["family"] = [list(pair) for pair in recipe.report.comparisons]
+    if any(shown.get(key) != asked[key] for key in ("family", "seeds", "primary", "alpha", "margin")):
+        return False
     return all(is_evaluated(recipe, run, arm, seed) for arm in recipe.arms for seed in recipe.seeds)
 
 
