@@ -33,6 +33,9 @@ import yaml
 
 from kvdistill.core.marks import check_marked, read_mark
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from tiny_recipe import tiny_tree
+
 HERE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- kills: made by docs/try_kills.py -->", "<!-- end of kills -->"
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -52,50 +55,19 @@ TIMES = {
 }
 SHOWN = ("provenance.json", "report.html", "summary.json", "ledger.json", "fingerprint.json", "declared.json")
 MARKS = ("trained.json", "evaluated.json")  # they vouch for files with times in them: checked, and compared by names
-RECIPE: dict[str, Any] = {
-    "name": "tiny",
-    "seeds": [7],
-    "data": {
-        "max_length": 48,
-        "tasks": [
-            {"name": "chain", "train": 48, "val": 16, "test": 16},
-            {"name": "product", "train": 48, "val": 16, "test": 16},
-        ],
-    },
-    "teachers": [
-        {
-            "name": "one",
-            "train_on": ["chain"],
-            "scratch": {"hidden_size": 24, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2},
-            "optimiser": {"steps": 30, "batch_size": 8},
-        },
-        {
-            "name": "two",
-            "train_on": ["product"],
-            "scratch": {"hidden_size": 16, "num_layers": 2, "num_heads": 2},
-            "optimiser": {"steps": 30, "batch_size": 8},
-        },
-    ],
-    "student": {
-        "scratch": {"hidden_size": 16, "num_layers": 2, "num_heads": 2},
-        "lora": {"r": 4, "alpha": 8, "dropout": 0.2},
-    },
-    "train": {
-        "steps": 40,
-        "batch_size": 4,
-        "accumulation": 2,
-        "log_every": 3,
-        "eval_every": 10,
-        "eval_examples": 8,
-        "save_every": 7,
-    },
-    "evaluate": {"max_new_tokens": 6, "batch_size": 4, "match_examples": 8},
-    "hardware": {"workers": 2, "device": "cpu"},
-    "arms": {
+# the tests' tiny study, long enough to be met in training, with adapters and accumulation
+RECIPE: dict[str, Any] = tiny_tree(
+    teachers=[{**one, "optimiser": {"steps": 30, "batch_size": 8}} for one in tiny_tree()["teachers"]],
+    student={"lora": {"r": 4, "alpha": 8, "dropout": 0.2}},
+    train={"steps": 40, "batch_size": 4, "accumulation": 2, "log_every": 3, "eval_every": 10, "eval_examples": 8}
+    | {"save_every": 7},
+    evaluate={"batch_size": 4},
+    hardware={"workers": 2, "device": "cpu"},
+    arms={
         "ce": {"teachers": []},
         "kv": {"fuse": {"fusion_strategy": "competence"}, "align": {"layers": "cka", "init": "ridge"}},
     },
-}
+)
 VERBS = (
     ["prepare"],
     ["teach"],
