@@ -171,12 +171,12 @@ def _examples(setup: ToySetup, number: int) -> list[Example]:
 
 
 def _write_store(folder: Path, model: Any, examples: Sequence[Example], layers: list[int]) -> Path:
-    writer = StoreWriter(folder, "targets-train", "toy", {"texts": len(examples)})
-    for start in range(0, len(examples), 64):
-        ids, segments = _texts_of(examples[start : start + 64], model.device)
-        targets = run_teacher(model, ids, segments, layers=layers, dtype="float32")
-        writer.add(pack_targets([targets.to("cpu")], torch.float32))
-    return writer.finish({"layers": layers, "rope": "unrotated", "examples": len(examples), "split": "train"})
+    with StoreWriter(folder, "targets-train", "toy", {"texts": len(examples)}) as writer:
+        for start in range(0, len(examples), 64):
+            ids, segments = _texts_of(examples[start : start + 64], model.device)
+            targets = run_teacher(model, ids, segments, layers=layers, dtype="float32")
+            writer.add(pack_targets([targets.to("cpu")], torch.float32))
+        return writer.finish({"layers": layers, "rope": "unrotated", "examples": len(examples), "split": "train"})
 
 
 def _drop_pages(folder: Path) -> bool:
