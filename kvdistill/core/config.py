@@ -75,6 +75,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     from yaml import YAMLError
 
     path = Path(path)
+    if path.is_dir():
+        raise RecipeError(
+            "this is a folder, not a recipe",
+            place=str(path),
+            fix=f"give the recipe that it was made with (its copy is {path / 'recipe.json'})"
+            if (path / "recipe.json").is_file()
+            else "give a YAML file",
+        )
     if not path.is_file():
         raise RecipeError("recipe not found", place=str(path), fix=_nearest_recipe(path))
     try:
