@@ -427,11 +427,38 @@ class TrainRecipe(OptimiserRecipe):
         200, description="steps between validation points (KV loss and accuracy); 0: only the end"
     )
     eval_examples: Positive = Field(64, description="validation problems per point of the learning curve")
+    select: Literal["last", "best"] = Field(
+        "last",
+        description="weights that are kept: of the last step, or of the validation point with the lowest NLL of its "
+        "completions (ties: the earlier)",
+    )
+    patience: Positive | None = Field(
+        None, description="validation points without a lower NLL after which training ends; unset: after `steps`"
+    )
     save_every: Positive = Field(200, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, gt=0, le=1000, description="the newest ones")
     report_to: list[Literal["tensorboard", "wandb"]] = Field(
         default_factory=list, description="where the log goes too; each needs its package"
     )
+
+    @model_validator(mode="after")
+    def _has_points(self) -> TrainRecipe:
+        if self.asks_validation and not 0 < self.eval_every < self.steps:
+            which = "select: best" if self.select == "best" else f"patience: {self.patience}"
+            raise ValueError(
+                f"{which} looks at validation points, and there is one only, the end (eval_every is {self.eval_every}, "
+                f"steps {self.steps}): give an eval_every between 1 and {self.steps - 1}"
+            )
+        return self
+
+    @property
+    def asks_validation(self) -> bool:
+        """Whether validation decides which weights are kept, or when training ends."""
+        return self.select == "best" or self.patience is not None
+
+    def is_point(self, step: int) -> bool:
+        """Whether the learning curve has a point at this step: every `eval_every`, and at the end."""
+        return step == self.steps or (self.eval_every > 0 and step % self.eval_every == 0)
 
 
 class EvaluateRecipe(Section):

@@ -75,7 +75,7 @@ def _prepared(recipe: Recipe, folder: Path, notes: list[str], progress: Progress
         "steps": 2,
         "batch_size": 2,
         "accumulation": min(2, recipe.train.accumulation),
-        "eval_every": 0,
+        "eval_every": 1 if recipe.train.asks_validation else 0,
         "eval_examples": 2,
         "save_every": 2,
         "report_to": [],

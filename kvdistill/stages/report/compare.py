@@ -122,7 +122,14 @@ def _ledger_refusals(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     if not a or not b:
         return ["no ledger, so equal budgets cannot be shown"]
     reasons = []
-    for key, name in (("tokens_nonpadding", "tokens"), ("optimiser_steps", "steps")):
+    rules = [tuple((ledger.get("selection") or {}).get(key) for key in ("select", "patience")) for ledger in (a, b)]
+    if rules[0] != rules[1]:
+        reasons.append(
+            "differing rules of which weights are kept and when training ends (train.select, train.patience)"
+        )
+    # who trains until validation stops improving takes as many steps as that needs: parity is of the data
+    equal_budgets = () if rules[0][1] is not None else (("tokens_nonpadding", "tokens"), ("optimiser_steps", "steps"))
+    for key, name in equal_budgets:
         x, y = a.get(key), b.get(key)
         if x is None or y is None:
             reasons.append(f"the ledger lacks {key}")

@@ -195,8 +195,31 @@ def summarise(recipe: Recipe, tables: RunTables, family: dict[str, list[Comparis
         "leaks_allowed": recipe.data.leaks == "allow" or bool(tables.manifest.get("num_leaks")),
         "leaks_found": tables.validation.get("num_leaks"),
         "not_asked": not_asked(tables),
-        "notes": tables.notes,
+        "notes": [*tables.notes, *selection_notes(tables)],
     }  # fmt: skip
+
+
+def selection_notes(tables: RunTables) -> list[str]:
+    """Where validation chose weights or ended trainings: by which rule, after how many steps, and whose were kept."""
+    found: dict[str, list[str]] = {}  # rule -> in words for each arm
+    is_data = False
+    for arm, runs in tables.runs.items():
+        chosen = {seed: run.ledger for seed, run in runs.items() if run.ledger.get("selection")}
+        if not chosen:
+            continue
+        facts = [ledger["selection"] for ledger in chosen.values()]
+        is_data |= any(one["patience"] is not None for one in facts)
+        steps = ", ".join(f"{one['chosen_step']} of {ledger['optimiser_steps']}" for one, ledger in
+                          zip(facts, chosen.values(), strict=True))  # fmt: skip
+        found.setdefault(facts[0]["rule"], []).append(f"{arm} {steps}")
+    notes = [
+        f"Validation chose: {rule}. Step kept of steps trained: {'; '.join(arms)}." for rule, arms in found.items()
+    ]
+    if is_data:
+        notes.append(
+            "Arms took as many steps as validation asked for: they are compared at equal data, not equal steps."
+        )
+    return notes
 
 
 def not_asked(tables: RunTables) -> list[str]:

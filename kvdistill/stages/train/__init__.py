@@ -32,6 +32,7 @@ from kvdistill.match import TeacherMatch
 from kvdistill.models import fingerprint_model, load_model
 from kvdistill.stages.train.curves import LearningCurve, accuracy_by_task
 from kvdistill.stages.train.ledger import training_ledger
+from kvdistill.stages.train.selection import Selection
 from kvdistill.stages.train.trainer import DistillTrainer, training_arguments
 
 # what a mark vouches for, as far as it is made
@@ -51,6 +52,7 @@ def train_student(arm: Arm, progress: Progress = silent) -> None:
         init_fingerprint = fingerprint_model(arm.initial_model)
         batches, order = arm.batches("train"), arm.training_order()
         curve = LearningCurve(arm, folder / "log.jsonl")
+        selection = Selection(recipe.train) if recipe.train.asks_validation else None
         trainer = DistillTrainer(
             arm.distiller,
             training_arguments(recipe.train, folder, seed=arm.seed, cpu=arm.device.type == "cpu"),
@@ -63,19 +65,29 @@ def train_student(arm: Arm, progress: Progress = silent) -> None:
             tensorboard=folder / "tensorboard" if "tensorboard" in recipe.train.report_to else None,
             on_step=_step_hook(recipe.train.steps, progress, f"{arm.name} seed {arm.seed}", curve),
             clock=watch,
+            selection=selection,
         )
         trainer.resume_or_start()
         if not trainer.is_world_process_zero():
             return
         distiller = trainer.accelerator.unwrap_model(trainer.model)
+        if selection is not None:
+            selection.put_back(distiller)
         write_json(folder / "match.json", match_on_held_out(arm, distiller) if arm.recipe.needs_kv else {})
-        ledger = training_ledger(arm, distiller, order, trainer.seen, watch) | {
+        steps = trainer.state.global_step
+        trained_on = order[: steps * len(order) // recipe.train.steps]
+        ledger = training_ledger(arm, distiller, trained_on, steps, trainer.seen, watch) | {
             "data_fingerprint": read_json(data_folder(arm.experiment.run) / "manifest.json")["fingerprint"]["all"],
             "init_fingerprint": init_fingerprint,
             "order_fingerprint": order_fingerprint(order, batches.examples),
         }
         if arm.recipe.needs_kv:
             ledger["alignment"] = {name: dict(arm.fitted(name).extra) for name in arm.recipe.teachers}
+        facts: dict[str, Any] = {"arm": arm.name, "seed": arm.seed, "steps": steps}
+        if selection is not None:
+            facts["selection"] = ledger["selection"] = selection.facts()
+            if recipe.train.select == "best":
+                ledger["checkpoint_chosen_on"] = "validation"
         write_json(folder / "ledger.json", ledger)
         tensors = {
             f"{name}/{part}": tensor
@@ -85,7 +97,6 @@ def train_student(arm: Arm, progress: Progress = silent) -> None:
         if tensors:
             write_tensors(folder / "adapters.safetensors", tensors, {"teachers": ",".join(distiller.teachers)})
         distiller.student.save(folder / "model", arm.experiment.as_read(arm.experiment.tokenizer))
-        facts = {"arm": arm.name, "seed": arm.seed, "steps": recipe.train.steps}
         write_mark(trained_mark(folder), facts, MADE)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
@@ -163,11 +174,12 @@ def lessons_of(teacher: Teacher) -> list[Example]:
 
 def _step_hook(
     steps: int, progress: Progress, what: str, curve: LearningCurve | None
-) -> Callable[[int, DistillTrainer], None]:
-    def on_step(step: int, trainer: DistillTrainer) -> None:
+) -> Callable[[int, DistillTrainer], float | None]:
+    def on_step(step: int, trainer: DistillTrainer) -> float | None:
         progress(what, step, steps)
-        if curve is not None and trainer.is_world_process_zero():
-            curve.point(step, trainer.accelerator.unwrap_model(trainer.model))
+        if curve is None or not trainer.is_world_process_zero():
+            return None
+        return curve.point(step, trainer.accelerator.unwrap_model(trainer.model))
 
     return on_step
 

@@ -29,16 +29,19 @@ class LearningCurve:
         self._arm, self._log_file, train = arm, log_file, arm.experiment.recipe.train
         self._val = arm.batches("val")
         self._chosen = spread(self._val.examples, train.eval_examples)
+        self._plain_val = BatchMaker(self._val.examples, arm.experiment.tokenizer.pad_token_id)
         # the training side has stored targets only where the store is used; its likelihood is enough for the gap
         self._seen = BatchMaker(arm.experiment.split("train"), arm.experiment.tokenizer.pad_token_id)
         self._seen_chosen = spread(self._seen.examples, train.eval_examples)
 
-    def point(self, step: int, distiller: Distiller) -> None:
-        """Measure and append a row to the log, where this step is one of the recipe's."""
+    def point(self, step: int, distiller: Distiller) -> float | None:
+        """Measure and append a row to the log, where this step is one of the recipe's.
+
+        Returns the validation NLL of the completions, nats per token, where it decides something (`selection.py`).
+        """
         recipe = self._arm.experiment.recipe
-        every = recipe.train.eval_every
-        if step != recipe.train.steps and (every == 0 or step % every):
-            return
+        if not recipe.train.is_point(step):
+            return None
         was_training = distiller.training
         distiller.eval()
         val: dict[str, Any] = self._losses(distiller, self._val, self._chosen)
@@ -47,8 +50,23 @@ class LearningCurve:
         by_task = accuracy_by_task(distiller.student, tokenizer, examples, recipe.evaluate.max_new_tokens)
         val |= {"accuracy_by_task": by_task, "accuracy": sum(by_task.values()) / max(1, len(by_task))}
         train = self._losses(distiller, self._seen, self._seen_chosen, plain=True)
+        nll = self._completion_nll(distiller) if recipe.train.asks_validation else None
+        if nll is not None:
+            val["completion_nll"] = nll
         append_json_line(self._log_file, {"step": step, "val": val, "train": train})
         distiller.train(was_training)
+        return nll
+
+    @torch.no_grad()
+    def _completion_nll(self, distiller: Distiller) -> float:
+        """Mean over all tokens after the prompts of the point's validation problems, whatever an arm's loss is of: arms
+        are chosen from by one rule. Logits in float32, sums in float64."""
+        total, count = 0.0, 0
+        for numbers in self._arm.measured_in(self._val.examples, self._chosen, head=True, kv=False):
+            batch = self._plain_val(numbers).to(self._arm.device)
+            nll, tokens = distiller.completion_nll(batch)
+            total, count = total + nll, count + tokens
+        return total / count
 
     @torch.no_grad()
     def _losses(

@@ -21,12 +21,13 @@ from kvdistill.models import batch_geometry, capture_flops, forward_flops
 
 
 def training_ledger(
-    arm: Arm, distiller: Distiller, order: Sequence[int], seen: Tensor, watch: Stopwatch
+    arm: Arm, distiller: Distiller, order: Sequence[int], steps: int, seen: Tensor, watch: Stopwatch
 ) -> dict[str, Any]:
     """The ledger of one run. Teacher FLOPs: one pass over the stored texts (unamortised), or one per step online.
 
     Args:
         order: example numbers, as trained on.
+        steps: that were trained, whichever's weights are kept.
         seen: real tokens and loss tokens.
     """
     recipe, examples = arm.experiment.recipe, arm.experiment.split("train")
@@ -42,7 +43,7 @@ def training_ledger(
     projected = sum(p.numel() for aligner in distiller.aligners.values() for p in aligner.parameters())
     on_gpu = torch.cuda.is_available()
     return {
-        "optimiser_steps": recipe.train.steps,
+        "optimiser_steps": steps,
         "tokens_nonpadding": int(seen[0]),
         "tokens_loss": int(seen[1]),
         "flops": {
