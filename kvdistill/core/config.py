@@ -275,14 +275,17 @@ def _read_arm(
     changes = dict(recipe.arms[arm] or {})
     mistakes: list[RecipeError] = []
     teachers = changes.pop("teachers", [teacher.name for teacher in recipe.teachers])
-    tree: dict[str, Any] = {"teachers": teachers, "placebo": changes.pop("placebo", False)}
+    tree: dict[str, Any] = {"teachers": teachers, "control": changes.pop("control", None)}
+    if "placebo" in changes:
+        fix = "write control: placebo" if changes.pop("placebo") else "leave it out"
+        mistakes.append(RecipeError("`placebo` is one of several controls now", place=where, fix=fix))
     for section in ARM_SECTIONS:
         over = changes.pop(section, None) or {}
         if not isinstance(over, dict):
             mistakes.append(RecipeError(f"{section} is a section", place=where, fix=f"write {section}: {{key: value}}"))
             over = {}
         tree[section] = {**getattr(recipe, section).model_dump(), **over}
-    words = ["teachers", "placebo", *ARM_SECTIONS]
+    words = ["teachers", "control", *ARM_SECTIONS]
     mistakes += (
         RecipeError(f"unknown key {unknown!r}", place=where, fix=_nearest(unknown, words, ArmRecipe))
         for unknown in changes
@@ -293,6 +296,15 @@ def _read_arm(
         return None, [*mistakes, *_mistakes_of(error, ArmRecipe, where)]
     if not alone:
         mistakes += _arm_mistakes(made, [teacher.name for teacher in recipe.teachers], where)
+        if made.control == "untrained" and made.needs_nll and recipe.capture.source == "online":
+            mistakes.append(
+                RecipeError(
+                    "competence is the trained teachers', which would have to run in every step beside the untrained "
+                    "ones: twice the cost of the arm",
+                    place=f"{where}: control",
+                    fix="set capture.source: store, or fuse.fusion_strategy: fixed for this arm",
+                )
+            )
         if made.needs_scores and recipe.capture.source == "online":
             mistakes.append(
                 RecipeError(
@@ -317,8 +329,9 @@ def _arm_mistakes(arm: ArmRecipe, teachers: list[str], where: str) -> Iterator[R
             place=f"{where}: fuse.weights",
             fix="give one weight per teacher of the arm, or leave weights out for equal ones",
         )
-    if arm.placebo and not arm.needs_kv:
-        yield RecipeError("a placebo arm needs teachers and loss.kv_weight > 0", place=where, fix="give it both")
+    if arm.control is not None and not (arm.needs_kv or arm.needs_logits):
+        what = f"control: {arm.control} changes what teachers give, and this arm learns nothing from any"
+        yield RecipeError(what, place=where, fix="give it teachers, and loss.kv_weight (or loss.logit_weight) > 0")
     if arm.loss.k_weight + arm.loss.v_weight <= 0 and arm.needs_kv:
         yield RecipeError(
             "loss.k_weight and loss.v_weight are both 0",

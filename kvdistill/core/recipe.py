@@ -47,6 +47,8 @@ PathText = Annotated[str, AfterValidator(_usable_path)]
 AnswerRule = Literal["value", "number", "fraction", "latex", "yes-no", "letter", "exact-match"]
 ANSWER_RULES = get_args(AnswerRule)
 TimeMode = Literal["index", "pad", "proportional", "segment"]
+Control = Literal["placebo", "untrained", "shuffled", "noise"]
+UNTRAINED = "~untrained"  # behind a teacher's name, which cannot hold this sign: the same with random weights
 RESAMPLING = ("proportional", "segment")  # the time modes that average neighbouring tokens
 TIME_ALIASES = {"truncate": "index", "soft": "segment"}  # align.time, in the original's words
 
@@ -486,11 +488,24 @@ class ArmRecipe(Section):
     """One arm of the study, complete: the recipe's sections with the arm's changes laid over them."""
 
     teachers: list[str] = Field(max_length=100, description="names of those it learns from; unset: all; []: none")
-    placebo: bool = Field(False, description="teacher KV of a mismatched example: same cost, no information")
+    control: Control | None = Field(
+        None,
+        description="an arm of the same cost that lacks one thing (docs/controls.md). placebo: targets of a mismatched "
+        "example; untrained: of the same teachers with random weights; shuffled: of the right text, its tokens "
+        "permuted within each segment; noise: Gaussian, of the same moments",
+    )
     align: AlignRecipe = Field(description="changes to `align`")
     compress: CompressRecipe = Field(description="changes to `compress`")
     fuse: FuseRecipe = Field(description="changes to `fuse`")
     loss: LossRecipe = Field(description="changes to `loss`")
+
+    @property
+    def reads(self) -> list[str]:
+        """Whose captured targets it reads: its teachers', or theirs with random weights. Competence then still comes
+        from the trained ones, so that the routing is the one of the arm that it stands beside."""
+        if self.control != "untrained":
+            return self.teachers
+        return [name + UNTRAINED for name in self.teachers] + (self.teachers if self.needs_nll else [])
 
     @property
     def needs_kv(self) -> bool:
@@ -543,5 +558,5 @@ class Recipe(Section):
     report: ReportRecipe = Field(ReportRecipe(), description="comparisons and margins, declared beforehand")
     hardware: HardwareRecipe = Field(HardwareRecipe(), description="where runs happen; changes no result")
     arms: dict[str, dict[str, Any]] = Field(
-        min_length=1, max_length=1000, description="arm -> {teachers, placebo, align, fuse, loss, …}"
+        min_length=1, max_length=1000, description="arm -> {teachers, control, align, fuse, loss, …}"
     )

@@ -146,7 +146,7 @@ def perform(job: Job, recipe: Recipe, progress: Progress = silent) -> None:
 
             subject: Any = Experiment(recipe, run)
             if stage.takes == "teacher":
-                subject = subject.teachers[str(job.arguments["teacher"])]
+                subject = subject.teacher(str(job.arguments["teacher"]))
             elif stage.takes == "arm":
                 subject = subject.arm(str(job.arguments["arm"]), int(job.arguments["seed"]))
             function(subject, progress=progress)

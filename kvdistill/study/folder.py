@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvdistill.core.config import arm_recipe, recipe_hash
-from kvdistill.core.errors import RunFolderError
+from kvdistill.core.errors import RecipeError, RunFolderError
 from kvdistill.core.files import read_json, sha256_of, write_json
 from kvdistill.core.layout import (
     data_folder,
@@ -115,7 +115,11 @@ def difference(theirs: Any, recipe: Recipe, run: Path, *, planned: bool = False)
     except ValueError:
         return "its form (it was written by another version of kvdistill)"
     for arm in shared:
-        then, now = arm_recipe(old, arm).model_dump(mode="json"), arm_recipe(recipe, arm).model_dump(mode="json")
+        try:
+            then = arm_recipe(old, arm).model_dump(mode="json")
+        except RecipeError:
+            return f"arms.{arm} (it was written by another version of kvdistill)"
+        now = arm_recipe(recipe, arm).model_dump(mode="json")
         if then != now:
             return first_difference(then, now, f"arms.{arm}")
     return None

@@ -16,7 +16,7 @@ from typing import Any
 from kvdistill.core.config import arm_recipe, asked_hash
 from kvdistill.core.layout import arm_folder, evaluated_mark
 from kvdistill.core.marks import read_mark
-from kvdistill.core.recipe import Recipe
+from kvdistill.core.recipe import UNTRAINED, Recipe
 from kvdistill.stages.table import STAGES, Job, is_done
 
 STUDY = ("teach", "evaluate", "report")  # what a whole study is after; everything else only comes before it
@@ -37,12 +37,14 @@ def plan(
         runs = [(a, s) for s in recipe.seeds for a in recipe.arms]
         runs = [pair for pair in runs if not is_evaluated(recipe, run, *pair)]
     arms = {name: arm_recipe(recipe, name) for name in recipe.arms}
-    used = {teacher for arm, _ in runs for teacher in arms[arm].teachers}
+    used = {name for arm, _ in runs for name in arms[arm].reads}
     maps = any(a.needs_kv and a.align.layers == "cka" and a.align.layer_map is None for a in arms.values())
     about: dict[str, list[dict[str, Any]]] = {
         "teach": [{"teacher": t.name} for t in recipe.teachers if t.scratch is not None],
         "map-layers": [{}] if maps or "map-layers" in goals else [],
-        "capture": [{"teacher": t.name} for t in recipe.teachers if t.name in used],
+        "capture": [
+            {"teacher": name} for t in recipe.teachers for name in (t.name, t.name + UNTRAINED) if name in used
+        ],
         "fit": [{"arm": arm, "seed": seed} for arm, seed in runs if arms[arm].teachers],
         "train": [{"arm": arm, "seed": seed} for arm, seed in runs],
     }
@@ -51,7 +53,7 @@ def plan(
     jobs: dict[str, Job] = {}
     for verb, stage in STAGES.items():
         for mine in about.get(verb, [{}]) if verb in allowed else []:
-            reads = arms[mine["arm"]].teachers if "arm" in mine else [mine.get("teacher")]
+            reads = arms[mine["arm"]].reads if "arm" in mine else [mine.get("teacher")]
             after = [
                 job.id
                 for job in jobs.values()
