@@ -20,6 +20,7 @@ from kvdistill.align import MapProjectionAligner
 from kvdistill.arms.batches import Batch, BatchMaker, data_order
 from kvdistill.arms.controls import Moments
 from kvdistill.arms.distiller import Distiller
+from kvdistill.arms.lessons import RowsBehind, studied_beside, written_beside
 from kvdistill.arms.pairing import Pairing
 from kvdistill.arms.setting import Setting
 from kvdistill.arms.student import CausalStudent, Student
@@ -166,6 +167,16 @@ class Arm:
 
     # -- texts and targets --------------------------------------------------------------------------------
 
+    @cached_property
+    def lessons(self) -> Sequence[Example]:
+        """What it trains on: the run's training problems, and behind them those that `texts` adds."""
+        own = self.experiment.split("train")
+        if self.recipe.texts == "own":
+            return own
+        if self.recipe.texts == "teachers":
+            return RowsBehind(own, studied_beside(self.experiment, self.recipe.texts_from))
+        return RowsBehind(own, written_beside(self.experiment, self.recipe.texts_from))
+
     def batches(
         self, split: str, *, mismatched: bool | None = None, seed: int | None = None, stored: bool = True
     ) -> BatchMaker:
@@ -189,7 +200,7 @@ class Arm:
                 self._nll[split] = {name: nll_N for name, nll_N in judges.items() if nll_N is not None}
         texts = {name: teacher.text(split) for name, teacher in self.teachers.items()}
         return BatchMaker(
-            self.experiment.examples(split),
+            self.lessons if split == "train" else self.experiment.examples(split),
             self.experiment.tokenizer.pad_token_id,
             arm,
             self._readers[split] if stored else {},
@@ -241,12 +252,12 @@ class Arm:
         return run_now
 
     def training_order(self, num_batches: int | None = None) -> list[int]:
-        """Example numbers for the whole training (of all ranks), or for its first batches; the same for every arm."""
+        """Numbers of `lessons` for the whole training (of all ranks), or for its first batches; the same for every arm
+        that reads the same."""
         train = self.experiment.recipe.train
         if num_batches is None:
             num_batches = train.steps * train.accumulation * int(os.environ.get("WORLD_SIZE", 1))
-        num_examples = len(self.experiment.split("train"))
-        return data_order(num_examples, num_batches * train.batch_size, derive_seed(self.seed, "data"))
+        return data_order(len(self.lessons), num_batches * train.batch_size, derive_seed(self.seed, "data"))
 
     def calibration_numbers(self, most: int | None = None) -> list[list[int]]:
         """The training examples that aligners are fitted on, or the first `most` of them, in batches."""

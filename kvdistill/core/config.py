@@ -285,7 +285,11 @@ def _read_arm(
             mistakes.append(RecipeError(f"{section} is a section", place=where, fix=f"write {section}: {{key: value}}"))
             over = {}
         tree[section] = {**getattr(recipe, section).model_dump(), **over}
-    words = ["teachers", "control", *ARM_SECTIONS]
+    tree["texts"] = changes.pop("texts", "own")
+    if (named := changes.pop("texts_from", None)) is not None or tree["texts"] != "own":
+        whose = [one.name for one in recipe.teachers if tree["texts"] == "written" or one.scratch is not None]
+        tree["texts_from"] = whose if named is None else named
+    words = ["teachers", "control", "texts", "texts_from", *ARM_SECTIONS]
     mistakes += (
         RecipeError(f"unknown key {unknown!r}", place=where, fix=_nearest(unknown, words, ArmRecipe))
         for unknown in changes
@@ -296,6 +300,7 @@ def _read_arm(
         return None, [*mistakes, *_mistakes_of(error, ArmRecipe, where)]
     if not alone:
         mistakes += _arm_mistakes(made, [teacher.name for teacher in recipe.teachers], where)
+        mistakes += _text_mistakes(made, recipe, where)
         if made.control == "untrained" and made.needs_nll and recipe.capture.source == "online":
             mistakes.append(
                 RecipeError(
@@ -352,6 +357,55 @@ def _arm_mistakes(arm: ArmRecipe, teachers: list[str], where: str) -> Iterator[R
             "layers: explicit needs align.layer_map",
             place=f"{where}: align.layers",
             fix="give a mapping or a JSON file",
+        )
+
+
+def _text_mistakes(arm: ArmRecipe, recipe: Recipe, where: str) -> Iterator[RecipeError]:
+    """What cannot be of an arm that reads other texts than its own."""
+    place, teachers = f"{where}.texts", {teacher.name: teacher for teacher in recipe.teachers}
+    if arm.texts == "own":
+        if arm.texts_from:
+            yield RecipeError(
+                "texts_from says whose texts are read beside its own, and texts is own",
+                place=place,
+                fix="set texts: teachers or texts: written, or leave texts_from out",
+            )
+        return
+    if arm.needs_kv or arm.needs_logits:
+        yield RecipeError(
+            f"texts: {arm.texts} is cross-entropy on more texts, and what teachers give is captured on the training "
+            "problems alone",
+            place=place,
+            fix="set teachers: [] for this arm (texts_from names whose texts it reads)",
+        )
+    known = [name for name in arm.texts_from if name in teachers]
+    for name in arm.texts_from:
+        if name not in teachers:
+            fix = _nearest(name, list(teachers))
+            yield RecipeError(f"unknown teacher {name!r}", place=f"{where}.texts_from", fix=fix)
+    published = [name for name in known if teachers[name].scratch is None]
+    if arm.texts == "teachers" and (published or not known):
+        who = f"{', '.join(published)}, which is published" if published else "published teachers, which all are"
+        yield RecipeError(
+            f"texts: teachers reads what teachers were trained on, and that is not at hand of {who}",
+            place=place,
+            fix="name scratch teachers in texts_from, or set texts: written",
+        )
+        return
+    if not known:
+        yield RecipeError("there is no teacher to write anything", place=place, fix="name at least one teacher")
+        return
+    if arm.texts == "written" and recipe.write.questions == "train":
+        return
+    data = recipe.data
+    tasks = {task for name in known for task in teachers[name].train_on or [task.key for task in data.tasks]}
+    has_any = any(task.teach for task in data.tasks if task.key in tasks)
+    if not (has_any if data.total is None else data.disjoint_teachers):
+        fix = "give these tasks a `teach` count" if data.total is None else "set data.disjoint_teachers: true"
+        yield RecipeError(
+            f"there are no `teach` problems of {', '.join(sorted(tasks))}: this arm would read nothing beside its own",
+            place=place,
+            fix=fix + (", or write.questions: train" if arm.texts == "written" else ""),
         )
 
 
