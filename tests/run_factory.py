@@ -23,7 +23,7 @@ ARMS: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
     "fixed": ({}, (0.90, 0.51)),
     "teacher-adds": ({"teachers": ["adds"]}, (0.83, 0.20)),
     "logits": ({"loss": {"kv_weight": 0.0, "logit_weight": 1.0}}, (0.81, 0.22)),
-    "placebo": ({"placebo": True}, (0.72, 0.23)),
+    "placebo": ({"control": "placebo"}, (0.72, 0.23)),
     "ce": ({"teachers": []}, (0.75, 0.22)),
 }
 COMPARISONS = [["competence", "ce"], ["fixed", "ce"], ["competence", "fixed"], ["placebo", "ce"]]
@@ -123,7 +123,7 @@ def make_ledger(seed: int, spec: dict[str, Any]) -> dict[str, Any]:
 
 def make_match(spec: dict[str, Any]) -> dict[str, Any]:
     teachers = spec.get("teachers", list(TEACHERS)) if spec.get("loss", {}).get("kv_weight", 1) else []
-    if spec.get("placebo"):
+    if spec.get("control"):
         k = {"r2": 0.02, "centred_cosine": 0.11, "retrieval_top1": 0.03, "cosine": 0.93}
     else:
         k = {"r2": 0.71, "centred_cosine": 0.84, "retrieval_top1": 0.62, "cosine": 0.97}

@@ -160,20 +160,26 @@ def _is_readable(generation_config: Path) -> bool:
 # -- loading --------------------------------------------------------------------------------------
 
 
-def load_model(recipe: ModelRecipe, *, vocab_size: int, seed: int, place: str) -> PreTrainedModel:
+def load_model(
+    recipe: ModelRecipe, *, vocab_size: int, seed: int, place: str, untrained: bool = False
+) -> PreTrainedModel:
     """The model, on the CPU, in eval mode, with the recipe's dtype and attention implementation.
 
     vocab_size: the tokenizer's length. seed: of random weights (`scratch`); the same seed gives the same bits, and
-    the global random state is left alone. place: the recipe key, for errors. Raises ModelError.
+    the global random state is left alone. place: the recipe key, for errors. untrained: random weights in the place of
+    those of `path`, by the family's own rule. Raises ModelError.
     """
     config = model_config(recipe, vocab_size, place)
     dtype = DTYPES[recipe.dtype]
     try:
-        if recipe.scratch is not None:
+        if recipe.scratch is not None or untrained:
+            own: dict[str, Any] = {"trust_remote_code": True} if recipe.trust_remote_code else {}
+            config.__dict__.pop("quantization_config", None)
+            made_in = torch.float32 if recipe.scratch is not None else dtype  # a model of billions: never in float32
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive_seed(seed, "model", "init"))
                 auto = auto_class(config)
-                model = auto.from_config(config, attn_implementation=recipe.attention, dtype=torch.float32)
+                model = auto.from_config(config, attn_implementation=recipe.attention, dtype=made_in, **own)
             for parameter in model.parameters():  # not model.to(dtype): the rotary frequencies stay in float32
                 parameter.data = parameter.data.to(dtype)
             model.config.dtype = dtype

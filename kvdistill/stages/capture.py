@@ -34,7 +34,7 @@ def capture(teacher: Teacher, progress: Progress = silent) -> None:
     root, online = store_root(teacher.experiment.run), teacher.experiment.recipe.capture.source == "online"
     model = functools.cache(teacher.load)
     for split in ("val",) if online else ("train", "val"):
-        with StoreWriter(root, f"targets-{split}", teacher.name, teacher.target_identity(split)) as writer:
+        with StoreWriter(root, f"targets-{split}", teacher.stored_as, teacher.target_identity(split)) as writer:
             if not writer.complete:
                 with put_off():
                     _capture_split(teacher, split, writer, model(), progress)
@@ -66,7 +66,7 @@ def _capture_split(
                 scores=scores,
             )
             batches.append(targets.to("cpu"))
-            progress(f"capture {teacher.name} {split}", start + first + len(rows), len(examples))
+            progress(f"capture {teacher.stored_as} {split}", start + first + len(rows), len(examples))
         packed = pack_targets(batches, DTYPES[recipe.dtype], means)
         _refuse_broken(packed, teacher, split, start)
         writer.add(packed)
