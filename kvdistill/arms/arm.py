@@ -27,7 +27,7 @@ from kvdistill.arms.texts import spread
 from kvdistill.core.errors import AlignmentError
 from kvdistill.core.kv import KV
 from kvdistill.core.layout import arm_folder, fit_root
-from kvdistill.core.recipe import ArmRecipe
+from kvdistill.core.recipe import ArmRecipe, StudentRecipe
 from kvdistill.core.runtime import derive_seed, elements_at_once
 from kvdistill.core.segments import PROMPT
 from kvdistill.core.targets import TeacherTargets
@@ -60,6 +60,7 @@ class Arm:
         self.uses_teachers = recipe.needs_kv or recipe.needs_logits
         self._readers: dict[str, dict[str, TargetReader]] = {}  # by split: checked once
         self._running: dict[str, Callable[[Tensor, Tensor], TeacherTargets]] = {}
+        self._outlines: dict[str, MapProjectionAligner] = {}
 
     @property
     def folder(self) -> Path:
@@ -117,29 +118,30 @@ class Arm:
             shared_size=self.shared_size if self.recipe.align.match_in == "shared" else None,
         )
 
+    def outline_of_aligner(self, name: str) -> MapProjectionAligner:
+        """An aligner to one teacher of the right sizes, for what it would cost: which layers it reads may not be known
+        yet. Kept."""
+        if name not in self._outlines:
+            align = self.recipe.align
+            if align.layers == "cka":
+                align = align.model_copy(update={"layers": "ratio", "layer_map": None})
+            recipe = self.recipe.model_copy(update={"align": align})
+            self._outlines[name] = Arm(self.experiment, self.teachers, recipe, self.seed).new_aligner(name)
+        return self._outlines[name]
+
     # -- fits ---------------------------------------------------------------------------------------------
 
     def fit_identity(self, name: str) -> dict[str, Any]:
         """Everything that the fit to one teacher depends on."""
-        arm, align = self.recipe, self.recipe.align
-        similarity = arm.fuse.fusion_strategy == "similarity"
-        trained = align.match_in == "teacher" if align.train_projector is None else align.train_projector
-        # a closed-form projector is fitted against the student's own initial keys and values
-        needs_student = align.init == "ridge" or not trained
         mapping = self.pairings[name].mapping
-        shared = self.teachers.values() if align.match_in == "shared" else ()
+        shared = self.teachers.values() if self.recipe.align.match_in == "shared" else ()
+        own = fit_options(self.recipe, self.experiment.recipe.student, self.seed)
         return {
             **self.teachers[name].target_identity("train"),
-            "align": align.model_dump(mode="json"),
+            "align": own.pop("align"),
             "layer_map": [mapping.index.tolist(), mapping.weight.tolist()],
             "together": {teacher.name: teacher.target_identity("train") for teacher in shared},
-            "attention": arm.compares_attention,
-            "distill_layers": arm.loss.distill_layers,
-            "compress": arm.compress.model_dump(mode="json"),
-            "kv_on": arm.loss.kv_on,
-            "student": self.experiment.recipe.student.model_dump(mode="json"),
-            "seed": self.seed if needs_student or (similarity and align.match_in != "teacher") else None,
-            "prototype": [arm.fuse.prototype, arm.fuse.num_prototypes] if similarity else None,
+            **own,
         }
 
     def fitted(self, name: str) -> StoreReader:
@@ -215,8 +217,9 @@ class Arm:
         return run_now
 
     def training_order(self, num_batches: int | None = None) -> list[int]:
-        """Example numbers for the whole training (of all ranks), or for its first batches; the same for every arm."""
-        train = self.experiment.recipe.train
+        """Example numbers for the whole training (of all ranks), or for its first batches: of any two arms the shorter
+        one begins the longer one."""
+        train = self.recipe.train
         if num_batches is None:
             num_batches = train.steps * train.accumulation * int(os.environ.get("WORLD_SIZE", 1))
         num_examples = len(self.experiment.split("train"))
@@ -338,6 +341,24 @@ class Arm:
         fusion = build_fusion(self.recipe.fuse, self.recipe.teachers, max(1, len(layers)), prototypes or None)
         frames = self.frames if self.recipe.needs_kv else {}
         return Distiller(student, self.recipe, aligners, fusion, layers, frames, rotations)
+
+
+def fit_options(arm: ArmRecipe, student: StudentRecipe, seed: int) -> dict[str, Any]:
+    """What the fits of an arm depend on beside the teachers' targets and the layers that are read."""
+    align, similarity = arm.align, arm.fuse.fusion_strategy == "similarity"
+    trained = align.match_in == "teacher" if align.train_projector is None else align.train_projector
+    # a closed-form projector is fitted against the student's own initial keys and values
+    needs_student = align.init == "ridge" or not trained
+    return {
+        "align": align.model_dump(mode="json"),
+        "attention": arm.compares_attention,
+        "distill_layers": arm.loss.distill_layers,
+        "compress": arm.compress.model_dump(mode="json"),
+        "kv_on": arm.loss.kv_on,
+        "student": student.model_dump(mode="json"),
+        "seed": seed if needs_student or (similarity and align.match_in != "teacher") else None,
+        "prototype": [arm.fuse.prototype, arm.fuse.num_prototypes] if similarity else None,
+    }
 
 
 def _as_it_is(kv: KV) -> KV:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from kvdistill.arms.costs import pass_flops
 from kvdistill.arms.teacher import Teacher, run_teacher
 from kvdistill.core.files import open_tensors
 from kvdistill.core.layout import store_root
@@ -19,7 +20,7 @@ from kvdistill.core.progress import Progress, silent
 from kvdistill.core.runtime import DTYPES
 from kvdistill.core.stopping import give_in, put_off
 from kvdistill.core.targets import ChannelMeans, TeacherTargets
-from kvdistill.models import describe_model, find_rotary
+from kvdistill.models import batch_geometry, describe_model, find_rotary
 from kvdistill.models.generate import right_padded
 from kvdistill.store.packed import pack_targets
 from kvdistill.store.shards import StoreWriter
@@ -67,12 +68,13 @@ def _capture_split(
             progress(f"capture {teacher.name} {split}", start + first + len(rows), len(examples))
         writer.add(pack_targets(batches, DTYPES[recipe.dtype], means))
         give_in()
-    extra: dict[str, Any] = {}
+    geometry = batch_geometry(len(example.input_ids) for example in examples)
+    extra: dict[str, Any] = {"flops": pass_flops(teacher, *geometry, stops=False)}
     if queries:  # how each layer attends, read off a run on one text: a resumed capture needs no other
         ids, segments = (torch.tensor([x]).to(model.device) for x in (examples[0].input_ids, examples[0].segments))
         kv = run_teacher(model, ids, segments, layers=layers, dtype="float32", want_nll=False, queries=True).kv
         if kv is not None:
-            extra = {"scaling": kv.scaling and list(kv.scaling), "rules": [rule.as_json() for rule in kv.rules]}
+            extra |= {"scaling": kv.scaling and list(kv.scaling), "rules": [rule.as_json() for rule in kv.rules]}
     rope = "none" if not layers or find_rotary(model) is None else "unrotated"
     writer.finish({"layers": layers, "rope": rope, "examples": len(examples), "split": split, **extra})
 

@@ -19,6 +19,7 @@ from kvdistill.align import AlignedKV, MapProjectionAligner, SharedSpace, Shared
 from kvdistill.align.time import segment_report
 from kvdistill.arms.arm import FIT_KIND, Arm
 from kvdistill.arms.batches import Batch
+from kvdistill.arms.costs import fit_flops
 from kvdistill.arms.student import CausalStudent
 from kvdistill.core.kv import KV
 from kvdistill.core.layout import fit_root
@@ -95,6 +96,7 @@ def _write(texts: _Calibration, aligner: MapProjectionAligner, writer: StoreWrit
         seed = derive_seed(texts.arm.experiment.recipe.data.seed, texts.name)
         tensors["prototypes"] = fit_prototypes(keys(), fuse.prototype, fuse.num_prototypes, seed)
     writer.add(tensors or {"nothing": torch.zeros(1)})
+    extra = {**extra, "flops": fit_flops(texts.arm, texts.name)}
     writer.finish({**extra, "dead_channels": aligner.num_dead()} if aligner.recipe.standardise else extra)
 
 
