@@ -65,23 +65,22 @@ def all_sharers(experiment: Setting) -> Sharers:
 
 def teacher_flops(arm: Arm, teacher: Teacher, order: Sequence[int]) -> int:
     """One pass over the stored texts, or the passes of every step where it runs online."""
-    lengths = _lengths(teacher.examples("train"))
-    tokens, squares = batch_geometry([lengths[i] for i in order] if arm.runs_online else lengths)
+    examples = teacher.examples("train")
     stops = arm.runs_online and not arm.recipe.needs_logits and not arm.recipe.needs_nll
-    return pass_flops(teacher, tokens, squares, stops=stops)
+    return pass_flops(teacher, [examples[i] for i in order] if arm.runs_online else examples, stops=stops)
 
 
-def pass_flops(teacher: Teacher, tokens: int, squares: int, *, stops: bool) -> int:
-    """Of a teacher over so many of its tokens. stops: nobody asks for more than keys and values.
+def pass_flops(teacher: Teacher, examples: Sequence[Example], *, stops: bool) -> int:
+    """Of a teacher over what it reads. stops: nobody asks for more than keys and values.
 
-    What predicts no next token always stops at the highest layer needed.
+    What predicts no next token always stops at the highest layer needed; others run their head on completions.
     """
+    tokens, squares = batch_geometry(_lengths(examples))
     top = _highest_layer(teacher) if stops or teacher.shape.kind != "decoder" else None
-    return (
-        forward_flops(teacher.shape, tokens, squares)
-        if top is None
-        else capture_flops(teacher.shape, tokens, squares, top)
-    )
+    if top is not None:
+        return capture_flops(teacher.shape, tokens, squares, top)
+    predicted = tokens - sum(example.num_prompt_tokens for example in examples)
+    return forward_flops(teacher.shape, tokens, squares, num_head_tokens=predicted)
 
 
 def _highest_layer(teacher: Teacher) -> int | None:
@@ -100,13 +99,17 @@ def aligner_flops(arm: Arm, name: str, tokens: int, squares: int) -> int:
     total = 0
     for projector, weight in sides if not recipe.compares_attention else [(x, 1.0) for x, _ in sides]:
         # of the student: its gradient passes through, and the projector's own where it learns; of the teacher only that
-        backward = (1 if in_teacher or aligner.is_shared else 0) + (1 if trained and not aligner.is_shared else 0)
-        total += tokens * projector.flops_per_token * (1 + (backward if weight > 0 else 0))
+        passes = 1 + (1 if weight > 0 and (in_teacher or aligner.is_shared) else 0)
+        learned = projector.learned_flops_per_token if weight > 0 and trained and not aligner.is_shared else 0
+        total += tokens * (passes * projector.flops_per_token + learned)
     if aligner.is_shared:  # the teacher's side
         total += tokens * (aligner.adapter_k.flops_per_token + aligner.adapter_v.flops_per_token)
     if aligner.proj_q is None:
         return total
-    total += tokens * aligner.proj_q.flops_per_token * (1 + (1 if in_teacher else 0) + (1 if trained else 0))
+    if recipe.align.match_in == "teacher":  # for the router, whether or not it looks
+        total += tokens * (aligner.proj_k.flops_per_token + aligner.proj_v.flops_per_token)
+    total += tokens * aligner.proj_q.flops_per_token * (2 if in_teacher else 1)
+    total += tokens * aligner.proj_q.learned_flops_per_token if trained else 0
     pairing = arm.teachers[name].shape if in_teacher else arm.experiment.student_shape
     product = 2 * squares * len(aligner.student_layers) * pairing.num_heads * pairing.head_size
     # rows of both sides, made again for the gradient, which goes to queries and keys of the student (and its values)
@@ -121,9 +124,9 @@ def fit_flops(arm: Arm, name: str) -> int:
     tokens, squares = batch_geometry(len(mine[i].input_ids) for i in numbers)
     similarity, total = recipe.fuse.fusion_strategy == "similarity", 0
     if arm.runs_online:  # the teacher runs again each time the texts are gone through
-        theirs = _lengths(arm.teachers[name].examples("train"))
+        theirs = arm.teachers[name].examples("train")
         times = int(recipe.align.standardise) + int(aligner.needs_fit) + int(similarity)
-        total += times * pass_flops(arm.teachers[name], *batch_geometry(theirs[i] for i in numbers), stops=True)
+        total += times * pass_flops(arm.teachers[name], [theirs[i] for i in numbers], stops=True)
     if aligner.needs_fit:
         total += capture_flops(arm.experiment.student_shape, tokens, squares, max(aligner.student_layers))
         projectors = [x for x in (aligner.proj_k, aligner.proj_v, aligner.proj_q) if x is not None]

@@ -4,7 +4,7 @@ One convention for all of it. FLOPs are those of matrix products, a multiply-add
 padding; attention counts every pair of tokens of a text, also those that a causal mask hides. Sums, norms, softmax and
 the optimiser's own arithmetic are not counted. A part is a number, or numbers by teacher where teachers have a share:
 
-    student_forward, student_backward    of the student, as it was trained
+    student_forward, student_backward    of the student, as it was trained; its head on all tokens
     aligner                              projections of both sides, and attention where that is compared
     teachers                             one pass over the stored texts; online: over every text of every step
     fit, layer_maps                      what is computed once before training, of both models

@@ -20,7 +20,7 @@ from kvdistill.core.progress import Progress, silent
 from kvdistill.core.runtime import DTYPES
 from kvdistill.core.stopping import give_in, put_off
 from kvdistill.core.targets import ChannelMeans, TeacherTargets
-from kvdistill.models import batch_geometry, describe_model, find_rotary
+from kvdistill.models import describe_model, find_rotary
 from kvdistill.models.generate import right_padded
 from kvdistill.store.packed import pack_targets
 from kvdistill.store.shards import StoreWriter
@@ -68,8 +68,7 @@ def _capture_split(
             progress(f"capture {teacher.name} {split}", start + first + len(rows), len(examples))
         writer.add(pack_targets(batches, DTYPES[recipe.dtype], means))
         give_in()
-    geometry = batch_geometry(len(example.input_ids) for example in examples)
-    extra: dict[str, Any] = {"flops": pass_flops(teacher, *geometry, stops=False)}
+    extra: dict[str, Any] = {"flops": pass_flops(teacher, examples, stops=False)}
     if queries:  # how each layer attends, read off a run on one text: a resumed capture needs no other
         ids, segments = (torch.tensor([x]).to(model.device) for x in (examples[0].input_ids, examples[0].segments))
         kv = run_teacher(model, ids, segments, layers=layers, dtype="float32", want_nll=False, queries=True).kv

@@ -65,6 +65,10 @@ class ResidualProjector(AbstractHeadProjector):
         own = 0 if isinstance(self.correction, KVDimensionProjector) else self.correction.flops_per_token
         return super().flops_per_token + own
 
+    @property
+    def learned_flops_per_token(self) -> int:
+        return self.correction.flops_per_token
+
     def project_rows(self, rows_PNI: Float[Tensor, "P N I"]) -> Float[Tensor, "P N O"]:
         if isinstance(self.correction, KVDimensionProjector):  # two full matrices: add them first, multiply once
             return super().project_rows(rows_PNI)
