@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from kvdistill.core.errors import RecipeError
+from kvdistill.core.family import BEST_SINGLE, family_mistakes, listed_pairs
 from kvdistill.core.files import sha256_of
 from kvdistill.core.quoting import shown
 from kvdistill.core.recipe import (
@@ -222,17 +223,24 @@ def _cross_mistakes(recipe: Recipe, place: str, wrong: Collection[str]) -> Itera
                     place=f"{place}: teachers.{number}.train_on",
                     fix=_nearest(task, tasks),
                 )
+    arms: dict[str, ArmRecipe] = {}
     for arm in recipe.arms:
-        _, mistakes = _read_arm(recipe, arm, place, alone=bool({"teachers", "capture", *ARM_SECTIONS} & {*wrong}))
+        made, mistakes = _read_arm(recipe, arm, place, alone=bool({"teachers", "capture", *ARM_SECTIONS} & {*wrong}))
+        arms |= {arm: made} if made is not None else {}
         yield from mistakes
-    for pair in recipe.report.comparisons:
+    pairs, unknown = listed_pairs(recipe), False
+    for pair in pairs:
         for arm in pair:
-            if arm not in recipe.arms:
+            if arm not in recipe.arms and arm != BEST_SINGLE:
+                unknown = True
                 yield RecipeError(
                     f"comparison names an arm that is not there: {arm!r}",
                     place=f"{place}: report.comparisons",
-                    fix=_nearest(arm, list(recipe.arms)),
+                    fix=_nearest(arm, [*recipe.arms, BEST_SINGLE]),
                 )
+    if not unknown and len(arms) == len(recipe.arms):  # else most of it would be the same mistake once more
+        for what, fix in family_mistakes(pairs, arms):
+            yield RecipeError(what, place=f"{place}: report.comparisons", fix=fix)
 
 
 def _data_mistakes(data: DataRecipe, place: str) -> Iterator[RecipeError]:

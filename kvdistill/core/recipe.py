@@ -457,8 +457,10 @@ class EvaluateRecipe(Section):
 class ReportRecipe(Section):
     """The comparisons that were declared beforehand, and the margin that counts as equal."""
 
-    comparisons: list[tuple[str, str]] = Field(
-        default_factory=list, description="[arm, baseline] pairs: the Holm family"
+    comparisons: list[tuple[str, str]] | None = Field(
+        None,
+        description="[arm, baseline] pairs: the Holm family; a side may be `best-single`. Of an arm with several "
+        "teachers `[arm, best-single]` and `[arm, ce]` are in it anyway; unset: only these; []: nothing is compared",
     )
     primary: Literal["accuracy", "nll"] = Field("accuracy", description="what the verdict is about")
     alpha: float = Field(0.05, gt=0, lt=1, description="family-wise error rate (Holm)")
