@@ -569,9 +569,11 @@ class CurvesRecipe(Section):
 class ReportRecipe(Section):
     """The comparisons that were declared beforehand, and the margin that counts as equal."""
 
-    comparisons: list[tuple[str, str] | ComparisonRecipe] = Field(
-        default_factory=list,
-        description="[arm, baseline], or {arm, baseline, parity}: the Holm family",
+    comparisons: list[tuple[str, str] | ComparisonRecipe] | None = Field(
+        None,
+        description="[arm, baseline], or {arm, baseline, parity}: the Holm family; a side may be `best-single`. Of an "
+        "arm with several teachers `[arm, best-single]` and `[arm, ce]` are in it anyway; unset: only these; []: "
+        "nothing is compared",
     )
     curves: CurvesRecipe | None = Field(None, description="arms at several budgets; unset: none")
     primary: Literal["accuracy", "nll"] = Field("accuracy", description="what the verdict is about")
@@ -581,12 +583,14 @@ class ReportRecipe(Section):
     @property
     def pairs(self) -> list[tuple[str, str]]:
         """The comparisons as (arm, baseline)."""
-        return [one if isinstance(one, tuple) else (one.arm, one.baseline) for one in self.comparisons]
+        return [one if isinstance(one, tuple) else (one.arm, one.baseline) for one in self.comparisons or ()]
 
     def parity(self, arm: str, baseline: str) -> ParityRecipe:
         """What this comparison holds equal: what is declared with it, else steps."""
         said = (
-            one for one in self.comparisons if not isinstance(one, tuple) and (one.arm, one.baseline) == (arm, baseline)
+            one
+            for one in self.comparisons or ()
+            if not isinstance(one, tuple) and (one.arm, one.baseline) == (arm, baseline)
         )
         return next((ParityRecipe(parity=one.parity, amortised=one.amortised) for one in said), ParityRecipe())
 
