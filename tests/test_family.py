@@ -33,12 +33,12 @@ def family(arms: dict[str, Any], comparisons: Any = None, seeds: list[int] = THR
 
 
 def test_unset_the_family_is_several_teachers_against_the_best_single_one_and_plain_training() -> None:
-    found = family({"a": ONE, "both": {}, "plain": CE, "b": TWO, "logit": LOGITS, "placebo": {"placebo": True}})
+    found = family({"a": ONE, "both": {}, "plain": CE, "b": TWO, "logit": LOGITS, "placebo": {"control": "placebo"}})
     assert found.pairs == [("both", "best-single"), ("both", "plain")] == found.by_rule and found.notes == []
 
 
 def test_unset_without_several_teachers_every_taught_arm_meets_plain_training() -> None:
-    found = family({"ce": CE, "a": ONE, "logit": {**ONE, **LOGITS}, "placebo": {**ONE, "placebo": True}})
+    found = family({"ce": CE, "a": ONE, "logit": {**ONE, **LOGITS}, "placebo": {**ONE, "control": "placebo"}})
     assert found.pairs == [("a", "ce"), ("logit", "ce"), ("placebo", "ce")]
     assert family({"ce": CE}).pairs == [] and family({"a": ONE}).pairs == []
 
@@ -60,7 +60,7 @@ def test_unset_with_two_seeds_or_declared_empty_nothing_is_compared() -> None:
     ],
 )
 def test_what_a_recipe_leaves_out_is_added(listed: list[list[str]], added: list[tuple[str, str]]) -> None:
-    arms = {"ce": CE, "both": {}, "more": {"align": {"layers": "terminal"}}, "a": ONE, "placebo": {"placebo": True}}
+    arms = {"ce": CE, "both": {}, "more": {"align": {"layers": "terminal"}}, "a": ONE, "placebo": {"control": "placebo"}}
     found = family(arms, listed)
     assert found.by_rule == added and found.pairs == [*map(tuple, listed), *added]
 
@@ -79,7 +79,7 @@ def test_which_arms_are_which() -> None:
     recipe = tiny_recipe(
         Path("unused"),
         arms={"none": {"loss": {"kv_weight": 0}}, "raw": CE, "a": ONE, "logit": LOGITS,
-              "single-logit": {**TWO, **LOGITS}, "fake": {**ONE, "placebo": True}, "both": {}},
+              "single-logit": {**TWO, **LOGITS}, "fake": {**ONE, "control": "placebo"}, "both": {}},
     )  # fmt: skip
     arms = {name: arm_recipe(recipe, name) for name in recipe.arms}
     assert single_arms(arms) == ["a", "single-logit"] and several_arms(arms) == ["both"]
