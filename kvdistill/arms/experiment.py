@@ -1,4 +1,4 @@
-"""An experiment: a recipe in its run folder, with its teachers and arms by name."""
+"""An experiment: a recipe in its run folder (of one seed, where these differ), with its teachers and arms by name."""
 
 from __future__ import annotations
 
@@ -17,6 +17,19 @@ class Experiment(Setting):
     def teachers(self) -> dict[str, Teacher]:
         return {teacher.name: Teacher(self, teacher.name) for teacher in self.recipe.teachers}
 
+    def of(self, seed: int | None) -> Experiment:
+        """The experiment with this seed's data and teachers: itself, where all seeds have the same."""
+        if seed == self.seed or self.study.replicate == "student":
+            return self
+        if seed not in self._of_seeds:
+            self._of_seeds[seed] = Experiment(self.study, self.run, seed)
+        return self._of_seeds[seed]
+
+    @cached_property
+    def _of_seeds(self) -> dict[int | None, Experiment]:
+        return {}
+
     def arm(self, name: str, seed: int) -> Arm:
         """One arm with one seed. Raises RecipeError with the nearest name."""
-        return Arm(self, self.teachers, arm_recipe(self.recipe, name), seed, name)
+        mine = self.of(seed)
+        return Arm(mine, mine.teachers, arm_recipe(self.recipe, name), seed, name)

@@ -20,6 +20,7 @@ from kvdistill.core.layout import (
     layers_folder,
     locks_folder,
     refuse_foreign,
+    replicate_folder,
 )
 from kvdistill.core.leftovers import sweep_run
 from kvdistill.core.marks import read_mark, sealed
@@ -29,7 +30,7 @@ from kvdistill.core.recipe import Recipe
 from kvdistill.study.plan import is_evaluated
 
 # sections a finished model depends on: a run folder made with others is refused
-_BASE = ("data", "teachers", "student", "capture", "train", "evaluate")
+_BASE = ("replicate", "data", "teachers", "student", "capture", "train", "evaluate")
 
 
 def claimed(recipe: Recipe, run: Path, *, begins: bool = True) -> ExitStack:
@@ -99,7 +100,7 @@ def difference(theirs: Any, recipe: Recipe, run: Path, *, planned: bool = False)
     So a mistake that was found before the first model was trained can be mended in the recipe and run again.
     planned: as if everything that the folder's recipe asks for were there.
     """
-    sections = ["data"] if (data_folder(run) / "manifest.json").exists() else []
+    sections = ["replicate", "data"] if (data_folder(run) / "manifest.json").exists() else []
     if planned or any((run / made).exists() for made in ("teachers", "store", "fit", "arms")):
         sections = list(_BASE)
     old_base, new_base = _base_of(theirs, planned), _base_of(recipe.model_dump(mode="json"), planned)
@@ -125,6 +126,7 @@ def _base_of(tree: Mapping[str, Any], planned: bool) -> dict[str, Any]:
     base = {key: tree.get(key) for key in _BASE}
     if not planned:  # students are asked anew where that changes; how much is captured for match figures stays
         base["evaluate"] = {"match_examples": (base["evaluate"] or {}).get("match_examples")}
+    base["replicate"] = base["replicate"] or "student"  # of a folder from before there was the key
     # where a copy lies changes nothing, and the manifest knows whether leaks are in the data
     base["data"] = {k: v for k, v in (base["data"] or {}).items() if k not in ("root", "leaks")}
     return base
@@ -160,7 +162,8 @@ def layer_maps(recipe: Recipe, run: Path) -> dict[str, Any]:
     """What `map-layers` left, by teacher: its file and figures, how many vectors were compared, and the map."""
     found: dict[str, Any] = {}
     for teacher in recipe.teachers:
-        stem = layers_folder(run) / teacher.name
+        varies = recipe.varies_data or recipe.varies_teachers  # then those of the first seed
+        stem = layers_folder(replicate_folder(run, recipe.seeds[0]) if varies else run) / teacher.name
         file, *figures = (stem.with_name(stem.name + ending) for ending in (".json", ".png", ".svg"))
         measured = read_json(file)
         found[teacher.name] = {
@@ -189,6 +192,11 @@ def data_table(run: Path) -> dict[str, Any]:
         for name, found in own.items()
         if found["own_text"]
     }
+    seeds = {
+        path.parent.parent.name.removeprefix("seed-"): path for path in run.glob("replicates/*/data/manifest.json")
+    }
+    if seeds:  # each draws training problems of its own
+        data["seeds"] = {seed: read_json(seeds[seed])["fingerprint"]["train"] for seed in sorted(seeds, key=int)}
     return {"data": data}
 
 

@@ -38,7 +38,8 @@ def training_ledger(
     amortised: dict[str, float] = {**teachers}
     if not arm.runs_online:  # shared by the runs of the study that read this teacher's stored targets
         arms = [one for one in arm.experiment.arms.values() if one.needs_kv or one.needs_logits]
-        sharers = {name: len(recipe.seeds) * sum(name in one.teachers for one in arms) for name in teachers}
+        seeds = len(recipe.seeds) if recipe.replicate == "student" else 1  # else each seed has targets of its own
+        sharers = {name: seeds * sum(name in one.teachers for one in arms) for name in teachers}
         amortised = {name: flops / max(1, sharers[name]) for name, flops in teachers.items()}
     projected = sum(p.numel() for aligner in distiller.aligners.values() for p in aligner.parameters())
     on_gpu = torch.cuda.is_available()
