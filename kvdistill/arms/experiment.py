@@ -8,6 +8,7 @@ from kvdistill.arms.arm import Arm
 from kvdistill.arms.setting import Setting
 from kvdistill.arms.teacher import Teacher
 from kvdistill.core.config import arm_recipe
+from kvdistill.core.recipe import UNTRAINED
 
 
 class Experiment(Setting):
@@ -29,7 +30,18 @@ class Experiment(Setting):
     def _of_seeds(self) -> dict[int | None, Experiment]:
         return {}
 
+    @cached_property
+    def untrained(self) -> dict[str, Teacher]:
+        """The same with random weights, for arms with `control: untrained`."""
+        return {teacher.name: Teacher(self, teacher.name, untrained=True) for teacher in self.recipe.teachers}
+
+    def teacher(self, stored_as: str) -> Teacher:
+        """By the name that its targets are stored under."""
+        name = stored_as.removesuffix(UNTRAINED)
+        return (self.teachers if name == stored_as else self.untrained)[name]
+
     def arm(self, name: str, seed: int) -> Arm:
         """One arm with one seed. Raises RecipeError with the nearest name."""
-        mine = self.of(seed)
-        return Arm(mine, mine.teachers, arm_recipe(self.recipe, name), seed, name)
+        mine, recipe = self.of(seed), arm_recipe(self.recipe, name)
+        teachers = mine.untrained if recipe.control == "untrained" else mine.teachers
+        return Arm(mine, teachers, recipe, seed, name, judges=mine.teachers)

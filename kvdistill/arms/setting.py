@@ -36,7 +36,7 @@ class Setting:
         own = run if seed is None else replicate_folder(run, seed)
         self.data_run = own if recipe.varies_data else run
         self.teachers_run = own if recipe.varies_teachers else run
-        self.layers_run = own if recipe.varies_data or recipe.varies_teachers else run
+        self.own_run = own if recipe.varies_data or recipe.varies_teachers else run
         self._splits: dict[str, Sequence[Example]] = {}
 
     @cached_property

@@ -47,6 +47,8 @@ PathText = Annotated[str, AfterValidator(_usable_path)]
 AnswerRule = Literal["value", "number", "fraction", "latex", "yes-no", "letter", "exact-match"]
 ANSWER_RULES = get_args(AnswerRule)
 TimeMode = Literal["index", "pad", "proportional", "segment"]
+Control = Literal["placebo", "untrained", "shuffled", "noise"]
+UNTRAINED = "~untrained"  # behind a teacher's name, which cannot hold this sign: the same with random weights
 RESAMPLING = ("proportional", "segment")  # the time modes that average neighbouring tokens
 TIME_ALIASES = {"truncate": "index", "soft": "segment"}  # align.time, in the original's words
 
@@ -489,6 +491,28 @@ class EvaluateRecipe(Section):
     match_examples: Positive = Field(128, description="held-out examples for R2, centred cosine and retrieval")
 
 
+class WriteRecipe(Section):
+    """What teachers write for arms with `texts: written`."""
+
+    questions: Literal["teach", "train"] = Field(
+        "teach", description="which problems they are asked: further ones, or those that students train on"
+    )
+    limit: Positive | None = Field(None, description="first n problems of each task; unset: all")
+    per_question: Annotated[int, Field(gt=0, le=1000)] = Field(
+        1, description="solutions that a teacher tries for each; those that are right and differ are kept"
+    )
+    temperature: float = Field(0.0, ge=0, le=100, description="0: greedily; else sampled, each from a seed of its own")
+    max_new_tokens: Tokens | None = Field(None, description="longest solution; unset: evaluate.max_new_tokens")
+    batch_size: Batch = Field(64, description="questions at once; a kill loses at most so many")
+    seed: Seed = Field(0, description="of what is sampled")
+
+    @model_validator(mode="after")
+    def _differ(self) -> WriteRecipe:
+        if self.per_question > 1 and not self.temperature:
+            raise ValueError("greedy solutions of one question are all the same: set temperature, or per_question: 1")
+        return self
+
+
 class ReportRecipe(Section):
     """The comparisons that were declared beforehand, and the margin that counts as equal."""
 
@@ -521,11 +545,40 @@ class ArmRecipe(Section):
     """One arm of the study, complete: the recipe's sections with the arm's changes laid over them."""
 
     teachers: list[str] = Field(max_length=100, description="names of those it learns from; unset: all; []: none")
-    placebo: bool = Field(False, description="teacher KV of a mismatched example: same cost, no information")
+    control: Control | None = Field(
+        None,
+        description="an arm of the same cost that lacks one thing (docs/controls.md). placebo: targets of a mismatched "
+        "example; untrained: of the same teachers with random weights; shuffled: of the right text, its tokens "
+        "permuted within each segment; noise: Gaussian, of the same moments",
+    )
+    texts: Literal["own", "teachers", "written"] = Field(
+        "own",
+        description="what cross-entropy reads. own: the training problems; teachers: with the `teach` problems that "
+        "scratch teachers studied; written: with right solutions that teachers write (section `write`). Arms without "
+        "teachers only",
+    )
+    texts_from: list[str] = Field(
+        default_factory=list,
+        max_length=100,
+        description="whose problems or solutions; unset: all scratch teachers', or (written) all teachers'",
+    )
     align: AlignRecipe = Field(description="changes to `align`")
     compress: CompressRecipe = Field(description="changes to `compress`")
     fuse: FuseRecipe = Field(description="changes to `fuse`")
     loss: LossRecipe = Field(description="changes to `loss`")
+
+    @property
+    def reads(self) -> list[str]:
+        """Whose captured targets it reads: its teachers', or theirs with random weights. Competence then still comes
+        from the trained ones, so that the routing is the one of the arm that it stands beside."""
+        if self.control != "untrained":
+            return self.teachers
+        return [name + UNTRAINED for name in self.teachers] + (self.teachers if self.needs_nll else [])
+
+    @property
+    def writers(self) -> list[str]:
+        """The teachers whose solutions it reads."""
+        return self.texts_from if self.texts == "written" else []
 
     @property
     def needs_kv(self) -> bool:
@@ -580,10 +633,11 @@ class Recipe(Section):
     loss: LossRecipe = Field(LossRecipe(), description="terms of the loss and their weights")
     train: TrainRecipe = Field(TrainRecipe(), description="training of the student")
     evaluate: EvaluateRecipe = Field(EvaluateRecipe(), description="what trained students are asked")
+    write: WriteRecipe = Field(WriteRecipe(), description="what teachers write, for arms with `texts: written`")
     report: ReportRecipe = Field(ReportRecipe(), description="comparisons and margins, declared beforehand")
     hardware: HardwareRecipe = Field(HardwareRecipe(), description="where runs happen; changes no result")
     arms: dict[str, dict[str, Any]] = Field(
-        min_length=1, max_length=1000, description="arm -> {teachers, placebo, align, fuse, loss, …}"
+        min_length=1, max_length=1000, description="arm -> {teachers, control, texts, align, fuse, loss, …}"
     )
 
     @property

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvdistill.core.config import arm_recipe, recipe_hash
-from kvdistill.core.errors import RunFolderError
+from kvdistill.core.errors import RecipeError, RunFolderError
 from kvdistill.core.files import read_json, sha256_of, write_json
 from kvdistill.core.layout import (
     data_folder,
@@ -101,9 +101,13 @@ def difference(theirs: Any, recipe: Recipe, run: Path, *, planned: bool = False)
     planned: as if everything that the folder's recipe asks for were there.
     """
     sections = ["replicate", "data"] if (data_folder(run) / "manifest.json").exists() else []
-    if planned or any((run / made).exists() for made in ("teachers", "store", "fit", "arms")):
+    made = [place for name in ("teachers", "store", "fit", "arms", "written") for place in _places(run, name)]
+    if planned or made:
         sections = list(_BASE)
-    old_base, new_base = _base_of(theirs, planned), _base_of(recipe.model_dump(mode="json"), planned)
+    mine = recipe.model_dump(mode="json")
+    if (planned or _places(run, "written")) and all(_has_writers(tree) for tree in (theirs, mine)):
+        sections = [*sections, "write"]
+    old_base, new_base = _base_of(theirs, planned), _base_of(mine, planned)
     differing = first_difference({s: old_base[s] for s in sections}, {s: new_base[s] for s in sections})
     if differing is not None:
         return differing
@@ -116,14 +120,28 @@ def difference(theirs: Any, recipe: Recipe, run: Path, *, planned: bool = False)
     except ValueError:
         return "its form (it was written by another version of kvdistill)"
     for arm in shared:
-        then, now = arm_recipe(old, arm).model_dump(mode="json"), arm_recipe(recipe, arm).model_dump(mode="json")
+        try:
+            then = arm_recipe(old, arm).model_dump(mode="json")
+        except RecipeError:
+            return f"arms.{arm} (it was written by another version of kvdistill)"
+        now = arm_recipe(recipe, arm).model_dump(mode="json")
         if then != now:
             return first_difference(then, now, f"arms.{arm}")
     return None
 
 
+def _places(run: Path, name: str) -> list[Path]:
+    """The folders of this name that are there: of all seeds, and of each."""
+    return [*run.glob(name), *run.glob(f"replicates/*/{name}")]
+
+
+def _has_writers(tree: Mapping[str, Any]) -> bool:
+    """Whether an arm of this recipe reads what teachers write: then it matters what they are asked."""
+    return any(isinstance(arm, dict) and arm.get("texts") == "written" for arm in (tree.get("arms") or {}).values())
+
+
 def _base_of(tree: Mapping[str, Any], planned: bool) -> dict[str, Any]:
-    base = {key: tree.get(key) for key in _BASE}
+    base = {key: tree.get(key) for key in (*_BASE, "write")}
     if not planned:  # students are asked anew where that changes; how much is captured for match figures stays
         base["evaluate"] = {"match_examples": (base["evaluate"] or {}).get("match_examples")}
     base["replicate"] = base["replicate"] or "student"  # of a folder from before there was the key
@@ -198,6 +216,19 @@ def data_table(run: Path) -> dict[str, Any]:
     if seeds:  # each draws training problems of its own
         data["seeds"] = {seed: read_json(seeds[seed])["fingerprint"]["train"] for seed in sorted(seeds, key=int)}
     return {"data": data}
+
+
+def written_table(run: Path) -> dict[str, str]:
+    """By teacher, what it wrote and what of it is kept."""
+    found: dict[str, str] = {}
+    for mark in sorted(mark for place in _places(run, "written") for mark in place.glob("*/written.json")):
+        if (said := read_mark(mark)) is not None:
+            seed = mark.parent.parent.parent.name.removeprefix("seed-") if mark.parent.parent.parent != run else ""
+            found[mark.parent.name + (f", seed {seed}" if seed else "")] = (
+                f"{said['answers']} solutions of {said['questions']} questions, {said['right']} right, {said['kept']} "
+                f"kept; {said['tokens']:,} tokens generated"
+            )
+    return found
 
 
 def add_provenance(run: Path, begun_wall: float, begun_cpu: float) -> None:

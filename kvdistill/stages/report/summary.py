@@ -15,6 +15,7 @@ from kvdistill.core.declared import compare_declared
 from kvdistill.core.recipe import Recipe
 from kvdistill.stages.report.collect import RunTables
 from kvdistill.stages.report.compare import Comparison, compare_family, describe_comparison
+from kvdistill.stages.report.text import CONTROLS
 from kvdistill.stats import NAN
 
 NEAR_ZERO = 0.05
@@ -97,7 +98,8 @@ def describe_arm(recipe: Recipe, arm: str) -> str:
         }
         strategy = setting("fuse", "fusion_strategy")
         words += f", {weights.get(strategy, strategy)}"
-    return words + ("; placebo: teacher KV of a mismatched example" if spec.get("placebo") else "")
+    control = spec.get("control")
+    return words + (f"; {control}: {CONTROLS[control][0]}" if control in CONTROLS else "")
 
 
 def dead_channels(tables: RunTables, arm: str) -> dict[str, dict[str, int]]:

@@ -83,6 +83,29 @@ def _minus(text: str) -> str:
     return text.replace("-", "−")
 
 
+# -- what controls are -----------------------------------------------------------------------------------
+
+# control -> what its teachers give, and what the arm shows that is better than it
+CONTROLS = {
+    "placebo": (
+        "teacher KV of a mismatched example",
+        "it is not the cost, nor a pull towards any states of the teacher: those of this very problem are what helps",
+    ),
+    "untrained": (
+        "targets of teachers with random weights on the right text",
+        "it is not that the text is described once more by a network of this shape: what the teachers learned helps",
+    ),
+    "shuffled": (
+        "targets of the right text, its tokens permuted within each segment",
+        "it is not what the problem's states are on the whole: that each token is told its own is what helps",
+    ),
+    "noise": (
+        "Gaussian noise with the mean and deviation of each of the teacher's channels",
+        "it is not the regularising effect of fixed targets of this size: that they are of a teacher is what helps",
+    ),
+}
+
+
 # -- what was found, in words that a newcomer understands -----------------------------------------------
 
 

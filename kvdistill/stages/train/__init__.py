@@ -139,7 +139,7 @@ def train_teacher(teacher: Teacher, progress: Progress = silent) -> None:
                 fix="give these tasks a `train` count above 0",
             )
         tokenizer = teacher.tokenizer
-        model = load_model(teacher.recipe, vocab_size=len(tokenizer), seed=derive_seed(seed, name), place=teacher.place)
+        model = load_model(teacher.recipe, vocab_size=len(tokenizer), seed=teacher.initial_seed, place=teacher.place)
         student = CausalStudent(model)
         num_needed = optimiser.steps * optimiser.batch_size * optimiser.accumulation
         num_needed *= int(os.environ.get("WORLD_SIZE", 1))

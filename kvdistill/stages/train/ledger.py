@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvdistill.arms.arm import Arm
 from kvdistill.arms.distiller import Distiller
+from kvdistill.arms.lessons import writing_facts
 from kvdistill.arms.teacher import Teacher
 from kvdistill.core.runtime import Stopwatch
 from kvdistill.models import batch_geometry, capture_flops, forward_flops
@@ -23,24 +24,33 @@ from kvdistill.models import batch_geometry, capture_flops, forward_flops
 def training_ledger(
     arm: Arm, distiller: Distiller, order: Sequence[int], steps: int, seen: Tensor, watch: Stopwatch
 ) -> dict[str, Any]:
-    """The ledger of one run. Teacher FLOPs: one pass over the stored texts (unamortised), or one per step online.
+    """The ledger of one run. Teacher FLOPs: one pass over the stored texts (unamortised), or one per step online; of
+    teachers whose solutions it reads: all that they generated.
 
     Args:
         order: example numbers, as trained on.
         steps: that were trained, whichever's weights are kept.
         seen: real tokens and loss tokens.
     """
-    recipe, examples = arm.experiment.recipe, arm.experiment.split("train")
+    recipe, examples = arm.experiment.recipe, arm.lessons
     tokens, squares = batch_geometry(len(examples[i].input_ids) for i in order)
     forward, backward = distiller.student.flops(tokens, squares)
     used = arm.teachers if arm.uses_teachers else {}
     teachers = {name: _teacher_flops(arm, teacher, order) for name, teacher in used.items()}
     amortised: dict[str, float] = {**teachers}
+    seeds = len(recipe.seeds) if recipe.replicate == "student" else 1  # else each seed has targets and texts of its own
     if not arm.runs_online:  # shared by the runs of the study that read this teacher's stored targets
         arms = [one for one in arm.experiment.arms.values() if one.needs_kv or one.needs_logits]
-        seeds = len(recipe.seeds) if recipe.replicate == "student" else 1  # else each seed has targets of its own
-        sharers = {name: seeds * sum(name in one.teachers for one in arms) for name in teachers}
-        amortised = {name: flops / max(1, sharers[name]) for name, flops in teachers.items()}
+        shared = {name: seeds * sum(teacher.stored_as in one.reads for one in arms) for name, teacher in used.items()}
+        amortised = {name: flops / max(1, shared[name]) for name, flops in teachers.items()}
+    texts: dict[str, Any] = {}
+    if arm.recipe.texts != "own":
+        own = len(arm.experiment.split("train"))
+        texts = {"texts": arm.recipe.texts, "from": arm.recipe.texts_from, "own": own, "beside": len(examples) - own}
+    for name in arm.recipe.writers:  # what they generated, whether it was kept or not
+        texts.setdefault("written", {})[name] = said = writing_facts(arm.experiment, name)
+        sharers = seeds * sum(name in one.writers for one in arm.experiment.arms.values())
+        teachers[name], amortised[name] = said["flops"], said["flops"] / max(1, sharers)
     projected = sum(p.numel() for aligner in distiller.aligners.values() for p in aligner.parameters())
     on_gpu = torch.cuda.is_available()
     return {
@@ -59,6 +69,7 @@ def training_ledger(
         "peak_memory_bytes": int(torch.cuda.max_memory_allocated())
         if on_gpu
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        **({"texts": texts} if texts else {}),
     }
 
 
