@@ -273,6 +273,12 @@ def test_a_leak_in_one_seeds_problems_stops_all_before_anything_is_trained(tmp_p
     assert looked.code == 0 and "problems of seed 20:" in looked.out and "leaks left: 0" in looked.out, looked
     allowed = invoke(monkeypatch, "validate", path, "data.leaks=allow", f"run_dir={tmp_path / 'other'}")
     assert allowed.code == 2 and "leaks left 0" in allowed.out, allowed
+    mended = invoke(monkeypatch, "validate", path, "--fix")
+    assert mended.code == 0 and "leaks left: 0" in mended.out, mended
+    invoke(monkeypatch, "prepare", path)
+    for folder in (tmp_path / "run").glob("replicates/*"):
+        held_out = {row.question.split(" number")[1][:3] for row in read_split(folder, "test")}
+        assert not held_out & {row.question.split(" number")[1][:3] for row in read_split(folder, "train")}
 
 
 # -- interrupted, and changed -------------------------------------------------------------------------
@@ -313,6 +319,18 @@ def test_seeds_may_be_added_and_the_way_of_varying_may_not_be_changed(tmp_path):
         run_study(tiny_recipe(run, replicate="all", seeds=[1, 2]), silent, verb="prepare", here=True)
 
 
+def test_a_folder_from_before_there_were_these_keys_goes_on(tmp_path):
+    run = tmp_path / "run"
+    run_study(tiny_recipe(run, seeds=[1]), silent, verb="prepare", here=True)
+    kept = json.loads((run / "recipe.json").read_text())
+    del kept["replicate"], kept["data"]["train_seed"], kept["train"]["select"], kept["train"]["patience"]
+    (run / "recipe.json").write_text(json.dumps(kept))
+    manifest = (run / "data/manifest.json").read_bytes()
+    run_study(tiny_recipe(run, seeds=[1]), silent, verb="teach", here=True)
+    assert (run / "data/manifest.json").read_bytes() == manifest
+    assert "train_seed" not in json.loads(manifest)["section"]
+
+
 def test_a_seed_whose_texts_the_tokenizer_was_not_made_of_is_named(tmp_path):
     rows = [{"question": f"q{n} {chr(0x4E00 + n)}?", "reasoning": f"{n} it is.", "answer": str(n)} for n in range(60)]
     path = tmp_path / "rows.jsonl"
@@ -335,8 +353,15 @@ def test_a_seed_whose_texts_the_tokenizer_was_not_made_of_is_named(tmp_path):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_command_works_with_it(mode, tmp_path, monkeypatch):
-    arms = {"ce": {"teachers": []}, "alike": {"align": {"layers": "cka"}}}
-    path = write_recipe(tmp_path, replicate=mode, seeds=[3, 4], arms=arms)
+    arms = {
+        "ce": {"teachers": []},
+        "alike": {"align": {"layers": "cka"}},
+        "seq-kd": {"teachers": [], "texts": "written"},
+        "untrained": {"control": "untrained"},
+    }
+    chosen = {"select": "best", "eval_every": 2, "patience": 2}
+    changes = {"arms": arms, "train": chosen, "write": {"questions": "train"}}
+    path = write_recipe(tmp_path, replicate=mode, seeds=[3, 4], **changes)
     run = tmp_path / "run"
     rehearsed = invoke(monkeypatch, "run", path, "--dry-run")
     assert rehearsed.code == 0 and not (run / "replicates").exists(), rehearsed
@@ -348,7 +373,7 @@ def test_every_command_works_with_it(mode, tmp_path, monkeypatch):
         ["export"],
         ["train", "--arm", "alike", "--seed", "4"],
     ):
-        before = ["prepare", "teach", "capture", "fit"] if words[0] == "train" else []
+        before = ["prepare", "teach", "write", "capture", "fit"] if words[0] == "train" else []
         for verb in before:
             assert invoke(monkeypatch, verb, path).code == 0, verb
         answer = invoke(monkeypatch, words[0], path, *words[1:])
@@ -357,6 +382,9 @@ def test_every_command_works_with_it(mode, tmp_path, monkeypatch):
     assert len(exported) == (1 if mode == "teacher" else 3)
     finished = invoke(monkeypatch, "run", path)
     assert finished.code == 0, finished
+    assert len([*run.glob("replicates/*/written/*/written.json")]) == 4 and not (run / "written").exists()
+    ledger = json.loads((run / "arms/alike/seed-4/ledger.json").read_text())
+    assert ledger["selection"]["chosen_step"] in (2, 4, 6)
     again = invoke(monkeypatch, "evaluate", run / "arms/alike/seed-4/model", "--tasks", "own")
     assert again.code == 0, again
     if mode == "all":

@@ -6,7 +6,7 @@ import difflib
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,8 @@ def difference(theirs: Any, recipe: Recipe, run: Path, *, planned: bool = False)
     planned: as if everything that the folder's recipe asks for were there.
     """
     sections = ["replicate", "data"] if (data_folder(run) / "manifest.json").exists() else []
+    with suppress(ValueError):  # keys that came into being since are at their defaults
+        theirs = Recipe.model_validate(theirs).model_dump(mode="json")
     made = [place for name in ("teachers", "store", "fit", "arms", "written") for place in _places(run, name)]
     if planned or made:
         sections = list(_BASE)
