@@ -47,7 +47,7 @@ def check_models(experiment: Experiment, progress: Progress = silent) -> None:
             check_saved_tokenizer(experiment, scratch, teacher.place, teacher.tokenizer)
         progress("check", number + 1, len(teachers))
     for name in recipe.arms:
-        arm = experiment.arm(name, recipe.seeds[0])
+        arm = experiment.arm(name, recipe.seeds[0] if experiment.seed is None else experiment.seed)
         for teacher in arm.teachers.values() if arm.uses_teachers else ():
             _check_gives(arm, teacher)
             _check_meets(arm, teacher)
@@ -61,7 +61,7 @@ def check_models(experiment: Experiment, progress: Progress = silent) -> None:
 
 def check_sizes(recipe: Recipe, run: Path) -> None:
     """What is wrong with models and layers whatever the data says: looked at before any data is read, in a second."""
-    experiment = Experiment(recipe, run)
+    experiment = Experiment(recipe, run, recipe.seeds[0])
     experiment.vocab_size = 1  # not known yet: the smallest there is
     for teacher in experiment.teachers.values():
         teacher.texts = {"own_text": False, "one_text": True, "tokenizer": None}

@@ -48,16 +48,20 @@ def run_flops(arm: Arm, order: Sequence[int]) -> dict[str, Any]:
 def shared_keys(arm: ArmRecipe, seed: int, recipe: Recipe) -> dict[str, dict[str, str]]:
     """What runs that share a part of the cost have alike: part -> teacher -> key (`core.costs.Keys`)."""
     names = arm.teachers if arm.needs_kv or arm.needs_logits else []
-    by_name, writers = {name: name for name in names}, {name: name for name in arm.writers}
-    found = {"teacher_training": by_name | writers, "generation": writers}
-    if recipe.capture.source == "store":
-        found["teachers"] = dict(zip(names, arm.reads, strict=False))  # with random weights under another name
+    mine = "" if recipe.replicate == "student" else f" of seed {seed}"  # each seed has targets of its own
+    trained = mine if recipe.varies_teachers else ""
+    found = {
+        "teacher_training": {name: name + trained for name in [*names, *arm.writers]},
+        "generation": {name: name + mine for name in arm.writers},
+    }
+    if recipe.capture.source == "store":  # with random weights under another name
+        found["teachers"] = {name: stored + mine for name, stored in zip(names, arm.reads, strict=False)}
     if arm.needs_kv:
         together = names if arm.align.match_in == "shared" else []
-        options = [together, arm.control == "untrained", fit_options(arm, recipe.student, seed)]
+        options = [together, arm.control == "untrained", mine, fit_options(arm, recipe.student, seed)]
         found["fit"] = {name: sha256_of([name, options])[:16] for name in names}
     if reads_similarity(arm):
-        found["layer_maps"] = by_name
+        found["layer_maps"] = {name: name + mine for name in names}
     return found
 
 

@@ -1,4 +1,4 @@
-"""A recipe in its run folder: what all arms, seeds and teachers of a study share."""
+"""A recipe in its run folder: what the arms, teachers and seeds of a study share (of one seed, where these differ)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from kvdistill.arms.pairing import shape_of
 from kvdistill.arms.student import CausalStudent
 from kvdistill.arms.texts import load_tokenizer_of, spread
-from kvdistill.core.config import arm_recipe
+from kvdistill.core.config import arm_recipe, replicate_recipe
+from kvdistill.core.layout import replicate_folder
 from kvdistill.core.recipe import ArmRecipe, Recipe
 from kvdistill.core.runtime import derive_seed, pick_device
 from kvdistill.data.encode import Example
@@ -22,10 +23,21 @@ from kvdistill.models import ModelShape, auto_class, load_model, model_config
 
 
 class Setting:
-    """recipe: the study's. run: its folder, in which data is prepared. Loads and reads when it is asked."""
+    """Loads and reads when it is asked.
 
-    def __init__(self, recipe: Recipe, run: Path) -> None:
-        self.recipe, self.run = recipe, run
+    Args:
+        recipe: the study's.
+        run: its folder: arms, stores and fits. Data and teachers are in `data_run` and `teachers_run`.
+        seed: whose data and teachers, where these vary (`replicate`); unset: what all seeds share.
+    """
+
+    def __init__(self, recipe: Recipe, run: Path, seed: int | None = None) -> None:
+        self.study, self.run, self.seed = recipe, run, seed
+        self.recipe = replicate_recipe(recipe, seed)
+        own = run if seed is None else replicate_folder(run, seed)
+        self.data_run = own if recipe.varies_data else run
+        self.teachers_run = own if recipe.varies_teachers else run
+        self.own_run = own if recipe.varies_data or recipe.varies_teachers else run
         self._splits: dict[str, Sequence[Example]] = {}
 
     @cached_property
@@ -42,7 +54,7 @@ class Setting:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The student's, as `prepare` left it. Raises RunFolderError where data is not prepared."""
-        return load_tokenizer_of(self.run)
+        return load_tokenizer_of(self.data_run)
 
     def as_read(self, tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
         """A tokenizer as it is saved beside a model: called by itself it begins a text as this recipe's texts begin."""
@@ -75,7 +87,7 @@ class Setting:
     def split(self, name: str) -> Sequence[Example]:
         """A whole split as the student reads it; checked against its checksum when it is first asked for."""
         if name not in self._splits:
-            self._splits[name] = read_split(self.run, name)
+            self._splits[name] = read_split(self.data_run, name)
         return self._splits[name]
 
     def numbers(self, split: str) -> Sequence[int]:

@@ -11,6 +11,8 @@ runs/NAME/
   fit/KIND-NAME-HASH/            channel statistics, closed-form projectors, prototypes
   arms/ARM/seed-N/{model/, adapters.safetensors, log.jsonl, ledger.json, match.json, trained.json,
                    records.jsonl, evaluated.json, checkpoints/}
+  replicates/seed-N/{data/, tokenizer/, teachers/, written/, layers/}
+                                 what varies with the seed (`replicate`), in place of the folders of these names above
   profile/ARM.json               what `profile-alignment` measured
   figures/  statistical_results.json  summary.json  report.html
   .lock  .locks/                 held while a command plans, and while a job is done
@@ -31,6 +33,11 @@ from kvdistill.core.files import disk_full_error
 CHECKPOINTS, ANSWERS, EVALUATIONS = "checkpoints", "evaluated", "evaluations"  # in an arm's folder
 DRY_RUN = "dry-run"  # of a rehearsal, while it lasts
 LOCK, LOCKS = ".lock", ".locks"  # of a folder that one process works in; of a run folder's jobs
+
+
+def replicate_folder(run: Path, seed: int) -> Path:
+    """Where a seed has data, teachers or layer maps of its own: in folders as the run folder has them."""
+    return run / "replicates" / f"seed-{seed}"
 
 
 def tokenizer_folder(run: Path) -> Path:

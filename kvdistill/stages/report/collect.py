@@ -17,7 +17,14 @@ from kvdistill.core.config import asked_hash
 from kvdistill.core.costs import count_sharers, student_flops, total_flops
 from kvdistill.core.errors import RunFolderError
 from kvdistill.core.files import finite, read_json_lines, write_text
-from kvdistill.core.layout import evaluated_mark, layers_folder, trained_mark
+from kvdistill.core.layout import (
+    data_folder,
+    evaluated_mark,
+    layers_folder,
+    replicate_folder,
+    teacher_folder,
+    trained_mark,
+)
 from kvdistill.core.marks import check_marked, read_mark, read_sealed
 from kvdistill.core.recipe import Recipe
 from kvdistill.core.records import Record, read_records
@@ -39,6 +46,7 @@ class RunTables:
     teachers: dict[str, Row] = field(default_factory=dict)
     manifest: Row = field(default_factory=dict)
     validation: Row = field(default_factory=dict)
+    leaks_of_seeds: int = 0  # in training problems that each seed has of its own
     provenance: Row = field(default_factory=dict)
     missing: list[tuple[str, int]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -87,15 +95,21 @@ def collect_tables(recipe: Recipe, run: Path) -> RunTables:
     if not any(tables.runs.values()):
         raise RunFolderError("no run has been evaluated", place=str(run / "arms"), fix="train and evaluate first")
     for teacher in recipe.teachers:
-        folder = run / "teachers" / teacher.name
-        check_marked(trained_mark(folder), fix=f"delete {folder} and teach it again")
-        if trained_mark(folder).exists() and (found := _read_object(folder / "report.json")):
-            tables.teachers[teacher.name] = found
+        folders = {teacher.name: teacher_folder(run, teacher.name)}
+        if recipe.varies_teachers and teacher.scratch is not None:
+            own = {seed: teacher_folder(replicate_folder(run, seed), teacher.name) for seed in recipe.seeds}
+            folders = {f"{teacher.name}, seed {seed}": folder for seed, folder in own.items()}
+        for name, folder in folders.items():
+            check_marked(trained_mark(folder), fix=f"delete {folder} and teach it again")
+            if trained_mark(folder).exists() and (found := _read_object(folder / "report.json")):
+                tables.teachers[name] = found
     tables.notes += _layer_notes(recipe, run)
     manifest = run / "data" / "manifest.json"
     tables.manifest = read_sealed(manifest, fix="run `kvdistill prepare` again") if manifest.is_file() else {}
     validation = run / "data" / "validation_report.json"
     tables.validation = read_sealed(validation, fix="run `kvdistill validate`") if validation.is_file() else {}
+    if recipe.varies_data:
+        _collect_data_of_seeds(recipe, run, tables)
     tables.provenance = _read_object(run / "provenance.json")
     if unmarked:
         tables.notes.append(
@@ -136,6 +150,32 @@ def price(recipe: Recipe, tables: RunTables) -> None:
 _COUNTS = {"steps": "optimiser_steps", "data": "problems_seen", "tokens": "tokens_nonpadding"}
 
 
+def _collect_data_of_seeds(recipe: Recipe, run: Path, tables: RunTables) -> None:
+    """Leaks in any seed's training problems, and how many of these two seeds have in common."""
+    drawn: list[set[str]] = []
+    for seed in recipe.seeds:
+        folder = data_folder(replicate_folder(run, seed))
+        if not (folder / "manifest.json").is_file():
+            continue
+        manifest = read_sealed(folder / "manifest.json", fix="run `kvdistill prepare` again")
+        tables.leaks_of_seeds += int(manifest.get("num_leaks") or 0)
+        drawn.append({row["doc_hash"] for row in pq_rows(folder / "train.parquet", "doc_hash")})
+    shares = [len(a & b) / max(1, min(len(a), len(b))) for i, a in enumerate(drawn) for b in drawn[:i]]
+    if shares:
+        common = 100 * sum(shares) / len(shares)
+        tables.notes.append(
+            f"Each seed drew its own training problems; two seeds have {common:.0f} % of them in common."
+        )
+
+
+def pq_rows(path: Path, *columns: str) -> list[Row]:
+    """These columns of a table, row by row."""
+    import pyarrow.parquet as pq
+
+    rows: list[Row] = pq.ParquetFile(path).read(columns=list(columns)).to_pylist()
+    return rows
+
+
 def _layer_notes(recipe: Recipe, run: Path) -> list[str]:
     """What speaks against the layer maps that arms read by similarity."""
     kinds: dict[str, set[str]] = {}  # teacher -> what its layers are compared by
@@ -146,8 +186,10 @@ def _layer_notes(recipe: Recipe, run: Path) -> list[str]:
             for name in [one.name for one in recipe.teachers] if names is None else names:
                 kinds.setdefault(name, set()).add(changes.get("cka_on", recipe.align.cka_on))
     notes = []
+    varies = recipe.varies_data or recipe.varies_teachers  # then the first seed's are looked at
+    place = replicate_folder(run, recipe.seeds[0]) if varies else run
     for name, on in kinds.items():
-        found = _read_object(layers_folder(run) / f"{name}.json").get("notes") or {}
+        found = _read_object(layers_folder(place) / f"{name}.json").get("notes") or {}
         notes += [f"Layers of {name} by CKA of {kind}: {note}." for kind in sorted(on) for note in found.get(kind, ())]
     return notes
 
@@ -214,9 +256,7 @@ def read_questions(run: Path) -> dict[tuple[str, str, str], str]:
     path = run / "data" / "test.parquet"
     if not path.is_file():
         return {}
-    import pyarrow.parquet as pq
-
-    rows = pq.ParquetFile(path).read(columns=["task", "id", "style", "prompt"]).to_pylist()
+    rows = pq_rows(path, "task", "id", "style", "prompt")
     return {(r["task"], r["id"], str(r["style"] or "")): r["prompt"] for r in rows}
 
 

@@ -220,11 +220,28 @@ def summarise(recipe: Recipe, tables: RunTables, family: dict[str, list[Comparis
         "seconds": _total([tables.provenance], "seconds"), "cpu_seconds": _total([tables.provenance], "cpu_seconds"),
         "student_seconds": _total(ledgers, "seconds"),
         "teacher_seconds": _total(list(tables.teachers.values()), "seconds"),
-        "leaks_allowed": recipe.data.leaks == "allow" or bool(tables.manifest.get("num_leaks")),
-        "leaks_found": tables.validation.get("num_leaks"),
+        "leaks_allowed": recipe.data.leaks == "allow"
+        or bool(tables.manifest.get("num_leaks") or tables.leaks_of_seeds),
+        "leaks_found": (tables.validation.get("num_leaks") or 0) + tables.leaks_of_seeds
+        if tables.validation
+        else None,
+        "replicate": recipe.replicate, "variance": variance(recipe),
         "not_asked": not_asked(tables),
         "notes": [*tables.notes, *selection_notes(tables)],
     }  # fmt: skip
+
+
+def variance(recipe: Recipe) -> str:
+    """What differs from seed to seed, in words: what ± and p include, and what they do not."""
+    fixed = [teacher.name for teacher in recipe.teachers if teacher.scratch is None]
+    published = f" (but for published ones: {', '.join(fixed)})" if fixed and recipe.varies_teachers else ""
+    teachers = ", with the same teachers" if recipe.teachers else ""
+    return {
+        "student": f"over students (initial weights, order), on the same training problems{teachers}",
+        "data": f"over students and data (training problems drawn by each seed){teachers}",
+        "teacher": f"over students and teachers{published}, on the same training problems",
+        "all": f"over students, data and teachers{published}",
+    }[recipe.replicate]
 
 
 def selection_notes(tables: RunTables) -> list[str]:
@@ -275,7 +292,7 @@ def statistics_document(recipe: Recipe, summary: dict[str, Any]) -> dict[str, An
         "seeds": list(recipe.seeds),
         "family": [list(pair) for pair in family_of(recipe).pairs], "method": METHOD, "includes": INCLUDES,
         "best_single": summary["best_single"], "family_notes": summary["family_notes"],
-        "declared": summary["declared"], "comparisons": summary["comparisons"],
+        "variance": summary["variance"], "declared": summary["declared"], "comparisons": summary["comparisons"],
         "secondary_comparisons": summary["secondary_comparisons"],
         "secondary_note": "exploratory: the recipe declares one primary figure, and no margin for this one",
     }  # fmt: skip

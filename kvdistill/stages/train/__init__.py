@@ -23,7 +23,7 @@ from kvdistill.arms.texts import spread
 from kvdistill.core.declared import declare
 from kvdistill.core.errors import DataError
 from kvdistill.core.files import read_json, write_json, write_tensors
-from kvdistill.core.layout import CHECKPOINTS, data_folder, folder_lock, teacher_folder, trained_mark
+from kvdistill.core.layout import CHECKPOINTS, data_folder, folder_lock, trained_mark
 from kvdistill.core.marks import read_mark, write_mark
 from kvdistill.core.progress import Progress, silent
 from kvdistill.core.runtime import Stopwatch, derive_seed, seed_everything
@@ -76,7 +76,7 @@ def train_student(arm: Arm, progress: Progress = silent) -> None:
         steps = trainer.state.global_step
         trained_on = order[: steps * len(order) // recipe.train.steps]
         ledger = training_ledger(arm, trained_on, steps, trainer.seen, watch) | {
-            "data_fingerprint": read_json(data_folder(arm.experiment.run) / "manifest.json")["fingerprint"]["all"],
+            "data_fingerprint": read_json(data_folder(arm.experiment.data_run) / "manifest.json")["fingerprint"]["all"],
             "init_fingerprint": init_fingerprint,
             "order_fingerprint": order_fingerprint(order, batches.examples),
             "order_prefixes": order_prefixes(order, batches.examples),
@@ -124,7 +124,7 @@ def match_on_held_out(arm: Arm, distiller: Distiller) -> dict[str, Any]:
 def train_teacher(teacher: Teacher, progress: Progress = silent) -> None:
     """Train a scratch teacher on its own tasks with plain cross-entropy; note how well it does on validation."""
     experiment, name, optimiser = teacher.experiment, teacher.name, teacher.recipe.optimiser
-    folder = teacher_folder(experiment.run, name)
+    folder = teacher.folder
     watch = Stopwatch()
     with folder_lock(folder, wait=True):
         if read_mark(trained_mark(folder)) is not None:
