@@ -54,7 +54,7 @@ def compare_declared(recipe: Recipe, run: Path) -> dict[str, Any]:
 
 def _family(recipe: Recipe) -> dict[str, Any]:
     rules = recipe.report
-    found = {"comparisons": [list(pair) for pair in rules.comparisons], "seeds": list(recipe.seeds)}
+    found = {"comparisons": [list(pair) for pair in rules.pairs], "seeds": list(recipe.seeds)}
     return as_json(found | {rule: getattr(rules, rule) for rule in _RULES})
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvdistill.arms.costs import pass_flops
 from kvdistill.arms.teacher import Teacher, run_teacher
 from kvdistill.core.errors import ModelError
 from kvdistill.core.files import open_tensors
@@ -71,12 +72,12 @@ def _capture_split(
         _refuse_broken(packed, teacher, split, start)
         writer.add(packed)
         give_in()
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = {"flops": pass_flops(teacher, examples, stops=False)}
     if queries:  # how each layer attends, read off a run on one text: a resumed capture needs no other
         ids, segments = (torch.tensor([x]).to(model.device) for x in (examples[0].input_ids, examples[0].segments))
         kv = run_teacher(model, ids, segments, layers=layers, dtype="float32", want_nll=False, queries=True).kv
         if kv is not None:
-            extra = {"scaling": kv.scaling and list(kv.scaling), "rules": [rule.as_json() for rule in kv.rules]}
+            extra |= {"scaling": kv.scaling and list(kv.scaling), "rules": [rule.as_json() for rule in kv.rules]}
     rope = "none" if not layers or find_rotary(model) is None else "unrotated"
     writer.finish({"layers": layers, "rope": rope, "examples": len(examples), "split": split, **extra})
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from kvdistill.core.config import arm_recipe
 from kvdistill.core.errors import ModelError, RecipeError
 from kvdistill.core.provenance import machine_facts
 from kvdistill.core.recipe import Recipe, ScratchRecipe
@@ -21,7 +22,8 @@ GIB = 1 << 30
 def refuse_early(recipe: Recipe) -> None:
     """Raises RecipeError or ModelError naming the key. For whoever trains or evaluates; a report needs none of it."""
     _require_device(recipe.hardware.device)
-    for name in recipe.train.report_to:
+    arms = [arm_recipe(recipe, name) for name in recipe.arms]
+    for name in dict.fromkeys(name for arm in arms for name in arm.train.report_to):
         if importlib.util.find_spec(PACKAGES[name]) is None:
             fix = f"pip install {PACKAGES[name]}, or leave {name} out"
             raise RecipeError(f"the package {PACKAGES[name]} is not installed", place="train.report_to", fix=fix)

@@ -33,6 +33,8 @@ _NO_VERDICT = stats.Verdict("refused", "refused")
 class SeedRun:
     """One training run as evaluation saw it: one entry per question, in the order of `keys`, plus its budget.
 
+    costs: what the ledger says it spent, all in all: steps, data (problems seen), tokens, student_flops, total_flops,
+    amortised_flops; those that are known.
     keys: (task, id, style), unique. nll: mean per answer token; nll_reasoning: per token of the reasoning before it;
     NaN where unknown.
     """
@@ -45,6 +47,7 @@ class SeedRun:
     tokens_out_Q: np.ndarray
     ledger: Mapping[str, Any] = field(default_factory=dict)
     nll_reasoning_Q: np.ndarray | None = None
+    costs: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def tasks_Q(self) -> list[str]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvdistill import stats
+from kvdistill.core.costs import student_flops
 from kvdistill.core.declared import compare_declared
 from kvdistill.core.recipe import Recipe
 from kvdistill.stages.report.collect import RunTables
@@ -40,7 +41,7 @@ METHOD = {
 def compare_all(recipe: Recipe, tables: RunTables) -> dict[str, list[Comparison]]:
     """The declared family for the primary figure (with margin) and for the other one (without: none was declared)."""
     rules, other = recipe.report, "nll" if recipe.report.primary == "accuracy" else "accuracy"
-    pairs = [(a, b) for a, b in rules.comparisons]
+    pairs = rules.pairs
     return {
         "primary": compare_family(
             tables.runs, pairs, tables.seeds, figure=rules.primary, alpha=rules.alpha, margin=rules.margin
@@ -122,9 +123,14 @@ def mean_ledger(tables: RunTables, arm: str) -> dict[str, Any]:
     teachers = sorted({name for f in flops for name in f.get("teachers") or {}})
     keys = ("optimiser_steps", "tokens_nonpadding", "tokens_loss", "seconds", "cpu_seconds", "peak_memory_bytes")
     out: dict[str, Any] = {key: _mean([ledger.get(key) for ledger in ledgers]) for key in keys}
-    out["student_flops"] = _mean([(f.get("student_forward") or 0) + (f.get("student_backward") or 0) for f in flops])
+    out["student_flops"] = _mean([student_flops(f) for f in flops])
     out["aligner_flops"] = _mean([f.get("aligner") or 0 for f in flops])
     out["teacher_flops"] = {name: _mean([(f.get("teachers") or {}).get(name, 0) for f in flops]) for name in teachers}
+    for part in ("teacher_training", "fit", "layer_maps", "generation"):
+        out[f"{part}_flops"] = _mean([sum((f.get(part) or {}).values()) for f in flops])
+    out["tuning_flops"] = _mean([f.get("tuning") or 0 for f in flops])
+    for key in ("total_flops", "amortised_flops"):
+        out[key] = _mean([run.costs.get(key) for run in tables.runs[arm].values() if run.ledger])
     return out
 
 
@@ -136,22 +142,10 @@ def _mean(values: Sequence[float | None]) -> float:
 def budgets(recipe: Recipe, tables: RunTables) -> dict[str, dict[str, Any]]:
     """Per arm its mean ledger and the parities against the reference arm.
 
-    student-matched: tokens and steps relative to the reference. total-compute: all FLOPs relative to the reference,
-    with the teachers' FLOPs whole, and amortised over the runs (arms x seeds) that read the same teacher's store.
+    student-matched: tokens and steps relative to the reference. total-compute: all FLOPs relative to the reference
+    (`core/costs.py`), with what runs share whole, and divided among them.
     """
     ledgers = {arm: mean_ledger(tables, arm) for arm in tables.arms}
-    shares: Counter[str] = Counter()
-    for arm, ledger in ledgers.items():
-        for name, flops in (ledger.get("teacher_flops") or {}).items():
-            seeds = len(tables.runs[arm]) if recipe.replicate == "student" else 1  # else each has targets of its own
-            shares[name] += seeds if flops > 0 else 0
-    shared = recipe.capture.source == "store"
-    for ledger in ledgers.values():
-        if ledger:
-            own = ledger["student_flops"] + ledger["aligner_flops"]
-            teachers = ledger["teacher_flops"]
-            ledger["total_flops"] = own + sum(teachers.values())
-            ledger["amortised_flops"] = own + sum(f / max(shares[n], 1) if shared else f for n, f in teachers.items())
     reference = ledgers.get(reference_arm(recipe)) or {}
     for ledger in ledgers.values():
         if ledger:
@@ -163,7 +157,7 @@ def budgets(recipe: Recipe, tables: RunTables) -> dict[str, dict[str, Any]]:
 
 def reference_arm(recipe: Recipe) -> str:
     """The baseline of most declared comparisons (first named wins a tie); without any, the first arm."""
-    named = Counter(b for _, b in recipe.report.comparisons if b in recipe.arms)
+    named = Counter(b for _, b in recipe.report.pairs if b in recipe.arms)
     return named.most_common(1)[0][0] if named else next(iter(recipe.arms))
 
 
@@ -265,7 +259,7 @@ def statistics_document(recipe: Recipe, summary: dict[str, Any]) -> dict[str, An
     return {
         "schema": 1, "primary": rules.primary, "alpha": rules.alpha, "margin": rules.margin,
         "seeds": list(recipe.seeds),
-        "family": [list(pair) for pair in rules.comparisons], "method": METHOD,
+        "family": [list(pair) for pair in rules.pairs], "method": METHOD,
         "variance": summary["variance"], "declared": summary["declared"], "comparisons": summary["comparisons"],
         "secondary_comparisons": summary["secondary_comparisons"],
         "secondary_note": "exploratory: the recipe declares one primary figure, and no margin for this one",

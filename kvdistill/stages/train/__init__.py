@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from kvdistill.arms.arm import Arm
-from kvdistill.arms.batches import BatchMaker, data_order, order_fingerprint
+from kvdistill.arms.batches import BatchMaker, order_fingerprint, order_prefixes
 from kvdistill.arms.distiller import Distiller
 from kvdistill.arms.student import CausalStudent
 from kvdistill.arms.teacher import Teacher
@@ -27,10 +27,9 @@ from kvdistill.core.layout import CHECKPOINTS, data_folder, folder_lock, trained
 from kvdistill.core.marks import read_mark, write_mark
 from kvdistill.core.progress import Progress, silent
 from kvdistill.core.runtime import Stopwatch, derive_seed, seed_everything
-from kvdistill.data.encode import Example
 from kvdistill.match import TeacherMatch
 from kvdistill.models import fingerprint_model, load_model
-from kvdistill.stages.train.curves import LearningCurve, accuracy_by_task
+from kvdistill.stages.train.curves import LearningCurve, accuracy_by_task, answers_to
 from kvdistill.stages.train.ledger import training_ledger
 from kvdistill.stages.train.selection import Selection
 from kvdistill.stages.train.trainer import DistillTrainer, training_arguments
@@ -41,13 +40,13 @@ MADE = ("model", "adapters.safetensors", "log.jsonl", "ledger.json", "match.json
 
 def train_student(arm: Arm, progress: Progress = silent) -> None:
     """Train one arm with one seed. Returns at once where that is done."""
-    folder, recipe = arm.folder, arm.experiment.recipe
+    folder, recipe = arm.folder, arm.recipe
     watch = Stopwatch()
     # one lock for all ranks of a torchrun, held by the first
     with folder_lock(folder, wait=True) if os.environ.get("RANK", "0") == "0" else nullcontext():
         if read_mark(trained_mark(folder)) is not None:
             return
-        declare(recipe, arm.experiment.run)
+        declare(arm.experiment.recipe, arm.experiment.run)
         seed_everything(derive_seed(arm.seed, "training"))
         init_fingerprint = fingerprint_model(arm.initial_model)
         batches, order = arm.batches("train"), arm.training_order()
@@ -76,10 +75,11 @@ def train_student(arm: Arm, progress: Progress = silent) -> None:
         write_json(folder / "match.json", match_on_held_out(arm, distiller) if arm.recipe.needs_kv else {})
         steps = trainer.state.global_step
         trained_on = order[: steps * len(order) // recipe.train.steps]
-        ledger = training_ledger(arm, distiller, trained_on, steps, trainer.seen, watch) | {
+        ledger = training_ledger(arm, trained_on, steps, trainer.seen, watch) | {
             "data_fingerprint": read_json(data_folder(arm.experiment.data_run) / "manifest.json")["fingerprint"]["all"],
             "init_fingerprint": init_fingerprint,
             "order_fingerprint": order_fingerprint(order, batches.examples),
+            "order_prefixes": order_prefixes(order, batches.examples),
         }
         if arm.recipe.needs_kv:
             ledger["alignment"] = {name: dict(arm.fitted(name).extra) for name in arm.recipe.teachers}
@@ -131,7 +131,7 @@ def train_teacher(teacher: Teacher, progress: Progress = silent) -> None:
             return
         seed = teacher.recipe.seed
         seed_everything(derive_seed(seed, "teacher", name))
-        examples = lessons_of(teacher)
+        examples = teacher.studied()
         if not examples:
             raise DataError(
                 f"no training examples of {', '.join(teacher.recipe.train_on)}",
@@ -141,13 +141,11 @@ def train_teacher(teacher: Teacher, progress: Progress = silent) -> None:
         tokenizer = teacher.tokenizer
         model = load_model(teacher.recipe, vocab_size=len(tokenizer), seed=teacher.initial_seed, place=teacher.place)
         student = CausalStudent(model)
-        num_needed = optimiser.steps * optimiser.batch_size * optimiser.accumulation
-        num_needed *= int(os.environ.get("WORLD_SIZE", 1))
         trainer = DistillTrainer(
             Distiller(student),
             training_arguments(optimiser, folder, seed=seed, cpu=experiment.device.type == "cpu"),
             BatchMaker(examples, tokenizer.pad_token_id),
-            data_order(len(examples), num_needed, derive_seed(seed, "data", name)),
+            teacher.training_order(len(examples)),
             log_file=folder / "log.jsonl",
             on_step=_step_hook(optimiser.steps, progress, f"teacher {name}", None),
         )
@@ -155,21 +153,14 @@ def train_teacher(teacher: Teacher, progress: Progress = silent) -> None:
         student.save(folder / "model", experiment.as_read(tokenizer))
         val = teacher.lessons("val")
         held_out = [val[i] for i in spread(val, 4 * experiment.recipe.train.eval_examples)]
-        by_task = accuracy_by_task(student, tokenizer, held_out, experiment.recipe.evaluate.max_new_tokens)
+        answers = answers_to(student, tokenizer, held_out, experiment.recipe.evaluate.max_new_tokens)
+        by_task = accuracy_by_task(held_out, answers)
+        forward, backward = teacher.training_flops
         report = {"accuracy_by_task": by_task, "steps": optimiser.steps, "seconds": watch.wall_s()}
+        report |= {"tokens": int(trainer.seen[0]), "flops": {"forward": forward, "backward": backward}}
         write_json(folder / "report.json", {**report, "parameters": student.shape.num_parameters})
         write_mark(trained_mark(folder), {"teacher": name, "steps": optimiser.steps}, MADE)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-
-
-def lessons_of(teacher: Teacher) -> list[Example]:
-    """What a teacher studies: the students' training problems of its tasks, and the `teach` problems beside them.
-
-    `data.disjoint_teachers`: only the latter, so that no student sees a text that its teacher was trained on.
-    """
-    splits = ("teach",) if teacher.experiment.recipe.data.disjoint_teachers else ("train", "teach")
-    lessons = (example for split in splits for example in teacher.lessons(split))
-    return [example for example in lessons if example.task in teacher.recipe.train_on]
 
 
 def _step_hook(
