@@ -15,7 +15,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
-from run_factory import ARMS, TASKS, make_recipe, mark_again, write_lines, write_object, write_run
+from run_factory import ARMS, COMPARISONS, TASKS, make_recipe, mark_again, write_lines, write_object, write_run
 
 from kvdistill.core.errors import RunFolderError, TrainingStopped
 from kvdistill.core.files import write_bytes
@@ -103,6 +103,8 @@ def test_what_may_be_compared() -> None:
         ({s + 9: r for s, r in ARM.items()}, BASE, SEEDS, ["unpaired seeds"]),
         (make_runs([0.5, 0.6, 0.8], doc_hashes=("other",) * 50), BASE, SEEDS, ["differing question (document) hashes"]),
         (make_runs([0.5, 0.6, 0.8], prompt_hashes=("other",) * 50), BASE, SEEDS, ["differing prompt hashes"]),
+        (ARM, make_runs([0.4, 0.42, 0.5], prompt_hashes=(*ARM[42].prompt_hashes[:7], *("x",) * 43)), SEEDS,
+         ["differing prompt hashes: baseline, seed 42 was asked other", "(first: chain 007); evaluate both again"]),
         (make_runs([0.5, 0.6, 0.8], doc_hashes=(None,) * 50), BASE, SEEDS, ["hashes of the questions are missing"]),
         (make_runs([0.5, 0.6, 0.8], questions=40), BASE, SEEDS, ["differing questions"]),
         (make_runs([0.6, 0.62, 0.7]), make_runs([0.4, 0.42, 0.5]), SEEDS, ["zero variance"]),
@@ -165,7 +167,8 @@ def test_summary_schema(study: tuple[Recipe, Path]) -> None:
     assert first["difference"] == pytest.approx(summary["arms"]["competence"]["mean"] - summary["arms"]["ce"]["mean"])
     assert summary["seconds"] > 0 and summary["cpu_seconds"] > 0 and summary["notes"] == []
     results = json.loads((run / "statistical_results.json").read_text())
-    assert results["family"] == [list(c) for c in recipe.report.comparisons] and "test" in results["method"]
+    assert results["family"] == [*COMPARISONS, ["competence", "best-single"], ["fixed", "best-single"]]
+    assert "test" in results["method"] and set(results["includes"])
     assert results["comparisons"] == summary["comparisons"]
 
 

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from kvdistill.core.errors import RecipeError
+from kvdistill.core.family import BEST_SINGLE, MIN_SEEDS, family_mistakes
 from kvdistill.core.files import sha256_of
 from kvdistill.core.quoting import shown
 from kvdistill.core.recipe import (
@@ -42,7 +43,6 @@ ARM_SECTIONS: dict[str, type[BaseModel]] = {
     "loss": LossRecipe,
     "train": TrainRecipe,
 }
-MIN_SEEDS = 3  # for a comparison or a curve
 MAX_RECIPE_BYTES, MAX_RECIPE_VALUES = 4 << 20, 100_000
 # keys of the original software -> keys of a recipe
 FORMER_KEYS = {
@@ -248,14 +248,19 @@ def _cross_mistakes(recipe: Recipe, place: str, wrong: Collection[str]) -> Itera
             place=f"{place}: data.tasks",
             fix="give at least one task a `val` count above 0 (with data.total: a second ratio above 0)",
         )
+    unknown = False
     for pair in recipe.report.pairs:
         for arm in pair:
-            if arm not in arms:
+            if arm not in arms and arm != BEST_SINGLE:
+                unknown = True
                 yield RecipeError(
                     f"comparison names an arm that is not there: {arm!r}",
                     place=f"{place}: report.comparisons",
-                    fix=_nearest(arm, list(arms)),
+                    fix=_nearest(arm, [*arms, BEST_SINGLE]),
                 )
+    if not unknown and len(made) == len(recipe.arms):  # else most of it would be the same mistake once more
+        for what, fix in family_mistakes(recipe.report.pairs, made):
+            yield RecipeError(what, place=f"{place}: report.comparisons", fix=fix)
     if "report" not in wrong:
         yield from _curve_mistakes(recipe, place)
     yield from _parity_mistakes(recipe, made, place)
@@ -300,12 +305,7 @@ def _parity_mistakes(recipe: Recipe, arms: Mapping[str, ArmRecipe], place: str) 
     unpriced = "the training of teacher {!r}, which comes from elsewhere, has a cost that nobody knows here"
     mend = "set amortised: true (its forward passes are counted then, its training is not), or another parity"
     for arm, baseline in recipe.report.pairs:
-        if arm == baseline:
-            what = f"{arm!r} is compared with itself"
-            yield RecipeError(what, place=f"{place}: report.comparisons", fix="name two arms")
-        elif teacher := unknown_cost(
-            recipe.report.parity(arm, baseline), *(written.get(x, x) for x in (arm, baseline))
-        ):
+        if teacher := unknown_cost(recipe.report.parity(arm, baseline), *(written.get(x, x) for x in (arm, baseline))):
             where = f"{place}: report.comparisons: {arm} against {baseline}"
             yield RecipeError(unpriced.format(teacher), place=where, fix=mend)
     for arm, made in arms.items():

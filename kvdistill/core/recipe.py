@@ -420,6 +420,12 @@ class LossRecipe(Section):
     ce_on: Literal["reasoning+answer", "answer"] = Field("reasoning+answer", description="tokens of the cross-entropy")
     logit_weight: NonNegative = Field(0.0, description="logit distillation (reference arm)")
     logit_temperature: AboveZero = Field(1.0, description="logit distillation: both sides' logits are divided by it")
+    logit_match: Literal["auto", "same", "spans", "sorted", "hybrid"] = Field(
+        "auto",
+        description="logits of a teacher with another tokenizer: spans of text that both cut out, by chain rule and "
+        "equal bytes; sorted: probabilities by size (ULD); hybrid: spans, and sorted for pieces without a counterpart; "
+        "same: refuse it. auto: spans. With the student's tokenizer all but sorted are plain distillation",
+    )
     kv_on: Literal["all", "reasoning", "answer", "reasoning+answer"] = Field("all", description="tokens of the KV term")
 
     @property
@@ -577,9 +583,11 @@ class CurvesRecipe(Section):
 class ReportRecipe(Section):
     """The comparisons that were declared beforehand, and the margin that counts as equal."""
 
-    comparisons: list[tuple[str, str] | ComparisonRecipe] = Field(
-        default_factory=list,
-        description="[arm, baseline], or {arm, baseline, parity}: the Holm family",
+    comparisons: list[tuple[str, str] | ComparisonRecipe] | None = Field(
+        None,
+        description="[arm, baseline], or {arm, baseline, parity}: the Holm family; a side may be `best-single`. Of an "
+        "arm with several teachers `[arm, best-single]` and `[arm, ce]` are in it anyway; unset: only these; []: "
+        "nothing is compared",
     )
     curves: CurvesRecipe | None = Field(None, description="arms at several budgets; unset: none")
     primary: Literal["accuracy", "nll"] = Field("accuracy", description="what the verdict is about")
@@ -589,12 +597,14 @@ class ReportRecipe(Section):
     @property
     def pairs(self) -> list[tuple[str, str]]:
         """The comparisons as (arm, baseline)."""
-        return [one if isinstance(one, tuple) else (one.arm, one.baseline) for one in self.comparisons]
+        return [one if isinstance(one, tuple) else (one.arm, one.baseline) for one in self.comparisons or ()]
 
     def parity(self, arm: str, baseline: str) -> ParityRecipe:
         """What this comparison holds equal: what is declared with it, else steps."""
         said = (
-            one for one in self.comparisons if not isinstance(one, tuple) and (one.arm, one.baseline) == (arm, baseline)
+            one
+            for one in self.comparisons or ()
+            if not isinstance(one, tuple) and (one.arm, one.baseline) == (arm, baseline)
         )
         return next((ParityRecipe(parity=one.parity, amortised=one.amortised) for one in said), ParityRecipe())
 

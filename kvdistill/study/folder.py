@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvdistill.core.config import arm_recipe, recipe_hash
+from kvdistill.core.declared import family_of
 from kvdistill.core.errors import RecipeError, RunFolderError
 from kvdistill.core.files import read_json, sha256_of, write_json
 from kvdistill.core.layout import (
@@ -166,7 +167,7 @@ def is_finished(recipe: Recipe, run: Path) -> bool:
     except RunFolderError:
         return False
     asked = recipe.report.model_dump(mode="json") | {"seeds": recipe.seeds}
-    asked["family"] = [list(pair) for pair in recipe.report.pairs]
+    asked["family"] = [list(pair) for pair in family_of(recipe).pairs]
     if any(shown.get(key) != asked[key] for key in ("family", "seeds", "primary", "alpha", "margin")):
         return False
     return all(is_evaluated(recipe, run, arm, seed) for arm in recipe.every_arm for seed in recipe.seeds)

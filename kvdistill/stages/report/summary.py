@@ -11,9 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvdistill import stats
+from kvdistill.core.config import arm_recipe
 from kvdistill.core.costs import student_flops
-from kvdistill.core.declared import compare_declared
+from kvdistill.core.declared import compare_declared, family_of
+from kvdistill.core.family import BEST_SINGLE, best_single_rule, single_arms
 from kvdistill.core.recipe import Recipe
+from kvdistill.stages.report.best_single import Choice, choose_best_single
 from kvdistill.stages.report.collect import RunTables
 from kvdistill.stages.report.compare import Comparison, compare_family, describe_comparison
 from kvdistill.stages.report.text import CONTROLS
@@ -33,21 +36,57 @@ METHOD = {
     "smallest_detectable_effect": "true difference found with power 0.8 at alpha / family size (exact noncentral t), "
     "given the observed spread of the differences",
     "tost": "two one-sided t-tests against the margin declared in the recipe; tost_p_holm: Holm over the family",
+    "seeds_needed_for_the_effect_seen": "smallest number of seeds that finds the difference seen, were it the true "
+    "one, with power 0.8 at alpha / family size; a plan for another study, no figure of this one's certainty",
     "conditional_on_these_checkpoints": "question-level intervals and McNemar say how these very models would differ "
     "on other questions, not what another training run would give; no verdict rests on them",
 }
+# which variance a figure includes: what would differ, were it all done once more
+INCLUDES = {
+    "std, ci, p, p_holm, tost_p": "training runs (seeds), on these questions",
+    "question_se, question_ci": "questions, for these checkpoints; no training runs",
+    "bootstrap_ci": "training runs and questions (two stages: seeds, then questions within tasks); keeps no level with "
+    "few seeds (at three it covers 71 to 99 %, by how much runs differ beside questions), so no verdict rests on it",
+    "mcnemar": "questions, for one pair of checkpoints (one seed)",
+}
+
+
+def best_single(recipe: Recipe, tables: RunTables) -> Choice | None:
+    """What the family's `best-single` stands for; None where the family does not have the word."""
+    if not any(BEST_SINGLE in pair for pair in family_of(recipe).pairs):
+        return None
+    candidates = single_arms({name: arm_recipe(recipe, name) for name in recipe.arms})
+    return choose_best_single(candidates, _logs_to_kept(tables), tables.seeds, recipe.report.primary)
+
+
+def _logs_to_kept(tables: RunTables) -> dict[str, dict[int, list[dict[str, Any]]]]:
+    """Logs up to the step whose weights were kept: the last point is that of the student that was evaluated."""
+    found: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    for arm, logs in tables.logs.items():
+        for seed, rows in logs.items():
+            ledger = tables.runs[arm][seed].ledger if seed in tables.runs[arm] else {}
+            kept = (ledger.get("selection") or {}).get("chosen_step")
+            found.setdefault(arm, {})[seed] = [row for row in rows if kept is None or row["step"] <= kept]
+    return found
 
 
 def compare_all(recipe: Recipe, tables: RunTables) -> dict[str, list[Comparison]]:
     """The declared family for the primary figure (with margin) and for the other one (without: none was declared)."""
     rules, other = recipe.report, "nll" if recipe.report.primary == "accuracy" else "accuracy"
-    pairs = rules.pairs
-    return {
+    declared, choice = family_of(recipe).pairs, best_single(recipe, tables)
+    pairs = declared if choice is None else [choice.stands_in(pair) for pair in declared]
+    found = {
         "primary": compare_family(
             tables.runs, pairs, tables.seeds, figure=rules.primary, alpha=rules.alpha, margin=rules.margin
         ),
         "secondary": compare_family(tables.runs, pairs, tables.seeds, figure=other, alpha=rules.alpha),
     }
+    for comparisons in found.values():
+        for one, pair in zip(comparisons, declared, strict=True):
+            one.declared = pair
+            if choice is not None and choice.arm is None and BEST_SINGLE in pair:
+                one.refuse([choice.reason])
+    return found
 
 
 def _spread(tables: RunTables, arm: str, figure: str, task: str | None = None) -> dict[str, Any]:
@@ -157,7 +196,7 @@ def budgets(recipe: Recipe, tables: RunTables) -> dict[str, dict[str, Any]]:
 
 def reference_arm(recipe: Recipe) -> str:
     """The baseline of most declared comparisons (first named wins a tie); without any, the first arm."""
-    named = Counter(b for _, b in recipe.report.pairs if b in recipe.arms)
+    named = Counter(b for _, b in family_of(recipe).pairs if b in recipe.arms)
     return named.most_common(1)[0][0] if named else next(iter(recipe.arms))
 
 
@@ -175,16 +214,19 @@ def summarise(recipe: Recipe, tables: RunTables, family: dict[str, list[Comparis
         }  # fmt: skip
     known = [a["mean"] for a in arms.values() if not math.isnan(a["mean"])]
     ledgers = [run.ledger for runs in tables.runs.values() for run in runs.values()]
-    declared = compare_declared(recipe, tables.path)
+    declared, rule, choice = compare_declared(recipe, tables.path), family_of(recipe), best_single(recipe, tables)
     comparisons = {kind: [describe_comparison(c) for c in family[kind]] for kind in ("primary", "secondary")}
     for one in (*comparisons["primary"], *comparisons["secondary"]):
-        one["after_results"] = [one["arm"], one["baseline"]] in declared["late"]
+        one["after_results"] = one["declared"] in declared["late"]
+        one["by_rule"] = tuple(one["declared"]) in rule.by_rule
     return {
         "schema": 1, "declared": declared, "name": recipe.name,
         "title": recipe.title or recipe.name, "primary": recipe.report.primary,
         "seeds": tables.seeds, "tasks": tables.tasks, "arms": arms,
         "comparisons": comparisons["primary"],
         "secondary_comparisons": comparisons["secondary"],
+        "best_single": choice and {**choice._asdict(), "rule": best_single_rule(recipe.report.primary)},
+        "family_notes": rule.notes,
         "accuracy_near_zero": bool(known) and max(known) < NEAR_ZERO,
         "seconds": _total([tables.provenance], "seconds"), "cpu_seconds": _total([tables.provenance], "cpu_seconds"),
         "student_seconds": _total(ledgers, "seconds"),
@@ -259,7 +301,8 @@ def statistics_document(recipe: Recipe, summary: dict[str, Any]) -> dict[str, An
     return {
         "schema": 1, "primary": rules.primary, "alpha": rules.alpha, "margin": rules.margin,
         "seeds": list(recipe.seeds),
-        "family": [list(pair) for pair in rules.pairs], "method": METHOD,
+        "family": [list(pair) for pair in family_of(recipe).pairs], "method": METHOD, "includes": INCLUDES,
+        "best_single": summary["best_single"], "family_notes": summary["family_notes"],
         "variance": summary["variance"], "declared": summary["declared"], "comparisons": summary["comparisons"],
         "secondary_comparisons": summary["secondary_comparisons"],
         "secondary_note": "exploratory: the recipe declares one primary figure, and no margin for this one",
