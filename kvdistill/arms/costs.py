@@ -48,20 +48,27 @@ def run_flops(arm: Arm, order: Sequence[int]) -> dict[str, Any]:
 def shared_keys(arm: ArmRecipe, seed: int, recipe: Recipe) -> dict[str, dict[str, str]]:
     """What runs that share a part of the cost have alike: part -> teacher -> key (`core.costs.Keys`)."""
     names = arm.teachers if arm.needs_kv or arm.needs_logits else []
-    mine = "" if recipe.replicate == "student" else f" of seed {seed}"  # each seed has targets of its own
-    trained = mine if recipe.varies_teachers else ""
-    found = {
-        "teacher_training": {name: name + trained for name in [*names, *arm.writers]},
-        "generation": {name: name + mine for name in arm.writers},
-    }
+    scratch = {teacher.name for teacher in recipe.teachers if teacher.scratch is not None}
+
+    def taught(name: str) -> str:
+        """A teacher, of this seed where each trains its own."""
+        return f"{name}:{seed}" if recipe.varies_teachers and name in scratch else name
+
+    def read(name: str) -> str:
+        """What comes of its reading the training problems, of this seed where these or the teacher are its own."""
+        return f"{name}:{seed}" if recipe.varies_data else taught(name)
+
+    by_name, writers = {name: read(name) for name in names}, {name: read(name) for name in arm.writers}
+    found = {"teacher_training": {name: taught(name) for name in (*names, *arm.writers)}, "generation": writers}
     if recipe.capture.source == "store":  # with random weights under another name
-        found["teachers"] = {name: stored + mine for name, stored in zip(names, arm.reads, strict=False)}
+        stored = dict(zip(names, arm.reads, strict=False))
+        found["teachers"] = {name: stored[name] + read(name).removeprefix(name) for name in stored}
     if arm.needs_kv:
         together = names if arm.align.match_in == "shared" else []
-        options = [together, arm.control == "untrained", mine, fit_options(arm, recipe.student, seed)]
-        found["fit"] = {name: sha256_of([name, options])[:16] for name in names}
+        options = [together, arm.control == "untrained", fit_options(arm, recipe.student, seed)]
+        found["fit"] = {name: sha256_of([read(name), options])[:16] for name in names}
     if reads_similarity(arm):
-        found["layer_maps"] = {name: name + mine for name in names}
+        found["layer_maps"] = by_name
     return found
 
 

@@ -234,19 +234,20 @@ def _cross_mistakes(recipe: Recipe, place: str, wrong: Collection[str]) -> Itera
                     place=f"{place}: teachers.{number}.train_on",
                     fix=_nearest(task, tasks),
                 )
+    yield from _replicate_mistakes(recipe, place)
     arms = recipe.every_arm
     made: dict[str, ArmRecipe] = {}
-    yield from _replicate_mistakes(recipe, place)
-    if "train" not in wrong and "data" not in wrong and recipe.train.asks_validation and not recipe.data.has_val:
+    for arm in recipe.arms:
+        one, mistakes = _read_arm(recipe, arm, place, alone=bool({"teachers", "capture", *ARM_SECTIONS} & {*wrong}))
+        made |= {arm: one} if one is not None else {}
+        yield from mistakes
+    asks = "train" not in wrong and any(one.train.asks_validation for one in made.values())
+    if asks and "data" not in wrong and not recipe.data.has_val:
         yield RecipeError(
             "train.select and train.patience look at validation problems, and no task has any",
             place=f"{place}: data.tasks",
             fix="give at least one task a `val` count above 0 (with data.total: a second ratio above 0)",
         )
-    for arm in recipe.arms:
-        one, mistakes = _read_arm(recipe, arm, place, alone=bool({"teachers", "capture", *ARM_SECTIONS} & {*wrong}))
-        made |= {arm: one} if one is not None else {}
-        yield from mistakes
     unknown = False
     for pair in recipe.report.pairs:
         for arm in pair:

@@ -731,6 +731,16 @@ class Recipe(Section):
     )
 
     @property
+    def varies_data(self) -> bool:
+        """Whether each seed draws training problems of its own."""
+        return self.replicate in ("data", "all")
+
+    @property
+    def varies_teachers(self) -> bool:
+        """Whether each seed trains scratch teachers of its own."""
+        return self.replicate in ("teacher", "all")
+
+    @property
     def every_arm(self) -> dict[str, dict[str, Any]]:
         """The arms as written, and after them those that report.curves trains at other budgets."""
         found = {name: dict(spec or {}) for name, spec in self.arms.items()}
@@ -740,13 +750,3 @@ class Recipe(Section):
                 spec = found[arm]
                 found.setdefault(name, {**spec, "times": budget * spec.get("times", 1.0)})
         return found
-
-    @property
-    def varies_data(self) -> bool:
-        """Whether each seed draws training problems of its own."""
-        return self.replicate in ("data", "all")
-
-    @property
-    def varies_teachers(self) -> bool:
-        """Whether each seed trains scratch teachers of its own."""
-        return self.replicate in ("teacher", "all")

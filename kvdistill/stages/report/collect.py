@@ -125,31 +125,6 @@ def collect_tables(recipe: Recipe, run: Path) -> RunTables:
     return tables
 
 
-def price(recipe: Recipe, tables: RunTables) -> None:
-    """What each run spent, with what it shares with others whole and divided among all runs that are there."""
-    shared = {}
-    for arm, runs in tables.runs.items():
-        for seed, run in runs.items():
-            known = run.ledger.get("shared")
-            if known is None and recipe.capture.source == "store":  # a ledger of before 0.2
-                names = (run.ledger.get("flops") or {}).get("teachers") or {}
-                known = {"teachers": {name: name for name, flops in names.items() if flops}}
-            shared[arm, seed] = known or {}
-    sharers = count_sharers(shared.values())
-    for arm, runs in tables.runs.items():
-        for seed, run in runs.items():
-            ledger, flops = run.ledger, run.ledger.get("flops") or {}
-            costs = {name: ledger.get(key) for name, key in _COUNTS.items()}
-            if flops:
-                costs |= {"student_flops": student_flops(flops), "total_flops": total_flops(flops)}
-                costs["amortised_flops"] = total_flops(flops, shared[arm, seed], sharers)
-            known_costs = {name: float(cost) for name, cost in costs.items() if cost is not None}
-            runs[seed] = replace(run, costs=known_costs)
-
-
-_COUNTS = {"steps": "optimiser_steps", "data": "problems_seen", "tokens": "tokens_nonpadding"}
-
-
 def _collect_data_of_seeds(recipe: Recipe, run: Path, tables: RunTables) -> None:
     """Leaks in any seed's training problems, and how many of these two seeds have in common."""
     drawn: list[set[str]] = []
@@ -174,6 +149,31 @@ def pq_rows(path: Path, *columns: str) -> list[Row]:
 
     rows: list[Row] = pq.ParquetFile(path).read(columns=list(columns)).to_pylist()
     return rows
+
+
+def price(recipe: Recipe, tables: RunTables) -> None:
+    """What each run spent, with what it shares with others whole and divided among all runs that are there."""
+    shared = {}
+    for arm, runs in tables.runs.items():
+        for seed, run in runs.items():
+            known = run.ledger.get("shared")
+            if known is None and recipe.capture.source == "store":  # a ledger of before 0.2
+                names = (run.ledger.get("flops") or {}).get("teachers") or {}
+                known = {"teachers": {name: name for name, flops in names.items() if flops}}
+            shared[arm, seed] = known or {}
+    sharers = count_sharers(shared.values())
+    for arm, runs in tables.runs.items():
+        for seed, run in runs.items():
+            ledger, flops = run.ledger, run.ledger.get("flops") or {}
+            costs = {name: ledger.get(key) for name, key in _COUNTS.items()}
+            if flops:
+                costs |= {"student_flops": student_flops(flops), "total_flops": total_flops(flops)}
+                costs["amortised_flops"] = total_flops(flops, shared[arm, seed], sharers)
+            known_costs = {name: float(cost) for name, cost in costs.items() if cost is not None}
+            runs[seed] = replace(run, costs=known_costs)
+
+
+_COUNTS = {"steps": "optimiser_steps", "data": "problems_seen", "tokens": "tokens_nonpadding"}
 
 
 def _layer_notes(recipe: Recipe, run: Path) -> list[str]:

@@ -56,7 +56,18 @@ def best_single(recipe: Recipe, tables: RunTables) -> Choice | None:
     if not any(BEST_SINGLE in pair for pair in family_of(recipe).pairs):
         return None
     candidates = single_arms({name: arm_recipe(recipe, name) for name in recipe.arms})
-    return choose_best_single(candidates, tables.logs, tables.seeds, recipe.report.primary)
+    return choose_best_single(candidates, _logs_to_kept(tables), tables.seeds, recipe.report.primary)
+
+
+def _logs_to_kept(tables: RunTables) -> dict[str, dict[int, list[dict[str, Any]]]]:
+    """Logs up to the step whose weights were kept: the last point is that of the student that was evaluated."""
+    found: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    for arm, logs in tables.logs.items():
+        for seed, rows in logs.items():
+            ledger = tables.runs[arm][seed].ledger if seed in tables.runs[arm] else {}
+            kept = (ledger.get("selection") or {}).get("chosen_step")
+            found.setdefault(arm, {})[seed] = [row for row in rows if kept is None or row["step"] <= kept]
+    return found
 
 
 def compare_all(recipe: Recipe, tables: RunTables) -> dict[str, list[Comparison]]:
