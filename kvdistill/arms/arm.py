@@ -178,7 +178,7 @@ class Arm:
             self.seed if seed is None else seed,
             {name: text for name, text in texts.items() if text is not None},
             {name: one.sources for name, one in self.pairings.items()} if arm.needs_scores else {},
-            {name: self.teachers[name].pieces for name, text in texts.items() if text is not None and arm.needs_logits},
+            pieces={name: self.teachers[name].pieces for name, text in texts.items() if text and arm.needs_logits},
         )
 
     def load(self, batches: BatchMaker, numbers: Sequence[int]) -> Batch:
