@@ -219,12 +219,13 @@ def _check_meets(arm: Arm, teacher: Teacher) -> None:
             place=f"{place}: loss.logit_weight",
             fix="set loss.logit_weight: 0 for this arm, or name other teachers",
         )
-    if recipe.needs_logits and own_tokenizer and (recipe.loss.logit_match == "same" or recipe.placebo):
-        what = "a placebo's mismatched text has" if recipe.placebo else "logit_match: same, and this teacher has"
+    other_text = recipe.placebo
+    if recipe.needs_logits and own_tokenizer and (recipe.loss.logit_match == "same" or other_text):
+        what = "a placebo's mismatched text has" if other_text else "logit_match: same, and this teacher has"
         raise AlignmentError(
             f"{what} other tokens than the student's: no position of the one is a position of the other",
             place=f"{place}: loss.logit_match",
-            fix=f"set {'loss.logit_weight: 0' if recipe.placebo else 'loss.logit_match: auto'}",
+            fix="set loss.logit_weight: 0" if other_text else "set loss.logit_match: auto",
         )
     if not recipe.needs_kv:
         return
