@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvdistill.core.segments import END, START, TEXT, UNKNOWN
-from kvdistill.losses import TextChunks, chunk_divergence, chunks_within, common_chunks, each_token, logit_divergence
+from kvdistill.losses import (
+    TextChunks,
+    chunk_divergence,
+    chunks_within,
+    common_chunks,
+    each_token,
+    logit_divergence,
+    logits_across,
+)
 
 # -- chunks -----------------------------------------------------------------------------------------
 
@@ -231,6 +239,16 @@ def test_hybrid_adds_what_has_no_counterpart() -> None:
         assert value == pytest.approx(sum(abs(a - b) for a, b in zip(p, q, strict=True)), abs=1e-9)
         some += sum(p)
     assert some > 0
+
+
+def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, found = setting(1, 5), []
+    for most in (1 << 22, 3 * V_MINE):
+        monkeypatch.setattr(logits_across, "_BLOCK_ELEMENTS", most)
+        loss = chunk_divergence(**case, form="spans", temperature=1.0).divergence_N
+        found.append((loss, torch.autograd.grad(loss.sum(), case["student_logits"])[0]))
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, rtol=1e-12)
 
 
 @pytest.mark.parametrize("form", ["spans", "sorted", "hybrid"])

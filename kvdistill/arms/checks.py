@@ -237,7 +237,7 @@ def _check_meets(arm: Arm, teacher: Teacher) -> None:
         raise AlignmentError(
             f"{what}, and this teacher has other tokens than the student: no position of the one is one of the other",
             place=f"{place}: loss.logit_match",
-            fix=f"set {'loss.logit_weight: 0' if disturbed else 'loss.logit_match: auto'}",
+            fix="set loss.logit_weight: 0" if disturbed else "set loss.logit_match: auto",
         )
     if not recipe.needs_kv:
         return

@@ -36,6 +36,7 @@ from kvdistill.losses.chunks import TextChunks
 from kvdistill.losses.logits import TopAndRest, class_divergence, log_left, predicting_rows
 
 Form = Literal["spans", "sorted", "hybrid"]
+_BLOCK_ELEMENTS = 1 << 22  # logits looked at together where pieces fold
 
 
 class ChunkTerms(NamedTuple):
@@ -123,25 +124,16 @@ class _Step(NamedTuple):
         folds = bool(((self.folds_V >= 0) & (self.folds_V != own_V)).any())
         if chunk is None and not folds:
             return self._plain(rows_N, class_NK, logprob_NK, valid_NK)
-        log_q_NV = self.flat.index_select(0, rows_N).to(sum_dtype(self.flat)).log_softmax(-1)
-        q_NV, least, parts = log_q_NV.exp(), torch.finfo(log_q_NV.dtype).tiny, []
+        gold_N = class_NK.new_zeros(len(class_NK)) if chunk is None else chunk[0]
+        # as a single piece it stands for what begins like the chunk and is another text
+        stays_N = torch.ones_like(logprob_NK[:, 0]) if chunk is None else -chunk[1].expm1()
+        log_NK, rest_N1, log_gold_N = _FoldedClasses.apply(
+            self.flat, rows_N, class_NK, torch.where(self.folds_V < 0, own_V, self.folds_V), gold_N, stays_N
+        )
+        mine_NK = log_NK.masked_fill(~valid_NK, -torch.inf)
         if chunk is not None:
-            gold_N1, follows_N1 = chunk[0][:, None], chunk[1][:, None]
-            parts = [log_q_NV.gather(1, gold_N1) + follows_N1]
+            mine_NK = torch.cat([mine_NK, (log_gold_N + chunk[1])[:, None]], dim=1)
             logprob_NK = torch.cat([logprob_NK, chunk[2][:, None]], dim=1)
-            # as a single piece it stands for what begins like the chunk and is another text
-            q_NV = q_NV.scatter(1, gold_N1, q_NV.gather(1, gold_N1) * -follows_N1.expm1())
-        num_classes = class_NK.shape[1]
-        column_NV = torch.full_like(q_NV, num_classes, dtype=torch.int64)
-        spare_NK = torch.where(valid_NK, class_NK, q_NV.shape[1])  # a place behind the vocabulary
-        column_NV = torch.cat([column_NV, column_NV[:, :1]], dim=1)
-        column_NV.scatter_(1, spare_NK, torch.arange(num_classes, device=q_NV.device).expand_as(spare_NK))
-        column_NV = column_NV[:, :-1]
-        as_fold_NV = column_NV[:, self.folds_V.clamp_min(0)].masked_fill(self.folds_V < 0, num_classes)
-        column_NV = torch.where(column_NV < num_classes, column_NV, as_fold_NV)
-        q_NK1 = q_NV.new_zeros(len(q_NV), num_classes + 1).scatter_add(1, column_NV, q_NV)
-        log_NK, rest_N1 = q_NK1.clamp_min(least).log().split([num_classes, 1], dim=1)
-        mine_NK = torch.cat([log_NK.masked_fill(~valid_NK, -torch.inf), *parts], dim=1)
         return class_divergence(mine_NK, logprob_NK, rest_N1, self.temperature)
 
     def _plain(self, rows_N: Tensor, class_NK: Tensor, logprob_NK: Tensor, valid_NK: Tensor) -> Tensor:
@@ -154,6 +146,62 @@ class _Step(NamedTuple):
         top_NK = top_NK if all_known else top_NK.masked_fill(~valid_NK, -torch.inf)
         found_N = class_divergence(top_NK, logprob_NK, rest_N1 if has_rest else None, self.temperature)
         return found_N if all_known else torch.where(some_N1.squeeze(1), found_N, 0.0)
+
+
+class _FoldedClasses(torch.autograd.Function):
+    """log of the student's probability of each class [N, K], of the rest [N, 1], and of one piece `gold` [N].
+
+    A piece counts as the class that it is itself, else as the one that it folds to, else as rest; `gold` with the part
+    `stays` of its probability. A block of rows at a time, forward and backward: of what is as large as the vocabulary
+    nothing is kept, and only the gradient is as large as the logits.
+    """
+
+    @staticmethod
+    def forward(ctx, flat, rows_N, class_NK, folds_V, gold_N, stays_N):  # type: ignore[no-untyped-def, override]
+        (N, K), kind = class_NK.shape, sum_dtype(flat)
+        q_NK1, log_gold_N = (flat.new_empty(size, dtype=kind) for size in ((N, K + 1), (N,)))
+        for part in _blocks(N, flat.shape[1]):
+            log_q = flat.index_select(0, rows_N[part]).to(kind).log_softmax(-1)
+            log_gold_N[part] = log_q.gather(1, gold_N[part, None]).squeeze(1)
+            q = log_q.exp_()
+            q.scatter_(1, gold_N[part, None], q.gather(1, gold_N[part, None]) * stays_N[part, None])
+            q_NK1[part] = q.new_zeros(len(q), K + 1).scatter_add_(1, _columns(class_NK[part], folds_V), q)
+        q_NK1.clamp_min_(torch.finfo(kind).tiny)
+        ctx.save_for_backward(flat, rows_N, class_NK, folds_V, gold_N, stays_N, q_NK1)
+        log_NK, rest_N1 = q_NK1.log().split([K, 1], dim=1)
+        return log_NK, rest_N1, log_gold_N
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_NK, grad_rest_N1, grad_gold_N):  # type: ignore[no-untyped-def, override]
+        flat, rows_N, class_NK, folds_V, gold_N, stays_N, q_NK1 = ctx.saved_tensors
+        grad_NK1 = torch.cat([grad_NK, grad_rest_N1], dim=1)
+        per_q_NK1, total_N1 = grad_NK1 / q_NK1, grad_NK1.sum(1, keepdim=True) + grad_gold_N[:, None]
+        grad, grad_stays_N = torch.zeros_like(flat), torch.empty_like(stays_N)
+        for part in _blocks(len(class_NK), flat.shape[1]):
+            q, gold = flat.index_select(0, rows_N[part]).to(q_NK1.dtype).softmax(-1), gold_N[part, None]
+            slope = per_q_NK1[part].gather(1, _columns(class_NK[part], folds_V))
+            grad_stays_N[part] = (q * slope).gather(1, gold).squeeze(1)
+            slope.scatter_(1, gold, slope.gather(1, gold) * stays_N[part, None])
+            slope = slope.sub_(total_N1[part]).mul_(q)
+            slope.scatter_add_(1, gold, grad_gold_N[part, None])
+            grad.index_add_(0, rows_N[part], slope.to(grad.dtype))
+        return grad, None, None, None, None, grad_stays_N
+
+
+def _blocks(num_rows: int, width: int) -> list[slice]:
+    step = max(1, _BLOCK_ELEMENTS // width)
+    return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
+
+
+def _columns(class_NK: Tensor, folds_V: Tensor) -> Tensor:
+    """For every piece of the vocabulary the column of its class [N, V]; K for the rest. folds_V: itself for none."""
+    (N, K), V = class_NK.shape, len(folds_V)
+    column_NV = class_NK.new_full((N, V + 1), K)  # and a place behind it, for columns that are nobody's
+    places = torch.arange(K, device=class_NK.device).expand(N, K)
+    column_NV.scatter_(1, torch.where(class_NK >= 0, class_NK, V), places)
+    column_NV = column_NV[:, :V]
+    return torch.where(column_NV < K, column_NV, column_NV[:, folds_V])
 
 
 def _single_terms(
@@ -208,8 +256,8 @@ def _merged_terms(
     logprob_CK = torch.where(first_CK, logprob_CK + other_C1, logprob_CK)
     owner_M, row_M, place_M = _tokens_of(row_C, mine_C2, 1)
     chosen_MV = step.flat.index_select(0, rows_BT[row_M, place_M - 1]).to(sum_dtype(step.flat))
-    mine_M = chosen_MV.gather(1, ids_BT[row_M, place_M][:, None]).squeeze(1) - chosen_MV.logsumexp(1)
-    follows_C = mine_M.new_zeros(len(here)).index_add(0, owner_M, mine_M)
+    nll_M = F.cross_entropy(chosen_MV, ids_BT[row_M, place_M], reduction="none")
+    follows_C = nll_M.new_zeros(len(here)).index_add(0, owner_M, -nll_M)
     # what the student writes with all of its chunk, and more, is the chunk to it
     written_CKL, mine_CL = _beside(chunks, index_CK, ids_BT, row_C, mine_C2)
     is_chunk_CK = ((written_CKL == mine_CL[:, None]) | (mine_CL < 0)[:, None]).all(-1) & ~first_CK
