@@ -49,6 +49,7 @@ ANSWER_RULES = get_args(AnswerRule)
 TimeMode = Literal["index", "pad", "proportional", "segment"]
 Control = Literal["placebo", "untrained", "shuffled", "noise"]
 UNTRAINED = "~untrained"  # behind a teacher's name, which cannot hold this sign: the same with random weights
+WRITTEN = "~written"  # in ledgers: what it wrote
 RESAMPLING = ("proportional", "segment")  # the time modes that average neighbouring tokens
 TIME_ALIASES = {"truncate": "index", "soft": "segment"}  # align.time, in the original's words
 

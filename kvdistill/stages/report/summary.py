@@ -15,6 +15,7 @@ from kvdistill.core.declared import compare_declared
 from kvdistill.core.recipe import Recipe
 from kvdistill.stages.report.collect import RunTables
 from kvdistill.stages.report.compare import Comparison, compare_family, describe_comparison
+from kvdistill.stages.report.controls import describe_controls
 from kvdistill.stages.report.text import CONTROLS
 from kvdistill.stats import NAN
 
@@ -87,7 +88,11 @@ def describe_arm(recipe: Recipe, arm: str) -> str:
     kv = bool(names) and setting("loss", "kv_weight") > 0
     logits = bool(names) and setting("loss", "logit_weight") > 0
     if not kv and not logits:
-        return "plain fine-tuning on the same texts, no teacher"
+        return (
+            CONTROLS[spec["texts"]][0]
+            if spec.get("texts") in CONTROLS
+            else ("plain fine-tuning on the same texts, no teacher")
+        )
     what = " and ".join(["KV"] * kv + ["logits"] * logits)
     words = f"{what} of {'one teacher' if len(names) == 1 else f'{len(names)} teachers'} ({', '.join(map(str, names))})"
     if len(names) > 1:
@@ -184,7 +189,7 @@ def summarise(recipe: Recipe, tables: RunTables, family: dict[str, list[Comparis
     comparisons = {kind: [describe_comparison(c) for c in family[kind]] for kind in ("primary", "secondary")}
     for one in (*comparisons["primary"], *comparisons["secondary"]):
         one["after_results"] = [one["arm"], one["baseline"]] in declared["late"]
-    return {
+    summary = {
         "schema": 1, "declared": declared, "name": recipe.name,
         "title": recipe.title or recipe.name, "primary": recipe.report.primary,
         "seeds": tables.seeds, "tasks": tables.tasks, "arms": arms,
@@ -199,6 +204,7 @@ def summarise(recipe: Recipe, tables: RunTables, family: dict[str, list[Comparis
         "not_asked": not_asked(tables),
         "notes": tables.notes,
     }  # fmt: skip
+    return summary | {"controls": describe_controls(recipe, summary, reference_arm(recipe))}
 
 
 def not_asked(tables: RunTables) -> list[str]:

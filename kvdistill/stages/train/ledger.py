@@ -17,6 +17,7 @@ from kvdistill.arms.arm import Arm
 from kvdistill.arms.distiller import Distiller
 from kvdistill.arms.lessons import writing_facts
 from kvdistill.arms.teacher import Teacher
+from kvdistill.core.recipe import WRITTEN
 from kvdistill.core.runtime import Stopwatch
 from kvdistill.models import batch_geometry, capture_flops, forward_flops
 
@@ -25,7 +26,7 @@ def training_ledger(
     arm: Arm, distiller: Distiller, order: Sequence[int], seen: Tensor, watch: Stopwatch
 ) -> dict[str, Any]:
     """The ledger of one run. Teacher FLOPs: one pass over the stored texts (unamortised), or one per step online; of
-    teachers whose solutions it reads: all that they generated.
+    teachers whose solutions it reads: all that they generated (`NAME~written`); of untrained ones `NAME~untrained`.
 
     Args:
         order: example numbers, as trained on.
@@ -34,15 +35,12 @@ def training_ledger(
     recipe, examples = arm.experiment.recipe, arm.lessons
     tokens, squares = batch_geometry(len(examples[i].input_ids) for i in order)
     forward, backward = distiller.student.flops(tokens, squares)
-    used = arm.teachers if arm.uses_teachers else {}
-    teachers = {name: _teacher_flops(arm, teacher, order) for name, teacher in used.items()}
+    used = arm.teachers.values() if arm.uses_teachers else ()
+    teachers = {teacher.stored_as: _teacher_flops(arm, teacher, order) for teacher in used}
     amortised: dict[str, float] = {**teachers}
     if not arm.runs_online:  # shared by the runs of the study that read this teacher's stored targets
         arms = [one for one in arm.experiment.arms.values() if one.needs_kv or one.needs_logits]
-        shared = {
-            name: len(recipe.seeds) * sum(teacher.stored_as in one.reads for one in arms)
-            for name, teacher in used.items()
-        }
+        shared = {name: len(recipe.seeds) * sum(name in one.reads for one in arms) for name in teachers}
         amortised = {name: flops / max(1, shared[name]) for name, flops in teachers.items()}
     texts: dict[str, Any] = {}
     if arm.recipe.texts != "own":
@@ -51,7 +49,7 @@ def training_ledger(
     for name in arm.recipe.writers:  # what they generated, whether it was kept or not
         texts.setdefault("written", {})[name] = said = writing_facts(arm.experiment, name)
         sharers = len(recipe.seeds) * sum(name in one.writers for one in arm.experiment.arms.values())
-        teachers[name], amortised[name] = said["flops"], said["flops"] / max(1, sharers)
+        teachers[name + WRITTEN], amortised[name + WRITTEN] = said["flops"], said["flops"] / max(1, sharers)
     projected = sum(p.numel() for aligner in distiller.aligners.values() for p in aligner.parameters())
     on_gpu = torch.cuda.is_available()
     return {
