@@ -13,7 +13,7 @@ from run_factory import make_recipe, write_run
 from kvdistill.cli.tables import as_text
 from kvdistill.core.recipe import Control
 from kvdistill.stages.report import report
-from kvdistill.stages.report.text import CONTROLS, write_harm
+from kvdistill.stages.report.text import CONTROLS, write_harm, write_texts
 
 ARMS: dict[str, Any] = {
     "fixed": {},
@@ -44,6 +44,7 @@ def test_a_control_that_harms_is_called_so_beside_comparisons_with_it(tmp_path, 
     summary, page = reported(tmp_path, comparisons, {"placebo": BAD, "noise": PLAIN})
     rows = {row["arm"]: row for row in summary["controls"]}
     assert list(rows) == ["placebo", "noise", "seq-kd"] and "harm" not in rows["seq-kd"]
+    assert rows["seq-kd"]["said"] == "not trained yet"
     assert rows["placebo"]["harm"] == ("significantly" if declared else "clearly") and rows["placebo"]["plain"] == "ce"
     assert rows["noise"]["harm"] == "" and "no harm that shows" in rows["noise"]["said"]
     assert rows["placebo"]["difference"] == pytest.approx(
@@ -67,6 +68,14 @@ def test_harm_is_told_by_nll_where_that_is_primary_and_not_without_three_seeds(t
     summary, _ = reported(tmp_path / "two", [["fixed", "placebo"]], accuracy, seeds=[42, 43])
     row = next(row for row in summary["controls"] if row["arm"] == "placebo")
     assert row["harm"] is None and "not known" in row["said"] and "caution" not in summary["comparisons"][0]
+
+
+def test_an_arm_says_what_it_read_beside_its_own_texts():
+    own = {"texts": "teachers", "from": ["a"], "own": 3000, "beside": 46000}
+    assert write_texts(own) == "46\u202f000 texts beside 3\u202f000 of its own"
+    written = {"a": {"answers": 70, "right": 40}, "b": {"answers": 30, "right": 20}}
+    assert write_texts({**own, "beside": 55, "written": written}).endswith("; 60 of 100 written solutions are right")
+    assert "plain fine-tuning" in write_texts({**own, "beside": 0, "written": written})
 
 
 def test_the_words_for_harm():

@@ -8,21 +8,24 @@ of at least three seeds, and by more than the equivalence margin in the mean. Re
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from typing import Any
 
 from kvdistill.core.config import arm_recipe
 from kvdistill.core.recipe import Recipe
 from kvdistill.stages.report.compare import MIN_SEEDS
-from kvdistill.stages.report.text import CONTROLS, is_known, write_harm
+from kvdistill.stages.report.text import CONTROLS, is_known, write_harm, write_texts
 
 
-def describe_controls(recipe: Recipe, summary: dict[str, Any], reference: str) -> list[dict[str, Any]]:
+def describe_controls(
+    recipe: Recipe, summary: dict[str, Any], reference: str, texts: Mapping[str, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
     """A row for each arm that is a control or reads other texts, in the recipe's order, and `caution` in comparisons.
 
-    reference: the baseline of most comparisons.
+    reference: the baseline of most comparisons. texts: of arms, what their ledgers say of texts beside their own.
 
-    {"arm", "kind", "what", "rules_out", "plain", "difference", "p_holm", "harm", "said"}; harm: "significantly",
-    "clearly", "" or None where it cannot be told; said: that in words; both only of controls.
+    {"arm", "kind", "what", "rules_out", "said"}, and of controls "plain", "difference", "p_holm" and "harm":
+    "significantly", "clearly", "" or None where it cannot be told. said: harm, or what it read, in words.
     """
     arms = {name: arm_recipe(recipe, name) for name in recipe.arms}
     names = [reference, *arms]  # plain fine-tuning on the student's own texts: the reference if it is that
@@ -38,6 +41,8 @@ def describe_controls(recipe: Recipe, summary: dict[str, Any], reference: str) -
         if arm.control is not None:
             row |= _harm(recipe, summary, name, plain)
             row["said"] = write_harm(row, summary["primary"])
+        else:
+            row["said"] = write_texts(texts.get(name) or {})
         rows.append(row)
     harmful = {row["arm"]: row["said"] for row in rows if row.get("harm")}
     for one in (*summary["comparisons"], *summary["secondary_comparisons"]):

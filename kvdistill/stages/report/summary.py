@@ -204,7 +204,10 @@ def summarise(recipe: Recipe, tables: RunTables, family: dict[str, list[Comparis
         "not_asked": not_asked(tables),
         "notes": tables.notes,
     }  # fmt: skip
-    return summary | {"controls": describe_controls(recipe, summary, reference_arm(recipe))}
+    texts = {
+        arm: one.ledger["texts"] for arm, runs in tables.runs.items() for one in runs.values() if "texts" in one.ledger
+    }
+    return summary | {"controls": describe_controls(recipe, summary, reference_arm(recipe), texts)}
 
 
 def not_asked(tables: RunTables) -> list[str]:

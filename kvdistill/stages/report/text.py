@@ -125,6 +125,20 @@ def write_harm(row: dict[str, Any], figure: str) -> str:
     return f"does harm ({apart} beside {row['plain']}{p}): beating it proves little"
 
 
+def write_texts(said: dict[str, Any]) -> str:
+    """What an arm read beside its own texts, from its ledger."""
+    if not said:
+        return "not trained yet"
+    written = said.get("written") or {}
+    how = ""
+    if written:
+        answers, right = (sum(one[key] for one in written.values()) for key in ("answers", "right"))
+        how = f"; {count(right)} of {count(answers)} written solutions are right"
+    if not said["beside"]:
+        return f"nothing beside its own texts{how}: this is plain fine-tuning"
+    return f"{count(said['beside'])} texts beside {count(said['own'])} of its own{how}"
+
+
 # -- what was found, in words that a newcomer understands -----------------------------------------------
 
 
