@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
+from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 DASH = "–"
@@ -125,7 +126,7 @@ def write_harm(row: dict[str, Any], figure: str) -> str:
     return f"does harm ({apart} beside {row['plain']}{p}): beating it proves little"
 
 
-def write_texts(said: dict[str, Any]) -> str:
+def write_texts(said: Mapping[str, Any]) -> str:
     """What an arm read beside its own texts, from its ledger."""
     if not said:
         return "not trained yet"
