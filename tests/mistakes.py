@@ -220,7 +220,7 @@ FLAGS: dict[str, tuple[str, str]] = {
     "an unknown verb": ("rnu RECIPE", "rnu"),
     "no recipe": ("run", "RECIPE"),
     "a recipe that is not there": ("run tinny.yaml", "recipe not found"),
-    "a folder in place of a recipe": ("run .", "recipe not found"),
+    "a folder in place of a recipe": ("run .", "this is a folder, not a recipe"),
     "a path of 5,000 letters": ("run " + "z" * 5000, "path"),
     "an unknown flag": ("run RECIPE --jsno", "--jsno"),
     "a seed that is a word": ("train RECIPE --seed x", "--seed"),

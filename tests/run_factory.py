@@ -131,22 +131,25 @@ def make_match(spec: dict[str, Any]) -> dict[str, Any]:
     return {t: {"k": k, "v": v, "by_layer": []} for t in teachers}
 
 
-def unmark(folder: Path) -> None:
-    """No mark vouches for this folder's files any more."""
-    for name in ("trained.json", "evaluated.json"):
-        (folder / name).unlink(missing_ok=True)
+def mark_again(folder: Path) -> None:
+    """Marks of what lies in a folder now, as if the stages had left it so."""
+    if folder.name.startswith("seed-"):
+        write_mark(folder / "trained.json", {}, ["log.jsonl", "ledger.json", "match.json"])
+        write_mark(folder / "evaluated.json", {}, ["records.jsonl"])
+    elif folder.parent.name == "teachers":
+        write_mark(folder / "trained.json", {}, ["report.json"])
 
 
 def write_lines(path: Path, rows: list[Any]) -> None:
-    unmark(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    mark_again(path.parent)
 
 
 def write_object(path: Path, value: Any) -> None:
-    unmark(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value), encoding="utf-8")
+    mark_again(path.parent)
 
 
 def write_run(
@@ -167,8 +170,6 @@ def write_run(
             write_object(folder / "ledger.json", make_ledger(seed, spec))
             if match := make_match(spec):
                 write_object(folder / "match.json", match)
-            write_mark(folder / "trained.json", {}, ["log.jsonl", "ledger.json", "match.json"])
-            write_mark(folder / "evaluated.json", {}, ["records.jsonl"])
     for teacher, task in zip(TEACHERS, TASKS, strict=True):
         by_task = {t: 0.97 if t == task else 0.02 for t in TASKS}
         write_object(

@@ -207,7 +207,7 @@ def test_files_that_are_no_recipes(tmp_path):
     (tmp_path / "demo.yaml").write_text("name: x")
     with pytest.raises(RecipeError, match=f"did you mean '{tmp_path}/demo.yaml'"):
         load_recipe(tmp_path / "dmeo.yaml")
-    with pytest.raises(RecipeError, match="not found"):
+    with pytest.raises(RecipeError, match="a folder, not a recipe"):
         load_recipe(tmp_path)
 
 

@@ -389,10 +389,8 @@ def test_a_control_costs_what_the_arm_costs(run, control):
         train_student(arm)
         ledgers[name] = json.loads((arm.folder / "ledger.json").read_text())
     mine, theirs = ledgers[control], ledgers["plain"]
-    for key in ("student_forward", "student_backward", "aligner"):
+    for key in ("student_forward", "student_backward", "teachers", "aligner", "fit"):
         assert mine["flops"][key] == theirs["flops"][key], key
-    ending = "~untrained" if control == "untrained" else ""
-    assert mine["flops"]["teachers"] == {name + ending: one for name, one in theirs["flops"]["teachers"].items()}
     for key in ("optimiser_steps", "tokens_nonpadding", "tokens_loss", "order_fingerprint", "init_fingerprint"):
         assert mine[key] == theirs[key], key
     match = json.loads((arm_of(run, control).folder / "match.json").read_text())

@@ -25,9 +25,11 @@ from tiny_recipe import (
     write_recipe,
 )
 
+from kvdistill.arms.costs import all_sharers
 from kvdistill.arms.experiment import Experiment
 from kvdistill.arms.lessons import SOLUTIONS, RowsBehind, written_beside
 from kvdistill.core.config import arm_recipe, make_recipe
+from kvdistill.core.costs import amortised
 from kvdistill.core.errors import DataError, RecipeError, RunFolderError
 from kvdistill.core.files import read_json_lines, sha256_file
 from kvdistill.core.layout import written_folder, written_mark
@@ -242,9 +244,10 @@ def test_what_several_write_alike_is_read_once_and_the_arm_counts_what_it_cost(r
     ledger = json.loads((arm.folder / "ledger.json").read_text())
     facts = {name: read_mark(written_mark(written_folder(run, name))) for name in ("one", "two")}
     assert ledger["texts"]["beside"] == 34 and ledger["texts"]["written"]["two"]["kept"] == 14
-    assert ledger["flops"]["teachers"] == {f"{name}~written": said["flops"] for name, said in facts.items() if said}
-    whole, shared = (ledger["flops"][key] for key in ("teachers", "teachers_amortised"))
-    assert shared == {"one~written": whole["one~written"] / 2, "two~written": whole["two~written"]}
+    assert ledger["flops"]["generation"] == {name: said["flops"] for name, said in facts.items() if said}
+    sharers = all_sharers(setting)
+    shared = amortised("generation", ledger["flops"], ledger["shared"], sharers)
+    assert shared == {"one": facts["one"]["flops"] / 2, "two": facts["two"]["flops"]}
     other = experiment(run, write={"questions": "train"})
     spoken(monkeypatch, other, gold)
     shutil.rmtree(run / "written")

@@ -29,7 +29,7 @@ from kvdistill.arms.texts import spread
 from kvdistill.core.errors import AlignmentError
 from kvdistill.core.kv import KV
 from kvdistill.core.layout import arm_folder, fit_root
-from kvdistill.core.recipe import ArmRecipe
+from kvdistill.core.recipe import ArmRecipe, StudentRecipe
 from kvdistill.core.runtime import derive_seed, elements_at_once
 from kvdistill.core.segments import PROMPT
 from kvdistill.core.targets import TeacherTargets
@@ -66,11 +66,14 @@ class Arm:
         self.experiment, self.recipe, self.seed, self.name = experiment, recipe, seed, name
         self._judges = {} if judges is None or recipe.control != "untrained" else judges
         self.teachers: dict[str, Teacher] = {teacher: teachers[teacher] for teacher in recipe.teachers}
+        everyone = teachers if judges is None else judges
+        self.writers = {teacher: everyone[teacher] for teacher in recipe.writers if teacher in everyone}
         self.device = experiment.device
         self.uses_teachers = recipe.needs_kv or recipe.needs_logits
         self._readers: dict[str, dict[str, TargetReader]] = {}  # by split: checked once
         self._nll: dict[str, dict[str, Tensor]] = {}  # by split, of the judges
         self._running: dict[str, Callable[[Tensor, Tensor], TeacherTargets]] = {}
+        self._outlines: dict[str, MapProjectionAligner] = {}
 
     @property
     def folder(self) -> Path:
@@ -128,30 +131,30 @@ class Arm:
             shared_size=self.shared_size if self.recipe.align.match_in == "shared" else None,
         )
 
+    def outline_of_aligner(self, name: str) -> MapProjectionAligner:
+        """An aligner to one teacher of the right sizes, for what it would cost: which layers it reads may not be known
+        yet. Kept."""
+        if name not in self._outlines:
+            align = self.recipe.align
+            if align.layers == "cka":
+                align = align.model_copy(update={"layers": "ratio", "layer_map": None})
+            recipe = self.recipe.model_copy(update={"align": align})
+            self._outlines[name] = Arm(self.experiment, self.teachers, recipe, self.seed).new_aligner(name)
+        return self._outlines[name]
+
     # -- fits ---------------------------------------------------------------------------------------------
 
     def fit_identity(self, name: str) -> dict[str, Any]:
         """Everything that the fit to one teacher depends on."""
-        arm, align = self.recipe, self.recipe.align
-        similarity = arm.fuse.fusion_strategy == "similarity"
-        trained = align.match_in == "teacher" if align.train_projector is None else align.train_projector
-        # a closed-form projector is fitted against the student's own initial keys and values
-        needs_student = align.init == "ridge" or not trained
         mapping = self.pairings[name].mapping
-        shared = self.teachers.values() if align.match_in == "shared" else ()
+        shared = self.teachers.values() if self.recipe.align.match_in == "shared" else ()
+        own = fit_options(self.recipe, self.experiment.recipe.student, self.seed)
         return {
             **self.teachers[name].target_identity("train"),
-            "align": align.model_dump(mode="json"),
+            "align": own.pop("align"),
             "layer_map": [mapping.index.tolist(), mapping.weight.tolist()],
             "together": {teacher.name: teacher.target_identity("train") for teacher in shared},
-            "attention": arm.compares_attention,
-            "distill_layers": arm.loss.distill_layers,
-            "compress": arm.compress.model_dump(mode="json"),
-            "kv_on": arm.loss.kv_on,
-            "student": self.experiment.recipe.student.model_dump(mode="json"),
-            "seed": self.seed if needs_student or (similarity and align.match_in != "teacher") else None,
-            "prototype": [arm.fuse.prototype, arm.fuse.num_prototypes] if similarity else None,
-            **({"moments": True} if arm.control == "noise" else {}),
+            **own,
         }
 
     def fitted(self, name: str) -> StoreReader:
@@ -253,8 +256,8 @@ class Arm:
 
     def training_order(self, num_batches: int | None = None) -> list[int]:
         """Numbers of `lessons` for the whole training (of all ranks), or for its first batches; the same for every arm
-        that reads the same."""
-        train = self.experiment.recipe.train
+        that reads the same, and of any two of them the shorter one begins the longer one."""
+        train = self.recipe.train
         if num_batches is None:
             num_batches = train.steps * train.accumulation * int(os.environ.get("WORLD_SIZE", 1))
         return data_order(len(self.lessons), num_batches * train.batch_size, derive_seed(self.seed, "data"))
@@ -375,6 +378,25 @@ class Arm:
         fusion = build_fusion(self.recipe.fuse, self.recipe.teachers, max(1, len(layers)), prototypes or None)
         frames = self.frames if self.recipe.needs_kv else {}
         return Distiller(student, self.recipe, aligners, fusion, layers, frames, rotations)
+
+
+def fit_options(arm: ArmRecipe, student: StudentRecipe, seed: int) -> dict[str, Any]:
+    """What the fits of an arm depend on beside the teachers' targets and the layers that are read."""
+    align, similarity = arm.align, arm.fuse.fusion_strategy == "similarity"
+    trained = align.match_in == "teacher" if align.train_projector is None else align.train_projector
+    # a closed-form projector is fitted against the student's own initial keys and values
+    needs_student = align.init == "ridge" or not trained
+    return {
+        "align": align.model_dump(mode="json"),
+        "attention": arm.compares_attention,
+        "distill_layers": arm.loss.distill_layers,
+        "compress": arm.compress.model_dump(mode="json"),
+        "kv_on": arm.loss.kv_on,
+        "student": student.model_dump(mode="json"),
+        "seed": seed if needs_student or (similarity and align.match_in != "teacher") else None,
+        "prototype": [arm.fuse.prototype, arm.fuse.num_prototypes] if similarity else None,
+        **({"moments": True} if arm.control == "noise" else {}),
+    }
 
 
 def _as_it_is(kv: KV) -> KV:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from kvdistill.align import layer_map, parse_layer_range
 from kvdistill.align.layers import read_layer_similarity
+from kvdistill.arms.batches import data_order
 from kvdistill.arms.pairing import Pairing, shape_of
 from kvdistill.arms.setting import Setting
 from kvdistill.arms.texts import (
@@ -49,7 +51,16 @@ from kvdistill.core.targets import ChannelMeans, TeacherTargets
 from kvdistill.data.encode import Example
 from kvdistill.data.tables import check_file, read_table
 from kvdistill.losses import answer_attention
-from kvdistill.models import ModelShape, load_model, model_config, rotary_only, rotate_keys, teacher_forward
+from kvdistill.models import (
+    ModelShape,
+    batch_geometry,
+    forward_flops,
+    load_model,
+    model_config,
+    rotary_only,
+    rotate_keys,
+    teacher_forward,
+)
 from kvdistill.models.generate import right_padded
 from kvdistill.store.packed import TargetReader
 from kvdistill.store.shards import find_store
@@ -69,6 +80,7 @@ class Teacher:
         self.place = teacher_place(experiment.recipe, name)  # in errors
         self.is_untrained = untrained
         self.stored_as = name + UNTRAINED if untrained else name
+        self._training_flops: tuple[int, int] | None = None
 
     # -- what it reads ------------------------------------------------------------------------------------
 
@@ -105,6 +117,33 @@ class Teacher:
             return self.experiment.split(split)
         path = own_table_path(self._run, self.name, split)
         return read_table(path, self.texts["files"][path.name])
+
+    def studied(self) -> list[Example]:
+        """What a scratch teacher is trained on: the students' training problems of its tasks, and the `teach` problems
+        beside them.
+
+        `data.disjoint_teachers`: only the latter, so that no student sees a text that its teacher was trained on.
+        """
+        splits = ("teach",) if self.experiment.recipe.data.disjoint_teachers else ("train", "teach")
+        lessons = (example for split in splits for example in self.lessons(split))
+        return [example for example in lessons if example.task in self.recipe.train_on]
+
+    def training_order(self, num_examples: int) -> list[int]:
+        """Example numbers for the whole training of a scratch teacher, of all ranks."""
+        optimiser = self.recipe.optimiser
+        num_needed = optimiser.steps * optimiser.batch_size * optimiser.accumulation
+        num_needed *= int(os.environ.get("WORLD_SIZE", 1))
+        return data_order(num_examples, num_needed, derive_seed(self.recipe.seed, "data", self.name))
+
+    @property
+    def training_flops(self) -> tuple[int, int]:
+        """Forward and backward of training a scratch teacher. Nothing is trained: it is counted."""
+        if self._training_flops is None:
+            lengths = [len(example.input_ids) for example in self.studied()]
+            tokens, squares = batch_geometry(lengths[i] for i in self.training_order(len(lengths)))
+            forward = forward_flops(self.shape, tokens, squares)
+            self._training_flops = forward, 2 * forward
+        return self._training_flops
 
     def text(self, split: str) -> TeacherText | None:
         """Its own texts for `Setting.examples(split)`, or None where it reads what the student reads."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from kvdistill.core.errors import ModelError
 from kvdistill.core.hub import hub_reachable
@@ -137,13 +137,24 @@ def _check_folder(folder: Path, place: str) -> None:
 
 def _cannot_load(recipe: ModelRecipe, place: str, error: Exception) -> ModelError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if recipe.gguf_file is not None and isinstance(error, ImportError):
+    suggested = Path(recipe.path or "").expanduser() / "generation_config.json"
+    if suggested.is_file() and not _is_readable(suggested):
+        fix = f"mend {suggested}, or delete it: answers here are greedy whatever it says"
+    elif recipe.gguf_file is not None and isinstance(error, ImportError):
         fix = "pip install gguf"
     elif "trust_remote_code" in str(error):
         fix = "use a model transformers knows; or read the code that comes with this one, then set trust_remote_code"
     else:
         fix = "give a folder with config.json and *.safetensors, or a hub id this machine can reach"
     return ModelError(f"cannot load {recipe.path}: {reason}", place=f"{place}.path", fix=fix)
+
+
+def _is_readable(generation_config: Path) -> bool:
+    try:
+        GenerationConfig.from_pretrained(str(generation_config.parent))
+    except Exception:  # whatever transformers says to these values
+        return False
+    return True
 
 
 # -- loading --------------------------------------------------------------------------------------
@@ -179,7 +190,9 @@ def load_model(
             raise ModelError(
                 f"cannot run attention {recipe.attention} here: {str(error).strip().splitlines()[0]}",
                 place=f"{place}.attention",
-                fix="attention: sdpa (or eager); flash_attention_2 needs its package, a GPU and a half-precision dtype",
+                fix="set attention: eager"
+                if recipe.attention == "sdpa"
+                else "attention: sdpa or eager; flash_attention_2 needs its package, a GPU and a half-precision dtype",
             ) from error
         if recipe.path is None:
             raise

@@ -21,6 +21,7 @@ from kvdistill.align.time import segment_report
 from kvdistill.arms.arm import FIT_KIND, Arm
 from kvdistill.arms.batches import Batch
 from kvdistill.arms.controls import Moments
+from kvdistill.arms.costs import fit_flops
 from kvdistill.arms.student import CausalStudent
 from kvdistill.core.kv import KV
 from kvdistill.core.layout import fit_root
@@ -99,6 +100,7 @@ def _write(texts: _Calibration, aligner: MapProjectionAligner, writer: StoreWrit
     if texts.arm.recipe.control == "noise":  # in the frame in which they are captured
         tensors |= Moments.of(kv for batch, _, _ in texts.batches() if (kv := batch.targets[texts.name].kv)).tensors()
     writer.add(tensors or {"nothing": torch.zeros(1)})
+    extra = {**extra, "flops": fit_flops(texts.arm, texts.name)}
     writer.finish({**extra, "dead_channels": aligner.num_dead()} if aligner.recipe.standardise else extra)
 
 

@@ -40,7 +40,7 @@ class Job:
     id: `VERB`, `VERB:TEACHER` or `VERB:ARM:SEED`.
     arguments: `run`, the folder, and what the job is about: `teacher`, or `arm` and `seed`.
     after: ids of the jobs that must be done before.
-    cost: for order and the time to go; about one training step of a student without teachers.
+    cost: for order and the time to go; about one training step of a student without teachers, of the recipe's size.
     mark: a file below the run folder that says it is done; None where the stage looks for itself.
     """
 
@@ -109,7 +109,7 @@ STAGES: dict[str, Stage] = {
     "fit": Stage(
         "kvdistill.stages.fit:fit",
         ("check", "map-layers", "capture"),
-        lambda recipe, arm, seed: 1 + recipe.align.calibration_examples / recipe.train.batch_size / 3,
+        lambda recipe, arm, seed: 1 + arm.align.calibration_examples / recipe.train.batch_size / 3,
         about=ARM,
         takes="arm",
         alone=True,  # arms and seeds that align alike share a fit
@@ -118,7 +118,9 @@ STAGES: dict[str, Stage] = {
         "kvdistill.stages.train:train_student",
         ("check", "write", "fit"),
         lambda recipe, arm, seed: (
-            recipe.train.steps * (1 + 0.25 * len(arm.teachers) if arm.needs_kv or arm.needs_logits else 1.0)
+            arm.train.steps
+            * (arm.train.batch_size * arm.train.accumulation / (recipe.train.batch_size * recipe.train.accumulation))
+            * (1 + 0.25 * len(arm.teachers) if arm.needs_kv or arm.needs_logits else 1.0)
         ),
         about=ARM,
         takes="arm",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvdistill.core.config import arm_recipe, recipe_hash
+from kvdistill.core.declared import family_of
 from kvdistill.core.errors import RecipeError, RunFolderError
 from kvdistill.core.files import read_json, sha256_of, write_json
 from kvdistill.core.layout import (
@@ -109,15 +110,16 @@ def difference(theirs: Any, recipe: Recipe, run: Path, *, planned: bool = False)
     differing = first_difference({s: old_base[s] for s in sections}, {s: new_base[s] for s in sections})
     if differing is not None:
         return differing
-    shared = [arm for arm in recipe.arms if arm in theirs.get("arms", {})]
-    shared = [arm for arm in shared if planned or list((run / "arms" / arm).glob("seed-*"))]
-    if not shared:
+    there = [arm for arm in recipe.every_arm if planned or list((run / "arms" / arm).glob("seed-*"))]
+    if not there:
         return None
     try:
         old = Recipe.model_validate(theirs)
     except ValueError:
         return "its form (it was written by another version of kvdistill)"
-    for arm in shared:
+    for arm in there:
+        if arm not in old.every_arm:
+            continue
         try:
             then = arm_recipe(old, arm).model_dump(mode="json")
         except RecipeError:
@@ -155,10 +157,10 @@ def is_finished(recipe: Recipe, run: Path) -> bool:
     except RunFolderError:
         return False
     asked = recipe.report.model_dump(mode="json") | {"seeds": recipe.seeds}
-    asked["family"] = [list(pair) for pair in recipe.report.comparisons]
+    asked["family"] = [list(pair) for pair in family_of(recipe).pairs]
     if any(shown.get(key) != asked[key] for key in ("family", "seeds", "primary", "alpha", "margin")):
         return False
-    return all(is_evaluated(recipe, run, arm, seed) for arm in recipe.arms for seed in recipe.seeds)
+    return all(is_evaluated(recipe, run, arm, seed) for arm in recipe.every_arm for seed in recipe.seeds)
 
 
 def result_of(run: Path) -> dict[str, Any]:

@@ -35,9 +35,9 @@ def plan(
     runs: arms with seeds; unset: those that are not evaluated.
     """
     if runs is None:
-        runs = [(a, s) for s in recipe.seeds for a in recipe.arms]
+        runs = [(a, s) for s in recipe.seeds for a in recipe.every_arm]
         runs = [pair for pair in runs if not is_evaluated(recipe, run, *pair)]
-    arms = {name: arm_recipe(recipe, name) for name in recipe.arms}
+    arms = {name: arm_recipe(recipe, name) for name in recipe.every_arm}
     used = {name for arm, _ in runs for name in arms[arm].reads}
     writers = {name for arm, _ in runs for name in arms[arm].writers}
     maps = any(a.needs_kv and a.align.layers == "cka" and a.align.layer_map is None for a in arms.values())

@@ -117,7 +117,7 @@ def run_arms(
         arm_recipe(recipe, arm)  # names the nearest arm where there is no such
     if seed is not None and seed not in recipe.seeds:
         raise RecipeError(f"seed {seed} is not in the recipe", place="--seed", fix=f"one of {recipe.seeds}")
-    chosen = [(a, s) for s in recipe.seeds for a in recipe.arms if arm in (None, a) and seed in (None, s)]
+    chosen = [(a, s) for s in recipe.seeds for a in recipe.every_arm if arm in (None, a) and seed in (None, s)]
     here = here or (arm is not None and seed is not None)
     refuse_early(recipe)
     with claimed(recipe, run, begins=before):

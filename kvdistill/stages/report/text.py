@@ -7,6 +7,8 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
+from kvdistill.core.family import BEST_SINGLE
+
 DASH = "–"
 _INVISIBLE = {0x00AD, 0x034F, 0x061C, 0x115F, 0x1160, 0x180E, 0x2028, 0x2029, 0x3164, 0xFEFF, 0xFFA0}
 
@@ -172,11 +174,19 @@ def _lead(summary: dict[str, Any], comparisons: list[dict[str, Any]], figure: st
         scores = "; ".join(f"{first[side]}: {score}" for side, score in shown.items())
         reasons = "; ".join(first["refused"])
         return (
-            f"No verdict on {first['arm']} against {first['baseline']}. {scores}. The comparison is refused: {reasons}."
+            f"No verdict on {side_name(first, 0)} against {side_name(first, 1)}. {scores}. "
+            f"The comparison is refused: {reasons}."
         )
     right = " of the held-out questions right" if figure == "accuracy" else " per answer token (NLL)"
-    return (f"{first['arm']}: {shown['arm']}{right}, {difference(first, figure)} over {first['baseline']}; "
+    return (f"{first['arm']}: {shown['arm']}{right}, {difference(first, figure)} over {side_name(first, 1)}; "
             f"{outcome(first, len(comparisons))}.")  # fmt: skip
+
+
+def side_name(comparison: dict[str, Any], side: int) -> str:
+    """The arm (0) or baseline (1) by name; of `best-single` also that it was chosen, if one was."""
+    name = comparison["baseline" if side else "arm"]
+    chosen = comparison["declared"][side] == BEST_SINGLE != name
+    return f"{name} (best single teacher on validation)" if chosen else name
 
 
 def outcome(comparison: dict[str, Any], family_size: int) -> str:

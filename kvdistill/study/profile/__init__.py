@@ -70,7 +70,7 @@ def profile_alignment(
         step("numbers")
         begun = time.perf_counter()
         figures["numbers"] = number_figures(arm, BATCHES)
-        step_s = (time.perf_counter() - begun) * PASSES_PER_STEP * arm.experiment.recipe.train.batch_size
+        step_s = (time.perf_counter() - begun) * PASSES_PER_STEP * arm.recipe.train.batch_size
         num_steps = num_timed(step_s / work["numbers"], STEPS)
         work |= _work(arm, num_steps)
         step("match")
@@ -88,7 +88,7 @@ def profile_alignment(
 
 def _work(arm: Arm, num_steps: int) -> dict[str, float]:
     """What each part takes, in passes of one text through the student (a backward pass is two): for the time to go."""
-    size, teachers = arm.experiment.recipe.train.batch_size, len(arm.recipe.teachers)
+    size, teachers = arm.recipe.train.batch_size, len(arm.recipe.teachers)
     fit_texts, held_out = num_texts(arm)
     return {
         "shapes": BATCHES * size,

@@ -44,7 +44,7 @@ def shape_figures(arm: Arm, num_batches: int) -> dict[str, Any]:
 
 def first_batches(arm: Arm, num_batches: int) -> list[list[int]]:
     """The examples of the first batches of training (round again where there are fewer)."""
-    size, order = arm.experiment.recipe.train.batch_size, arm.training_order(num_batches)
+    size, order = arm.recipe.train.batch_size, arm.training_order(num_batches)
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
