@@ -140,7 +140,8 @@ def fit_flops(arm: Arm, name: str) -> int:
     similarity, total = recipe.fuse.fusion_strategy == "similarity", 0
     if arm.runs_online:  # the teacher runs again each time the texts are gone through
         theirs = arm.teachers[name].examples("train")
-        times = int(recipe.align.standardise) + int(aligner.needs_fit) + int(similarity)
+        moments = recipe.control == "noise"
+        times = int(recipe.align.standardise) + int(aligner.needs_fit) + int(similarity) + int(moments)
         total += times * pass_flops(arm.teachers[name], [theirs[i] for i in numbers], stops=True)
     if aligner.needs_fit:
         total += capture_flops(arm.experiment.student_shape, tokens, squares, max(aligner.student_layers))

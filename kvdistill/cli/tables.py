@@ -53,6 +53,7 @@ def as_text(result: Mapping[str, Any]) -> str:
             if row.get("verdict"):
                 line = f"{printable(row['arm'])} against {printable(row['baseline'])}: {printable(row['verdict'])}"
                 line += " (after the results)" if row.get("after_results") else ""
+                line += f"; {printable(row['caution'])}" if row.get("caution") else ""
                 reasons = "; ".join(printable(reason) for reason in row.get("refused") or ())
                 lines += _said(f"{line} ({reasons})" if reasons else line)
         if summary.get("comparisons") and not (summary.get("declared") or {}).get("time"):

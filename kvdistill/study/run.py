@@ -68,6 +68,14 @@ def map_layers(recipe: Recipe, progress: Progress) -> dict[str, Any]:
     return run_study(recipe, progress, verb="map-layers")
 
 
+def write_solutions(recipe: Recipe, progress: Progress) -> dict[str, Any]:
+    """`kvdistill write`: what teachers write for arms with `texts: written`, and what of it is kept."""
+    if not any(arm_recipe(recipe, name).writers for name in recipe.arms):
+        what, fix = "no arm reads what teachers write", "set texts: written (and teachers: []) for one"
+        raise RecipeError(what, place="arms", fix=fix)
+    return run_study(recipe, progress, verb="write")
+
+
 def validate_data(recipe: Recipe, progress: Progress, *, fix: bool) -> dict[str, Any]:
     """`kvdistill validate`: the leak report of the recipe's data, and the table of what is prepared."""
     from kvdistill.stages.prepare import REPORT, validate

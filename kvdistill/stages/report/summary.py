@@ -19,6 +19,7 @@ from kvdistill.core.recipe import Recipe
 from kvdistill.stages.report.best_single import Choice, choose_best_single
 from kvdistill.stages.report.collect import RunTables
 from kvdistill.stages.report.compare import Comparison, compare_family, describe_comparison
+from kvdistill.stages.report.controls import describe_controls
 from kvdistill.stages.report.text import CONTROLS
 from kvdistill.stats import NAN
 
@@ -127,7 +128,11 @@ def describe_arm(recipe: Recipe, arm: str) -> str:
     kv = bool(names) and setting("loss", "kv_weight") > 0
     logits = bool(names) and setting("loss", "logit_weight") > 0
     if not kv and not logits:
-        return "plain fine-tuning on the same texts, no teacher"
+        return (
+            CONTROLS[spec["texts"]][0]
+            if spec.get("texts") in CONTROLS
+            else ("plain fine-tuning on the same texts, no teacher")
+        )
     what = " and ".join(["KV"] * kv + ["logits"] * logits)
     words = f"{what} of {'one teacher' if len(names) == 1 else f'{len(names)} teachers'} ({', '.join(map(str, names))})"
     if len(names) > 1:
@@ -219,7 +224,7 @@ def summarise(recipe: Recipe, tables: RunTables, family: dict[str, list[Comparis
     for one in (*comparisons["primary"], *comparisons["secondary"]):
         one["after_results"] = one["declared"] in declared["late"]
         one["by_rule"] = tuple(one["declared"]) in rule.by_rule
-    return {
+    summary = {
         "schema": 1, "declared": declared, "name": recipe.name,
         "title": recipe.title or recipe.name, "primary": recipe.report.primary,
         "seeds": tables.seeds, "tasks": tables.tasks, "arms": arms,
@@ -240,6 +245,10 @@ def summarise(recipe: Recipe, tables: RunTables, family: dict[str, list[Comparis
         "not_asked": not_asked(tables),
         "notes": [*tables.notes, *selection_notes(tables)],
     }  # fmt: skip
+    texts = {
+        arm: one.ledger["texts"] for arm, runs in tables.runs.items() for one in runs.values() if "texts" in one.ledger
+    }
+    return summary | {"controls": describe_controls(recipe, summary, reference_arm(recipe), texts)}
 
 
 def variance(recipe: Recipe) -> str:
