@@ -219,11 +219,14 @@ class Arm:
     def training_order(self, num_batches: int | None = None) -> list[int]:
         """Example numbers for the whole training (of all ranks), or for its first batches: of any two arms the shorter
         one begins the longer one."""
-        train = self.recipe.train
         if num_batches is None:
-            num_batches = train.steps * train.accumulation * int(os.environ.get("WORLD_SIZE", 1))
+            num_batches = self.num_batches(self.recipe.train.steps)
         num_examples = len(self.experiment.split("train"))
-        return data_order(num_examples, num_batches * train.batch_size, derive_seed(self.seed, "data"))
+        return data_order(num_examples, num_batches * self.recipe.train.batch_size, derive_seed(self.seed, "data"))
+
+    def num_batches(self, steps: int) -> int:
+        """Micro-batches of so many steps, of all ranks."""
+        return steps * self.recipe.train.accumulation * int(os.environ.get("WORLD_SIZE", 1))
 
     def calibration_numbers(self, most: int | None = None) -> list[list[int]]:
         """The training examples that aligners are fitted on, or the first `most` of them, in batches."""

@@ -18,5 +18,10 @@ class Experiment(Setting):
         return {teacher.name: Teacher(self, teacher.name) for teacher in self.recipe.teachers}
 
     def arm(self, name: str, seed: int) -> Arm:
-        """One arm with one seed. Raises RecipeError with the nearest name."""
-        return Arm(self, self.teachers, arm_recipe(self.recipe, name), seed, name)
+        """One arm with one seed, with the steps it is trained for as far as they are known. RecipeError with the
+        nearest name."""
+        recipe = arm_recipe(self.recipe, name)
+        steps = self.matched_steps(name) if recipe.match is not None else None
+        if steps is not None:
+            recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": steps})})
+        return Arm(self, self.teachers, recipe, seed, name)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kvdistill.core.budgets import read_budgets
 from kvdistill.core.config import arm_recipe, asked_hash
 from kvdistill.core.layout import arm_folder, evaluated_mark
 from kvdistill.core.marks import read_mark
@@ -37,6 +38,10 @@ def plan(
         runs = [(a, s) for s in recipe.seeds for a in recipe.every_arm]
         runs = [pair for pair in runs if not is_evaluated(recipe, run, *pair)]
     arms = {name: arm_recipe(recipe, name) for name in recipe.every_arm}
+    for name, planned in read_budgets(run).items():  # steps of arms that are matched, once they are known
+        if name in arms and arms[name].match is not None:
+            train = arms[name].train.model_copy(update={"steps": planned["steps"]})
+            arms[name] = arms[name].model_copy(update={"train": train})
     used = {teacher for arm, _ in runs for teacher in arms[arm].teachers}
     maps = any(a.needs_kv and a.align.layers == "cka" and a.align.layer_map is None for a in arms.values())
     about: dict[str, list[dict[str, Any]]] = {

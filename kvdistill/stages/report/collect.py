@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from kvdistill.core.budgets import differences, read_budgets
 from kvdistill.core.config import asked_hash
 from kvdistill.core.costs import count_sharers, student_flops, total_flops
 from kvdistill.core.errors import RunFolderError
@@ -80,6 +81,7 @@ def collect_tables(recipe: Recipe, run: Path) -> RunTables:
             else:
                 tables.missing.append((arm, seed))
     price(recipe, tables)
+    tables.notes += budget_notes(tables)
     if not any(tables.runs.values()):
         raise RunFolderError("no run has been evaluated", place=str(run / "arms"), fix="train and evaluate first")
     for teacher in recipe.teachers:
@@ -125,6 +127,16 @@ def price(recipe: Recipe, tables: RunTables) -> None:
                 costs["amortised_flops"] = total_flops(flops, shared[arm, seed], sharers)
             known_costs = {name: float(cost) for name, cost in costs.items() if cost is not None}
             runs[seed] = replace(run, costs=known_costs)
+
+
+def budget_notes(tables: RunTables) -> list[str]:
+    """Where runs spent something else than was planned before training."""
+    planned, notes = read_budgets(tables.path), []
+    for arm, runs in tables.runs.items():
+        for seed, run in runs.items():
+            if found := differences(planned.get(arm, {}), run.costs):
+                notes.append(f"{arm} seed {seed}: {'; '.join(found)}.")
+    return notes
 
 
 _COUNTS = {"steps": "optimiser_steps", "data": "problems_seen", "tokens": "tokens_nonpadding"}

@@ -43,9 +43,17 @@ def compare_all(recipe: Recipe, tables: RunTables) -> dict[str, list[Comparison]
     pairs = rules.pairs
     return {
         "primary": compare_family(
-            tables.runs, pairs, tables.seeds, figure=rules.primary, alpha=rules.alpha, margin=rules.margin
+            tables.runs,
+            pairs,
+            tables.seeds,
+            figure=rules.primary,
+            alpha=rules.alpha,
+            margin=rules.margin,
+            parity=rules.parity,
         ),
-        "secondary": compare_family(tables.runs, pairs, tables.seeds, figure=other, alpha=rules.alpha),
+        "secondary": compare_family(
+            tables.runs, pairs, tables.seeds, figure=other, alpha=rules.alpha, parity=rules.parity
+        ),
     }
 
 

@@ -20,8 +20,9 @@ from kvdistill.arms.distiller import Distiller
 from kvdistill.arms.student import CausalStudent
 from kvdistill.arms.teacher import Teacher
 from kvdistill.arms.texts import spread
+from kvdistill.core.budgets import budget_path
 from kvdistill.core.declared import declare
-from kvdistill.core.errors import DataError
+from kvdistill.core.errors import DataError, RunFolderError
 from kvdistill.core.files import read_json, write_json, write_tensors
 from kvdistill.core.layout import CHECKPOINTS, data_folder, folder_lock, teacher_folder, trained_mark
 from kvdistill.core.marks import read_mark, write_mark
@@ -45,6 +46,12 @@ def train_student(arm: Arm, progress: Progress = silent) -> None:
     with folder_lock(folder, wait=True) if os.environ.get("RANK", "0") == "0" else nullcontext():
         if read_mark(trained_mark(folder)) is not None:
             return
+        if recipe.match is not None and arm.experiment.matched_steps(arm.name) is None:
+            raise RunFolderError(
+                f"the steps of arm {arm.name!r}, which is matched to {recipe.match.arm!r}, are not computed yet",
+                place=str(budget_path(arm.experiment.run)),
+                fix="run `kvdistill train RECIPE`, which computes them first",
+            )
         declare(arm.experiment.recipe, arm.experiment.run)
         seed_everything(derive_seed(arm.seed, "training"))
         init_fingerprint = fingerprint_model(arm.initial_model)
