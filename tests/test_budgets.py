@@ -192,7 +192,13 @@ def test_budgets_that_make_no_sense_are_named_before_anything_runs(tmp_path, mon
         ({"train": {"steps": 6}}, ["arms.ce-total.match", "apart in total FLOPs", "whole numbers"]),
         ({"report": {"comparisons": [["fixed", "ce-total"]]}}, ["fixed against ce-total", "apart in steps"]),
         (
-            {"arms": {**ARMS, "poor": {"match": {"arm": "ce", "parity": "total_flops", "amortised": False}}}},
+            {
+                "arms": {
+                    **ARMS,
+                    "brief": {"teachers": [], "train": {"steps": 1}},
+                    "poor": {"match": {"arm": "brief", "parity": "total_flops", "amortised": False}},
+                }
+            },
             ["arms.poor.match", "one step already takes", "before training"],
         ),
         (

@@ -55,6 +55,8 @@ def as_text(result: Mapping[str, Any]) -> str:
                 line += " (after the results)" if row.get("after_results") else ""
                 reasons = "; ".join(printable(reason) for reason in row.get("refused") or ())
                 lines += _said(f"{line} ({reasons})" if reasons else line)
+        for sentence in (summary.get("curves") or {}).get("sentences") or []:
+            lines += _said(printable(sentence))
     shown = {
         "data": _data_table,
         "leaks": _leak_lines,

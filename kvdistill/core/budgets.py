@@ -6,13 +6,14 @@ what was spent is from what was planned.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kvdistill.core.costs import TOLERANCE, apart
 from kvdistill.core.marks import read_mark
-from kvdistill.core.recipe import ParityRecipe
+from kvdistill.core.recipe import ArmRecipe, ParityRecipe, Recipe
 
 FILE = "training_budget_config.json"
 WORDS = {
@@ -36,6 +37,22 @@ def read_budgets(run: Path) -> dict[str, Any]:
 def figure_of(parity: ParityRecipe) -> str:
     """The name of what is to be equal, in plans and in costs of runs."""
     return "amortised_flops" if parity.parity == "total_flops" and parity.amortised else parity.parity
+
+
+def continued(recipe: Recipe, arms: Mapping[str, ArmRecipe]) -> dict[str, str]:
+    """Arm -> the one that it goes on from, where `report.curves` trains the same at a smaller budget.
+
+    Only where the end of the shorter training is a point on the way of the longer one: with a constant learning rate
+    (after its warm-up), and nothing else that is a share of the steps. Others are trained apart.
+    """
+    found: dict[str, str] = {}
+    for base in recipe.report.curves.arms if recipe.report.curves else ():
+        assert recipe.report.curves is not None
+        arm = arms[base]
+        shares = arm.needs_kv and 0 < arm.loss.kv_warmup < 1
+        names = list(recipe.report.curves.of(base).values()) if arm.train.schedule == "constant" and not shares else []
+        found |= {longer: shorter for shorter, longer in itertools.pairwise(names)}
+    return found
 
 
 def differences(planned: Mapping[str, Any], spent: Mapping[str, float]) -> list[str]:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kvdistill.core.budgets import read_budgets
+from kvdistill.core.budgets import continued, read_budgets
 from kvdistill.core.config import arm_recipe, asked_hash
 from kvdistill.core.layout import arm_folder, evaluated_mark
 from kvdistill.core.marks import read_mark
@@ -44,6 +44,7 @@ def plan(
             arms[name] = arms[name].model_copy(update={"train": train})
     used = {teacher for arm, _ in runs for teacher in arms[arm].teachers}
     maps = any(a.needs_kv and a.align.layers == "cka" and a.align.layer_map is None for a in arms.values())
+    goes_on_from = continued(recipe, arms)
     about: dict[str, list[dict[str, Any]]] = {
         "teach": [{"teacher": t.name} for t in recipe.teachers if t.scratch is not None],
         "map-layers": [{}] if maps or "map-layers" in goals else [],
@@ -64,9 +65,14 @@ def plan(
                 and all(mine.get(key, value) == value for key, value in job.arguments.items() if key in ("arm", "seed"))
                 and (not {"arm", "teacher"} & mine.keys() or job.arguments.get("teacher") in (None, *reads))
             ]
+            shorter = goes_on_from.get(str(mine.get("arm")))
+            if verb == "train" and shorter is not None:
+                after += [f"train:{shorter}:{mine['seed']}"] if f"train:{shorter}:{mine['seed']}" in jobs else []
             identity = ":".join([verb, *map(str, mine.values())])
             mark = None if stage.mark is None else stage.mark(run, **mine).relative_to(run).as_posix()
             cost = stage.cost(recipe, **mine | ({"arm": arms[mine["arm"]]} if "arm" in mine else {}))
+            if verb == "train" and shorter is not None and f"train:{shorter}:{mine['seed']}" in after:
+                cost = max(0.0, cost - stage.cost(recipe, **mine | {"arm": arms[shorter]}))
             jobs[identity] = Job(identity, verb, {"run": str(run), **mine}, tuple(after), cost, mark)
     return _left_to_do(list(jobs.values()), recipe, goals)
 

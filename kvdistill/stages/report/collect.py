@@ -29,7 +29,10 @@ Row = dict[str, Any]
 
 @dataclass
 class RunTables:
-    """One study: per arm (recipe order) and seed, what evaluation and training left behind."""
+    """One study: per arm (recipe order) and seed, what evaluation and training left behind.
+
+    arms: those that stand side by side. runs, logs, matches: also of arms that are only points of a curve of cost.
+    """
 
     path: Path
     arms: list[str]
@@ -57,8 +60,10 @@ class RunTables:
 def collect_tables(recipe: Recipe, run: Path) -> RunTables:
     """All tables of a run folder. Raises RunFolderError if no run has records, or a file is damaged."""
     now = asked_hash(recipe)
-    tables, unmarked = RunTables(run, list(recipe.arms), list(recipe.seeds)), 0
-    for arm in tables.arms:
+    compared = {arm for pair in recipe.report.pairs for arm in pair}
+    shown = [arm for arm in recipe.every_arm if arm in recipe.arms or arm in compared]
+    tables, unmarked = RunTables(run, shown, list(recipe.seeds)), 0
+    for arm in recipe.every_arm:
         tables.runs[arm], tables.logs[arm], tables.matches[arm] = {}, {}, {}
         for seed in tables.seeds:
             folder = tables.seed_folder(arm, seed)
@@ -101,7 +106,7 @@ def collect_tables(recipe: Recipe, run: Path) -> RunTables:
         tables.notes.append(
             "Not evaluated yet: " + ", ".join(f"{arm} seed {seed}" for arm, seed in tables.missing) + "."
         )
-    strays = sorted(p.name for p in (run / "arms").iterdir() if p.is_dir() and p.name not in tables.arms)
+    strays = sorted(p.name for p in (run / "arms").iterdir() if p.is_dir() and p.name not in tables.runs)
     if strays:
         tables.notes.append("In the folder but not in the recipe, and left out: " + ", ".join(strays) + ".")
     return tables

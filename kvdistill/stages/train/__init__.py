@@ -31,6 +31,7 @@ from kvdistill.core.runtime import Stopwatch, derive_seed, seed_everything
 from kvdistill.match import TeacherMatch
 from kvdistill.models import fingerprint_model, load_model
 from kvdistill.stages.train.curves import LearningCurve, accuracy_by_task, answers_to
+from kvdistill.stages.train.handover import hand_over, went_on_from
 from kvdistill.stages.train.ledger import training_ledger
 from kvdistill.stages.train.trainer import DistillTrainer, training_arguments
 
@@ -81,6 +82,8 @@ def train_student(arm: Arm, progress: Progress = silent) -> None:
             "order_fingerprint": order_fingerprint(order, batches.examples),
             "order_prefixes": order_prefixes(order, batches.examples),
         }
+        if before := went_on_from(arm):
+            ledger["went_on_from"] = before
         if arm.recipe.needs_kv:
             ledger["alignment"] = {name: dict(arm.fitted(name).extra) for name in arm.recipe.teachers}
         write_json(folder / "ledger.json", ledger)
@@ -92,6 +95,7 @@ def train_student(arm: Arm, progress: Progress = silent) -> None:
         if tensors:
             write_tensors(folder / "adapters.safetensors", tensors, {"teachers": ",".join(distiller.teachers)})
         distiller.student.save(folder / "model", arm.experiment.as_read(arm.experiment.tokenizer))
+        hand_over(arm)
         facts = {"arm": arm.name, "seed": arm.seed, "steps": recipe.train.steps}
         write_mark(trained_mark(folder), facts, MADE)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
