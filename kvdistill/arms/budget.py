@@ -15,7 +15,7 @@ from kvdistill.arms.costs import all_sharers, reads_similarity, run_flops, share
 from kvdistill.arms.experiment import Experiment
 from kvdistill.core.budgets import WORDS, budget_path, figure_of, read_budgets
 from kvdistill.core.costs import TOLERANCE, apart, student_flops, total_flops
-from kvdistill.core.errors import RecipeError
+from kvdistill.core.errors import KVDistillError, RecipeError
 from kvdistill.core.files import sha256_of, write_json
 from kvdistill.core.marks import sealed
 from kvdistill.core.recipe import MAX_EXAMPLES_SEEN, ParityRecipe
@@ -33,6 +33,7 @@ class TrainingBudgetController:
         self._arms: dict[tuple[str, int], Arm] = {}
         self._costs: dict[tuple[str, int, int], dict[str, Any]] = {}  # arm, seed, steps
         self._steps: dict[str, int] = {}
+        self._known: dict[str, bool] = {}
 
     def get_unified_training_steps(self) -> int:
         """Steps of every arm that says nothing of its own."""
@@ -56,6 +57,8 @@ class TrainingBudgetController:
         return {
             **{key: round(value) for key, value in found.items()},
             "parts": {key: value for key, value in each[0]["flops"].items() if value},
+            **({} if self.is_known(name) else {"estimated": True}),
+            **({} if arm.train.patience is None else {"at_most": True}),
             "match": arm.match and arm.match.model_dump(mode="json"),
             "identity": self._identity(name),
             "not_counted": [
@@ -64,6 +67,15 @@ class TrainingBudgetController:
                 if teacher.name in arm.teachers and teacher.scratch is None and (arm.needs_kv or arm.needs_logits)
             ],
         }
+
+    def is_known(self, name: str) -> bool:
+        """Whether the texts that an arm reads are there: what teachers are to write is not, the first time."""
+        if name not in self._known:
+            try:
+                self._known[name] = bool(self._arm(name, self.experiment.recipe.seeds[0]).lesson_lengths)
+            except KVDistillError:
+                self._known[name] = False
+        return self._known[name]
 
     def write(self) -> dict[str, Any]:
         """Compute all of it, refuse what cannot hold, and write the file. Returns what it holds."""
@@ -80,7 +92,9 @@ class TrainingBudgetController:
             if arm.match is not None and arm.times == 1:
                 place = f"arms.{name}.match"
                 self._refuse_apart(name, arm.match.arm, arm.match, place)
-        content["comparisons"] = [self._compared(*pair) for pair in recipe.report.pairs]
+        content["comparisons"] = [
+            self._compared(*pair) for pair in recipe.report.pairs if {*pair} <= self.experiment.arms.keys()
+        ]
         write_json(budget_path(self.experiment.run), sealed(content))
         return content
 
@@ -94,9 +108,12 @@ class TrainingBudgetController:
     def _cost(self, name: str, seed: int, steps: int) -> dict[str, Any]:
         key = name, seed, steps
         if key not in self._costs:
-            arm, lengths = self._arm(name, seed), self.experiment.train_lengths
-            order = arm.training_order(arm.num_batches(steps))
-            flops, shared = run_flops(arm, order), shared_keys(arm.recipe, seed, self.experiment.recipe)
+            arm = self._arm(name, seed)
+            known = self.is_known(name)
+            lengths = arm.lesson_lengths if known else self.experiment.train_lengths
+            order = arm.order_of(len(lengths), arm.num_batches(steps))
+            flops = run_flops(arm, order, None if known else lengths)
+            shared = shared_keys(arm.recipe, seed, self.experiment.recipe)
             self._costs[key] = {
                 "steps": steps,
                 "data": len(order),
@@ -169,6 +186,13 @@ class TrainingBudgetController:
             asked.append((f"report.comparisons: {' against '.join(pair)}", recipe.report.parity(*pair), pair))
         for place, parity, names in asked:
             arms = [self.experiment.arms[name] for name in names if name in self.experiment.arms]
+            unwritten = [name for name in names if name in self.experiment.arms and not self.is_known(name)]
+            if unwritten and parity.parity in ("student_flops", "total_flops"):
+                raise RecipeError(
+                    f"what {unwritten[0]!r} costs is not known before the teachers have written its texts",
+                    place=place,
+                    fix="run `kvdistill write RECIPE` first, or declare parity: data or steps",
+                )
             unknown = [arm for arm in arms if reads_similarity(arm) and not (arm.needs_nll or arm.needs_logits)]
             if parity.parity == "total_flops" and unknown and recipe.capture.source == "online":
                 raise RecipeError(
@@ -186,7 +210,13 @@ class TrainingBudgetController:
 
     def _refuse_apart(self, arm: str, other: str, parity: ParityRecipe, place: str) -> float:
         """By what share they are apart in what is to be equal, in the worst seed. RecipeError above the tolerance."""
-        figures = ["steps", "tokens"] if parity.parity == "steps" else [figure_of(parity)]
+        arms = [self.experiment.arms[name] for name in (arm, other)]
+        figures = [figure_of(parity)]
+        if parity.parity == "steps":
+            same_texts = arms[0].texts == arms[1].texts and arms[0].texts_from == arms[1].texts_from
+            figures += ["tokens"] if same_texts else []
+            if arms[0].train.patience is not None and arms[1].train.patience is not None:
+                figures = []  # each as many as its validation needs
         seeds, worst = self.experiment.recipe.seeds, 0.0
         for seed, a, b in zip(seeds, self._costs_of(arm), self._costs_of(other), strict=True):
             for figure in figures:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvdistill.arms.arm import Arm, fit_options
+from kvdistill.arms.lessons import writing_facts
 from kvdistill.arms.setting import Setting
 from kvdistill.arms.teacher import Teacher
 from kvdistill.core.costs import Sharers, count_sharers
@@ -19,9 +20,14 @@ from kvdistill.core.recipe import ArmRecipe, Recipe
 from kvdistill.models import batch_geometry, capture_flops, forward_flops
 
 
-def run_flops(arm: Arm, order: Sequence[int]) -> dict[str, Any]:
-    """The `flops` of a ledger. order: example numbers, as they are trained on."""
-    lengths = arm.experiment.train_lengths
+def run_flops(arm: Arm, order: Sequence[int], lengths: Sequence[int] | None = None) -> dict[str, Any]:
+    """The `flops` of a ledger. order: numbers of lessons, as they are trained on.
+
+    lengths: tokens of lessons, for a plan made before teachers have written those that an arm reads; what writing will
+    cost is left out then. Unset: the arm's own.
+    """
+    planned = lengths is not None
+    lengths = arm.lesson_lengths if lengths is None else lengths
     tokens, squares = batch_geometry(lengths[i] for i in order)
     forward, backward = arm.experiment.student_outline.flops(tokens, squares)
     used = arm.teachers if arm.uses_teachers else {}
@@ -33,9 +39,12 @@ def run_flops(arm: Arm, order: Sequence[int]) -> dict[str, Any]:
         "fit": {name: fit_flops(arm, name) for name in used if arm.recipe.needs_kv},
         "layer_maps": {name: layer_map_flops(arm, name) for name in used if reads_similarity(arm.recipe)},
         "teacher_training": {
-            name: sum(teacher.training_flops) for name, teacher in used.items() if teacher.recipe.scratch is not None
+            name: sum(teacher.training_flops)
+            for name, teacher in (used | arm.writers).items()
+            if teacher.recipe.scratch is not None and not teacher.is_untrained
         },
-        "generation": {},
+        # what they wrote, whether it was kept or not
+        "generation": {} if planned else {name: writing_facts(arm.experiment, name)["flops"] for name in arm.writers},
         "tuning": 0,
     }
 
@@ -43,13 +52,13 @@ def run_flops(arm: Arm, order: Sequence[int]) -> dict[str, Any]:
 def shared_keys(arm: ArmRecipe, seed: int, recipe: Recipe) -> dict[str, dict[str, str]]:
     """What runs that share a part of the cost have alike: part -> teacher -> key (`core.costs.Keys`)."""
     names = arm.teachers if arm.needs_kv or arm.needs_logits else []
-    by_name = {name: name for name in names}
-    found = {"teacher_training": by_name, "generation": by_name}
+    by_name, writers = {name: name for name in names}, {name: name for name in arm.writers}
+    found = {"teacher_training": by_name | writers, "generation": writers}
     if recipe.capture.source == "store":
-        found["teachers"] = by_name
+        found["teachers"] = dict(zip(names, arm.reads, strict=False))  # with random weights under another name
     if arm.needs_kv:
         together = names if arm.align.match_in == "shared" else []
-        options = [together, fit_options(arm, recipe.student, seed)]
+        options = [together, arm.control == "untrained", fit_options(arm, recipe.student, seed)]
         found["fit"] = {name: sha256_of([name, options])[:16] for name in names}
     if reads_similarity(arm):
         found["layer_maps"] = by_name
@@ -66,7 +75,7 @@ def teacher_flops(arm: Arm, teacher: Teacher, order: Sequence[int]) -> int:
     """One pass over the stored texts, or the passes of every step where it runs online."""
     sizes = teacher.train_sizes
     stops = arm.runs_online and not arm.recipe.needs_logits and not arm.recipe.needs_nll
-    return pass_flops(teacher, [sizes[i] for i in order] if arm.runs_online else sizes, stops=stops)
+    return pass_flops(teacher, [sizes[i] for i in order if i < len(sizes)] if arm.runs_online else sizes, stops=stops)
 
 
 def pass_flops(teacher: Teacher, sizes: Sequence[tuple[int, int]], *, stops: bool) -> int:

@@ -8,6 +8,7 @@ from kvdistill.arms.arm import Arm
 from kvdistill.arms.setting import Setting
 from kvdistill.arms.teacher import Teacher
 from kvdistill.core.config import arm_recipe
+from kvdistill.core.recipe import UNTRAINED
 
 
 class Experiment(Setting):
@@ -17,6 +18,16 @@ class Experiment(Setting):
     def teachers(self) -> dict[str, Teacher]:
         return {teacher.name: Teacher(self, teacher.name) for teacher in self.recipe.teachers}
 
+    @cached_property
+    def untrained(self) -> dict[str, Teacher]:
+        """The same with random weights, for arms with `control: untrained`."""
+        return {teacher.name: Teacher(self, teacher.name, untrained=True) for teacher in self.recipe.teachers}
+
+    def teacher(self, stored_as: str) -> Teacher:
+        """By the name that its targets are stored under."""
+        name = stored_as.removesuffix(UNTRAINED)
+        return (self.teachers if name == stored_as else self.untrained)[name]
+
     def arm(self, name: str, seed: int) -> Arm:
         """One arm with one seed, with the steps it is trained for as far as they are known. RecipeError with the
         nearest name."""
@@ -24,4 +35,5 @@ class Experiment(Setting):
         steps = self.matched_steps(name) if recipe.match is not None else None
         if steps is not None:
             recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": steps})})
-        return Arm(self, self.teachers, recipe, seed, name)
+        teachers = self.untrained if recipe.control == "untrained" else self.teachers
+        return Arm(self, teachers, recipe, seed, name, judges=self.teachers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -43,7 +44,7 @@ from kvdistill.core.layout import (
     trained_mark,
 )
 from kvdistill.core.marks import check_marked, read_mark, read_sealed, sealed
-from kvdistill.core.recipe import ArmRecipe, ModelRecipe, TeacherRecipe
+from kvdistill.core.recipe import UNTRAINED, ArmRecipe, ModelRecipe, TeacherRecipe
 from kvdistill.core.runtime import DTYPES, derive_seed
 from kvdistill.core.segments import ANSWER
 from kvdistill.core.targets import ChannelMeans, TeacherTargets
@@ -66,12 +67,19 @@ from kvdistill.store.shards import find_store
 
 
 class Teacher:
-    """One teacher of an experiment, by its name. Asks the disk when it is asked; loads weights only in `load`."""
+    """One teacher of an experiment, by its name. Asks the disk when it is asked; loads weights only in `load`.
 
-    def __init__(self, experiment: Setting, name: str) -> None:
+    untrained: the same with random weights (`control: untrained`): texts, layers, layer maps and what is captured are
+    the trained one's, its targets and their identity are its own. A scratch teacher is then what its training began
+    with, of a `path` its configuration is drawn by the family's own rule, from the teacher's seed.
+    """
+
+    def __init__(self, experiment: Setting, name: str, *, untrained: bool = False) -> None:
         self.experiment, self.name, self._run = experiment, name, experiment.run
         self.recipe: TeacherRecipe = next(t for t in experiment.recipe.teachers if t.name == name)
         self.place = teacher_place(experiment.recipe, name)  # in errors
+        self.is_untrained = untrained
+        self.stored_as = name + UNTRAINED if untrained else name
 
     # -- what it reads ------------------------------------------------------------------------------------
 
@@ -188,7 +196,13 @@ class Teacher:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of its weight files; a hub model's commit. Noted in the run folder against size and time."""
+        """Hash of its weight files; a hub model's commit. Noted in the run folder against size and time. Untrained: of
+        what random weights depend on."""
+        if self.is_untrained:
+            config = json.loads(model_config(self.recipe, self.vocab_size, self.place).to_json_string(use_diff=False))
+            for key in ("_name_or_path", "transformers_version"):
+                config.pop(key, None)
+            return f"untrained:{sha256_of({'config': config, 'seed': self.initial_seed})}"
         source = self.source
         assert source.path is not None
         folder = Path(source.path).expanduser()
@@ -209,6 +223,11 @@ class Teacher:
         write_json(note, sealed({"stamp": stamp, "files": digest}))
         return digest
 
+    @property
+    def initial_seed(self) -> int:
+        """Of random weights: those that a scratch teacher's training begins with, and those of an untrained one."""
+        return derive_seed(self.recipe.seed, self.name)
+
     def _check_files(self) -> None:
         if self.recipe.scratch is not None:
             folder = teacher_folder(self._run, self.name)
@@ -216,13 +235,17 @@ class Teacher:
 
     @property
     def identities(self) -> dict[str, Any]:
-        """What a file of layer similarities is of: `teacher` by its weights, `student` by its source and first seed."""
+        """What a file of layer similarities is of: `teacher` by its weights, `student` by its source and first seed.
+
+        An untrained teacher's layers are mapped as the trained one's: an arm and its control match the same layers.
+        """
         recipe = self.experiment.recipe
         student = recipe.student.model_dump(mode="json", include={"path", "scratch", "dtype"})
         if recipe.student.keep_layers is not None:
             student["keep_layers"] = recipe.student.keep_layers
         seed = recipe.seeds[0] if recipe.student.scratch is not None else None
-        return {"teacher": self.fingerprint, "student": sha256_of({"student": student, "seed": seed})}
+        trained = Teacher(self.experiment, self.name) if self.is_untrained else self
+        return {"teacher": trained.fingerprint, "student": sha256_of({"student": student, "seed": seed})}
 
     @property
     def similarity_path(self) -> Path:
@@ -347,7 +370,7 @@ class Teacher:
         """Where its captured targets are. A StoreError says what differs."""
         identity = self.target_identity(split)
         return find_store(
-            store_root(self._run), f"targets-{split}", self.name, identity, make="kvdistill capture RECIPE"
+            store_root(self._run), f"targets-{split}", self.stored_as, identity, make="kvdistill capture RECIPE"
         )
 
     def targets(self, split: str) -> TargetReader:
@@ -358,8 +381,12 @@ class Teacher:
 
     def load(self) -> PreTrainedModel:
         """The model on the experiment's device, frozen, in eval mode. RunFolderError where its files were altered."""
-        self._check_files()
-        model = load_model(self.source, vocab_size=self.vocab_size, seed=0, place=self.place)
+        if self.is_untrained:
+            options: dict[str, Any] = {"seed": self.initial_seed, "place": self.place, "untrained": True}
+            model = load_model(self.recipe, vocab_size=self.vocab_size, **options)
+        else:
+            self._check_files()
+            model = load_model(self.source, vocab_size=self.vocab_size, seed=0, place=self.place)
         return model.requires_grad_(False).eval().to(self.experiment.device)  # type: ignore[arg-type]
 
     def rotation(self) -> Callable[[KV], KV]:

@@ -43,22 +43,30 @@ def continued(recipe: Recipe, arms: Mapping[str, ArmRecipe]) -> dict[str, str]:
     """Arm -> the one that it goes on from, where `report.curves` trains the same at a smaller budget.
 
     Only where the end of the shorter training is a point on the way of the longer one: with a constant learning rate
-    (after its warm-up), and nothing else that is a share of the steps. Others are trained apart.
+    (after its warm-up), and nothing else that is a share of the steps or looks at what comes later (`train.select`,
+    `train.patience`). Others are trained apart.
     """
     found: dict[str, str] = {}
     for base in recipe.report.curves.arms if recipe.report.curves else ():
         assert recipe.report.curves is not None
         arm = arms[base]
         shares = arm.needs_kv and 0 < arm.loss.kv_warmup < 1
-        names = list(recipe.report.curves.of(base).values()) if arm.train.schedule == "constant" and not shares else []
+        goes_on = arm.train.schedule == "constant" and not shares and not arm.train.asks_validation
+        names = list(recipe.report.curves.of(base).values()) if goes_on else []
         found |= {longer: shorter for shorter, longer in itertools.pairwise(names)}
     return found
 
 
 def differences(planned: Mapping[str, Any], spent: Mapping[str, float]) -> list[str]:
-    """What an arm spent more or less of than planned, by more than the tolerance, in words."""
-    found = []
+    """What an arm spent more or less of than planned, by more than the tolerance, in words.
+
+    Nothing of one that ends when validation stops improving; of one whose texts were still to be written only steps.
+    """
+    found: list[str] = []
+    figures = ("steps", "data") if planned.get("estimated") else () if planned.get("at_most") else tuple(WORDS)
     for figure, words in WORDS.items():
+        if figure not in figures:
+            continue
         plan, cost = planned.get(figure), spent.get(figure)
         if plan is not None and cost is not None and (share := apart(plan, cost)) > TOLERANCE:
             found.append(f"{words}: {cost:.4g} spent, {plan:.4g} planned ({share:.1%} apart)")

@@ -1,6 +1,7 @@
 """What a study still has to do: a recipe and what lies in its run folder in, a graph of jobs out.
 
     prepare ─▶ check ─▶ teach:T ─▶ map-layers ─▶ capture:T ─▶ fit:A:S ─▶ train:A:S ─▶ evaluate:A:S ─▶ report
+                           └─────────────────▶ write:T ──────────────────────┘
 
 Pure but for reading marks. `run`, a dry run, the verbs of single stages and every launcher read
 the same graph.
@@ -17,7 +18,7 @@ from kvdistill.core.budgets import continued, read_budgets
 from kvdistill.core.config import arm_recipe, asked_hash
 from kvdistill.core.layout import arm_folder, evaluated_mark
 from kvdistill.core.marks import read_mark
-from kvdistill.core.recipe import Recipe
+from kvdistill.core.recipe import UNTRAINED, Recipe
 from kvdistill.stages.table import STAGES, Job, is_done
 
 STUDY = ("teach", "evaluate", "report")  # what a whole study is after; everything else only comes before it
@@ -42,13 +43,17 @@ def plan(
         if name in arms and arms[name].match is not None:
             train = arms[name].train.model_copy(update={"steps": planned["steps"]})
             arms[name] = arms[name].model_copy(update={"train": train})
-    used = {teacher for arm, _ in runs for teacher in arms[arm].teachers}
+    used = {name for arm, _ in runs for name in arms[arm].reads}
+    writers = {name for arm, _ in runs for name in arms[arm].writers}
     maps = any(a.needs_kv and a.align.layers == "cka" and a.align.layer_map is None for a in arms.values())
     goes_on_from = continued(recipe, arms)
     about: dict[str, list[dict[str, Any]]] = {
         "teach": [{"teacher": t.name} for t in recipe.teachers if t.scratch is not None],
+        "write": [{"teacher": t.name} for t in recipe.teachers if t.name in writers],
         "map-layers": [{}] if maps or "map-layers" in goals else [],
-        "capture": [{"teacher": t.name} for t in recipe.teachers if t.name in used],
+        "capture": [
+            {"teacher": name} for t in recipe.teachers for name in (t.name, t.name + UNTRAINED) if name in used
+        ],
         "fit": [{"arm": arm, "seed": seed} for arm, seed in runs if arms[arm].teachers],
         "train": [{"arm": arm, "seed": seed} for arm, seed in runs],
     }
@@ -57,13 +62,17 @@ def plan(
     jobs: dict[str, Job] = {}
     for verb, stage in STAGES.items():
         for mine in about.get(verb, [{}]) if verb in allowed else []:
-            reads = arms[mine["arm"]].teachers if "arm" in mine else [mine.get("teacher")]
+            reads = arms[mine["arm"]].reads if "arm" in mine else [mine.get("teacher")]
+            solved = arms[mine["arm"]].writers if "arm" in mine else reads
             after = [
                 job.id
                 for job in jobs.values()
                 if job.verb in stage.needs
                 and all(mine.get(key, value) == value for key, value in job.arguments.items() if key in ("arm", "seed"))
-                and (not {"arm", "teacher"} & mine.keys() or job.arguments.get("teacher") in (None, *reads))
+                and (
+                    not {"arm", "teacher"} & mine.keys()
+                    or job.arguments.get("teacher") in (None, *(solved if job.verb == "write" else reads))
+                )
             ]
             shorter = goes_on_from.get(str(mine.get("arm")))
             if verb == "train" and shorter is not None:

@@ -74,9 +74,13 @@ def _prepared(recipe: Recipe, folder: Path, notes: list[str], progress: Progress
     tree = recipe.model_dump(mode="json")
     tree["run_dir"] = str(folder / "run")
     tree["seeds"] = recipe.seeds[:1]
-    tree["data"]["tasks"] = [{**task, "train": 8, "val": 4, "test": 2} for task in tree["data"]["tasks"]]
-    tree["train"] |= SHORT | {"accumulation": min(2, recipe.train.accumulation)}
+    tree["data"]["tasks"] = [
+        {**task, "train": 8, "val": 4, "test": 2, "teach": min(8, task["teach"])} for task in tree["data"]["tasks"]
+    ]
+    points = {"eval_every": 1 if recipe.train.asks_validation else 0}
+    tree["train"] |= SHORT | points | {"accumulation": min(2, recipe.train.accumulation)}
     tree["evaluate"] |= {"limit": 2, "max_new_tokens": 4, "match_examples": 2}
+    tree["write"] |= {"limit": 2, "per_question": min(2, recipe.write.per_question), "max_new_tokens": 4}
     tree["align"]["calibration_examples"] = 4
     tree["loss"]["distill_layers"] = "all"
     for arm in tree["arms"].values():
@@ -103,7 +107,7 @@ def _prepared(recipe: Recipe, folder: Path, notes: list[str], progress: Progress
         notes.append(f"data: {error.what}; rehearsed on built-in problems with the character tokenizer")
     shutil.rmtree(folder / "run", ignore_errors=True)
     tree["data"] |= {
-        "tasks": [{"name": "chain", "train": 8, "val": 4, "test": 2}],
+        "tasks": [{"name": "chain", "train": 8, "val": 4, "test": 2, "teach": 8}],
         "tokenizer": "characters",
         "trim_vocabulary": False,
     }

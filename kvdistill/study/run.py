@@ -17,7 +17,15 @@ from kvdistill.core.marks import sealed
 from kvdistill.core.progress import Progress
 from kvdistill.core.recipe import Recipe
 from kvdistill.study.early import refuse_early
-from kvdistill.study.folder import add_provenance, claimed, data_table, is_finished, layer_maps, result_of
+from kvdistill.study.folder import (
+    add_provenance,
+    claimed,
+    data_table,
+    is_finished,
+    layer_maps,
+    result_of,
+    written_table,
+)
 from kvdistill.study.local import prepare_process, run_jobs
 from kvdistill.study.plan import STUDY, plan
 
@@ -48,6 +56,8 @@ def run_study(recipe: Recipe, progress: Progress, *, verb: str | None = None, he
             write_json(run / "study.json", sealed({"recipe": recipe_hash(recipe), "finished": True}))
         if verb == "map-layers":
             return {"run": str(run), "layers": layer_maps(recipe, run)}
+        if verb == "write":
+            return {"run": str(run), "written": written_table(run)}
         return result_of(run) | (data_table(run) if verb == "prepare" else {})
 
 

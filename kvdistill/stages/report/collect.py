@@ -16,6 +16,7 @@ import numpy as np
 from kvdistill.core.budgets import differences, read_budgets
 from kvdistill.core.config import asked_hash
 from kvdistill.core.costs import count_sharers, student_flops, total_flops
+from kvdistill.core.declared import family_of
 from kvdistill.core.errors import RunFolderError
 from kvdistill.core.files import finite, read_json_lines, write_text
 from kvdistill.core.layout import evaluated_mark, layers_folder, trained_mark
@@ -60,14 +61,16 @@ class RunTables:
 def collect_tables(recipe: Recipe, run: Path) -> RunTables:
     """All tables of a run folder. Raises RunFolderError if no run has records, or a file is damaged."""
     now = asked_hash(recipe)
-    compared = {arm for pair in recipe.report.pairs for arm in pair}
+    compared = {arm for pair in family_of(recipe).pairs for arm in pair}
     shown = [arm for arm in recipe.every_arm if arm in recipe.arms or arm in compared]
-    tables, unmarked = RunTables(run, shown, list(recipe.seeds)), 0
+    tables = RunTables(run, shown, list(recipe.seeds))
+    unmarked: list[str] = []
     for arm in recipe.every_arm:
         tables.runs[arm], tables.logs[arm], tables.matches[arm] = {}, {}, {}
         for seed in tables.seeds:
             folder = tables.seed_folder(arm, seed)
-            for mark, verb in ((trained_mark(folder), "train"), (evaluated_mark(folder), "evaluate")):
+            marks = {"train": trained_mark(folder), "evaluate": evaluated_mark(folder)}
+            for verb, mark in marks.items():
                 fix = f"delete {mark} and {verb} again"
                 check_marked(mark, fix=fix)
                 said = read_mark(mark)
@@ -76,15 +79,17 @@ def collect_tables(recipe: Recipe, run: Path) -> RunTables:
                 if said is not None and verb == "evaluate" and said.get("asked", now) != now:
                     what = "these answers are to another `evaluate` section than the recipe's"
                     raise RunFolderError(what, place=str(mark), fix="run `kvdistill evaluate RECIPE`, or set it back")
-                unmarked += not mark.exists() and (folder / "records.jsonl").is_file()
             if rows := read_log(folder / "log.jsonl"):
                 tables.logs[arm][seed] = rows
-            if match := _read_object(folder / "match.json"):
+            unvouched = [mark.name for mark in marks.values() if not mark.exists()]
+            if marks["train"].exists() and (match := _read_object(folder / "match.json")):
                 tables.matches[arm][seed] = match
-            if (folder / "records.jsonl").is_file():
+            if not unvouched:
                 tables.runs[arm][seed] = read_run(folder, arm, seed)
-            else:
-                tables.missing.append((arm, seed))
+                continue
+            tables.missing.append((arm, seed))
+            if (folder / "records.jsonl").is_file():
+                unmarked.append(f"{arm} seed {seed} (no {' and no '.join(unvouched)})")
     price(recipe, tables)
     tables.notes += budget_notes(tables)
     if not any(tables.runs.values()):
@@ -92,7 +97,7 @@ def collect_tables(recipe: Recipe, run: Path) -> RunTables:
     for teacher in recipe.teachers:
         folder = run / "teachers" / teacher.name
         check_marked(trained_mark(folder), fix=f"delete {folder} and teach it again")
-        if found := _read_object(run / "teachers" / teacher.name / "report.json"):
+        if trained_mark(folder).exists() and (found := _read_object(folder / "report.json")):
             tables.teachers[teacher.name] = found
     tables.notes += _layer_notes(recipe, run)
     manifest = run / "data" / "manifest.json"
@@ -101,7 +106,9 @@ def collect_tables(recipe: Recipe, run: Path) -> RunTables:
     tables.validation = read_sealed(validation, fix="run `kvdistill validate`") if validation.is_file() else {}
     tables.provenance = _read_object(run / "provenance.json")
     if unmarked:
-        tables.notes.append(f"{unmarked} mark(s) missing beside records: nothing vouches for these files.")
+        tables.notes.append(
+            "Not counted, since no mark vouches for these records: " + ", ".join(unmarked) + ". Run the study again."
+        )
     if tables.missing:
         tables.notes.append(
             "Not evaluated yet: " + ", ".join(f"{arm} seed {seed}" for arm, seed in tables.missing) + "."

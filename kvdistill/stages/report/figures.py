@@ -181,7 +181,7 @@ def match_table(recipe: Recipe, tables: RunTables) -> list[Row]:
     The placebo figure is the run's own (`placebo` beside `k` and `v` in match.json) or else the mean over the
     recipe's placebo arms with that teacher. [] if nothing was measured.
     """
-    placebo_arms = [arm for arm in tables.arms if recipe.every_arm[arm].get("placebo")]
+    placebo_arms = [arm for arm in tables.arms if recipe.every_arm[arm].get("control") == "placebo"]
     found: dict[tuple[str, str], list[Row]] = {}
     for arm in tables.arms:
         for match in tables.matches[arm].values():

@@ -45,6 +45,7 @@ def build_page(recipe: Recipe, tables: RunTables, summary: Row, pictures: Sequen
     environment.globals.update(
         percent=text.percent, number=text.number, signed=text.signed, count=text.count, p_value=text.p_value,
         with_prefix=text.with_prefix, size=text.size, duration=text.duration, is_known=text.is_known,
+        side_name=text.side_name,
         amount=text.amount, difference=text.difference,
     )  # fmt: skip
     means = {name: arm["mean"] for name, arm in summary["arms"].items() if not math.isnan(arm["mean"])}

@@ -11,12 +11,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvdistill import stats
+from kvdistill.core.config import arm_recipe
 from kvdistill.core.costs import student_flops
-from kvdistill.core.declared import compare_declared
+from kvdistill.core.declared import compare_declared, family_of
+from kvdistill.core.family import BEST_SINGLE, best_single_rule, single_arms
 from kvdistill.core.recipe import Recipe
+from kvdistill.stages.report.best_single import Choice, choose_best_single
 from kvdistill.stages.report.collect import RunTables
 from kvdistill.stages.report.compare import Comparison, compare_family, describe_comparison
 from kvdistill.stages.report.cost import curve_summary
+from kvdistill.stages.report.text import CONTROLS
 from kvdistill.stats import NAN
 
 NEAR_ZERO = 0.05
@@ -33,16 +37,35 @@ METHOD = {
     "smallest_detectable_effect": "true difference found with power 0.8 at alpha / family size (exact noncentral t), "
     "given the observed spread of the differences",
     "tost": "two one-sided t-tests against the margin declared in the recipe; tost_p_holm: Holm over the family",
+    "seeds_needed_for_the_effect_seen": "smallest number of seeds that finds the difference seen, were it the true "
+    "one, with power 0.8 at alpha / family size; a plan for another study, no figure of this one's certainty",
     "conditional_on_these_checkpoints": "question-level intervals and McNemar say how these very models would differ "
     "on other questions, not what another training run would give; no verdict rests on them",
 }
+# which variance a figure includes: what would differ, were it all done once more
+INCLUDES = {
+    "std, ci, p, p_holm, tost_p": "training runs (seeds), on these questions",
+    "question_se, question_ci": "questions, for these checkpoints; no training runs",
+    "bootstrap_ci": "training runs and questions (two stages: seeds, then questions within tasks); keeps no level with "
+    "few seeds (at three it covers 71 to 99 %, by how much runs differ beside questions), so no verdict rests on it",
+    "mcnemar": "questions, for one pair of checkpoints (one seed)",
+}
+
+
+def best_single(recipe: Recipe, tables: RunTables) -> Choice | None:
+    """What the family's `best-single` stands for; None where the family does not have the word."""
+    if not any(BEST_SINGLE in pair for pair in family_of(recipe).pairs):
+        return None
+    candidates = single_arms({name: arm_recipe(recipe, name) for name in recipe.arms})
+    return choose_best_single(candidates, tables.logs, tables.seeds, recipe.report.primary)
 
 
 def compare_all(recipe: Recipe, tables: RunTables) -> dict[str, list[Comparison]]:
     """The declared family for the primary figure (with margin) and for the other one (without: none was declared)."""
     rules, other = recipe.report, "nll" if recipe.report.primary == "accuracy" else "accuracy"
-    pairs = rules.pairs
-    return {
+    declared, choice = family_of(recipe).pairs, best_single(recipe, tables)
+    pairs = declared if choice is None else [choice.stands_in(pair) for pair in declared]
+    found = {
         "primary": compare_family(
             tables.runs,
             pairs,
@@ -56,6 +79,12 @@ def compare_all(recipe: Recipe, tables: RunTables) -> dict[str, list[Comparison]
             tables.runs, pairs, tables.seeds, figure=other, alpha=rules.alpha, parity=rules.parity
         ),
     }
+    for comparisons in found.values():
+        for one, pair in zip(comparisons, declared, strict=True):
+            one.declared = pair
+            if choice is not None and choice.arm is None and BEST_SINGLE in pair:
+                one.refuse([choice.reason])
+    return found
 
 
 def _spread(tables: RunTables, arm: str, figure: str, task: str | None = None) -> dict[str, Any]:
@@ -108,7 +137,8 @@ def describe_arm(recipe: Recipe, arm: str) -> str:
         }
         strategy = setting("fuse", "fusion_strategy")
         words += f", {weights.get(strategy, strategy)}"
-    return words + longer + ("; placebo: teacher KV of a mismatched example" if spec.get("placebo") else "")
+    control = spec.get("control")
+    return words + longer + (f"; {control}: {CONTROLS[control][0]}" if control in CONTROLS else "")
 
 
 def dead_channels(tables: RunTables, arm: str) -> dict[str, dict[str, int]]:
@@ -165,7 +195,7 @@ def budgets(recipe: Recipe, tables: RunTables) -> dict[str, dict[str, Any]]:
 
 def reference_arm(recipe: Recipe) -> str:
     """The baseline of most declared comparisons (first named wins a tie); without any, the first arm."""
-    named = Counter(b for _, b in recipe.report.pairs if b in recipe.every_arm)
+    named = Counter(b for _, b in family_of(recipe).pairs if b in recipe.every_arm)
     return named.most_common(1)[0][0] if named else next(iter(recipe.arms))
 
 
@@ -184,16 +214,19 @@ def summarise(recipe: Recipe, tables: RunTables, family: dict[str, list[Comparis
     known = [a["mean"] for a in arms.values() if not math.isnan(a["mean"])]
     near_zero = bool(known) and max(known) < NEAR_ZERO
     ledgers = [run.ledger for runs in tables.runs.values() for run in runs.values()]
-    declared = compare_declared(recipe, tables.path)
+    declared, rule, choice = compare_declared(recipe, tables.path), family_of(recipe), best_single(recipe, tables)
     comparisons = {kind: [describe_comparison(c) for c in family[kind]] for kind in ("primary", "secondary")}
     for one in (*comparisons["primary"], *comparisons["secondary"]):
-        one["after_results"] = [one["arm"], one["baseline"]] in declared["late"]
+        one["after_results"] = one["declared"] in declared["late"]
+        one["by_rule"] = tuple(one["declared"]) in rule.by_rule
     return {
         "schema": 1, "declared": declared, "name": recipe.name,
         "title": recipe.title or recipe.name, "primary": recipe.report.primary,
         "seeds": tables.seeds, "tasks": tables.tasks, "arms": arms,
         "comparisons": comparisons["primary"],
         "secondary_comparisons": comparisons["secondary"],
+        "best_single": choice and {**choice._asdict(), "rule": best_single_rule(recipe.report.primary)},
+        "family_notes": rule.notes,
         "accuracy_near_zero": near_zero,
         "curves": curve_summary(
             recipe, tables, "nll" if near_zero else recipe.report.primary, reference_arm(recipe)
@@ -206,8 +239,31 @@ def summarise(recipe: Recipe, tables: RunTables, family: dict[str, list[Comparis
         "leaks_allowed": recipe.data.leaks == "allow" or bool(tables.manifest.get("num_leaks")),
         "leaks_found": tables.validation.get("num_leaks"),
         "not_asked": not_asked(tables),
-        "notes": tables.notes,
+        "notes": [*tables.notes, *selection_notes(tables)],
     }  # fmt: skip
+
+
+def selection_notes(tables: RunTables) -> list[str]:
+    """Where validation chose weights or ended trainings: by which rule, after how many steps, and whose were kept."""
+    found: dict[str, list[str]] = {}  # rule -> in words for each arm
+    is_data = False
+    for arm, runs in tables.runs.items():
+        chosen = {seed: run.ledger for seed, run in runs.items() if run.ledger.get("selection")}
+        if not chosen:
+            continue
+        facts = [ledger["selection"] for ledger in chosen.values()]
+        is_data |= any(one["patience"] is not None for one in facts)
+        steps = ", ".join(f"{one['chosen_step']} of {ledger['optimiser_steps']}" for one, ledger in
+                          zip(facts, chosen.values(), strict=True))  # fmt: skip
+        found.setdefault(facts[0]["rule"], []).append(f"{arm} {steps}")
+    notes = [
+        f"Validation chose: {rule}. Step kept of steps trained: {'; '.join(arms)}." for rule, arms in found.items()
+    ]
+    if is_data:
+        notes.append(
+            "Arms took as many steps as validation asked for: they are compared at equal data, not equal steps."
+        )
+    return notes
 
 
 def not_asked(tables: RunTables) -> list[str]:
@@ -233,7 +289,8 @@ def statistics_document(recipe: Recipe, summary: dict[str, Any]) -> dict[str, An
     return {
         "schema": 1, "primary": rules.primary, "alpha": rules.alpha, "margin": rules.margin,
         "seeds": list(recipe.seeds),
-        "family": [list(pair) for pair in rules.pairs], "method": METHOD,
+        "family": [list(pair) for pair in family_of(recipe).pairs], "method": METHOD, "includes": INCLUDES,
+        "best_single": summary["best_single"], "family_notes": summary["family_notes"],
         "declared": summary["declared"], "comparisons": summary["comparisons"],
         "secondary_comparisons": summary["secondary_comparisons"],
         "curves": summary["curves"],

@@ -6,6 +6,8 @@ import math
 import unicodedata
 from typing import Any, TypeGuard
 
+from kvdistill.core.family import BEST_SINGLE
+
 DASH = "–"
 _INVISIBLE = {0x00AD, 0x034F, 0x061C, 0x115F, 0x1160, 0x180E, 0x2028, 0x2029, 0x3164, 0xFEFF, 0xFFA0}
 
@@ -83,6 +85,29 @@ def _minus(text: str) -> str:
     return text.replace("-", "−")
 
 
+# -- what controls are -----------------------------------------------------------------------------------
+
+# control -> what its teachers give, and what the arm shows that is better than it
+CONTROLS = {
+    "placebo": (
+        "teacher KV of a mismatched example",
+        "it is not the cost, nor a pull towards any states of the teacher: those of this very problem are what helps",
+    ),
+    "untrained": (
+        "targets of teachers with random weights on the right text",
+        "it is not that the text is described once more by a network of this shape: what the teachers learned helps",
+    ),
+    "shuffled": (
+        "targets of the right text, its tokens permuted within each segment",
+        "it is not what the problem's states are on the whole: that each token is told its own is what helps",
+    ),
+    "noise": (
+        "Gaussian noise with the mean and deviation of each of the teacher's channels",
+        "it is not the regularising effect of fixed targets of this size: that they are of a teacher is what helps",
+    ),
+}
+
+
 # -- what was found, in words that a newcomer understands -----------------------------------------------
 
 
@@ -115,11 +140,19 @@ def _lead(summary: dict[str, Any], comparisons: list[dict[str, Any]], figure: st
         scores = "; ".join(f"{first[side]}: {score}" for side, score in shown.items())
         reasons = "; ".join(first["refused"])
         return (
-            f"No verdict on {first['arm']} against {first['baseline']}. {scores}. The comparison is refused: {reasons}."
+            f"No verdict on {side_name(first, 0)} against {side_name(first, 1)}. {scores}. "
+            f"The comparison is refused: {reasons}."
         )
     right = " of the held-out questions right" if figure == "accuracy" else " per answer token (NLL)"
-    return (f"{first['arm']}: {shown['arm']}{right}, {difference(first, figure)} over {first['baseline']}; "
+    return (f"{first['arm']}: {shown['arm']}{right}, {difference(first, figure)} over {side_name(first, 1)}; "
             f"{outcome(first, len(comparisons))}.")  # fmt: skip
+
+
+def side_name(comparison: dict[str, Any], side: int) -> str:
+    """The arm (0) or baseline (1) by name; of `best-single` also that it was chosen, if one was."""
+    name = comparison["baseline" if side else "arm"]
+    chosen = comparison["declared"][side] == BEST_SINGLE != name
+    return f"{name} (best single teacher on validation)" if chosen else name
 
 
 def outcome(comparison: dict[str, Any], family_size: int) -> str:

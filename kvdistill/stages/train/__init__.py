@@ -33,6 +33,7 @@ from kvdistill.models import fingerprint_model, load_model
 from kvdistill.stages.train.curves import LearningCurve, accuracy_by_task, answers_to
 from kvdistill.stages.train.handover import hand_over, went_on_from
 from kvdistill.stages.train.ledger import training_ledger
+from kvdistill.stages.train.selection import Selection
 from kvdistill.stages.train.trainer import DistillTrainer, training_arguments
 
 # what a mark vouches for, as far as it is made
@@ -58,6 +59,7 @@ def train_student(arm: Arm, progress: Progress = silent) -> None:
         init_fingerprint = fingerprint_model(arm.initial_model)
         batches, order = arm.batches("train"), arm.training_order()
         curve = LearningCurve(arm, folder / "log.jsonl")
+        selection = Selection(recipe.train) if recipe.train.asks_validation else None
         trainer = DistillTrainer(
             arm.distiller,
             training_arguments(recipe.train, folder, seed=arm.seed, cpu=arm.device.type == "cpu"),
@@ -70,13 +72,18 @@ def train_student(arm: Arm, progress: Progress = silent) -> None:
             tensorboard=folder / "tensorboard" if "tensorboard" in recipe.train.report_to else None,
             on_step=_step_hook(recipe.train.steps, progress, f"{arm.name} seed {arm.seed}", curve),
             clock=watch,
+            selection=selection,
         )
         trainer.resume_or_start()
         if not trainer.is_world_process_zero():
             return
         distiller = trainer.accelerator.unwrap_model(trainer.model)
+        if selection is not None:
+            selection.put_back(distiller)
         write_json(folder / "match.json", match_on_held_out(arm, distiller) if arm.recipe.needs_kv else {})
-        ledger = training_ledger(arm, order, trainer.seen, watch) | {
+        steps = trainer.state.global_step
+        trained_on = order[: steps * len(order) // recipe.train.steps]
+        ledger = training_ledger(arm, trained_on, steps, trainer.seen, watch) | {
             "data_fingerprint": read_json(data_folder(arm.experiment.run) / "manifest.json")["fingerprint"]["all"],
             "init_fingerprint": init_fingerprint,
             "order_fingerprint": order_fingerprint(order, batches.examples),
@@ -86,6 +93,11 @@ def train_student(arm: Arm, progress: Progress = silent) -> None:
             ledger["went_on_from"] = before
         if arm.recipe.needs_kv:
             ledger["alignment"] = {name: dict(arm.fitted(name).extra) for name in arm.recipe.teachers}
+        facts: dict[str, Any] = {"arm": arm.name, "seed": arm.seed, "steps": steps}
+        if selection is not None:
+            facts["selection"] = ledger["selection"] = selection.facts()
+            if recipe.train.select == "best":
+                ledger["checkpoint_chosen_on"] = "validation"
         write_json(folder / "ledger.json", ledger)
         tensors = {
             f"{name}/{part}": tensor
@@ -96,7 +108,6 @@ def train_student(arm: Arm, progress: Progress = silent) -> None:
             write_tensors(folder / "adapters.safetensors", tensors, {"teachers": ",".join(distiller.teachers)})
         distiller.student.save(folder / "model", arm.experiment.as_read(arm.experiment.tokenizer))
         hand_over(arm)
-        facts = {"arm": arm.name, "seed": arm.seed, "steps": recipe.train.steps}
         write_mark(trained_mark(folder), facts, MADE)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
@@ -139,7 +150,7 @@ def train_teacher(teacher: Teacher, progress: Progress = silent) -> None:
                 fix="give these tasks a `train` count above 0",
             )
         tokenizer = teacher.tokenizer
-        model = load_model(teacher.recipe, vocab_size=len(tokenizer), seed=derive_seed(seed, name), place=teacher.place)
+        model = load_model(teacher.recipe, vocab_size=len(tokenizer), seed=teacher.initial_seed, place=teacher.place)
         student = CausalStudent(model)
         trainer = DistillTrainer(
             Distiller(student),
@@ -165,11 +176,12 @@ def train_teacher(teacher: Teacher, progress: Progress = silent) -> None:
 
 def _step_hook(
     steps: int, progress: Progress, what: str, curve: LearningCurve | None
-) -> Callable[[int, DistillTrainer], None]:
-    def on_step(step: int, trainer: DistillTrainer) -> None:
+) -> Callable[[int, DistillTrainer], float | None]:
+    def on_step(step: int, trainer: DistillTrainer) -> float | None:
         progress(what, step, steps)
-        if curve is not None and trainer.is_world_process_zero():
-            curve.point(step, trainer.accelerator.unwrap_model(trainer.model))
+        if curve is None or not trainer.is_world_process_zero():
+            return None
+        return curve.point(step, trainer.accelerator.unwrap_model(trainer.model))
 
     return on_step
 

@@ -31,15 +31,19 @@ class LearningCurve:
         self._arm, self._log_file, train = arm, log_file, arm.recipe.train
         self._val = arm.batches("val")
         self._chosen = spread(self._val.examples, train.eval_examples)
+        self._plain_val = BatchMaker(self._val.examples, arm.experiment.tokenizer.pad_token_id)
         # the training side has stored targets only where the store is used; its likelihood is enough for the gap
         self._seen = BatchMaker(arm.experiment.split("train"), arm.experiment.tokenizer.pad_token_id)
         self._seen_chosen = spread(self._seen.examples, train.eval_examples)
 
-    def point(self, step: int, distiller: Distiller) -> None:
-        """Measure and append a row to the log, where this step is one of the recipe's."""
+    def point(self, step: int, distiller: Distiller) -> float | None:
+        """Measure and append a row to the log, where this step is one of the recipe's.
+
+        Returns the validation NLL of the completions, nats per token, where it decides something (`selection.py`).
+        """
         recipe, train = self._arm.experiment.recipe, self._arm.recipe.train
-        if step != train.steps and (train.eval_every == 0 or step % train.eval_every):
-            return
+        if not train.is_point(step):
+            return None
         was_training = distiller.training
         distiller.eval()
         val: dict[str, Any] = self._losses(distiller, self._val, self._chosen)
@@ -49,9 +53,24 @@ class LearningCurve:
         by_task = accuracy_by_task(examples, answers)
         val |= {"accuracy_by_task": by_task, "accuracy": sum(by_task.values()) / max(1, len(by_task))}
         seen = self._losses(distiller, self._seen, self._seen_chosen, plain=True)
+        nll = self._completion_nll(distiller) if train.asks_validation else None
+        if nll is not None:
+            val["completion_nll"] = nll
         flops = self._flops(distiller.student, examples, answers)
         append_json_line(self._log_file, {"step": step, "val": val, "train": seen, "flops": flops})
         distiller.train(was_training)
+        return nll
+
+    @torch.no_grad()
+    def _completion_nll(self, distiller: Distiller) -> float:
+        """Mean over all tokens after the prompts of the point's validation problems, whatever an arm's loss is of: arms
+        are chosen from by one rule. Logits in float32, sums in float64."""
+        total, count = 0.0, 0
+        for numbers in self._arm.measured_in(self._val.examples, self._chosen, head=True, kv=False):
+            batch = self._plain_val(numbers).to(self._arm.device)
+            nll, tokens = distiller.completion_nll(batch)
+            total, count = total + nll, count + tokens
+        return total / count
 
     def _flops(self, student: Student, examples: Sequence[Example], answers: Sequence[Answer]) -> int:
         """Of a point: both sides read once, and the answers written."""

@@ -15,24 +15,32 @@ from torch import Tensor
 
 from kvdistill.arms.arm import Arm
 from kvdistill.arms.costs import all_sharers, run_flops, shared_keys
+from kvdistill.arms.lessons import writing_facts
 from kvdistill.core.costs import amortised
 from kvdistill.core.files import read_json_lines
 from kvdistill.core.runtime import Stopwatch
 
 
-def training_ledger(arm: Arm, order: Sequence[int], seen: Tensor, watch: Stopwatch) -> dict[str, Any]:
+def training_ledger(arm: Arm, order: Sequence[int], steps: int, seen: Tensor, watch: Stopwatch) -> dict[str, Any]:
     """The ledger of one run, that of its learning curve from its log.
 
     Args:
         order: example numbers, as trained on.
+        steps: that were trained, whichever's weights are kept.
         seen: real tokens and loss tokens.
     """
     flops, shared = run_flops(arm, order), shared_keys(arm.recipe, arm.seed, arm.experiment.recipe)
     flops["teachers_amortised"] = amortised("teachers", flops, shared, all_sharers(arm.experiment))
     flops["measuring"] = measured_flops(arm.folder / "log.jsonl")
+    texts: dict[str, Any] = {}
+    if arm.recipe.texts != "own":
+        own = len(arm.experiment.split("train"))
+        texts = {"texts": arm.recipe.texts, "from": arm.recipe.texts_from, "own": own, "beside": len(arm.lessons) - own}
+    if arm.recipe.writers:
+        texts["written"] = {name: writing_facts(arm.experiment, name) for name in arm.recipe.writers}
     on_gpu = torch.cuda.is_available()
     return {
-        "optimiser_steps": arm.recipe.train.steps,
+        "optimiser_steps": steps,
         "problems_seen": len(order),
         "problems_distinct": len({*order}),
         "tokens_nonpadding": int(seen[0]),
@@ -44,6 +52,7 @@ def training_ledger(arm: Arm, order: Sequence[int], seen: Tensor, watch: Stopwat
         "peak_memory_bytes": int(torch.cuda.max_memory_allocated())
         if on_gpu
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        **({"texts": texts} if texts else {}),
     }
 
 

@@ -61,7 +61,7 @@ def profile_alignment(
             "arm": name,
             "seed": seed,
             "teachers": arm.recipe.teachers,
-            "placebo": arm.recipe.placebo,
+            "control": arm.recipe.control,
             "device": str(arm.device),
             "threads": torch.get_num_threads(),
             "shapes": shape_figures(arm, BATCHES),
@@ -100,8 +100,8 @@ def _work(arm: Arm, num_steps: int) -> dict[str, float]:
 
 def refuse_broken_targets(experiment: Experiment, arms: Sequence[str]) -> None:
     """Raise ModelError for the first teacher of these arms whose stored keys or values are not all finite."""
-    for name in dict.fromkeys(teacher for arm in arms for teacher in experiment.arms[arm].teachers):
-        found = first_broken_target(experiment.teachers[name])
+    for name in dict.fromkeys(name for arm in arms for name in experiment.arms[arm].reads):
+        found = first_broken_target(experiment.teacher(name))
         if found is not None:
             what = {"k": "keys", "v": "values", "q": "queries"}[found["what"]]
             raise ModelError(

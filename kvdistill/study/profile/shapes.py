@@ -84,7 +84,7 @@ def _teacher(arm: Arm, name: str, maker: BatchMaker, numbers: list[list[int]], b
         "taught": _taught([(batch.segments_BT, batch.kv_masks[name]) for batch in batches]),
         "segments": {what: count for what, count in missing.items() if count},
     }
-    if text is not None and text.own is not None and not arm.recipe.placebo:
+    if text is not None and text.own is not None and arm.recipe.control != "placebo":
         found["lost"] = _lost(text, numbers)
     return found
 
