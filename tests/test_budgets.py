@@ -78,6 +78,7 @@ def test_an_arm_trains_as_its_own_train_section_says(tmp_path, monkeypatch):
 def test_matched_arms_spend_what_the_other_spends(prepared):
     controller = TrainingBudgetController(Experiment(study(prepared), prepared))
     assert controller.get_unified_training_steps() == STEPS
+    assert controller.steps_for_tokens(1e9, 32, 512, num_gpus=8) == 7629
     written = controller.write()
     arms = written["arms"]
     assert arms == read_budgets(prepared) and list(arms) == list(ARMS) and written["seeds"] == SEEDS

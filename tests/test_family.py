@@ -60,13 +60,8 @@ def test_unset_with_two_seeds_or_declared_empty_nothing_is_compared() -> None:
     ],
 )
 def test_what_a_recipe_leaves_out_is_added(listed: list[list[str]], added: list[tuple[str, str]]) -> None:
-    arms = {
-        "ce": CE,
-        "both": {},
-        "more": {"align": {"layers": "terminal"}},
-        "a": ONE,
-        "placebo": {"control": "placebo"},
-    }
+    arms = {"ce": CE, "both": {}, "more": {"align": {"layers": "terminal"}}, "a": ONE}
+    arms["placebo"] = {"control": "placebo"}
     found = family(arms, listed)
     assert found.by_rule == added and found.pairs == [*map(tuple, listed), *added]
 

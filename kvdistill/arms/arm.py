@@ -213,6 +213,7 @@ class Arm:
             self._moments if arm.control == "noise" and arm.needs_kv else {},
             self._nll.get(split, {}) if stored else {},
             self.experiment.vocab_size,
+            {name: self.teachers[name].pieces for name, text in texts.items() if text is not None and arm.needs_logits},
         )
 
     @cached_property

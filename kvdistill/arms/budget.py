@@ -39,6 +39,13 @@ class TrainingBudgetController:
         """Steps of every arm that says nothing of its own."""
         return self.experiment.recipe.train.steps
 
+    @staticmethod
+    def steps_for_tokens(
+        total_tokens: float, batch_size: int, seq_length: int, num_gpus: int = 1, accumulation: int = 1
+    ) -> int:
+        """Steps that read so many tokens at most, in texts of `seq_length`: for `train.steps`."""
+        return int(total_tokens // (batch_size * seq_length * num_gpus * accumulation))
+
     def steps(self, name: str) -> int:
         """Steps of an arm: as given, or such that it spends what the arm spends that it is matched to."""
         arm = self.experiment.arms[name]

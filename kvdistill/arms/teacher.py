@@ -49,6 +49,7 @@ from kvdistill.core.runtime import DTYPES, derive_seed
 from kvdistill.core.segments import ANSWER
 from kvdistill.core.targets import ChannelMeans, TeacherTargets
 from kvdistill.data.encode import Example
+from kvdistill.data.pieces import tell_pieces
 from kvdistill.data.tables import check_file, read_table
 from kvdistill.losses import answer_attention
 from kvdistill.models import (
@@ -109,6 +110,11 @@ class Teacher:
     def vocab_size(self) -> int:
         own = self.texts["tokenizer"]
         return self.experiment.vocab_size if own is None else int(own["size"])
+
+    @cached_property
+    def pieces(self) -> tuple[Tensor, Tensor]:
+        """How the pieces of its tokenizer are told in the student's (`tell_pieces`)."""
+        return tell_pieces(self.tokenizer, self.experiment.tokenizer)
 
     def lessons(self, split: str) -> Sequence[Example]:
         """The whole split as this teacher reads it: what it is trained and tested on."""

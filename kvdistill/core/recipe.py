@@ -412,6 +412,12 @@ class LossRecipe(Section):
     ce_on: Literal["reasoning+answer", "answer"] = Field("reasoning+answer", description="tokens of the cross-entropy")
     logit_weight: NonNegative = Field(0.0, description="logit distillation (reference arm)")
     logit_temperature: AboveZero = Field(1.0, description="logit distillation: both sides' logits are divided by it")
+    logit_match: Literal["auto", "same", "spans", "sorted", "hybrid"] = Field(
+        "auto",
+        description="logits of a teacher with another tokenizer: spans of text that both cut out, by chain rule and "
+        "equal bytes; sorted: probabilities by size (ULD); hybrid: spans, and sorted for pieces without a counterpart; "
+        "same: refuse it. auto: spans. With the student's tokenizer all but sorted are plain distillation",
+    )
     kv_on: Literal["all", "reasoning", "answer", "reasoning+answer"] = Field("all", description="tokens of the KV term")
 
     @property
