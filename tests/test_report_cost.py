@@ -80,7 +80,7 @@ NAN = float("nan")
 @pytest.mark.parametrize(
     ("known", "words"),
     [
-        ({}, "kv learns 2.0 times faster than ce (2.0 (1.5 to 2.7) times the steps)"),
+        ({}, "kv learns 2.0 times faster than ce (1.5 to 2.7 times the steps)"),
         (
             {"factor": 4.0, "low": NAN, "high": NAN, "bound": "more than", "num_beyond": 3},
             "kv learns more than 4.0 times faster than ce, which does not reach it within 4.0 times the steps (not "
@@ -88,7 +88,7 @@ NAN = float("nan")
         ),
         (
             {"factor": 1.1, "low": 0.8, "high": 1.6},
-            "kv is not shown to learn faster or slower than ce (1.1 (0.8 to 1.6)",
+            "kv is not shown to learn faster or slower than ce (0.8 to 1.6 times",
         ),
         ({"factor": 0.5, "low": 0.4, "high": 0.6}, "kv learns 2.0 times slower than ce"),
         (

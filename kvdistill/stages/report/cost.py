@@ -101,7 +101,7 @@ def _against(curves: CurvesRecipe, tables: RunTables, arm: str, baseline: str, f
 
 
 def cost_sentence(found: Row, figure: str, num_seeds: int) -> str:
-    """`competence learns 3.1 times faster than ce (3.1 (2.2 to 4.3) times the steps); it needs … fewer problems; …`."""
+    """`competence learns 3.1 times faster than ce (2.2 to 4.3 times the steps); it needs … fewer problems …; …`."""
     arm, baseline, factors = found["arm"], found["baseline"], found["factors"]
     said: list[str] = []
     steps, data = factors.get("steps"), factors.get("data")
@@ -135,13 +135,20 @@ def _faster(factor: Row, arm: str, baseline: str, what: str, num_seeds: int) -> 
             f"within {number(factor['most'], 1)} times the {what} (not reached within the range by {missed})"
         )
     if factor["low"] > 1:
-        return f"learns {number(factor['factor'], 1)} times faster than {baseline} ({_amount(factor)} the {what})"
+        return f"learns {number(factor['factor'], 1)} times faster than {baseline} ({_range(factor)} the {what})"
     if factor["high"] < 1 or (factor["bound"] == "less than" and factor["factor"] < 1):
         more = "more than " if factor["bound"] else ""
         return f"learns {more}{number(1 / factor['factor'], 1)} times slower than {baseline}"
     if math.isnan(factor["factor"]):
         return f"and {baseline} cannot be told apart in {what}: {factor['reason']}"
-    return f"is not shown to learn faster or slower than {baseline} ({_amount(factor)} the {what})"
+    return f"is not shown to learn faster or slower than {baseline} ({_range(factor)} the {what})"
+
+
+def _range(factor: Row) -> str:
+    """`2.2 to 4.3 times`, where the factor itself is said before it."""
+    if math.isnan(factor["low"]):
+        return f"{_times(factor)} times"
+    return f"{number(factor['low'], 1)} to {number(factor['high'], 1)} times"
 
 
 def _amount(factor: Row) -> str:
