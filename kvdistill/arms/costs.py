@@ -17,14 +17,18 @@ from kvdistill.core.costs import Sharers, count_sharers
 from kvdistill.core.errors import KVDistillError
 from kvdistill.core.files import sha256_of
 from kvdistill.core.recipe import ArmRecipe, Recipe
-from kvdistill.data.encode import Example
 from kvdistill.models import batch_geometry, capture_flops, forward_flops
 
 
-def run_flops(arm: Arm, order: Sequence[int]) -> dict[str, Any]:
-    """The `flops` of a ledger. order: example numbers, as they are trained on."""
-    examples = arm.lessons
-    tokens, squares = batch_geometry(len(examples[i].input_ids) for i in order)
+def run_flops(arm: Arm, order: Sequence[int], lengths: Sequence[int] | None = None) -> dict[str, Any]:
+    """The `flops` of a ledger. order: numbers of lessons, as they are trained on.
+
+    lengths: tokens of lessons, for a plan made before teachers have written those that an arm reads; what writing will
+    cost is left out then. Unset: the arm's own.
+    """
+    planned = lengths is not None
+    lengths = arm.lesson_lengths if lengths is None else lengths
+    tokens, squares = batch_geometry(lengths[i] for i in order)
     forward, backward = arm.experiment.student_outline.flops(tokens, squares)
     used = arm.teachers if arm.uses_teachers else {}
     return {
@@ -40,7 +44,7 @@ def run_flops(arm: Arm, order: Sequence[int]) -> dict[str, Any]:
             if teacher.recipe.scratch is not None and not teacher.is_untrained
         },
         # what they wrote, whether it was kept or not
-        "generation": {name: writing_facts(arm.experiment, name)["flops"] for name in arm.writers},
+        "generation": {} if planned else {name: writing_facts(arm.experiment, name)["flops"] for name in arm.writers},
         "tuning": 0,
     }
 
@@ -80,21 +84,22 @@ def all_sharers(experiment: Setting) -> Sharers:
 
 def teacher_flops(arm: Arm, teacher: Teacher, order: Sequence[int]) -> int:
     """One pass over the stored texts, or the passes of every step where it runs online."""
-    examples = teacher.examples("train")
+    sizes = teacher.train_sizes
     stops = arm.runs_online and not arm.recipe.needs_logits and not arm.recipe.needs_nll
-    return pass_flops(teacher, [examples[i] for i in order] if arm.runs_online else examples, stops=stops)
+    return pass_flops(teacher, [sizes[i] for i in order if i < len(sizes)] if arm.runs_online else sizes, stops=stops)
 
 
-def pass_flops(teacher: Teacher, examples: Sequence[Example], *, stops: bool) -> int:
-    """Of a teacher over what it reads. stops: nobody asks for more than keys and values.
+def pass_flops(teacher: Teacher, sizes: Sequence[tuple[int, int]], *, stops: bool) -> int:
+    """Of a teacher over texts of so many tokens, so many of them of the prompt.
 
-    What predicts no next token always stops at the highest layer needed; others run their head on completions.
+    stops: nobody asks for more than keys and values. What predicts no next token always stops at the highest layer
+    needed; others run their head on completions.
     """
-    tokens, squares = batch_geometry(_lengths(examples))
+    tokens, squares = batch_geometry(size for size, _ in sizes)
     top = _highest_layer(teacher) if stops or teacher.shape.kind != "decoder" else None
     if top is not None:
         return capture_flops(teacher.shape, tokens, squares, top)
-    predicted = tokens - sum(example.num_prompt_tokens for example in examples)
+    predicted = tokens - sum(prompt for _, prompt in sizes)
     return forward_flops(teacher.shape, tokens, squares, num_head_tokens=predicted)
 
 
@@ -135,11 +140,11 @@ def fit_flops(arm: Arm, name: str) -> int:
     """Statistics and closed forms on the calibration texts: the passes of both models, and sums of products."""
     aligner, recipe = arm.outline_of_aligner(name), arm.recipe
     numbers = [i for batch in arm.calibration_numbers() for i in batch]
-    mine = arm.experiment.examples("train")
-    tokens, squares = batch_geometry(len(mine[i].input_ids) for i in numbers)
+    lengths = arm.experiment.train_lengths
+    tokens, squares = batch_geometry(lengths[i] for i in numbers)
     similarity, total = recipe.fuse.fusion_strategy == "similarity", 0
     if arm.runs_online:  # the teacher runs again each time the texts are gone through
-        theirs = arm.teachers[name].examples("train")
+        theirs = arm.teachers[name].train_sizes
         moments = recipe.control == "noise"
         times = int(recipe.align.standardise) + int(aligner.needs_fit) + int(similarity) + int(moments)
         total += times * pass_flops(arm.teachers[name], [theirs[i] for i in numbers], stops=True)
@@ -162,13 +167,10 @@ def reads_similarity(arm: ArmRecipe) -> bool:
 def layer_map_flops(arm: Arm, name: str) -> int:
     """Both models read the texts that layers are compared on, and every pair of layers is (a product of channels)."""
     teacher, student = arm.teachers[name].shape, arm.experiment.student_shape
-    share = min(1.0, arm.experiment.recipe.align.cka_texts / max(1, len(arm.experiment.split("train"))))
-    mine = batch_geometry(_lengths(arm.experiment.split("train")))
-    theirs = batch_geometry(_lengths(arm.teachers[name].examples("train")))
+    lengths = arm.experiment.train_lengths
+    share = min(1.0, arm.experiment.recipe.align.cka_texts / max(1, len(lengths)))
+    mine = batch_geometry(lengths)
+    theirs = batch_geometry(size for size, _ in arm.teachers[name].train_sizes)
     widths = [x.num_kv_heads * x.head_size * x.num_layers for x in (student, teacher)]
     passes = forward_flops(student, *mine, with_lm_head=False) + forward_flops(teacher, *theirs, with_lm_head=False)
     return round(share * (passes + 2 * 2 * mine[0] * widths[0] * widths[1]))
-
-
-def _lengths(examples: Sequence[Example]) -> list[int]:
-    return [len(example.input_ids) for example in examples]

@@ -41,7 +41,11 @@ class Experiment(Setting):
         return (self.teachers if name == stored_as else self.untrained)[name]
 
     def arm(self, name: str, seed: int) -> Arm:
-        """One arm with one seed. Raises RecipeError with the nearest name."""
+        """One arm with one seed, with the steps it is trained for as far as they are known. RecipeError with the
+        nearest name."""
         mine, recipe = self.of(seed), arm_recipe(self.recipe, name)
+        steps = self.matched_steps(name) if recipe.match is not None else None
+        if steps is not None:
+            recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": steps})})
         teachers = mine.untrained if recipe.control == "untrained" else mine.teachers
         return Arm(mine, teachers, recipe, seed, name, judges=mine.teachers)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from kvdistill.arms.pairing import shape_of
 from kvdistill.arms.student import CausalStudent
 from kvdistill.arms.texts import load_tokenizer_of, spread
+from kvdistill.core.budgets import read_budgets
 from kvdistill.core.config import arm_recipe, replicate_recipe
 from kvdistill.core.layout import replicate_folder
 from kvdistill.core.recipe import ArmRecipe, Recipe
@@ -48,6 +49,11 @@ class Setting:
     def arms(self) -> dict[str, ArmRecipe]:
         """The complete recipe of every arm; steps of those that are matched are `Experiment.arm`'s to fill in."""
         return {name: arm_recipe(self.recipe, name) for name in self.recipe.every_arm}
+
+    def matched_steps(self, name: str) -> int | None:
+        """Steps that were computed for an arm that is matched to another; None: not yet (`arms/budget.py` does)."""
+        planned = read_budgets(self.run).get(name)
+        return None if planned is None else int(planned["steps"])
 
     # -- the student --------------------------------------------------------------------------------------
 
@@ -89,6 +95,11 @@ class Setting:
         if name not in self._splits:
             self._splits[name] = read_split(self.data_run, name)
         return self._splits[name]
+
+    @cached_property
+    def train_lengths(self) -> list[int]:
+        """Tokens of each training example, as the student reads it."""
+        return [len(example.input_ids) for example in self.split("train")]
 
     def numbers(self, split: str) -> Sequence[int]:
         """Rows of a split whose targets are captured: all of train, those of val that curves and match figures use."""

@@ -81,7 +81,6 @@ class Teacher:
         self.place = teacher_place(experiment.recipe, name)  # in errors
         self.is_untrained = untrained
         self.stored_as = name + UNTRAINED if untrained else name
-        self._training_flops: tuple[int, int] | None = None
 
     @property
     def folder(self) -> Path:
@@ -147,15 +146,13 @@ class Teacher:
         num_needed *= int(os.environ.get("WORLD_SIZE", 1))
         return data_order(num_examples, num_needed, derive_seed(self.recipe.seed, "data", self.name))
 
-    @property
+    @cached_property
     def training_flops(self) -> tuple[int, int]:
         """Forward and backward of training a scratch teacher. Nothing is trained: it is counted."""
-        if self._training_flops is None:
-            lengths = [len(example.input_ids) for example in self.studied()]
-            tokens, squares = batch_geometry(lengths[i] for i in self.training_order(len(lengths)))
-            forward = forward_flops(self.shape, tokens, squares)
-            self._training_flops = forward, 2 * forward
-        return self._training_flops
+        lengths = [len(example.input_ids) for example in self.studied()]
+        tokens, squares = batch_geometry(lengths[i] for i in self.training_order(len(lengths)))
+        forward = forward_flops(self.shape, tokens, squares)
+        return forward, 2 * forward
 
     def text(self, split: str) -> TeacherText | None:
         """Its own texts for `Setting.examples(split)`, or None where it reads what the student reads."""
@@ -177,6 +174,11 @@ class Teacher:
         """`Setting.examples(split)` as this teacher reads them."""
         text = self.text(split)
         return self.experiment.examples(split) if text is None else text.examples
+
+    @cached_property
+    def train_sizes(self) -> list[tuple[int, int]]:
+        """(tokens, prompt tokens) of each training example, as it reads them."""
+        return [(len(example.input_ids), example.num_prompt_tokens) for example in self.examples("train")]
 
     # -- which model it is --------------------------------------------------------------------------------
 

@@ -56,6 +56,8 @@ def as_text(result: Mapping[str, Any]) -> str:
                 line += f"; {printable(row['caution'])}" if row.get("caution") else ""
                 reasons = "; ".join(printable(reason) for reason in row.get("refused") or ())
                 lines += _said(f"{line} ({reasons})" if reasons else line)
+        for sentence in (summary.get("curves") or {}).get("sentences") or []:
+            lines += _said(printable(sentence))
         if summary.get("comparisons") and not (summary.get("declared") or {}).get("time"):
             lines += _said("when these comparisons were declared is not known: declared.json is not in the run folder")
     shown = {

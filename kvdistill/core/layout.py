@@ -1,7 +1,8 @@
 """Where everything lies in a run folder, and the marks that say a stage is finished. The one place for these names.
 
 runs/NAME/
-  recipe.json  provenance.json  study.json
+  recipe.json  provenance.json  study.json  declared.json
+  training_budget_config.json    what every arm will spend, and the steps of those that are matched
   tokenizer/   data/{train,val,test,teach}.parquet  data/manifest.json  data/validation_report.json
   data/teachers/NAME/            what a teacher with its own tokenizer or chains reads, and a manifest
   layers/NAME.{json,png,svg}     similarity of the student's layers to a teacher's

@@ -198,7 +198,7 @@ def prepare(recipe: Recipe, run: Path, progress: Progress = silent, seed: int | 
 
 
 def check(experiment: Any, progress: Progress = silent) -> None:
-    """Models, and the data of public evaluations: before anything is trained."""
+    """Models, the data of public evaluations, and the budgets of all arms: before anything is trained."""
     from kvdistill.arms.checks import check_models
 
     check_models(experiment, progress)
@@ -206,6 +206,9 @@ def check(experiment: Any, progress: Progress = silent) -> None:
         from kvdistill.stages.evaluate import check_public
 
         check_public(experiment.recipe, experiment.run)
+    from kvdistill.arms.budget import TrainingBudgetController
+
+    TrainingBudgetController(experiment).write()
 
 
 def _prepare_progress(progress: Progress) -> Progress:

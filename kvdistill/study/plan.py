@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kvdistill.core.budgets import continued, read_budgets
 from kvdistill.core.config import arm_recipe, asked_hash
 from kvdistill.core.layout import arm_folder, evaluated_mark
 from kvdistill.core.marks import read_mark
@@ -42,6 +43,10 @@ def plan(
         runs = [(a, s) for s in recipe.seeds for a in recipe.every_arm]
         runs = [pair for pair in runs if not is_evaluated(recipe, run, *pair)]
     arms = {name: arm_recipe(recipe, name) for name in recipe.every_arm}
+    for name, planned in read_budgets(run).items():  # steps of arms that are matched, once they are known
+        if name in arms and arms[name].match is not None:
+            train = arms[name].train.model_copy(update={"steps": planned["steps"]})
+            arms[name] = arms[name].model_copy(update={"train": train})
     used = {name for arm, _ in runs for name in arms[arm].reads}
     writers = {name for arm, _ in runs for name in arms[arm].writers}
     maps = any(a.needs_kv and a.align.layers == "cka" and a.align.layer_map is None for a in arms.values())
@@ -50,6 +55,7 @@ def plan(
     of_data = seeds if recipe.varies_data else [{}]
     of_teachers = seeds if recipe.varies_teachers else [{}]
     of_targets = seeds if recipe.varies_data or recipe.varies_teachers else [{}]
+    goes_on_from = continued(recipe, arms)
     about: dict[str, list[dict[str, Any]]] = {
         "prepare": [{}, *(seeds if recipe.varies_data else ())],
         "check": of_data,
@@ -88,9 +94,14 @@ def plan(
                     or job.arguments.get("teacher") in (None, *(solved if job.verb == "write" else reads))
                 )
             ]
+            shorter = goes_on_from.get(str(mine.get("arm")))
+            if verb == "train" and shorter is not None:
+                after += [f"train:{shorter}:{mine['seed']}"] if f"train:{shorter}:{mine['seed']}" in jobs else []
             identity = ":".join([verb, *map(str, mine.values())])
             mark = None if stage.mark is None else stage.mark(run, **mine).relative_to(run).as_posix()
             cost = stage.cost(recipe, **mine | ({"arm": arms[mine["arm"]]} if "arm" in mine else {}))
+            if verb == "train" and shorter is not None and f"train:{shorter}:{mine['seed']}" in after:
+                cost = max(0.0, cost - stage.cost(recipe, **mine | {"arm": arms[shorter]}))
             jobs[identity] = Job(identity, verb, {"run": str(run), **mine}, tuple(after), cost, mark)
     return _left_to_do(list(jobs.values()), recipe, goals)
 

@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from kvdistill.core.budgets import differences, read_budgets
 from kvdistill.core.config import asked_hash
 from kvdistill.core.costs import count_sharers, student_flops, total_flops
+from kvdistill.core.declared import family_of
 from kvdistill.core.errors import RunFolderError
 from kvdistill.core.files import finite, read_json_lines, write_text
 from kvdistill.core.layout import (
@@ -35,7 +37,10 @@ Row = dict[str, Any]
 
 @dataclass
 class RunTables:
-    """One study: per arm (recipe order) and seed, what evaluation and training left behind."""
+    """One study: per arm (recipe order) and seed, what evaluation and training left behind.
+
+    arms: those that stand side by side. runs, logs, matches: also of arms that are only points of a curve of cost.
+    """
 
     path: Path
     arms: list[str]
@@ -64,9 +69,11 @@ class RunTables:
 def collect_tables(recipe: Recipe, run: Path) -> RunTables:
     """All tables of a run folder. Raises RunFolderError if no run has records, or a file is damaged."""
     now = asked_hash(recipe)
-    tables = RunTables(run, list(recipe.arms), list(recipe.seeds))
+    compared = {arm for pair in family_of(recipe).pairs for arm in pair}
+    shown = [arm for arm in recipe.every_arm if arm in recipe.arms or arm in compared]
+    tables = RunTables(run, shown, list(recipe.seeds))
     unmarked: list[str] = []
-    for arm in tables.arms:
+    for arm in recipe.every_arm:
         tables.runs[arm], tables.logs[arm], tables.matches[arm] = {}, {}, {}
         for seed in tables.seeds:
             folder = tables.seed_folder(arm, seed)
@@ -92,6 +99,7 @@ def collect_tables(recipe: Recipe, run: Path) -> RunTables:
             if (folder / "records.jsonl").is_file():
                 unmarked.append(f"{arm} seed {seed} (no {' and no '.join(unvouched)})")
     price(recipe, tables)
+    tables.notes += budget_notes(tables)
     if not any(tables.runs.values()):
         raise RunFolderError("no run has been evaluated", place=str(run / "arms"), fix="train and evaluate first")
     for teacher in recipe.teachers:
@@ -119,7 +127,7 @@ def collect_tables(recipe: Recipe, run: Path) -> RunTables:
         tables.notes.append(
             "Not evaluated yet: " + ", ".join(f"{arm} seed {seed}" for arm, seed in tables.missing) + "."
         )
-    strays = sorted(p.name for p in (run / "arms").iterdir() if p.is_dir() and p.name not in tables.arms)
+    strays = sorted(p.name for p in (run / "arms").iterdir() if p.is_dir() and p.name not in tables.runs)
     if strays:
         tables.notes.append("In the folder but not in the recipe, and left out: " + ", ".join(strays) + ".")
     return tables
@@ -171,6 +179,16 @@ def price(recipe: Recipe, tables: RunTables) -> None:
                 costs["amortised_flops"] = total_flops(flops, shared[arm, seed], sharers)
             known_costs = {name: float(cost) for name, cost in costs.items() if cost is not None}
             runs[seed] = replace(run, costs=known_costs)
+
+
+def budget_notes(tables: RunTables) -> list[str]:
+    """Where runs spent something else than was planned before training."""
+    planned, notes = read_budgets(tables.path), []
+    for arm, runs in tables.runs.items():
+        for seed, run in runs.items():
+            if found := differences(planned.get(arm, {}), run.costs):
+                notes.append(f"{arm} seed {seed}: {'; '.join(found)}.")
+    return notes
 
 
 _COUNTS = {"steps": "optimiser_steps", "data": "problems_seen", "tokens": "tokens_nonpadding"}

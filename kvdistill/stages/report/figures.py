@@ -26,6 +26,7 @@ from kvdistill.stages.report.canvas import (
     render,
 )
 from kvdistill.stages.report.collect import Row, RunTables
+from kvdistill.stages.report.cost import draw_cost_curves
 from kvdistill.stages.report.curves import draw_curves
 
 MATCH_FIGURES = (
@@ -45,7 +46,10 @@ def draw_all(recipe: Recipe, tables: RunTables, summary: Row) -> list[Picture]:
         render("comparison_with_error_bars", f"All arms: {figure.split(' (')[0]}",
                f"Bars: mean over {seeds} of the {figure}; whiskers ± one standard deviation; each mark is one training "
                "run, one shape per seed.", lambda: draw_comparison(summary, "nll" if nll else "accuracy")),
-        *draw_curves(tables.logs),
+        *draw_curves({arm: tables.logs[arm] for arm in tables.arms}),
+        render("cost_curves", "What it takes", "Mean over tasks on held-out questions against what training took, one "
+               "point for each budget. Lines are means over seeds, bands ± one standard deviation; what runs share (a "
+               "teacher's training, its passes) is divided among them.", lambda: draw_cost_curves(summary)),
         render("routing_by_task_heatmap", "Who teaches what", "Mean weight of each teacher per task over the last "
                "quarter of the logged steps and all seeds.", lambda: draw_routing(tables, "task")),
         render("routing_by_layer_heatmap", "Who teaches which layer", "Mean weight of each teacher per student layer "
@@ -177,7 +181,7 @@ def match_table(recipe: Recipe, tables: RunTables) -> list[Row]:
     The placebo figure is the run's own (`placebo` beside `k` and `v` in match.json) or else the mean over the
     recipe's placebo arms with that teacher. [] if nothing was measured.
     """
-    placebo_arms = [arm for arm in tables.arms if recipe.arms[arm].get("control") == "placebo"]
+    placebo_arms = [arm for arm in tables.arms if recipe.every_arm[arm].get("control") == "placebo"]
     found: dict[tuple[str, str], list[Row]] = {}
     for arm in tables.arms:
         for match in tables.matches[arm].values():

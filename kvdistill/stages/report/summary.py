@@ -20,6 +20,7 @@ from kvdistill.stages.report.best_single import Choice, choose_best_single
 from kvdistill.stages.report.collect import RunTables
 from kvdistill.stages.report.compare import Comparison, compare_family, describe_comparison
 from kvdistill.stages.report.controls import describe_controls
+from kvdistill.stages.report.cost import curve_summary
 from kvdistill.stages.report.text import CONTROLS
 from kvdistill.stats import NAN
 
@@ -78,9 +79,17 @@ def compare_all(recipe: Recipe, tables: RunTables) -> dict[str, list[Comparison]
     pairs = declared if choice is None else [choice.stands_in(pair) for pair in declared]
     found = {
         "primary": compare_family(
-            tables.runs, pairs, tables.seeds, figure=rules.primary, alpha=rules.alpha, margin=rules.margin
+            tables.runs,
+            pairs,
+            tables.seeds,
+            figure=rules.primary,
+            alpha=rules.alpha,
+            margin=rules.margin,
+            parity=rules.parity,
         ),
-        "secondary": compare_family(tables.runs, pairs, tables.seeds, figure=other, alpha=rules.alpha),
+        "secondary": compare_family(
+            tables.runs, pairs, tables.seeds, figure=other, alpha=rules.alpha, parity=rules.parity
+        ),
     }
     for comparisons in found.values():
         for one, pair in zip(comparisons, declared, strict=True):
@@ -117,22 +126,21 @@ def _figure(tables: RunTables, arm: str, name: str) -> dict[str, Any]:
 
 def describe_arm(recipe: Recipe, arm: str) -> str:
     """What an arm does, in words, from the recipe: `KV of 2 teachers (a, b), weighted by competence`."""
-    spec = recipe.arms[arm]
+    spec = recipe.every_arm[arm]
 
     def setting(section: str, key: str) -> Any:
         changes = spec.get(section)
         return changes[key] if isinstance(changes, dict) and key in changes else getattr(getattr(recipe, section), key)
 
+    longer = f", {spec['times']:g} times its steps" if spec.get("times", 1) != 1 else ""
     teachers = spec.get("teachers")
     names = [t.name for t in recipe.teachers] if teachers is None else list(teachers)
     kv = bool(names) and setting("loss", "kv_weight") > 0
     logits = bool(names) and setting("loss", "logit_weight") > 0
     if not kv and not logits:
-        return (
-            CONTROLS[spec["texts"]][0]
-            if spec.get("texts") in CONTROLS
-            else ("plain fine-tuning on the same texts, no teacher")
-        )
+        texts = spec.get("texts")
+        plain = CONTROLS[texts][0] if texts in CONTROLS else "plain fine-tuning on the same texts, no teacher"
+        return plain + longer
     what = " and ".join(["KV"] * kv + ["logits"] * logits)
     words = f"{what} of {'one teacher' if len(names) == 1 else f'{len(names)} teachers'} ({', '.join(map(str, names))})"
     if len(names) > 1:
@@ -144,7 +152,7 @@ def describe_arm(recipe: Recipe, arm: str) -> str:
         strategy = setting("fuse", "fusion_strategy")
         words += f", {weights.get(strategy, strategy)}"
     control = spec.get("control")
-    return words + (f"; {control}: {CONTROLS[control][0]}" if control in CONTROLS else "")
+    return words + longer + (f"; {control}: {CONTROLS[control][0]}" if control in CONTROLS else "")
 
 
 def dead_channels(tables: RunTables, arm: str) -> dict[str, dict[str, int]]:
@@ -201,7 +209,7 @@ def budgets(recipe: Recipe, tables: RunTables) -> dict[str, dict[str, Any]]:
 
 def reference_arm(recipe: Recipe) -> str:
     """The baseline of most declared comparisons (first named wins a tie); without any, the first arm."""
-    named = Counter(b for _, b in family_of(recipe).pairs if b in recipe.arms)
+    named = Counter(b for _, b in family_of(recipe).pairs if b in recipe.every_arm)
     return named.most_common(1)[0][0] if named else next(iter(recipe.arms))
 
 
@@ -218,6 +226,7 @@ def summarise(recipe: Recipe, tables: RunTables, family: dict[str, list[Comparis
             "nll_reasoning": _spread(tables, arm, "nll_reasoning"), "dead_channels": dead_channels(tables, arm),
         }  # fmt: skip
     known = [a["mean"] for a in arms.values() if not math.isnan(a["mean"])]
+    near_zero = bool(known) and max(known) < NEAR_ZERO
     ledgers = [run.ledger for runs in tables.runs.values() for run in runs.values()]
     declared, rule, choice = compare_declared(recipe, tables.path), family_of(recipe), best_single(recipe, tables)
     comparisons = {kind: [describe_comparison(c) for c in family[kind]] for kind in ("primary", "secondary")}
@@ -232,9 +241,14 @@ def summarise(recipe: Recipe, tables: RunTables, family: dict[str, list[Comparis
         "secondary_comparisons": comparisons["secondary"],
         "best_single": choice and {**choice._asdict(), "rule": best_single_rule(recipe.report.primary)},
         "family_notes": rule.notes,
-        "accuracy_near_zero": bool(known) and max(known) < NEAR_ZERO,
+        "accuracy_near_zero": near_zero,
+        "curves": curve_summary(
+            recipe, tables, "nll" if near_zero else recipe.report.primary, reference_arm(recipe)
+        ),
         "seconds": _total([tables.provenance], "seconds"), "cpu_seconds": _total([tables.provenance], "cpu_seconds"),
-        "student_seconds": _total(ledgers, "seconds"),
+        "student_seconds": _total(ledgers, "seconds") - sum(
+            (ledger.get("went_on_from") or {}).get("seconds", 0.0) for ledger in ledgers
+        ),
         "teacher_seconds": _total(list(tables.teachers.values()), "seconds"),
         "leaks_allowed": recipe.data.leaks == "allow"
         or bool(tables.manifest.get("num_leaks") or tables.leaks_of_seeds),
@@ -314,5 +328,6 @@ def statistics_document(recipe: Recipe, summary: dict[str, Any]) -> dict[str, An
         "best_single": summary["best_single"], "family_notes": summary["family_notes"],
         "variance": summary["variance"], "declared": summary["declared"], "comparisons": summary["comparisons"],
         "secondary_comparisons": summary["secondary_comparisons"],
+        "curves": summary["curves"],
         "secondary_note": "exploratory: the recipe declares one primary figure, and no margin for this one",
     }  # fmt: skip
