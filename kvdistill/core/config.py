@@ -301,6 +301,9 @@ def _read_arm(
         return None, [*mistakes, *_mistakes_of(error, ArmRecipe, where)]
     if not alone:
         mistakes += _arm_mistakes(made, [teacher.name for teacher in recipe.teachers], where)
+        if made.needs_logits and recipe.capture.logits_top_k == 0:
+            what = "capture.logits_top_k is 0, and this arm distils logits"
+            mistakes.append(RecipeError(what, place=f"{where}: loss.logit_weight", fix="set capture.logits_top_k: 32"))
         if made.needs_scores and recipe.capture.source == "online":
             mistakes.append(
                 RecipeError(
