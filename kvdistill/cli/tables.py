@@ -49,12 +49,6 @@ def as_text(result: Mapping[str, Any]) -> str:
     if arms:
         lines += _arm_lines(arms, summary.get("primary", "accuracy"))
         lines += [f"  {printable(line)}" for line in summary.get("not_asked") or []]
-        for row in summary.get("comparisons") or []:
-            if row.get("verdict"):
-                line = f"{printable(row['arm'])} against {printable(row['baseline'])}: {printable(row['verdict'])}"
-                line += " (after the results)" if row.get("after_results") else ""
-                reasons = "; ".join(printable(reason) for reason in row.get("refused") or ())
-                lines += _said(f"{line} ({reasons})" if reasons else line)
     shown = {
         "data": _data_table,
         "leaks": _leak_lines,
@@ -75,7 +69,21 @@ def as_text(result: Mapping[str, Any]) -> str:
             lines += [f"  {printable(inner)}: {printable(item)}" for inner, item in value.items()]
         else:
             lines.append(f"{name}: {printable(value)}")
-    return "\n".join(lines)
+    return "\n".join(lines + _verdict_lines(summary))
+
+
+def _verdict_lines(summary: Mapping[str, Any]) -> list[str]:
+    """What the page says of the declared comparisons, in the same figure: one by one, and last what it leads with."""
+    lines = []
+    for row in summary.get("comparisons") or []:
+        if row.get("verdict"):
+            said = f"{row['arm']} against {row['baseline']}: {row.get('sentence') or row['verdict']}"
+            reasons = "; ".join(row.get("refused") or ())
+            said += f" ({reasons})" if reasons and reasons not in said else ""
+            lines += _said(printable(said + (" (after the results)" if row.get("after_results") else "")))
+    if summary.get("headline"):
+        lines += textwrap.wrap(printable(summary["headline"]), WIDTH)
+    return lines
 
 
 def _arm_lines(arms: Mapping[str, Any], primary: str) -> list[str]:

@@ -16,11 +16,12 @@ import numpy as np
 from kvdistill.core.config import asked_hash
 from kvdistill.core.errors import RunFolderError
 from kvdistill.core.files import finite, read_json_lines, write_text
-from kvdistill.core.layout import evaluated_mark, layers_folder, trained_mark
+from kvdistill.core.layout import evaluated_mark, layers_folder, teacher_texts_folder, trained_mark
 from kvdistill.core.marks import check_marked, read_mark, read_sealed
 from kvdistill.core.recipe import Recipe
 from kvdistill.core.records import Record, read_records
 from kvdistill.stages.report.compare import SeedRun
+from kvdistill.stages.report.models import read_models
 
 Row = dict[str, Any]
 
@@ -36,6 +37,10 @@ class RunTables:
     logs: dict[str, dict[int, list[Row]]] = field(default_factory=dict)
     matches: dict[str, dict[int, Row]] = field(default_factory=dict)
     teachers: dict[str, Row] = field(default_factory=dict)
+    models: dict[str, Row] = field(default_factory=dict)  # teachers by name, the student as "": what they are
+    tokenizers: dict[str, Row] = field(default_factory=dict)  # manifests of teachers that read texts of their own
+    layers: dict[str, Row] = field(default_factory=dict)  # by teacher: similarity [student layer][teacher layer], map
+    samples: dict[str, dict[str, Record]] = field(default_factory=dict)  # arm -> task -> first answer of its first seed
     manifest: Row = field(default_factory=dict)
     validation: Row = field(default_factory=dict)
     provenance: Row = field(default_factory=dict)
@@ -75,7 +80,10 @@ def collect_tables(recipe: Recipe, run: Path) -> RunTables:
             if match := _read_object(folder / "match.json"):
                 tables.matches[arm][seed] = match
             if (folder / "records.jsonl").is_file():
-                tables.runs[arm][seed] = read_run(folder, arm, seed)
+                records = run_records(folder, arm, seed)
+                tables.runs[arm][seed] = as_run(records, folder)
+                if arm not in tables.samples:
+                    tables.samples[arm] = {one.task: one for one in reversed(records)}
             else:
                 tables.missing.append((arm, seed))
     if not any(tables.runs.values()):
@@ -85,6 +93,11 @@ def collect_tables(recipe: Recipe, run: Path) -> RunTables:
         check_marked(trained_mark(folder), fix=f"delete {folder} and teach it again")
         if found := _read_object(run / "teachers" / teacher.name / "report.json"):
             tables.teachers[teacher.name] = found
+    tables.models = read_models(recipe, run)
+    tables.layers = _read_layers(recipe, run)
+    for teacher in recipe.teachers:
+        if found := _read_object(teacher_texts_folder(run, teacher.name) / "manifest.json"):
+            tables.tokenizers[teacher.name] = found
     tables.notes += _layer_notes(recipe, run)
     manifest = run / "data" / "manifest.json"
     tables.manifest = read_sealed(manifest, fix="run `kvdistill prepare` again") if manifest.is_file() else {}
@@ -101,6 +114,17 @@ def collect_tables(recipe: Recipe, run: Path) -> RunTables:
     if strays:
         tables.notes.append("In the folder but not in the recipe, and left out: " + ", ".join(strays) + ".")
     return tables
+
+
+def _read_layers(recipe: Recipe, run: Path) -> dict[str, Row]:
+    """By teacher what `map-layers` measured, of what the recipe compares layers by."""
+    found, kind = {}, recipe.align.cka_on
+    for teacher in recipe.teachers:
+        measured = _read_object(layers_folder(run) / f"{teacher.name}.json")
+        if similarity := (measured.get("similarity") or {}).get(kind):
+            layer_map = (measured.get("layer_map") or {}).get(kind) or {}
+            found[teacher.name] = {"similarity": similarity, "map": layer_map, "kind": kind}
+    return found
 
 
 def _layer_notes(recipe: Recipe, run: Path) -> list[str]:
@@ -160,8 +184,8 @@ def run_records(folder: Path, arm: str, seed: int) -> list[Record]:
     return [found[key] for key in sorted(found)]
 
 
-def read_run(folder: Path, arm: str, seed: int) -> SeedRun:
-    records = run_records(folder, arm, seed)
+def as_run(records: list[Record], folder: Path) -> SeedRun:
+    """One run's records as columns, with the ledger that lies beside them."""
     if not records:
         raise RunFolderError("no records in it", place=str(folder / "records.jsonl"), fix="evaluate again")
     return SeedRun(
@@ -176,15 +200,16 @@ def read_run(folder: Path, arm: str, seed: int) -> SeedRun:
     )
 
 
-def read_questions(run: Path) -> dict[tuple[str, str, str], str]:
-    """(task, id, style) -> prompt of the test split; {} if the prepared data are not there."""
+def read_questions(run: Path) -> dict[tuple[str, str, str], Row]:
+    """(task, id, style) -> prompt, reasoning and answer of the test split; {} if the prepared data are not there."""
     path = run / "data" / "test.parquet"
     if not path.is_file():
         return {}
     import pyarrow.parquet as pq
 
-    rows = pq.ParquetFile(path).read(columns=["task", "id", "style", "prompt"]).to_pylist()
-    return {(r["task"], r["id"], str(r["style"] or "")): r["prompt"] for r in rows}
+    parts = ("prompt", "reasoning", "answer")
+    rows = pq.ParquetFile(path).read(columns=["task", "id", "style", *parts]).to_pylist()
+    return {(r["task"], r["id"], str(r["style"] or "")): {part: r[part] or "" for part in parts} for r in rows}
 
 
 def write_json(path: Path, value: Any) -> None:
