@@ -67,9 +67,10 @@ class Record:
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:  # JSON has no word for NaN: in memory as it will be read back
-        object.__setattr__(self, "nll", _finite(self.nll))
-        object.__setattr__(self, "nll_reasoning", _finite(self.nll_reasoning))
-        object.__setattr__(self, "metrics", {name: _finite(value) for name, value in self.metrics.items()})
+        known = self.__dict__
+        known["nll"], known["nll_reasoning"] = _finite(self.nll), _finite(self.nll_reasoning)
+        if self.metrics:
+            known["metrics"] = {name: _finite(value) for name, value in self.metrics.items()}
 
     @property
     def question(self) -> tuple[str, str, str]:
@@ -96,18 +97,17 @@ def write_records(path: Path, records: Iterable[Record], *, append: bool = False
 
 def read_records(path: Path) -> list[Record]:
     """All records of a file, in its order. RunFolderError names the line that is not a whole record of ours."""
-    records = []
+    records, decode = [], json.JSONDecoder().decode
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
-        place = f"{path}:{number}"
         try:
-            row = json.loads(line)
+            row = decode(line.decode())
         except ValueError as error:
-            raise RunFolderError(f"not a JSON line ({error})", place=place, fix=_FIX) from error
+            raise RunFolderError(f"not a JSON line ({error})", place=f"{path}:{number}", fix=_FIX) from error
         if not isinstance(row, dict):
-            raise RunFolderError("a line should be a JSON object", place=place, fix=_FIX)
-        records.append(_checked(row, place))
+            raise RunFolderError("a line should be a JSON object", place=f"{path}:{number}", fix=_FIX)
+        records.append(_checked(row, f"{path}:{number}"))
     return records
 
 
@@ -122,11 +122,17 @@ def _checked(row: dict[str, Any], place: str) -> Record:
         filled |= {"evaluation": "own", "style": "", "mode": "generation", "metrics": {}, "score": row.get("correct")}
         row = filled | {key: value for key, value in row.items() if value is not None}
     row = {"arm": None, "seed": None, "nll_reasoning": None, **row, "schema": SCHEMA}
+    known = {}
     for name, kinds in _KINDS.items():
-        if name not in row or not isinstance(row[name], kinds):
+        value = known[name] = row.get(name, _MISSING)
+        if type(value) not in kinds and not isinstance(value, kinds):
             wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
             raise RunFolderError(f"a record needs `{name}` ({wanted})", place=place, fix=_FIX)
-    return Record(**{name: row[name] for name in _KINDS} | {"score": float(row["score"])})
+    known["score"] = float(known["score"])
+    record = object.__new__(Record)  # of a frozen class __init__ sets each field by itself: a third of reading a study
+    record.__dict__.update(known)
+    record.__post_init__()
+    return record
 
 
 def _finite(value: float | None) -> float | None:
@@ -139,4 +145,5 @@ def _kinds(hint: Any) -> tuple[type, ...]:
     return (*parts, int) if float in parts else parts
 
 
+_MISSING = object()
 _KINDS = {name: _kinds(hint) for name, hint in get_type_hints(Record).items()}

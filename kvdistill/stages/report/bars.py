@@ -27,9 +27,10 @@ def draw_bars(summary: Row, names: Mapping[str, str], figure: str, words: Words 
     for task, axes in zip(panels, grid, strict=True):
         axes.set_title(words("labels.mean_over_tasks") if task is None else label(task))
         axes.set_xlabel(unit)
-        for row, (arm, found) in enumerate(arms.items()):
-            one = found if task is None else found["by_task"].get(task, {})
+        shown = [found if task is None else found["by_task"].get(task, {}) for found in arms.values()]
+        for row, (arm, one) in enumerate(zip(arms, shown, strict=True)):
             _draw_arm(axes, row, one, 100 if figure == "accuracy" else 1, list(every).index(arm), words)
+        _draw_runs(axes, [one.get("per_seed") or [] for one in shown])
         axes.set_yticks(range(len(arms)), list(names.values()))
         axes.set_ylim(len(arms) - 0.45, -0.55)
         axes.grid(axis="y", visible=False)
@@ -55,11 +56,17 @@ def _draw_arm(axes: Axes, row: int, found: Row, scale: float, index: int, words:
     if spread:
         axes.errorbar(mean, row, xerr=std, color=INK, capsize=3, linewidth=1.2, zorder=3)
     points = [p for p in found["per_seed"] if np.isfinite(p)]
-    for place, point in enumerate(found["per_seed"]):
-        offset = (place - (len(found["per_seed"]) - 1) / 2) * 0.52 / max(len(found["per_seed"]), 2)
-        axes.plot(point, row + offset, MARKERS[place % len(MARKERS)], markersize=4, markerfacecolor="white",
-                  markeredgecolor=INK, markeredgewidth=0.9, zorder=4)  # fmt: skip
     digits = 1 if scale == 100 else 2
     text = f"{scale * mean:.{digits}f}" + (f" ± {scale * std:.{digits}f}" if np.isfinite(std) else "")
     axes.annotate(text, (max([mean + spread, *points]), row), xytext=(5, 0), textcoords="offset points",
                   va="center", fontsize=8)  # fmt: skip
+
+
+def _draw_runs(axes: Axes, per_seed_of_rows: list[list[float]]) -> None:
+    """A mark per training run, one shape per seed, beside each other on the row's bar."""
+    num_seeds = max(map(len, per_seed_of_rows), default=0)
+    for place in range(num_seeds):
+        offset = (place - (num_seeds - 1) / 2) * 0.52 / max(num_seeds, 2)
+        points = [(values[place], row + offset) for row, values in enumerate(per_seed_of_rows) if len(values) > place]
+        axes.plot(*zip(*points, strict=True), MARKERS[place % len(MARKERS)], markersize=4, markerfacecolor="white",
+                  linestyle="", markeredgecolor=INK, markeredgewidth=0.9, zorder=4)  # fmt: skip

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import io
+import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from PIL import Image
 
 from kvdistill.core.files import write_bytes
 from kvdistill.stages.report.text import make_visible
@@ -80,13 +82,16 @@ def figure_rules() -> Iterator[None]:
         "text.parse_math": False, "svg.fonttype": "path", "svg.hashsalt": "kvdistill", "figure.dpi": 150,
         "axes.titley": 1.0,  # where it comes to stand anyway, without being looked for
     }  # fmt: skip
+    finding, collects = logging.getLogger("matplotlib.font_manager"), gc.isenabled()
+    before = finding.level
     with matplotlib.rc_context(rules), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        collects = gc.isenabled()
+        finding.setLevel(logging.ERROR)  # a font without a bold weight is no news
         gc.disable()  # it would look through a figure's many small objects again and again
         try:
             yield
         finally:
+            finding.setLevel(before)
             if collects:
                 gc.enable()
 
@@ -135,6 +140,13 @@ def printed(figure: Figure) -> tuple[bytes, bytes]:
     FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})  # type: ignore[dict-item]
     FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None, "Creator": None})
     return svg.getvalue(), png.getvalue()
+
+
+def small_png(png: bytes) -> bytes:
+    """The picture with at most 64 colours: a figure of lines and flat areas looks the same at a third of the bytes."""
+    picture, out = Image.open(io.BytesIO(png)).convert("RGB"), io.BytesIO()
+    picture.quantize(64, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    return out.getvalue()
 
 
 def label(text: object, limit: int = 26) -> str:

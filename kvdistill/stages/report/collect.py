@@ -24,6 +24,7 @@ from kvdistill.stages.report.compare import SeedRun
 from kvdistill.stages.report.models import read_models
 
 Row = dict[str, Any]
+Alike = dict[tuple[Any, ...], tuple[Any, ...]]
 
 
 @dataclass
@@ -61,6 +62,7 @@ def collect_tables(recipe: Recipe, run: Path) -> RunTables:
     """All tables of a run folder. Raises RunFolderError if no run has records, or a file is damaged."""
     now = asked_hash(recipe)
     tables, unmarked = RunTables(run, list(recipe.arms), list(recipe.seeds)), 0
+    alike: Alike = {}
     for arm in tables.arms:
         tables.runs[arm], tables.logs[arm], tables.matches[arm] = {}, {}, {}
         for seed in tables.seeds:
@@ -81,7 +83,7 @@ def collect_tables(recipe: Recipe, run: Path) -> RunTables:
                 tables.matches[arm][seed] = match
             if (folder / "records.jsonl").is_file():
                 records = run_records(folder, arm, seed)
-                tables.runs[arm][seed] = as_run(records, folder)
+                tables.runs[arm][seed] = as_run(records, folder, alike)
                 if arm not in tables.samples:
                     tables.samples[arm] = {one.task: one for one in reversed(records)}
             else:
@@ -184,14 +186,21 @@ def run_records(folder: Path, arm: str, seed: int) -> list[Record]:
     return [found[key] for key in sorted(found)]
 
 
-def as_run(records: list[Record], folder: Path) -> SeedRun:
-    """One run's records as columns, with the ledger that lies beside them."""
+def _once(alike: Alike, column: tuple[Any, ...]) -> tuple[Any, ...]:
+    return alike.setdefault(column, column)
+
+
+def as_run(records: list[Record], folder: Path, alike: Alike) -> SeedRun:
+    """One run's records as columns, with the ledger that lies beside them.
+
+    alike: questions and hashes of earlier runs, so that runs with the same ones hold them once.
+    """
     if not records:
         raise RunFolderError("no records in it", place=str(folder / "records.jsonl"), fix="evaluate again")
     return SeedRun(
-        keys=tuple(one.question for one in records),
-        doc_hashes=tuple(one.doc_hash for one in records),
-        prompt_hashes=tuple(one.prompt_hash for one in records),
+        keys=_once(alike, tuple(one.question for one in records)),
+        doc_hashes=_once(alike, tuple(one.doc_hash for one in records)),
+        prompt_hashes=_once(alike, tuple(one.prompt_hash for one in records)),
         correct_Q=np.array([one.score for one in records], dtype=np.float64),  # a score may be a share
         nll_Q=np.array([one.nll for one in records], dtype=np.float64),  # None: NaN
         tokens_out_Q=np.array([one.tokens_out for one in records], dtype=np.float64),

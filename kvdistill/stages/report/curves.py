@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from kvdistill.stages.report.language import ENGLISH, Words
 Logs = Mapping[str, Mapping[int, Sequence[Row]]]
 Pick = Callable[[Row], Any]
 MAX_ARMS = 8  # on one axis: more lines cannot be told apart
+MAX_PANELS = 12
 
 
 def val(key: str) -> Pick:
@@ -211,21 +213,22 @@ def draw_curves(
 
     first: arms that go before the others where not all fit on one axis.
     """
-    chosen = sorted(logs, key=lambda arm: arm not in first)[:MAX_ARMS]
-    shown = {arm: logs[arm] for arm in logs if arm in chosen}
-    names = ("dual_axis_curve", "kv_loss_curves", "task_accuracy_curves", "overfitting_analysis")
-    titles = {name: (words(f"figures.{name}.title"), words(f"figures.{name}.caption")) for name in names}
-    left = words("page.comma").join(arm for arm in logs if arm not in shown)
-    note = " " + words("figures.learning_curves.left_out", arms=left) if left else ""
-    on_one_axis = words("figures.learning_curves.caption") + note
-    return [
-        render("learning_curves", words("figures.learning_curves.title"), on_one_axis,
-               lambda: draw_compared(shown, labels)),
-        render(names[0], *titles[names[0]], lambda: draw_dual_axis(logs, labels)),
-        render(names[1], titles[names[1]][0], titles[names[1]][1] + note, lambda: draw_kv_loss(shown, labels)),
-        render(names[2], titles[names[2]][0], titles[names[2]][1] + note, lambda: draw_task_accuracy(shown, labels)),
-        render(names[3], *titles[names[3]], lambda: draw_overfitting(logs, labels)),
-    ]  # fmt: skip
+    figures: list[tuple[str, Callable[[Logs, Words], Figure | str], int]] = [
+        ("learning_curves", draw_compared, MAX_ARMS),
+        ("dual_axis_curve", draw_dual_axis, MAX_PANELS),
+        ("kv_loss_curves", draw_kv_loss, MAX_ARMS),
+        ("task_accuracy_curves", draw_task_accuracy, MAX_ARMS),
+        ("overfitting_analysis", draw_overfitting, MAX_PANELS),
+    ]
+    pictures = []
+    for name, draw, most in figures:
+        chosen = sorted(logs, key=lambda arm: arm not in first)[:most]
+        shown = {arm: logs[arm] for arm in logs if arm in chosen}
+        title, caption = words(f"figures.{name}.title"), words(f"figures.{name}.caption")
+        if left := [arm for arm in logs if arm not in shown]:
+            caption += " " + words("figures.learning_curves.left_out", arms=words("page.comma").join(left))
+        pictures.append(render(name, title, caption, partial(draw, shown, labels)))
+    return pictures
 
 
 class LearningCurveTracker:

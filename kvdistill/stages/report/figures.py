@@ -39,6 +39,8 @@ from kvdistill.stages.report.text import amount
 MATCH_FIGURES = ("r2", "centred_cosine", "retrieval_top1", "cosine")
 RADAR_TASKS = (3, 12)  # fewer make no shape, more no readable one
 RADAR_ARMS = 12
+MAX_ROUTED = 12  # arms in a routing figure, the first ones
+MAX_MATCHED = 40  # rows of the match figure; the table has all
 
 
 def draw_all(recipe: Recipe, tables: RunTables, summary: Row, words: Words = ENGLISH) -> list[Picture]:
@@ -70,7 +72,7 @@ def draw_all(recipe: Recipe, tables: RunTables, summary: Row, words: Words = ENG
         picture("cka_heatmap", lambda: draw_cka(tables.layers, labels)),
         picture("routing_by_task_heatmap", lambda: draw_routing(recipe, tables, "task", labels)),
         picture("routing_by_layer_heatmap", lambda: draw_routing(recipe, tables, "layer", labels)),
-        picture("match_beside_placebo", lambda: draw_match(match_table(recipe, tables), labels)),
+        picture("match_beside_placebo", lambda: draw_match(match_table(recipe, tables)[:MAX_MATCHED], labels)),
     ]  # fmt: skip
 
 
@@ -198,8 +200,10 @@ def draw_routing(
 
     Only arms that match KV of several teachers; weights of other arms steer something else.
     """
-    routed = {}
+    routed: dict[str, tuple[list[str], dict[str, list[float]]]] = {}
     for arm in tables.arms:
+        if len(routed) == MAX_ROUTED:
+            break
         teachers, by_task, by_layer = routing_tables(tables, arm)
         columns = by_task if across == "task" else by_layer
         if columns and len(teachers) > 1 and arm_recipe(recipe, arm).needs_kv:

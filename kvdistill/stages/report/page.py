@@ -24,7 +24,7 @@ from markupsafe import Markup
 from kvdistill.core.recipe import Recipe, TeacherRecipe
 from kvdistill.core.records import Record
 from kvdistill.stages.report import text
-from kvdistill.stages.report.canvas import Picture, chinese_fonts
+from kvdistill.stages.report.canvas import Picture, chinese_fonts, small_png
 from kvdistill.stages.report.collect import Row, RunTables, read_questions, run_records
 from kvdistill.stages.report.figures import MATCH_FIGURES, match_table
 from kvdistill.stages.report.language import ENGLISH, Words
@@ -118,11 +118,11 @@ def _environment(study: Study) -> jinja2.Environment:
 
 
 def _embed(picture: Picture) -> Row:
-    """A picture as a data URI: SVG where it is small enough, PNG where it is not."""
+    """A picture as a data URI: SVG where it is small enough, PNG in few colours where it is not."""
     uri = ""
     if picture.svg:
         small = len(picture.svg) <= SVG_LIMIT_BYTES
-        content, kind = (picture.svg, "svg+xml") if small else (picture.png, "png")
+        content, kind = (picture.svg, "svg+xml") if small else (small_png(picture.png), "png")
         uri = f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
     return {"title": picture.title, "caption": picture.caption, "reason": picture.reason, "uri": uri,
             "alt": picture.alt or picture.caption}  # fmt: skip
