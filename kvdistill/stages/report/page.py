@@ -110,7 +110,8 @@ def _environment(study: Study) -> jinja2.Environment:
     environment.globals.update(
         t=say, message=words.message, language="zh-CN" if words.language == "zh" else words.language,
         percent=text.percent, number=text.number, signed=text.signed, count=text.count, p_value=text.p_value,
-        with_prefix=text.with_prefix, size=text.size, duration=text.duration, is_known=text.is_known,
+        with_prefix=text.with_prefix, size=text.size, is_known=text.is_known,
+        duration=lambda seconds: text.duration(seconds, words),
         amount=lambda found, figure: text.amount(found, figure, words),
         pictures={name: _embed(p) for name, p in study.pictures.items()},
     )  # fmt: skip

@@ -72,13 +72,15 @@ def size(num_bytes: float | None) -> str:
     return f"{num_bytes:.0f} bytes"
 
 
-def duration(seconds: float | None) -> str:
+def duration(seconds: float | None, words: Words = ENGLISH) -> str:
     if not is_known(seconds):
         return DASH
     if seconds < 120:
-        return f"{seconds:.3g} s"
+        return words("units.seconds", seconds=f"{seconds:.3g}")
     minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+    if minutes < 120:
+        return words("units.minutes", minutes=minutes)
+    return words("units.hours", hours=minutes // 60, minutes=f"{minutes % 60:02d}")
 
 
 def _minus(text: str) -> str:
