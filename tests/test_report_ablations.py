@@ -158,7 +158,7 @@ def summary_with_tasks(num: int) -> dict[str, Any]:
 @pytest.mark.parametrize("num", [3, 7, 12])
 def test_a_radar_is_closed_and_lies_over_the_reference(num: int) -> None:
     summary = summary_with_tasks(num)
-    figure = drawn(draw_radar, summary, "ce", ["ce", "two"])
+    figure = drawn(draw_radar, summary, ["two", "one", "ce"], "ce")
     assert [axes.get_title("left") for axes in figure.axes] == ["ce", "one", "two"]
     for axes, (_, arm) in zip(figure.axes, summary["arms"].items(), strict=True):
         values = axes.get_lines()[0].get_ydata()

@@ -76,7 +76,7 @@ def draw_ablations(recipe: Recipe, summary: Row, figure: str, words: Words, labe
     others = [one for one in found if one.keys not in (LAYERS, KEYS_AND_VALUES)]
     plain = [arm for arm in recipe.arms if not arm_recipe(recipe, arm).teachers][:1]
     left = words("page.comma").join(one.keys[0] for one in others[MAX_SETTINGS:])
-    more = " " + words("figures.ablation_settings_heatmap.left_out", settings=left) if left else ""
+    more = " " + words("figures.left_out", arms=left) if left else ""
 
     def picture(name: str, draw: Callable[[], Figure | str], more: str = "") -> Picture:
         title, caption = (words(f"figures.{name}.{part}", figure=named) for part in ("title", "caption"))

@@ -226,7 +226,7 @@ def draw_curves(
         shown = {arm: logs[arm] for arm in logs if arm in chosen}
         title, caption = words(f"figures.{name}.title"), words(f"figures.{name}.caption")
         if left := [arm for arm in logs if arm not in shown]:
-            caption += " " + words("figures.learning_curves.left_out", arms=words("page.comma").join(left))
+            caption += " " + words("figures.left_out", arms=words("page.comma").join(left))
         pictures.append(render(name, title, caption, partial(draw, shown, labels)))
     return pictures
 

@@ -54,18 +54,24 @@ def draw_all(recipe: Recipe, tables: RunTables, summary: Row, words: Words = ENG
     reference = reference_arm(recipe)
     compared = [arm for pair in recipe.report.comparisons for arm in pair]
 
-    def picture(name: str, draw: Callable[[], Figure | str], caption: str = "caption", **values: Any) -> Picture:
-        title = words(f"figures.{name}.title", **values)
-        return render(name, title, words(f"figures.{name}.{caption}", **values), draw)
+    def picture(
+        name: str, draw: Callable[[], Figure | str], caption: str = "caption", left: Sequence[str] = (), **values: Any
+    ) -> Picture:
+        said = words(f"figures.{name}.{caption}", **values)
+        said += " " + words("figures.left_out", arms=words("page.comma").join(left)) if left else ""
+        return render(name, words(f"figures.{name}.title", **values), said, draw)
 
     radar = not nll and RADAR_TASKS[0] <= len(summary["tasks"]) <= RADAR_TASKS[1]
     scores = {name: arm if figure == "accuracy" else arm["nll"] for name, arm in summary["arms"].items()}
+    scored = [name for name, arm in summary["arms"].items() if np.isfinite(arm["mean"])]
+    shown = sorted(scored, key=lambda name: name not in compared)[:RADAR_ARMS]
     alt = words("page.semicolon").join(f"{name} {amount(score, figure, words)}" for name, score in scores.items())
     return [
         render("comparison_with_error_bars", words(f"{bars}.title", figure=short),
                words(f"{bars}.caption", n=num_seeds, figure=named),
                lambda: draw_comparison(summary, figure, labels), alt=alt),
-        picture("radar_over_tasks", lambda: draw_radar(summary, reference, compared, labels), reference=reference)
+        picture("radar_over_tasks", lambda: draw_radar(summary, shown, reference, labels), reference=reference,
+                left=[arm for arm in scored if arm not in shown])
         if radar else picture("radar_over_tasks", lambda: draw_task_bars(summary, figure, labels), "caption_bars"),
         *draw_curves(tables.logs, words, labels, compared),
         *draw_ablations(recipe, summary, figure, words, labels),
@@ -81,28 +87,23 @@ def draw_comparison(summary: Row, figure: str = "accuracy", words: Words = ENGLI
     return draw_bars(summary, {arm: label(arm) for arm in summary["arms"]}, figure, words)
 
 
-def draw_radar(summary: Row, reference: str, first: Sequence[str], words: Words = ENGLISH) -> Figure | str:
-    """A panel per arm: its accuracy over tasks as a closed line, over the reference arm's as a grey surface.
-
-    first: arms that go before the others where there are too many for one figure.
-    """
-    arms = {name: arm for name, arm in summary["arms"].items() if np.isfinite(arm["mean"])}
-    if not arms:
+def draw_radar(summary: Row, shown: Sequence[str], reference: str, words: Words = ENGLISH) -> Figure | str:
+    """A panel per shown arm: its accuracy over tasks as a closed line, over the reference arm's as a grey surface."""
+    if not shown:
         return words("reasons.no_mean", figure=words("labels.accuracy"))
-    chosen = sorted(arms, key=lambda name: name not in first)[:RADAR_ARMS]
-    tasks = summary["tasks"]
+    arms, tasks = summary["arms"], summary["tasks"]
     angles = np.linspace(0, 2 * np.pi, len(tasks) + 1)
 
     def around(arm: str) -> list[float]:
         shares = [arms[arm]["by_task"].get(task, {}).get("mean", np.nan) for task in tasks]
         return [*shares, shares[0]]
 
-    figure, panels = new_grid(len(chosen), height=2.75, subplot_kw={"projection": "polar"})
-    for name, axes in zip([arm for arm in arms if arm in chosen], panels, strict=True):
+    figure, panels = new_grid(len(shown), height=2.75, subplot_kw={"projection": "polar"})
+    for name, axes in zip([arm for arm in arms if arm in shown], panels, strict=True):
         index = list(arms).index(name)
         axes.set_theta_offset(np.pi / 2)  # type: ignore[attr-defined]
         axes.set_theta_direction(-1)  # type: ignore[attr-defined]
-        if reference in arms and reference != name:
+        if reference in arms and reference != name and np.isfinite(arms[reference]["mean"]):
             axes.fill(angles, around(reference), facecolor="#cfcfcf", edgecolor=SOFT, linewidth=0.8, linestyle="--")
         axes.plot(angles, around(name), color=COLOURS[index % len(COLOURS)], marker="o", markersize=3.5)
         axes.set_title(label(name), loc="left", pad=16)
