@@ -107,16 +107,16 @@ def read_records(path: Path) -> list[Record]:
             raise RunFolderError(f"not a JSON line ({error})", place=f"{path}:{number}", fix=_FIX) from error
         if not isinstance(row, dict):
             raise RunFolderError("a line should be a JSON object", place=f"{path}:{number}", fix=_FIX)
-        records.append(_checked(row, f"{path}:{number}"))
+        records.append(_checked(row, path, number))
     return records
 
 
-def _checked(row: dict[str, Any], place: str) -> Record:
+def _checked(row: dict[str, Any], path: Path, number: int) -> Record:
     """The record of one line. Of version 1 only task, id, and whether the answer is right must be there."""
     schema = row.get("schema", 1)
     if schema not in (1, SCHEMA):
         what = f"a record of schema {schema!r}, and this kvdistill reads up to {SCHEMA}"
-        raise RunFolderError(what, place=place, fix=f"update kvdistill, or {_FIX}")
+        raise RunFolderError(what, place=f"{path}:{number}", fix=f"update kvdistill, or {_FIX}")
     if schema == 1:
         filled: dict[str, Any] = dict.fromkeys(_KINDS)
         filled |= {"evaluation": "own", "style": "", "mode": "generation", "metrics": {}, "score": row.get("correct")}
@@ -127,7 +127,7 @@ def _checked(row: dict[str, Any], place: str) -> Record:
         value = known[name] = row.get(name, _MISSING)
         if type(value) not in kinds and not isinstance(value, kinds):
             wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
-            raise RunFolderError(f"a record needs `{name}` ({wanted})", place=place, fix=_FIX)
+            raise RunFolderError(f"a record needs `{name}` ({wanted})", place=f"{path}:{number}", fix=_FIX)
     known["score"] = float(known["score"])
     record = object.__new__(Record)  # of a frozen class __init__ sets each field by itself: a third of reading a study
     record.__dict__.update(known)
