@@ -246,6 +246,7 @@ def _ours(
         compress=CompressRecipe(),
         fuse=FuseRecipe(fusion_strategy=strategy),  # type: ignore[arg-type]
         loss=LossRecipe(),
+        train=TrainRecipe(),
     )
     runs: dict[str, Callable[[Tensor, Tensor], Any]] = {
         name: partial(run_teacher, model, layers=layers, dtype="float32", want_nll=strategy == "competence")

@@ -7,8 +7,9 @@ An undefined statistic (too few values, no variance, a value that is not finite)
 never a crash. Letters: S seeds, Q questions.
 
 Why the t-test over seeds is the test, and not something on questions: with three seeds a bootstrap interval over seeds
-covers 73-76 %, and tests on questions alone call about half of all null effects significant, because they take the
-noise between training runs for an effect. What is computed on questions is labelled conditional on these checkpoints.
+covers 70-79 %, and tests on questions alone call a tenth to four fifths of all null effects significant (the more
+questions, the more), because they take the noise between training runs for an effect. What is computed on questions
+is labelled with what it includes. `docs/statistics.md` has the figures; `tests/test_stats_simulation.py` makes them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from kvdistill.core.errors import StatisticsRefused
 
 NAN = float("nan")
 _BLOCK = 250  # bootstrap draws at once
+MOST_SEEDS = 10_000  # beyond, "seeds needed" is no plan
 
 
 class MeanStd(NamedTuple):
@@ -189,6 +191,27 @@ def smallest_detectable_d(n: int, alpha: float = 0.05, power: float = 0.8) -> tu
     return float(optimize.brentq(lambda d: paired_power(d, n, alpha) - power, 0.0, high, xtol=1e-10)), ""
 
 
+def seeds_needed(d_z: float, alpha: float = 0.05, power: float = 0.8) -> tuple[float, str]:
+    """How many pairs find a true effect of this d_z (of either sign) with the given power: the smallest whole n.
+
+    NaN with a reason where there is none. Put in the effect that was seen, this plans the next study; it says nothing
+    about how sure the present one is (an effect that three seeds show is on the average larger than the true one).
+    """
+    d = abs(d_z)
+    if not math.isfinite(d):
+        return NAN, "no effect size is known"
+    most = 2
+    while most <= MOST_SEEDS and paired_power(d, most, alpha) < power:
+        most *= 2
+    if most > MOST_SEEDS:
+        return NAN, f"more than {MOST_SEEDS:,} seeds"
+    least = max(2, most // 2)  # power grows with n
+    while least < most:
+        middle = (least + most) // 2
+        least, most = (least, middle) if paired_power(d, middle, alpha) >= power else (middle + 1, most)
+    return float(least), ""
+
+
 def tost(a: Sequence[float], b: Sequence[float], margin: float) -> Tost:
     """TOST: is |mean(a - b)| < margin? margin > 0, in the values' unit, set before the data were seen."""
     d, reason = _differences(a, b)
@@ -259,7 +282,10 @@ def bootstrap_two_stage(
 ) -> Interval:
     """Percentile interval of the macro difference; seeds, then questions within tasks, drawn with replacement.
 
-    With few seeds it is too narrow (it covers about 75 % at three), which is why it is not the confirmatory interval.
+    It includes both: what another training run and what other questions would give. It keeps no level: three seeds say
+    too little of the noise between runs, and the noise of questions, which is in every run already, is drawn once more.
+    Where nothing differs it covered between 71 % (runs differ more than questions) and 99 % (the reverse) at three
+    seeds, so it is not the confirmatory interval.
     """
     parts = _task_columns(tasks_Q)
     if not parts or not np.isfinite(delta_SQ).all():
@@ -297,11 +323,15 @@ def give_verdict(
     margin: float,
     detectable: float,
     alpha: float,
+    needed: float = NAN,
     higher_is_better: bool = True,
     scale: float = 100.0,
     unit: str = "points",
 ) -> Verdict:
-    """The comparison in words, from the adjusted p-values. `scale` turns the figure into `unit`."""
+    """The comparison in words, from the adjusted p-values. `scale` turns the figure into `unit`.
+
+    detectable: the smallest effect that so many seeds find; needed: seeds that find the effect seen. NaN: not said.
+    """
     size = f"{abs(scale * t.difference):.{2 if scale == 1 else 1}f} {unit}"
     limit = f"±{scale * margin:g} {unit}"
     within = p_equivalent < alpha
@@ -312,4 +342,5 @@ def give_verdict(
     if within:
         return Verdict("equivalent", f"equivalent within the margin of {limit}")
     seen = f"; smallest detectable effect {scale * detectable:.{2 if scale == 1 else 1}f} {unit}"
-    return Verdict("inconclusive", "inconclusive" + (seen if math.isfinite(detectable) else ""))
+    plan = f"; {needed:.0f} seeds would find the effect seen" if math.isfinite(needed) else ""
+    return Verdict("inconclusive", "inconclusive" + (seen if math.isfinite(detectable) else "") + plan)

@@ -23,7 +23,7 @@ ARMS: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
     "fixed": ({}, (0.90, 0.51)),
     "teacher-adds": ({"teachers": ["adds"]}, (0.83, 0.20)),
     "logits": ({"loss": {"kv_weight": 0.0, "logit_weight": 1.0}}, (0.81, 0.22)),
-    "placebo": ({"placebo": True}, (0.72, 0.23)),
+    "placebo": ({"control": "placebo"}, (0.72, 0.23)),
     "ce": ({"teachers": []}, (0.75, 0.22)),
 }
 COMPARISONS = [["competence", "ce"], ["fixed", "ce"], ["competence", "fixed"], ["placebo", "ce"]]
@@ -123,7 +123,7 @@ def make_ledger(seed: int, spec: dict[str, Any]) -> dict[str, Any]:
 
 def make_match(spec: dict[str, Any]) -> dict[str, Any]:
     teachers = spec.get("teachers", list(TEACHERS)) if spec.get("loss", {}).get("kv_weight", 1) else []
-    if spec.get("placebo"):
+    if spec.get("control"):
         k = {"r2": 0.02, "centred_cosine": 0.11, "retrieval_top1": 0.03, "cosine": 0.93}
     else:
         k = {"r2": 0.71, "centred_cosine": 0.84, "retrieval_top1": 0.62, "cosine": 0.97}
@@ -131,22 +131,25 @@ def make_match(spec: dict[str, Any]) -> dict[str, Any]:
     return {t: {"k": k, "v": v, "by_layer": []} for t in teachers}
 
 
-def unmark(folder: Path) -> None:
-    """No mark vouches for this folder's files any more."""
-    for name in ("trained.json", "evaluated.json"):
-        (folder / name).unlink(missing_ok=True)
+def mark_again(folder: Path) -> None:
+    """Marks of what lies in a folder now, as if the stages had left it so."""
+    if folder.name.startswith("seed-"):
+        write_mark(folder / "trained.json", {}, ["log.jsonl", "ledger.json", "match.json"])
+        write_mark(folder / "evaluated.json", {}, ["records.jsonl"])
+    elif folder.parent.name == "teachers":
+        write_mark(folder / "trained.json", {}, ["report.json"])
 
 
 def write_lines(path: Path, rows: list[Any]) -> None:
-    unmark(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    mark_again(path.parent)
 
 
 def write_object(path: Path, value: Any) -> None:
-    unmark(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value), encoding="utf-8")
+    mark_again(path.parent)
 
 
 def write_run(
@@ -167,8 +170,6 @@ def write_run(
             write_object(folder / "ledger.json", make_ledger(seed, spec))
             if match := make_match(spec):
                 write_object(folder / "match.json", match)
-            write_mark(folder / "trained.json", {}, ["log.jsonl", "ledger.json", "match.json"])
-            write_mark(folder / "evaluated.json", {}, ["records.jsonl"])
     for teacher, task in zip(TEACHERS, TASKS, strict=True):
         by_task = {t: 0.97 if t == task else 0.02 for t in TASKS}
         write_object(

@@ -29,7 +29,7 @@ from kvdistill.align import (
 )
 from kvdistill.align.heads import spread_heads
 from kvdistill.align.tokens import token_coverage, token_map
-from kvdistill.arms.batches import mismatched_partner
+from kvdistill.arms.controls import mismatched_partner
 from kvdistill.arms.experiment import Experiment
 from kvdistill.core.config import make_recipe
 from kvdistill.core.errors import AlignmentError

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kvdistill.arms.arm import Arm
 from kvdistill.arms.batches import Batch, token_counts
+from kvdistill.arms.controls import Change, Moments
 from kvdistill.arms.distiller import Distiller
 from kvdistill.arms.experiment import Experiment
 from kvdistill.arms.student import CausalStudent, Student
@@ -93,7 +94,7 @@ def test_an_arm_alone_has_one_teacher_and_its_own_texts() -> None:
     arm = arm_of("placebo")
     alone = arm.alone("two")
     assert list(alone.teachers) == alone.recipe.teachers == list(alone.pairings) == ["two"]
-    assert arm.recipe.placebo and not alone.recipe.placebo
+    assert arm.recipe.control == "placebo" and alone.recipe.control is None
     assert arm.recipe.teachers == ["one", "two"], "the arm itself is as it was"
     assert alone.experiment is arm.experiment and alone.seed == arm.seed
     own, mismatched = (one.batches("train")(NUMBERS).targets["two"] for one in (alone, arm))
@@ -113,6 +114,7 @@ def test_all_parts_of_a_batch_move() -> None:
         teacher_inputs=asked(NUMBERS).teacher_inputs,
         nll_scale={"one": torch.ones(3)},
         token_weights={"two": torch.ones(2, *stored(NUMBERS).segments_BT.shape)},
+        changes={"one": Change(torch.zeros(3, 2).long(), moments=Moments(torch.zeros(1), torch.ones(1)))},
     )
     for part in fields(Batch):
         assert len(getattr(batch, part.name)) > 0, f"the test says nothing about {part.name}"

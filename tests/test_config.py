@@ -138,7 +138,7 @@ def test_the_original_words_for_time(word, mode):
         ({"arms": {"x": {"teachers": ["one", "one"]}}}, "named twice"),
         ({"arms": {"x": {"teachers": ["on"]}}}, "unknown teacher 'on'"),
         ({"arms": {"x": {"loss": {"k_weight": 0, "v_weight": 0}}}}, "both 0"),
-        ({"arms": {"x": {"placebo": True, "teachers": []}}}, "placebo"),
+        ({"arms": {"x": {"control": "placebo", "teachers": []}}}, "placebo"),
         ({"arms": {"x": {"align": {"layers": "explicit"}}}}, "layer_map"),
         ({"arms": {"x": {"compress": {"kv_compression": "crop"}}}}, "keep"),
         ({"arms": {"x": {"fuse": {"fuse_at": "kv"}}}}, "fuse_at: kv"),
@@ -207,7 +207,7 @@ def test_files_that_are_no_recipes(tmp_path):
     (tmp_path / "demo.yaml").write_text("name: x")
     with pytest.raises(RecipeError, match=f"did you mean '{tmp_path}/demo.yaml'"):
         load_recipe(tmp_path / "dmeo.yaml")
-    with pytest.raises(RecipeError, match="not found"):
+    with pytest.raises(RecipeError, match="a folder, not a recipe"):
         load_recipe(tmp_path)
 
 
@@ -241,7 +241,7 @@ def test_all_mistakes_of_a_recipe_are_said_at_once(tmp_path):
         report={"comparisons": [["fixd", "ce"]]},
     )
     tree["teachers"][0]["scratch"]["hidden_size"] = 0
-    tree["arms"]["fixed"] = {"los": {"kv_weight": 1}, "loss": {"kind": "msee"}, "placebo": "perhaps"}
+    tree["arms"]["fixed"] = {"los": {"kv_weight": 1}, "loss": {"kind": "msee"}, "control": "perhaps"}
     what = mistakes_of(tree)
     wanted = (
         "unknown key 'train.stesp'\n     (did you mean 'steps'?)",
@@ -252,7 +252,7 @@ def test_all_mistakes_of_a_recipe_are_said_at_once(tmp_path):
         "a seed is given twice: [1, 1]",
         "arms.fixed: unknown key 'los'",
         "arms.fixed: loss.kind: ",
-        "arms.fixed: placebo: ",
+        "arms.fixed: control: ",
         "report.comparisons: comparison names an arm that is not there: 'fixd'\n     (did you mean 'fixed'?)",
     )
     for words in wanted:

@@ -14,7 +14,8 @@ from kvdistill.core.config import load_recipe, recipes_folder
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/own-data.md"
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-SHORT = ["teachers.0.optimiser.steps=3", "train.steps=3", "seeds=[1,2]", "hardware.workers=1", "evaluate.limit=4"]
+SHORT = ["teachers.0.optimiser.steps=3", "train.steps=3", "hardware.workers=1", "evaluate.limit=4"]
+SHORT += ["seeds=[1,2]", "report.comparisons=[]"]
 
 
 def steps() -> list[list[str]]:

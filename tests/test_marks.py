@@ -122,6 +122,10 @@ def test_records_and_ledgers_that_were_edited_give_no_page(tmp_path, monkeypatch
         assert_one_message(answer, f"seed-{SEED}/{name}", "damaged" if name == "evaluated.json" else "checksum differs")
         file.write_text(before)
     assert invoke(monkeypatch, "report", recipe).code == 0
-    (folder / "evaluated.json").unlink()
-    assert invoke(monkeypatch, "report", recipe).code == 0
-    assert "1 mark(s) missing" in (run / "report.html").read_text()
+    for name in ("evaluated.json", "trained.json"):
+        mark = (folder / name).read_bytes()
+        (folder / name).unlink()
+        assert invoke(monkeypatch, "report", recipe).code == 0
+        assert json.loads((run / "summary.json").read_text())["arms"]["ce"]["per_seed"] == [None], name
+        assert f"ce seed {SEED} (no {name})" in (run / "report.html").read_text()
+        (folder / name).write_bytes(mark)

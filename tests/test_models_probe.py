@@ -123,6 +123,16 @@ def test_a_small_model_keeps_what_is_odd_about_its_family() -> None:
     assert config.sliding_window != 5  # the one it was made of is left alone
 
 
+def test_rotary_factors_of_every_channel_keep_their_heads_as_wide() -> None:
+    """Phi-3 with longrope has no key for the head's size and one factor for each pair of its channels."""
+    factors = {"long_factor": [1 + i / 10 for i in range(12)], "short_factor": [1.0] * 12}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64, **factors}
+    config = made("phi3", hidden_size=96, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0,
+                  max_position_embeddings=256, original_max_position_embeddings=64, rope_parameters=rope)  # fmt: skip
+    probe = probe_config(config)
+    assert [v.reason for v in (probe.keys, probe.unrotated, probe.attention)] == ["", "", ""]
+
+
 def test_sizes_that_differ_and_layers_that_run_twice_are_refused_in_words() -> None:
     model = tiny_model("llama")
     model.config.__dict__["intermediate_size"] = [28, 28, 28]  # as Gemma 3n says it

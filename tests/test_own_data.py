@@ -75,6 +75,10 @@ def test_a_template_passes_over_empty_cells_and_refuses_columns_that_are_not_the
     with pytest.raises(DataError, match="'inptu' is missing; did you mean 'input'") as caught:
         read(file, fields={"question": "{instruction} {inptu}"})
     assert caught.value.place.endswith("alpaca.jsonl:1") and "fields" in caught.value.fix
+    for spec in ("{instruction} {input", "instruction} {input}", "{{instruction} {input}"):
+        with pytest.raises(DataError, match="open or closed too often") as caught:
+            read(file, fields={"question": spec})
+        assert caught.value.place.endswith(".fields") and "question: '{one} {two}'" in caught.value.fix
     thinking, _ = read(file, fields={"question": "instruction", "reasoning": "<think>{reasoning}</think>"})
     assert thinking[0].reasoning == "<think>r</think>"
 

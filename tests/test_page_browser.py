@@ -180,7 +180,7 @@ def test_prints(browser: Browser, page: Path, tmp_path: Path) -> None:
 def study(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp(f"study-{request.param}")
     arms = {"ce": {"teachers": []}, "competence": {"fuse": {"fusion_strategy": "competence"}},
-            "keys": {"loss": {"v_weight": 0.0}}, "both": {}, "placebo": {"placebo": True}}  # fmt: skip
+            "keys": {"loss": {"v_weight": 0.0}}, "both": {}, "placebo": {"control": "placebo"}}  # fmt: skip
     rules = {"comparisons": [["competence", "ce"], ["placebo", "ce"]], "language": request.param}
     recipe = make_recipe(arms, report=rules)
     write_run(run, recipe, questions=12)

@@ -30,7 +30,7 @@ ARMS: dict[str, Any] = {
     "logit": {"loss": {"kv_weight": 0, "logit_weight": 1.0}},
     "fixed": {},
     "structural": {"loss": {"kind": "structural"}, "align": {"projection": "elastic"}},
-    "shared": {"align": {"match_in": "shared"}, "placebo": True},
+    "shared": {"align": {"match_in": "shared"}, "control": "placebo"},
     "right": {"align": {"init": "ridge", "match_in": "student"}, "compress": {"kv_compression": "right", "keep": 2}},
 }
 SPEED: dict[str, Any] = {"train": {"batch_size": 4}}

@@ -15,7 +15,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
-from run_factory import ARMS, TASKS, make_recipe, unmark, write_lines, write_object, write_run
+from run_factory import ARMS, COMPARISONS, TASKS, make_recipe, mark_again, write_lines, write_object, write_run
 
 from kvdistill.core.errors import RunFolderError, TrainingStopped
 from kvdistill.core.files import write_bytes
@@ -105,6 +105,8 @@ def test_what_may_be_compared() -> None:
         ({s + 9: r for s, r in ARM.items()}, BASE, SEEDS, ["unpaired seeds"]),
         (make_runs([0.5, 0.6, 0.8], doc_hashes=("other",) * 50), BASE, SEEDS, ["differing question (document) hashes"]),
         (make_runs([0.5, 0.6, 0.8], prompt_hashes=("other",) * 50), BASE, SEEDS, ["differing prompt hashes"]),
+        (ARM, make_runs([0.4, 0.42, 0.5], prompt_hashes=(*ARM[42].prompt_hashes[:7], *("x",) * 43)), SEEDS,
+         ["differing prompt hashes: baseline, seed 42 was asked other", "(first: chain 007); evaluate both again"]),
         (make_runs([0.5, 0.6, 0.8], doc_hashes=(None,) * 50), BASE, SEEDS, ["hashes of the questions are missing"]),
         (make_runs([0.5, 0.6, 0.8], questions=40), BASE, SEEDS, ["differing questions"]),
         (make_runs([0.6, 0.62, 0.7]), make_runs([0.4, 0.42, 0.5]), SEEDS, ["zero variance"]),
@@ -167,7 +169,8 @@ def test_summary_schema(study: tuple[Recipe, Path]) -> None:
     assert first["difference"] == pytest.approx(summary["arms"]["competence"]["mean"] - summary["arms"]["ce"]["mean"])
     assert summary["seconds"] > 0 and summary["cpu_seconds"] > 0 and summary["notes"] == []
     results = json.loads((run / "statistical_results.json").read_text())
-    assert results["family"] == [list(c) for c in recipe.report.comparisons] and "test" in results["method"]
+    assert results["family"] == [*COMPARISONS, ["competence", "best-single"], ["fixed", "best-single"]]
+    assert "test" in results["method"] and set(results["includes"])
     assert results["comparisons"] == summary["comparisons"]
 
 
@@ -206,8 +209,8 @@ def test_a_figure_without_data_is_not_drawn_and_says_why(tmp_path: Path) -> None
     recipe = make_recipe({"ce": {"teachers": []}}, report={"comparisons": []})
     write_run(tmp_path, recipe, questions=5)
     for log in tmp_path.glob("arms/*/*/log.jsonl"):
-        unmark(log.parent)
         log.unlink()
+        mark_again(log.parent)
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "kv_loss_curves.png").write_bytes(b"of an older report")
     page = report(recipe, tmp_path).read_text()
@@ -246,15 +249,16 @@ def test_torn_files(copy: tuple[Recipe, Path]) -> None:
     recipe, run = copy
     log = run / "arms" / "ce" / "seed-42" / "log.jsonl"
     rows = read_log(log)
-    unmark(log.parent)
     log.write_text(log.read_text()[:-20])  # a kill cuts the last line: pictures go on without it
     assert read_log(log) == rows[:-1]
     path = run / "arms" / "ce" / "seed-42" / "records.jsonl"
     path.write_text(path.read_text()[:-20])  # results do not
+    mark_again(path.parent)
     with pytest.raises(RunFolderError, match="not a JSON line"):
         collect_tables(recipe, run)
     write_object(path.parent / "ledger.json", [1])
     path.unlink()
+    (path.parent / "evaluated.json").unlink()
     assert ("ce", 42) in collect_tables(recipe, run).missing
     with pytest.raises(RunFolderError, match="no run has been evaluated"):
         collect_tables(recipe, run / "nowhere")

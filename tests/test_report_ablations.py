@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
-from run_factory import make_recipe, unmark, write_lines, write_object, write_run
+from run_factory import make_recipe, mark_again, write_lines, write_object, write_run
 from scipy import stats as distributions
 
 from kvdistill.stages.report import report
@@ -40,7 +40,7 @@ ABLATED: dict[str, Any] = {
     "shallow": {"loss": {"distill_layers": "0"}},
     "soft": {"align": {"time": "segment"}},
     "two-things": {"align": {"time": "segment", "layers": "terminal"}, "loss": {"kind": "l1"}},
-    "placebo": {"placebo": True},
+    "placebo": {"control": "placebo"},
     "one-teacher": {"teachers": ["adds"]},
 }
 
@@ -268,7 +268,7 @@ def test_the_page_says_what_the_models_are(tmp_path: Path) -> None:
         tmp_path / "arms" / "ce" / "seed-42" / "model", {"a": [1000, 84]}, model_type="qwen2", num_hidden_layers=2
     )
     for folder in tmp_path.glob("arms/*/*"):
-        unmark(folder)
+        mark_again(folder)
     manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
     write_object(tmp_path / "data" / "manifest.json", manifest)
     page = report(recipe, tmp_path).read_text()

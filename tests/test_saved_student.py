@@ -112,6 +112,9 @@ def test_a_damaged_generation_config_and_logits_that_are_no_numbers_are_said_bef
     (folder / "generation_config.json").write_text("[1, 2]")
     answer = invoke(monkeypatch, "run", write_recipe(tmp_path, **of_path(folder)), work=no_training)
     assert_one_message(answer, "llama")
+    (folder / "generation_config.json").write_text(json.dumps({"max_new_tokens": -3, "cache_implementation": "none"}))
+    answer = invoke(monkeypatch, "run", write_recipe(tmp_path, **of_path(folder)), work=no_training)
+    assert_one_message(answer, "generation_config.json, or delete it")
     published_llama(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     torch.nn.init.constant_(model.lm_head.weight, 3e38)
@@ -164,3 +167,17 @@ def test_a_student_that_would_come_back_as_another_one_is_refused_before_trainin
     check_models(experiment)  # and noted, so that it is tried once
     monkeypatch.setattr(CausalStudent, "save", lambda *_: pytest.fail("tried again"))
     check_models(experiment)
+
+
+@pytest.mark.parametrize(("spoiled", "words"), [("lm_head", "NLL"), ("v_proj", "keys or values")])
+def test_a_teacher_that_overflows_is_named_when_it_is_captured(tmp_path, monkeypatch, spoiled, words):
+    folder = published_llama(tmp_path / "llama")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for name, weight in model.named_parameters():
+        if spoiled in name:  # finite in float32, and so are the products of some channels only
+            torch.nn.init.constant_(weight, 3e38)
+    model.save_pretrained(folder)
+    changes = {"data": {"tokenizer": str(folder)}, "arms": {"kv": {}}, "student": {"scratch": {"vocab_size": None}}}
+    teacher = {"name": "loud", "path": str(folder)}
+    answer = invoke(monkeypatch, "run", write_recipe(tmp_path, teachers=[teacher], **changes))
+    assert_one_message(answer, f"NaN or infinity as {words} of text", "loud", "dtype")

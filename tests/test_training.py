@@ -27,7 +27,8 @@ from tiny_recipe import (
 )
 from transformers import AutoModelForCausalLM
 
-from kvdistill.arms.batches import data_order, mismatched_partner
+from kvdistill.arms.batches import data_order
+from kvdistill.arms.controls import mismatched_partner
 from kvdistill.arms.experiment import Experiment
 from kvdistill.arms.student import CausalStudent
 from kvdistill.core.errors import TrainingStopped

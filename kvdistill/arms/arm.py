@@ -18,7 +18,9 @@ from transformers import PreTrainedModel
 
 from kvdistill.align import MapProjectionAligner
 from kvdistill.arms.batches import Batch, BatchMaker, data_order
+from kvdistill.arms.controls import Moments
 from kvdistill.arms.distiller import Distiller
+from kvdistill.arms.lessons import RowsBehind, studied_beside, written_beside
 from kvdistill.arms.pairing import Pairing
 from kvdistill.arms.setting import Setting
 from kvdistill.arms.student import CausalStudent, Student
@@ -27,7 +29,7 @@ from kvdistill.arms.texts import spread
 from kvdistill.core.errors import AlignmentError
 from kvdistill.core.kv import KV
 from kvdistill.core.layout import arm_folder, fit_root
-from kvdistill.core.recipe import ArmRecipe
+from kvdistill.core.recipe import ArmRecipe, StudentRecipe
 from kvdistill.core.runtime import derive_seed, elements_at_once
 from kvdistill.core.segments import PROMPT
 from kvdistill.core.targets import TeacherTargets
@@ -49,17 +51,29 @@ class Arm:
         teachers: by name, among others those that it learns from.
         recipe: the arm's own, complete.
         name: in the study; empty for a made-up arm.
+        judges: by name, teachers whose NLL tells competence; unset: its own.
     """
 
     def __init__(
-        self, experiment: Setting, teachers: Mapping[str, Teacher], recipe: ArmRecipe, seed: int, name: str = ""
+        self,
+        experiment: Setting,
+        teachers: Mapping[str, Teacher],
+        recipe: ArmRecipe,
+        seed: int,
+        name: str = "",
+        judges: Mapping[str, Teacher] | None = None,
     ) -> None:
         self.experiment, self.recipe, self.seed, self.name = experiment, recipe, seed, name
+        self._judges = {} if judges is None or recipe.control != "untrained" else judges
         self.teachers: dict[str, Teacher] = {teacher: teachers[teacher] for teacher in recipe.teachers}
+        everyone = teachers if judges is None else judges
+        self.writers = {teacher: everyone[teacher] for teacher in recipe.writers if teacher in everyone}
         self.device = experiment.device
         self.uses_teachers = recipe.needs_kv or recipe.needs_logits
         self._readers: dict[str, dict[str, TargetReader]] = {}  # by split: checked once
+        self._nll: dict[str, dict[str, Tensor]] = {}  # by split, of the judges
         self._running: dict[str, Callable[[Tensor, Tensor], TeacherTargets]] = {}
+        self._outlines: dict[str, MapProjectionAligner] = {}
 
     @property
     def folder(self) -> Path:
@@ -72,8 +86,8 @@ class Arm:
         return self.experiment.recipe.capture.source == "online"
 
     def alone(self, name: str) -> Arm:
-        """The same arm with one of its teachers and its own texts: what is fitted to that teacher."""
-        recipe = self.recipe.model_copy(update={"teachers": [name], "placebo": False})
+        """The same arm with one of its teachers, its own texts and no control: what is fitted to that teacher."""
+        recipe = self.recipe.model_copy(update={"teachers": [name], "control": None})
         return Arm(self.experiment, self.teachers, recipe, self.seed)
 
     # -- student beside teachers --------------------------------------------------------------------------
@@ -117,35 +131,37 @@ class Arm:
             shared_size=self.shared_size if self.recipe.align.match_in == "shared" else None,
         )
 
+    def outline_of_aligner(self, name: str) -> MapProjectionAligner:
+        """An aligner to one teacher of the right sizes, for what it would cost: which layers it reads may not be known
+        yet. Kept."""
+        if name not in self._outlines:
+            align = self.recipe.align
+            if align.layers == "cka":
+                align = align.model_copy(update={"layers": "ratio", "layer_map": None})
+            recipe = self.recipe.model_copy(update={"align": align})
+            self._outlines[name] = Arm(self.experiment, self.teachers, recipe, self.seed).new_aligner(name)
+        return self._outlines[name]
+
     # -- fits ---------------------------------------------------------------------------------------------
 
     def fit_identity(self, name: str) -> dict[str, Any]:
         """Everything that the fit to one teacher depends on."""
-        arm, align = self.recipe, self.recipe.align
-        similarity = arm.fuse.fusion_strategy == "similarity"
-        trained = align.match_in == "teacher" if align.train_projector is None else align.train_projector
-        # a closed-form projector is fitted against the student's own initial keys and values
-        needs_student = align.init == "ridge" or not trained
         mapping = self.pairings[name].mapping
-        shared = self.teachers.values() if align.match_in == "shared" else ()
+        shared = self.teachers.values() if self.recipe.align.match_in == "shared" else ()
+        own = fit_options(self.recipe, self.experiment.recipe.student, self.seed)
         return {
             **self.teachers[name].target_identity("train"),
-            "align": align.model_dump(mode="json"),
+            "align": own.pop("align"),
             "layer_map": [mapping.index.tolist(), mapping.weight.tolist()],
             "together": {teacher.name: teacher.target_identity("train") for teacher in shared},
-            "attention": arm.compares_attention,
-            "distill_layers": arm.loss.distill_layers,
-            "compress": arm.compress.model_dump(mode="json"),
-            "kv_on": arm.loss.kv_on,
-            "student": self.experiment.recipe.student.model_dump(mode="json"),
-            "seed": self.seed if needs_student or (similarity and align.match_in != "teacher") else None,
-            "prototype": [arm.fuse.prototype, arm.fuse.num_prototypes] if similarity else None,
+            **own,
         }
 
     def fitted(self, name: str) -> StoreReader:
         """What `fit` left for one teacher. Raises StoreError where it is not there.
 
-        Shard 0: `aligner.*`, and `prototypes` for similarity. extra: what it noted of the calibration texts.
+        Shard 0: `aligner.*`, `prototypes` for similarity, and `moments.*` for noise. extra: what it noted of the
+        calibration texts.
         """
         identity = self.fit_identity(name)
         return StoreReader(
@@ -154,6 +170,16 @@ class Arm:
 
     # -- texts and targets --------------------------------------------------------------------------------
 
+    @cached_property
+    def lessons(self) -> Sequence[Example]:
+        """What it trains on: the run's training problems, and behind them those that `texts` adds."""
+        own = self.experiment.split("train")
+        if self.recipe.texts == "own":
+            return own
+        if self.recipe.texts == "teachers":
+            return RowsBehind(own, studied_beside(self.experiment, self.recipe.texts_from))
+        return RowsBehind(own, written_beside(self.experiment, self.recipe.texts_from))
+
     def batches(
         self, split: str, *, mismatched: bool | None = None, seed: int | None = None, stored: bool = True
     ) -> BatchMaker:
@@ -161,24 +187,38 @@ class Arm:
 
         Args:
             split: `train` (as training reads it) or `val`.
-            mismatched: teachers' texts of other examples, whatever the arm says; unset: as it says.
+            mismatched: teachers' texts of other examples, or those of the same without a control, whatever the arm
+                says; unset: as it says.
             seed: of mismatches and random compression; unset: the arm's.
             stored: with the targets in the store, where the arm reads any; else teachers are to be run.
         """
-        arm = self.recipe if mismatched is None else self.recipe.model_copy(update={"placebo": mismatched})
+        arm = self.recipe
+        if mismatched is not None:
+            arm = arm.model_copy(update={"control": "placebo" if mismatched else None})
         stored = stored and self.uses_teachers and (split != "train" or not self.runs_online)
         if stored and split not in self._readers:
             self._readers[split] = {name: teacher.targets(split) for name, teacher in self.teachers.items()}
+            if arm.needs_nll:
+                judges = {name: self._judges[name].targets(split).nll() for name in self.teachers if self._judges}
+                self._nll[split] = {name: nll_N for name, nll_N in judges.items() if nll_N is not None}
         texts = {name: teacher.text(split) for name, teacher in self.teachers.items()}
         return BatchMaker(
-            self.experiment.examples(split),
+            self.lessons if split == "train" else self.experiment.examples(split),
             self.experiment.tokenizer.pad_token_id,
             arm,
             self._readers[split] if stored else {},
             self.seed if seed is None else seed,
             {name: text for name, text in texts.items() if text is not None},
             {name: one.sources for name, one in self.pairings.items()} if arm.needs_scores else {},
+            self._moments if arm.control == "noise" and arm.needs_kv else {},
+            self._nll.get(split, {}) if stored else {},
+            self.experiment.vocab_size,
         )
+
+    @cached_property
+    def _moments(self) -> dict[str, Moments]:
+        """Of every teacher's channels, as its fit noted them."""
+        return {name: Moments.from_tensors(self.fitted(name).shards[0]) for name in self.teachers}
 
     def load(self, batches: BatchMaker, numbers: Sequence[int]) -> Batch:
         """One batch on the device, with targets."""
@@ -215,12 +255,12 @@ class Arm:
         return run_now
 
     def training_order(self, num_batches: int | None = None) -> list[int]:
-        """Example numbers for the whole training (of all ranks), or for its first batches; the same for every arm."""
-        train = self.experiment.recipe.train
+        """Numbers of `lessons` for the whole training (of all ranks), or for its first batches; the same for every arm
+        that reads the same, and of any two of them the shorter one begins the longer one."""
+        train = self.recipe.train
         if num_batches is None:
             num_batches = train.steps * train.accumulation * int(os.environ.get("WORLD_SIZE", 1))
-        num_examples = len(self.experiment.split("train"))
-        return data_order(num_examples, num_batches * train.batch_size, derive_seed(self.seed, "data"))
+        return data_order(len(self.lessons), num_batches * train.batch_size, derive_seed(self.seed, "data"))
 
     def calibration_numbers(self, most: int | None = None) -> list[list[int]]:
         """The training examples that aligners are fitted on, or the first `most` of them, in batches."""
@@ -328,7 +368,7 @@ class Arm:
         for name, pairing in self.pairings.items():
             tensors: Mapping[str, Tensor] = self.fitted(name).shards[0]
             aligner = self.new_aligner(name)
-            fitted = {k.removeprefix("aligner."): v for k, v in tensors.items() if "." in k}
+            fitted = {k.removeprefix("aligner."): v for k, v in tensors.items() if k.startswith("aligner.")}
             aligner.load_state_dict({**aligner.state_dict(), **fitted})
             aligners[name], layers = aligner.to(self.device), pairing.student_layers
             if in_teacher:
@@ -338,6 +378,25 @@ class Arm:
         fusion = build_fusion(self.recipe.fuse, self.recipe.teachers, max(1, len(layers)), prototypes or None)
         frames = self.frames if self.recipe.needs_kv else {}
         return Distiller(student, self.recipe, aligners, fusion, layers, frames, rotations)
+
+
+def fit_options(arm: ArmRecipe, student: StudentRecipe, seed: int) -> dict[str, Any]:
+    """What the fits of an arm depend on beside the teachers' targets and the layers that are read."""
+    align, similarity = arm.align, arm.fuse.fusion_strategy == "similarity"
+    trained = align.match_in == "teacher" if align.train_projector is None else align.train_projector
+    # a closed-form projector is fitted against the student's own initial keys and values
+    needs_student = align.init == "ridge" or not trained
+    return {
+        "align": align.model_dump(mode="json"),
+        "attention": arm.compares_attention,
+        "distill_layers": arm.loss.distill_layers,
+        "compress": arm.compress.model_dump(mode="json"),
+        "kv_on": arm.loss.kv_on,
+        "student": student.model_dump(mode="json"),
+        "seed": seed if needs_student or (similarity and align.match_in != "teacher") else None,
+        "prototype": [arm.fuse.prototype, arm.fuse.num_prototypes] if similarity else None,
+        **({"moments": True} if arm.control == "noise" else {}),
+    }
 
 
 def _as_it_is(kv: KV) -> KV:

@@ -1,4 +1,4 @@
-"""The order of the examples, the mismatched partner of the placebo, and one padded batch with its targets.
+"""The order of the examples, and one padded batch with its targets, as the arm's control leaves them (`controls.py`).
 
 The order is one list of example numbers for the whole training, a function of (seed, examples, steps, batch)
 only: every arm of a study sees the same examples in the same order, and resuming is skipping a prefix.
@@ -21,6 +21,14 @@ from torch.utils.data import Dataset, Sampler
 from kvdistill.align import TimeWarper
 from kvdistill.align.layers import slots_with_all
 from kvdistill.align.tokens import same_tokens, token_map
+from kvdistill.arms.controls import (
+    Change,
+    Moments,
+    mismatched_partner,
+    mismatched_predictions,
+    permuted_places,
+    predicting_places,
+)
 from kvdistill.arms.texts import TeacherText
 from kvdistill.compress import kept_tokens
 from kvdistill.core.maps import SparseMap
@@ -71,14 +79,16 @@ def order_fingerprint(order: Sequence[int], examples: Sequence[Example]) -> str:
     return digest.hexdigest()
 
 
-def mismatched_partner(num_examples: int, seed: int) -> list[int]:
-    """For each example another one, no example its own: a seeded cycle through all of them."""
-    generator = torch.Generator().manual_seed(derive_seed(seed, "placebo"))
-    cycle = torch.randperm(num_examples, generator=generator).tolist()
-    partner = [0] * num_examples
-    for here, there in zip(cycle, [*cycle[1:], cycle[0]], strict=True):
-        partner[here] = there
-    return partner
+def order_prefixes(order: Sequence[int], examples: Sequence[Example]) -> dict[str, str]:
+    """The same of the first 1, 2, 4, … texts, by their number: two trainings of unlike length read the same texts in
+    the same order if they agree in the longest beginning that both have."""
+    digest, found = hashlib.sha256(), {}
+    for number, i in enumerate(order, start=1):
+        digest.update(examples[i].doc_hash.encode())
+        digest.update(examples[i].style.encode())
+        if number & (number - 1) == 0:
+            found[str(number)] = digest.hexdigest()[:16]
+    return found
 
 
 class ExampleNumbers(Dataset[int]):
@@ -115,6 +125,7 @@ class Batch:
     teacher_inputs: ids and segments [B, S] that a teacher is to be run on; empty where targets are stored.
     targets: what the teachers gave, their NLL counted per token of the student's text.
     nll_scale: a teacher's completion tokens by the student's, for teachers that read their own tokens.
+    changes: what the arm's control does with targets, for those that it changes.
     maps: from the teacher's tokens to the student's; a teacher without one has every token where the student has it.
     kv_masks: student tokens that take part, [B, T], or [L', B, T] where layers keep different tokens.
     token_weights: [L', B, T], mean 1 over the tokens that take part, where tokens weigh by the teacher's attention.
@@ -126,6 +137,7 @@ class Batch:
     teacher_inputs: dict[str, tuple[Int[Tensor, "B _"], Int[Tensor, "B _"]]] = field(default_factory=dict)
     targets: dict[str, TeacherTargets] = field(default_factory=dict)
     nll_scale: dict[str, Float[Tensor, " B"]] = field(default_factory=dict)
+    changes: dict[str, Change] = field(default_factory=dict)
     maps: dict[str, SparseMap] = field(default_factory=dict)
     kv_masks: dict[str, Bool[Tensor, "B T"] | Bool[Tensor, "_ B T"]] = field(default_factory=dict)
     token_weights: dict[str, Float[Tensor, "_ B T"]] = field(default_factory=dict)
@@ -148,12 +160,12 @@ class Batch:
         return Batch(**{one.name: moved(getattr(self, one.name)) for one in fields(self)})
 
     def with_targets(self, targets: Mapping[str, TeacherTargets]) -> Batch:
-        """The batch with what the teachers gave for it.
+        """The batch with what the teachers gave for it, as the arm's control leaves it.
 
         Tokenizers cut the same text into more or fewer pieces; what can be compared is how well the text is explained,
         so NLL becomes nats per token of the student (`nll_scale`).
         """
-        found = dict(targets)
+        found = {name: self.changes[name].apply(one) if name in self.changes else one for name, one in targets.items()}
         for name, scale_B in self.nll_scale.items():
             nll_B = found[name].nll_B
             if nll_B is not None:
@@ -169,6 +181,8 @@ class BatchMaker:
     texts: of teachers that read something of their own, row by row beside `examples`.
     layers: by teacher, for each student layer that takes part its (teacher layer, share) pairs; what differs from
     layer to layer (r-kv, tokens weighed by attention) needs them.
+    moments: by teacher, of its channels; for control: noise. nll: by teacher, of every example, in the place of what
+    the targets say. vocab_size: tokens that a prediction may be of.
     """
 
     examples: Sequence[Example]
@@ -178,6 +192,9 @@ class BatchMaker:
     seed: int = 0
     texts: Mapping[str, TeacherText] = field(default_factory=dict)
     layers: Mapping[str, LayerSources] = field(default_factory=dict)
+    moments: Mapping[str, Moments] = field(default_factory=dict)
+    nll: Mapping[str, Tensor] = field(default_factory=dict)
+    vocab_size: int = 1
 
     def __post_init__(self) -> None:
         self._partner: list[int] | None = None
@@ -185,7 +202,7 @@ class BatchMaker:
             align = self.arm.align
             ratio, smoothness = ({str(k): v for k, v in x.items()} for x in (align.segment_ratio, align.smoothness))
             self._warper = TimeWarper(align.time, ratio, smoothness)
-            if self.arm.placebo and len(self.examples) > 1:
+            if self.arm.control == "placebo" and len(self.examples) > 1:
                 self._partner = mismatched_partner(len(self.examples), self.seed)
 
     def __call__(self, numbers: Sequence[int]) -> Batch:
@@ -212,6 +229,8 @@ class BatchMaker:
             "scores": arm.needs_scores,
         }
         targets = {name: reader.read(others, **asks) for name, reader in self.readers.items()}
+        for name, nll_N in self.nll.items():
+            targets[name] = replace(targets[name], nll_B=nll_N[list(others)])
         theirs = {name: segments for name, (_, segments) in given.items()}
         theirs |= {name: target.segments_BS for name, target in targets.items()}
         scale: dict[str, Tensor] = {}
@@ -222,10 +241,33 @@ class BatchMaker:
             )
             num_B = in_segments(mine, (REASONING, ANSWER)).sum(1).clamp_min(1)
             scale = {n: in_segments(theirs[n], (REASONING, ANSWER)).sum(1) / num_B for n in theirs if n in self.texts}
-        batch = replace(batch, teacher_inputs=given, nll_scale=scale)
+        changes = self._changes(theirs, segments_BT, numbers)
+        batch = replace(batch, teacher_inputs=given, nll_scale=scale, changes=changes)
         if targets:
             batch = batch.with_targets(targets)
         return self._aligned(batch, theirs, numbers, others) if arm.needs_kv else batch
+
+    def _changes(self, theirs: Mapping[str, Tensor], mine_BT: Tensor, numbers: Sequence[int]) -> dict[str, Change]:
+        """What the arm's control does with each teacher's targets; none where they are taken as they come.
+
+        Teachers that read the same tokens are permuted alike, so that what they give for one token stays together.
+        """
+        assert self.arm is not None
+        control, rows = self.arm.control, [self.examples[i] for i in numbers]
+
+        def seeds(*words: str) -> tuple[int, ...]:
+            return tuple(derive_seed(self.seed, control, *words, row.doc_hash, row.style) for row in rows)
+
+        found: dict[str, Change] = {}
+        for name, theirs_BS in theirs.items():
+            if control == "placebo" and self.arm.needs_logits:
+                found[name] = Change(rows_BT=mismatched_predictions(mine_BT, theirs_BS))
+            elif control == "shuffled":
+                order_BS = permuted_places(theirs_BS, seeds())
+                found[name] = Change(order_BS, predicting_places(order_BS))
+            elif control == "noise":
+                found[name] = Change(seeds=seeds(name), moments=self.moments.get(name), vocab_size=self.vocab_size)
+        return found
 
     def _aligned(
         self, batch: Batch, theirs: Mapping[str, Tensor], numbers: Sequence[int], others: Sequence[int]

@@ -68,6 +68,13 @@ def check_sizes(recipe: Recipe, run: Path) -> None:
     _check_kinds(experiment)
     for name in recipe.arms:
         arm = experiment.arm(name, recipe.seeds[0])
+        for teacher in (experiment.teachers[writer] for writer in arm.recipe.writers):
+            if teacher.shape.kind != "decoder":
+                raise ModelError(
+                    f"this teacher is an {teacher.shape.kind}: it does not write a solution from left to right",
+                    place=f"arms.{name}.texts with teacher {teacher.name!r}",
+                    fix="name causal teachers in texts_from",
+                )
         for teacher in arm.teachers.values() if arm.uses_teachers else ():
             _check_gives(arm, teacher)
             if arm.recipe.needs_kv and not isinstance(arm.recipe.align.layer_map, str):  # of a file: with the data
@@ -118,6 +125,11 @@ def check_positions(experiment: Experiment) -> None:
         splits = ("train", "val", "teach") if teacher.recipe.scratch is not None else ("train", "val")
         texts = {f"the longest text of {split}": teacher.lessons(split) for split in splits}
         needs = {what: max((len(e.input_ids) for e in examples), default=0) for what, examples in texts.items()}
+        if any(teacher.name in arm.writers for arm in experiment.arms.values()):
+            write = experiment.recipe.write
+            most = write.max_new_tokens or new
+            asked = max((e.num_prompt_tokens for e in teacher.lessons(write.questions)), default=0)
+            needs[f"the longest question to write a solution of, with {most} new tokens,"] = asked + most
         compare(teacher.place, teacher.shape, needs)
     if mistakes:
         raise ModelError(

@@ -124,6 +124,14 @@ class Distiller(nn.Module):
         return cross_entropy(logits, batch.input_ids_BT, supervised_BT, counts[0])
 
     @torch.no_grad()
+    def completion_nll(self, batch: Batch) -> tuple[float, int]:
+        """Sum of -log p over the tokens after the prompts, whatever the arm's cross-entropy is of, and their number."""
+        completion_BT = in_segments(batch.segments_BT, CE_SEGMENTS["reasoning+answer"])
+        logits = self._run_student(batch, capture=False, head=completion_BT).logits
+        assert logits is not None
+        return float(cross_entropy(logits, batch.input_ids_BT, completion_BT, 1)), int(completion_BT[:, 1:].sum())
+
+    @torch.no_grad()
     def match(self, batch: Batch, name: str) -> tuple[AlignedKV, AlignedKV]:
         """Student and teacher `name` in the space they meet in, for match figures: two [L, B, T, C] pairs."""
         kv = self._run_student(batch, capture=True, head=None).kv

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from kvdistill.arms.pairing import shape_of
+from kvdistill.arms.student import CausalStudent
 from kvdistill.arms.texts import load_tokenizer_of, spread
 from kvdistill.core.config import arm_recipe
 from kvdistill.core.recipe import ArmRecipe, Recipe
@@ -17,7 +18,7 @@ from kvdistill.core.runtime import derive_seed, pick_device
 from kvdistill.data.encode import Example
 from kvdistill.data.tables import read_split
 from kvdistill.data.tokenizers import as_read
-from kvdistill.models import ModelShape, load_model
+from kvdistill.models import ModelShape, auto_class, load_model, model_config
 
 
 class Setting:
@@ -33,8 +34,8 @@ class Setting:
 
     @cached_property
     def arms(self) -> dict[str, ArmRecipe]:
-        """The complete recipe of every arm."""
-        return {name: arm_recipe(self.recipe, name) for name in self.recipe.arms}
+        """The complete recipe of every arm; steps of those that are matched are `Experiment.arm`'s to fill in."""
+        return {name: arm_recipe(self.recipe, name) for name in self.recipe.every_arm}
 
     # -- the student --------------------------------------------------------------------------------------
 
@@ -55,6 +56,15 @@ class Setting:
     def student_shape(self) -> ModelShape:
         return shape_of(self.recipe.student, self.vocab_size, "student")
 
+    @cached_property
+    def student_outline(self) -> CausalStudent:
+        """The student without memory for weights: what it would cost."""
+        recipe = self.recipe.student
+        config = model_config(recipe, self.vocab_size, "student")
+        with torch.device("meta"):
+            model = auto_class(config).from_config(config)
+            return CausalStudent(model, lora=recipe.lora, gradient_checkpointing=recipe.gradient_checkpointing)
+
     def initial_model(self, seed: int) -> PreTrainedModel:
         """The student as training starts it, before adapters, on the CPU: the same bits for every arm of a seed."""
         seed = derive_seed(seed, "student")
@@ -72,7 +82,8 @@ class Setting:
         """Rows of a split whose targets are captured: all of train, those of val that curves and match figures use."""
         if split == "train":
             return range(len(self.split(split)))
-        return spread(self.split(split), max(self.recipe.train.eval_examples, self.recipe.evaluate.match_examples))
+        most = max(arm.train.eval_examples for arm in self.arms.values())
+        return spread(self.split(split), max(most, self.recipe.evaluate.match_examples))
 
     def examples(self, split: str) -> Sequence[Example]:
         """The examples whose targets are captured, as the student reads them."""

@@ -122,9 +122,10 @@ class CausalStudent(nn.Module):
         """lora: adapters to train in place of the weights, drawn from `seed`."""
         super().__init__()
         self.shape = describe_model(model)  # of the plain model: adapters do not count
-        self._has_lora, self._recomputes = lora is not None, gradient_checkpointing
+        self._recomputes, self._num_adapted = gradient_checkpointing, 0
         if lora is not None:
             model = add_lora(model, lora, seed=seed)  # type: ignore[arg-type]
+            self._num_adapted = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if gradient_checkpointing:  # the non-reentrant way: the other one cuts captured gradients
             inner: Any = model
             if hasattr(inner, "activation_checkpointing_enable"):  # transformers 5.2x renamed it
@@ -254,7 +255,8 @@ class CausalStudent(nn.Module):
         return logits.float().cpu()
 
     def flops(self, num_tokens: int, sum_squared_lengths: int) -> tuple[int, int]:
-        """As `Student.flops`. A backward pass is two forwards (one where the base weights are frozen under LoRA), and
-        one more where activations are recomputed."""
-        forward = forward_flops(self.shape, num_tokens, sum_squared_lengths)
-        return forward, forward * (1 if self._has_lora else 2) + (forward if self._recomputes else 0)
+        """As `Student.flops`. A backward pass is two forwards, and one more where activations are recomputed. With LoRA
+        the frozen weights take one forward's worth, and the adapters are counted beside them."""
+        frozen = forward_flops(self.shape, num_tokens, 0) if self._num_adapted else 0
+        forward = forward_flops(self.shape, num_tokens, sum_squared_lengths) + 2 * num_tokens * self._num_adapted
+        return forward, 2 * forward - frozen + (forward if self._recomputes else 0)

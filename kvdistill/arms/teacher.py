@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -14,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from kvdistill.align import layer_map, parse_layer_range
 from kvdistill.align.layers import read_layer_similarity
+from kvdistill.arms.batches import data_order
 from kvdistill.arms.pairing import Pairing, shape_of
 from kvdistill.arms.setting import Setting
 from kvdistill.arms.texts import (
@@ -41,26 +44,43 @@ from kvdistill.core.layout import (
     trained_mark,
 )
 from kvdistill.core.marks import check_marked, read_mark, read_sealed, sealed
-from kvdistill.core.recipe import ArmRecipe, ModelRecipe, TeacherRecipe
-from kvdistill.core.runtime import DTYPES
+from kvdistill.core.recipe import UNTRAINED, ArmRecipe, ModelRecipe, TeacherRecipe
+from kvdistill.core.runtime import DTYPES, derive_seed
 from kvdistill.core.segments import ANSWER
 from kvdistill.core.targets import ChannelMeans, TeacherTargets
 from kvdistill.data.encode import Example
 from kvdistill.data.tables import check_file, read_table
 from kvdistill.losses import answer_attention
-from kvdistill.models import ModelShape, load_model, model_config, rotary_only, rotate_keys, teacher_forward
+from kvdistill.models import (
+    ModelShape,
+    batch_geometry,
+    forward_flops,
+    load_model,
+    model_config,
+    rotary_only,
+    rotate_keys,
+    teacher_forward,
+)
 from kvdistill.models.generate import right_padded
 from kvdistill.store.packed import TargetReader
 from kvdistill.store.shards import find_store
 
 
 class Teacher:
-    """One teacher of an experiment, by its name. Asks the disk when it is asked; loads weights only in `load`."""
+    """One teacher of an experiment, by its name. Asks the disk when it is asked; loads weights only in `load`.
 
-    def __init__(self, experiment: Setting, name: str) -> None:
+    untrained: the same with random weights (`control: untrained`): texts, layers, layer maps and what is captured are
+    the trained one's, its targets and their identity are its own. A scratch teacher is then what its training began
+    with, of a `path` its configuration is drawn by the family's own rule, from the teacher's seed.
+    """
+
+    def __init__(self, experiment: Setting, name: str, *, untrained: bool = False) -> None:
         self.experiment, self.name, self._run = experiment, name, experiment.run
         self.recipe: TeacherRecipe = next(t for t in experiment.recipe.teachers if t.name == name)
         self.place = teacher_place(experiment.recipe, name)  # in errors
+        self.is_untrained = untrained
+        self.stored_as = name + UNTRAINED if untrained else name
+        self._training_flops: tuple[int, int] | None = None
 
     # -- what it reads ------------------------------------------------------------------------------------
 
@@ -97,6 +117,33 @@ class Teacher:
             return self.experiment.split(split)
         path = own_table_path(self._run, self.name, split)
         return read_table(path, self.texts["files"][path.name])
+
+    def studied(self) -> list[Example]:
+        """What a scratch teacher is trained on: the students' training problems of its tasks, and the `teach` problems
+        beside them.
+
+        `data.disjoint_teachers`: only the latter, so that no student sees a text that its teacher was trained on.
+        """
+        splits = ("teach",) if self.experiment.recipe.data.disjoint_teachers else ("train", "teach")
+        lessons = (example for split in splits for example in self.lessons(split))
+        return [example for example in lessons if example.task in self.recipe.train_on]
+
+    def training_order(self, num_examples: int) -> list[int]:
+        """Example numbers for the whole training of a scratch teacher, of all ranks."""
+        optimiser = self.recipe.optimiser
+        num_needed = optimiser.steps * optimiser.batch_size * optimiser.accumulation
+        num_needed *= int(os.environ.get("WORLD_SIZE", 1))
+        return data_order(num_examples, num_needed, derive_seed(self.recipe.seed, "data", self.name))
+
+    @property
+    def training_flops(self) -> tuple[int, int]:
+        """Forward and backward of training a scratch teacher. Nothing is trained: it is counted."""
+        if self._training_flops is None:
+            lengths = [len(example.input_ids) for example in self.studied()]
+            tokens, squares = batch_geometry(lengths[i] for i in self.training_order(len(lengths)))
+            forward = forward_flops(self.shape, tokens, squares)
+            self._training_flops = forward, 2 * forward
+        return self._training_flops
 
     def text(self, split: str) -> TeacherText | None:
         """Its own texts for `Setting.examples(split)`, or None where it reads what the student reads."""
@@ -147,7 +194,13 @@ class Teacher:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of its weight files; a hub model's commit. Noted in the run folder against size and time."""
+        """Hash of its weight files; a hub model's commit. Noted in the run folder against size and time. Untrained: of
+        what random weights depend on."""
+        if self.is_untrained:
+            config = json.loads(model_config(self.recipe, self.vocab_size, self.place).to_json_string(use_diff=False))
+            for key in ("_name_or_path", "transformers_version"):
+                config.pop(key, None)
+            return f"untrained:{sha256_of({'config': config, 'seed': self.initial_seed})}"
         source = self.source
         assert source.path is not None
         folder = Path(source.path).expanduser()
@@ -168,6 +221,11 @@ class Teacher:
         write_json(note, sealed({"stamp": stamp, "files": digest}))
         return digest
 
+    @property
+    def initial_seed(self) -> int:
+        """Of random weights: those that a scratch teacher's training begins with, and those of an untrained one."""
+        return derive_seed(self.recipe.seed, self.name)
+
     def _check_files(self) -> None:
         if self.recipe.scratch is not None:
             folder = teacher_folder(self._run, self.name)
@@ -175,13 +233,17 @@ class Teacher:
 
     @property
     def identities(self) -> dict[str, Any]:
-        """What a file of layer similarities is of: `teacher` by its weights, `student` by its source and first seed."""
+        """What a file of layer similarities is of: `teacher` by its weights, `student` by its source and first seed.
+
+        An untrained teacher's layers are mapped as the trained one's: an arm and its control match the same layers.
+        """
         recipe = self.experiment.recipe
         student = recipe.student.model_dump(mode="json", include={"path", "scratch", "dtype"})
         if recipe.student.keep_layers is not None:
             student["keep_layers"] = recipe.student.keep_layers
         seed = recipe.seeds[0] if recipe.student.scratch is not None else None
-        return {"teacher": self.fingerprint, "student": sha256_of({"student": student, "seed": seed})}
+        trained = Teacher(self.experiment, self.name) if self.is_untrained else self
+        return {"teacher": trained.fingerprint, "student": sha256_of({"student": student, "seed": seed})}
 
     @property
     def similarity_path(self) -> Path:
@@ -306,7 +368,7 @@ class Teacher:
         """Where its captured targets are. A StoreError says what differs."""
         identity = self.target_identity(split)
         return find_store(
-            store_root(self._run), f"targets-{split}", self.name, identity, make="kvdistill capture RECIPE"
+            store_root(self._run), f"targets-{split}", self.stored_as, identity, make="kvdistill capture RECIPE"
         )
 
     def targets(self, split: str) -> TargetReader:
@@ -317,8 +379,12 @@ class Teacher:
 
     def load(self) -> PreTrainedModel:
         """The model on the experiment's device, frozen, in eval mode. RunFolderError where its files were altered."""
-        self._check_files()
-        model = load_model(self.source, vocab_size=self.vocab_size, seed=0, place=self.place)
+        if self.is_untrained:
+            options: dict[str, Any] = {"seed": self.initial_seed, "place": self.place, "untrained": True}
+            model = load_model(self.recipe, vocab_size=self.vocab_size, **options)
+        else:
+            self._check_files()
+            model = load_model(self.source, vocab_size=self.vocab_size, seed=0, place=self.place)
         return model.requires_grad_(False).eval().to(self.experiment.device)  # type: ignore[arg-type]
 
     def rotation(self) -> Callable[[KV], KV]:

@@ -116,6 +116,12 @@ def teach(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = F
     _with_recipe(recipe, overrides, as_json, "run.run_study", verb="teach")
 
 
+@app.command()
+def write(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Solutions that teachers write for arms with `texts: written`, held against the gold answers."""
+    _with_recipe(recipe, overrides, as_json, "run.run_study", verb="write")
+
+
 @app.command("map-layers")
 def map_layers(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
     """Which teacher layers are like which student layers? Measured by CKA on the training texts; JSON and heatmap.

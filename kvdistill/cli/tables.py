@@ -74,7 +74,9 @@ def as_text(result: Mapping[str, Any]) -> str:
 
 def _verdict_lines(summary: Mapping[str, Any]) -> list[str]:
     """What the page says of the declared comparisons, in the same figure: one by one, and last what it leads with."""
-    lines = []
+    lines: list[str] = []
+    if summary.get("comparisons") and not (summary.get("declared") or {}).get("time"):
+        lines += _said("when these comparisons were declared is not known: declared.json is not in the run folder")
     for row in summary.get("comparisons") or []:
         if row.get("verdict"):
             said = f"{row['arm']} against {row['baseline']}: {row.get('sentence') or row['verdict']}"
@@ -255,18 +257,26 @@ def layer_lines(layers: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+_CONTROLS = {
+    "placebo": ", on mismatched texts",
+    "untrained": ", with random weights",
+    "shuffled": ", tokens permuted",
+    "noise": ", noise in their place",
+}
+
+
 def profile_lines(profiles: Mapping[str, Any]) -> list[str]:
     """profile-alignment: the arms one after another."""
     lines: list[str] = []
     for name, profile in profiles.items():
-        placebo = ", on mismatched texts" if profile["placebo"] else ""
+        control = _CONTROLS.get(profile["control"], "")
         teachers = ", ".join(printable(teacher) for teacher in profile["teachers"])
         threads = f", {profile['threads']} thread" + ("" if profile["threads"] == 1 else "s")
         threads = threads if profile["device"] == "cpu" else ""
         head = f"{printable(name)} "
         lines += [""] if lines else []
         lines.append(head + "─" * max(0, WIDTH - len(head)))
-        lines.append(f"taught by {teachers}{placebo}; seed {profile['seed']}, on {profile['device']}{threads}")
+        lines.append(f"taught by {teachers}{control}; seed {profile['seed']}, on {profile['device']}{threads}")
         for part in (_shapes, _costs, _step, _shares, _match, _numbers):
             lines += part(profile)
     return lines

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from kvdistill.core.errors import RecipeError
+from kvdistill.core.family import BEST_SINGLE, MIN_SEEDS, family_mistakes
 from kvdistill.core.files import sha256_of
 from kvdistill.core.quoting import shown
 from kvdistill.core.recipe import (
@@ -28,7 +29,9 @@ from kvdistill.core.recipe import (
     DataRecipe,
     FuseRecipe,
     LossRecipe,
+    ParityRecipe,
     Recipe,
+    TrainRecipe,
 )
 from kvdistill.core.reference import sections_in
 
@@ -38,6 +41,7 @@ ARM_SECTIONS: dict[str, type[BaseModel]] = {
     "compress": CompressRecipe,
     "fuse": FuseRecipe,
     "loss": LossRecipe,
+    "train": TrainRecipe,
 }
 MAX_RECIPE_BYTES, MAX_RECIPE_VALUES = 4 << 20, 100_000
 # keys of the original software -> keys of a recipe
@@ -75,6 +79,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     from yaml import YAMLError
 
     path = Path(path)
+    if path.is_dir():
+        raise RecipeError(
+            "this is a folder, not a recipe",
+            place=str(path),
+            fix=f"give the recipe that it was made with (its copy is {path / 'recipe.json'})"
+            if (path / "recipe.json").is_file()
+            else "give a YAML file",
+        )
     if not path.is_file():
         raise RecipeError("recipe not found", place=str(path), fix=_nearest_recipe(path))
     try:
@@ -222,17 +234,91 @@ def _cross_mistakes(recipe: Recipe, place: str, wrong: Collection[str]) -> Itera
                     place=f"{place}: teachers.{number}.train_on",
                     fix=_nearest(task, tasks),
                 )
+    arms = recipe.every_arm
+    made: dict[str, ArmRecipe] = {}
     for arm in recipe.arms:
-        _, mistakes = _read_arm(recipe, arm, place, alone=bool({"teachers", "capture", *ARM_SECTIONS} & {*wrong}))
+        one, mistakes = _read_arm(recipe, arm, place, alone=bool({"teachers", "capture", *ARM_SECTIONS} & {*wrong}))
+        made |= {arm: one} if one is not None else {}
         yield from mistakes
-    for pair in recipe.report.comparisons:
+    unknown = False
+    for pair in recipe.report.pairs:
         for arm in pair:
-            if arm not in recipe.arms:
+            if arm not in arms and arm != BEST_SINGLE:
+                unknown = True
                 yield RecipeError(
                     f"comparison names an arm that is not there: {arm!r}",
                     place=f"{place}: report.comparisons",
-                    fix=_nearest(arm, list(recipe.arms)),
+                    fix=_nearest(arm, [*arms, BEST_SINGLE]),
                 )
+    if not unknown and len(made) == len(recipe.arms):  # else most of it would be the same mistake once more
+        for what, fix in family_mistakes(recipe.report.pairs, made):
+            yield RecipeError(what, place=f"{place}: report.comparisons", fix=fix)
+    if "report" not in wrong:
+        yield from _curve_mistakes(recipe, place)
+    yield from _parity_mistakes(recipe, made, place)
+
+
+def _curve_mistakes(recipe: Recipe, place: str) -> Iterator[RecipeError]:
+    curves, where = recipe.report.curves, f"{place}: report.curves"
+    if curves is None:
+        return
+    for arm in curves.arms:
+        if arm not in recipe.arms:
+            what = f"a curve of an arm that is not there: {arm!r}"
+            yield RecipeError(what, place=f"{where}.arms", fix=_nearest(arm, list(recipe.arms)))
+            continue
+        for budget, name in curves.of(arm).items():
+            if name != arm and name in recipe.arms:
+                what = f"{name!r} is what {arm!r} at {budget:g} times its budget is called"
+                yield RecipeError(what, place=f"{place}: arms.{name}", fix="give this arm another name")
+            elif name != arm:  # its steps may be none, or too many; what else is wrong is said of the arm itself
+                try:
+                    arm_recipe(recipe, name, place)
+                except RecipeError as error:
+                    if "steps" in error.what:
+                        yield error
+    if len(recipe.seeds) < MIN_SEEDS:
+        what = f"a curve has an interval over seeds, and {len(recipe.seeds)} is too few for one"
+        yield RecipeError(what, place=where, fix=f"give at least {MIN_SEEDS} seeds (5 are better), or leave curves out")
+
+
+def _parity_mistakes(recipe: Recipe, arms: Mapping[str, ArmRecipe], place: str) -> Iterator[RecipeError]:
+    """Budgets that cannot be made equal. arms: as written, those whose own keys and values are right."""
+    named, curves = recipe.every_arm, recipe.report.curves
+    written = {name: arm for arm in (curves.arms if curves else ()) if curves for name in curves.of(arm).values()}
+    published = {teacher.name for teacher in recipe.teachers if teacher.scratch is None}
+
+    def unknown_cost(parity: ParityRecipe, *both: str) -> str | None:
+        """A teacher of these arms of which nobody knows here what its training cost, where that is asked for."""
+        asked = parity.parity == "total_flops" and not parity.amortised
+        taught = [arms[one] for one in both if one in arms and (arms[one].needs_kv or arms[one].needs_logits)]
+        return next((name for arm in taught for name in arm.teachers if asked and name in published), None)
+
+    unpriced = "the training of teacher {!r}, which comes from elsewhere, has a cost that nobody knows here"
+    mend = "set amortised: true (its forward passes are counted then, its training is not), or another parity"
+    for arm, baseline in recipe.report.pairs:
+        if teacher := unknown_cost(recipe.report.parity(arm, baseline), *(written.get(x, x) for x in (arm, baseline))):
+            where = f"{place}: report.comparisons: {arm} against {baseline}"
+            yield RecipeError(unpriced.format(teacher), place=where, fix=mend)
+    for arm, made in arms.items():
+        if (match := made.match) is None:
+            continue
+        where = f"{place}: arms.{arm}.match"
+        if match.arm not in named:
+            what = f"matched to an arm that is not there: {match.arm!r}"
+            yield RecipeError(what, place=where, fix=_nearest(match.arm, [one for one in named if one != arm]))
+            continue
+        if "steps" in (dict(recipe.arms[arm]).get("train") or {}):
+            what = "match computes the steps, and train.steps gives them"
+            yield RecipeError(what, place=where, fix="leave one of the two out")
+        way = [arm]
+        while len(set(way)) == len(way) and way[-1] in arms and (onwards := arms[way[-1]].match) is not None:
+            way.append(written.get(onwards.arm, onwards.arm))
+        if way[-1] == arm and arm == next(one for one in arms if one in way):  # a circle is said once
+            what = f"no steps can be computed: {' is matched to '.join(way)}"
+            yield RecipeError(what, place=where, fix="match to an arm whose steps are given")
+        elif teacher := unknown_cost(match, arm, written.get(match.arm, match.arm)):
+            yield RecipeError(unpriced.format(teacher), place=where, fix=mend)
 
 
 def _data_mistakes(data: DataRecipe, place: str) -> Iterator[RecipeError]:
@@ -257,9 +343,12 @@ def _data_mistakes(data: DataRecipe, place: str) -> Iterator[RecipeError]:
 
 
 def arm_recipe(recipe: Recipe, arm: str, place: str = "recipe") -> ArmRecipe:
-    """The complete recipe of one arm: the study's sections with the arm's own changes over them."""
-    if arm not in recipe.arms:
-        raise RecipeError(f"there is no arm {arm!r}", place=f"{place}: arms", fix=_nearest(arm, list(recipe.arms)))
+    """The complete recipe of one arm: the study's sections with the arm's own changes over them.
+
+    Of an arm that is matched, `train.steps` are not known yet: `arms.budget` computes them.
+    """
+    if arm not in recipe.every_arm:
+        raise RecipeError(f"there is no arm {arm!r}", place=f"{place}: arms", fix=_nearest(arm, list(recipe.every_arm)))
     made, mistakes = _read_arm(recipe, arm, place)
     _refuse(mistakes, place)
     assert made is not None
@@ -272,17 +361,28 @@ def _read_arm(
     """The arm (None where its keys are wrong) and its mistakes. alone: the sections that it changes are not to be
     relied on, so only its own keys and values are judged."""
     where = f"{place}: arms.{arm}"
-    changes = dict(recipe.arms[arm] or {})
+    changes = dict(recipe.every_arm[arm])
     mistakes: list[RecipeError] = []
     teachers = changes.pop("teachers", [teacher.name for teacher in recipe.teachers])
-    tree: dict[str, Any] = {"teachers": teachers, "placebo": changes.pop("placebo", False)}
+    tree: dict[str, Any] = {"teachers": teachers, "control": changes.pop("control", None)}
+    tree |= {key: changes.pop(key) for key in ("match", "times") if key in changes}
+    if "placebo" in changes:
+        fix = "write control: placebo" if changes.pop("placebo") else "leave it out"
+        mistakes.append(RecipeError("`placebo` is one of several controls now", place=where, fix=fix))
     for section in ARM_SECTIONS:
         over = changes.pop(section, None) or {}
         if not isinstance(over, dict):
             mistakes.append(RecipeError(f"{section} is a section", place=where, fix=f"write {section}: {{key: value}}"))
             over = {}
         tree[section] = {**getattr(recipe, section).model_dump(), **over}
-    words = ["teachers", "placebo", *ARM_SECTIONS]
+    tree["texts"] = changes.pop("texts", "own")
+    if (named := changes.pop("texts_from", None)) is not None or tree["texts"] != "own":
+        whose = [one.name for one in recipe.teachers if tree["texts"] == "written" or one.scratch is not None]
+        tree["texts_from"] = whose if named is None else named
+    steps, times = tree["train"].get("steps"), tree.get("times", 1)
+    if isinstance(steps, int) and isinstance(times, int | float) and 0 < times < float("inf") and times != 1:
+        tree["train"]["steps"] = max(1, round(times * steps))
+    words = ["teachers", "control", "texts", "texts_from", "match", "times", *ARM_SECTIONS]
     mistakes += (
         RecipeError(f"unknown key {unknown!r}", place=where, fix=_nearest(unknown, words, ArmRecipe))
         for unknown in changes
@@ -293,6 +393,16 @@ def _read_arm(
         return None, [*mistakes, *_mistakes_of(error, ArmRecipe, where)]
     if not alone:
         mistakes += _arm_mistakes(made, [teacher.name for teacher in recipe.teachers], where)
+        mistakes += _text_mistakes(made, recipe, where)
+        if made.control == "untrained" and made.needs_nll and recipe.capture.source == "online":
+            mistakes.append(
+                RecipeError(
+                    "competence is the trained teachers', which would have to run in every step beside the untrained "
+                    "ones: twice the cost of the arm",
+                    place=f"{where}: control",
+                    fix="set capture.source: store, or fuse.fusion_strategy: fixed for this arm",
+                )
+            )
         if made.needs_scores and recipe.capture.source == "online":
             mistakes.append(
                 RecipeError(
@@ -317,8 +427,9 @@ def _arm_mistakes(arm: ArmRecipe, teachers: list[str], where: str) -> Iterator[R
             place=f"{where}: fuse.weights",
             fix="give one weight per teacher of the arm, or leave weights out for equal ones",
         )
-    if arm.placebo and not arm.needs_kv:
-        yield RecipeError("a placebo arm needs teachers and loss.kv_weight > 0", place=where, fix="give it both")
+    if arm.control is not None and not (arm.needs_kv or arm.needs_logits):
+        what = f"control: {arm.control} changes what teachers give, and this arm learns nothing from any"
+        yield RecipeError(what, place=where, fix="give it teachers, and loss.kv_weight (or loss.logit_weight) > 0")
     if arm.loss.k_weight + arm.loss.v_weight <= 0 and arm.needs_kv:
         yield RecipeError(
             "loss.k_weight and loss.v_weight are both 0",
@@ -339,6 +450,55 @@ def _arm_mistakes(arm: ArmRecipe, teachers: list[str], where: str) -> Iterator[R
             "layers: explicit needs align.layer_map",
             place=f"{where}: align.layers",
             fix="give a mapping or a JSON file",
+        )
+
+
+def _text_mistakes(arm: ArmRecipe, recipe: Recipe, where: str) -> Iterator[RecipeError]:
+    """What cannot be of an arm that reads other texts than its own."""
+    place, teachers = f"{where}.texts", {teacher.name: teacher for teacher in recipe.teachers}
+    if arm.texts == "own":
+        if arm.texts_from:
+            yield RecipeError(
+                "texts_from says whose texts are read beside its own, and texts is own",
+                place=place,
+                fix="set texts: teachers or texts: written, or leave texts_from out",
+            )
+        return
+    if arm.needs_kv or arm.needs_logits:
+        yield RecipeError(
+            f"texts: {arm.texts} is cross-entropy on more texts, and what teachers give is captured on the training "
+            "problems alone",
+            place=place,
+            fix="set teachers: [] for this arm (texts_from names whose texts it reads)",
+        )
+    known = [name for name in arm.texts_from if name in teachers]
+    for name in arm.texts_from:
+        if name not in teachers:
+            fix = _nearest(name, list(teachers))
+            yield RecipeError(f"unknown teacher {name!r}", place=f"{where}.texts_from", fix=fix)
+    published = [name for name in known if teachers[name].scratch is None]
+    if arm.texts == "teachers" and (published or not known):
+        who = f"{', '.join(published)}, which is published" if published else "published teachers, which all are"
+        yield RecipeError(
+            f"texts: teachers reads what teachers were trained on, and that is not at hand of {who}",
+            place=place,
+            fix="name scratch teachers in texts_from, or set texts: written",
+        )
+        return
+    if not known:
+        yield RecipeError("there is no teacher to write anything", place=place, fix="name at least one teacher")
+        return
+    if arm.texts == "written" and recipe.write.questions == "train":
+        return
+    data = recipe.data
+    tasks = {task for name in known for task in teachers[name].train_on or [task.key for task in data.tasks]}
+    has_any = any(task.teach for task in data.tasks if task.key in tasks)
+    if not (has_any if data.total is None else data.disjoint_teachers):
+        fix = "give these tasks a `teach` count" if data.total is None else "set data.disjoint_teachers: true"
+        yield RecipeError(
+            f"there are no `teach` problems of {', '.join(sorted(tasks))}: this arm would read nothing beside its own",
+            place=place,
+            fix=fix + (", or write.questions: train" if arm.texts == "written" else ""),
         )
 
 

@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from kvdistill.core.config import arm_recipe
 from kvdistill.core.errors import RunFolderError
+from kvdistill.core.family import BEST_SINGLE, Family, best_single_rule, make_family
 from kvdistill.core.files import as_json, read_json, sha256_of, write_json
 from kvdistill.core.layout import file_lock, locks_folder
 from kvdistill.core.recipe import Recipe
@@ -46,15 +48,26 @@ def compare_declared(recipe: Recipe, run: Path) -> dict[str, Any]:
     if left_out:  # Holm over fewer comparisons than were declared
         changed.append(f"left out: {', '.join(' against '.join(pair) for pair in left_out)}")
         late = now["comparisons"]
+    if then.get("best_single") not in (None, best_single_rule(then["primary"])):
+        changed.append("best-single is chosen by another rule")
+        late = [pair for pair in now["comparisons"] if pair in late or BEST_SINGLE in pair]
     if then["seeds"] != now["seeds"]:
         changed.append(f"seeds were {then['seeds']}, are {now['seeds']}")
         late = now["comparisons"]
     return {"time": then["time"], "sha256": digest, "changed": changed, "late": late}
 
 
+def family_of(recipe: Recipe) -> Family:
+    """The family of a recipe's comparisons: what it lists, and what is there by rule."""
+    return make_family(recipe, {name: arm_recipe(recipe, name) for name in recipe.arms})
+
+
 def _family(recipe: Recipe) -> dict[str, Any]:
-    rules = recipe.report
-    found = {"comparisons": [list(pair) for pair in rules.comparisons], "seeds": list(recipe.seeds)}
+    rules, family = recipe.report, family_of(recipe)
+    pairs, by_rule = ([list(pair) for pair in listed] for listed in (family.pairs, family.by_rule))
+    found = {"comparisons": pairs, "by_rule": by_rule, "seeds": list(recipe.seeds)}
+    if any(BEST_SINGLE in pair for pair in family.pairs):
+        found["best_single"] = best_single_rule(rules.primary)
     return as_json(found | {rule: getattr(rules, rule) for rule in _RULES})
 
 

@@ -6,6 +6,7 @@ runs/NAME/
   data/teachers/NAME/            what a teacher with its own tokenizer or chains reads, and a manifest
   layers/NAME.{json,png,svg}     similarity of the student's layers to a teacher's
   teachers/NAME/{model/, log.jsonl, report.json}
+  written/NAME/{answers.jsonl, solutions.parquet, written.json}
   store/KIND-NAME-HASH/          captured targets
   fit/KIND-NAME-HASH/            channel statistics, closed-form projectors, prototypes
   arms/ARM/seed-N/{model/, adapters.safetensors, log.jsonl, ledger.json, match.json, trained.json,
@@ -56,6 +57,10 @@ def teacher_folder(run: Path, teacher: str) -> Path:
     return run / "teachers" / teacher
 
 
+def written_folder(run: Path, teacher: str) -> Path:
+    return run / "written" / teacher
+
+
 def store_root(run: Path) -> Path:
     return run / "store"
 
@@ -71,6 +76,11 @@ def arm_folder(run: Path, arm: str, seed: int) -> Path:
 def trained_mark(folder: Path) -> Path:
     """Written last by training: the model beside it is whole."""
     return folder / "trained.json"
+
+
+def written_mark(folder: Path) -> Path:
+    """Written last: a teacher's solutions beside it are whole."""
+    return folder / "written.json"
 
 
 def evaluated_mark(folder: Path) -> Path:

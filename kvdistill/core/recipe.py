@@ -41,12 +41,15 @@ Tokens = Annotated[int, Field(gt=0, le=2**20)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Segment = Literal["prompt", "reasoning", "answer"]
+Parity = Literal["steps", "student_flops", "total_flops", "data"]
 NonNegative = Annotated[float, Field(ge=0, le=1e39)]
 AboveZero = Annotated[float, Field(gt=0, le=1e39)]
 PathText = Annotated[str, AfterValidator(_usable_path)]
 AnswerRule = Literal["value", "number", "fraction", "latex", "yes-no", "letter", "exact-match"]
 ANSWER_RULES = get_args(AnswerRule)
 TimeMode = Literal["index", "pad", "proportional", "segment"]
+Control = Literal["placebo", "untrained", "shuffled", "noise"]
+UNTRAINED = "~untrained"  # behind a teacher's name, which cannot hold this sign: the same with random weights
 RESAMPLING = ("proportional", "segment")  # the time modes that average neighbouring tokens
 TIME_ALIASES = {"truncate": "index", "soft": "segment"}  # align.time, in the original's words
 
@@ -427,11 +430,38 @@ class TrainRecipe(OptimiserRecipe):
         200, description="steps between validation points (KV loss and accuracy); 0: only the end"
     )
     eval_examples: Positive = Field(64, description="validation problems per point of the learning curve")
+    select: Literal["last", "best"] = Field(
+        "last",
+        description="weights that are kept: of the last step, or of the validation point with the lowest NLL of its "
+        "completions (ties: the earlier)",
+    )
+    patience: Positive | None = Field(
+        None, description="validation points without a lower NLL after which training ends; unset: after `steps`"
+    )
     save_every: Positive = Field(200, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, gt=0, le=1000, description="the newest ones")
     report_to: list[Literal["tensorboard", "wandb"]] = Field(
         default_factory=list, description="where the log goes too; each needs its package"
     )
+
+    @model_validator(mode="after")
+    def _has_points(self) -> TrainRecipe:
+        if self.asks_validation and not 0 < self.eval_every < self.steps:
+            which = "select: best" if self.select == "best" else f"patience: {self.patience}"
+            raise ValueError(
+                f"{which} looks at validation points, and there is one only, the end (eval_every is {self.eval_every}, "
+                f"steps {self.steps}): give an eval_every between 1 and {self.steps - 1}"
+            )
+        return self
+
+    @property
+    def asks_validation(self) -> bool:
+        """Whether validation decides which weights are kept, or when training ends."""
+        return self.select == "best" or self.patience is not None
+
+    def is_point(self, step: int) -> bool:
+        """Whether the learning curve has a point at this step: every `eval_every`, and at the end."""
+        return step == self.steps or (self.eval_every > 0 and step % self.eval_every == 0)
 
 
 class EvaluateRecipe(Section):
@@ -454,18 +484,118 @@ class EvaluateRecipe(Section):
     match_examples: Positive = Field(128, description="held-out examples for R2, centred cosine and retrieval")
 
 
+class WriteRecipe(Section):
+    """What teachers write for arms with `texts: written`."""
+
+    questions: Literal["teach", "train"] = Field(
+        "teach", description="which problems they are asked: further ones, or those that students train on"
+    )
+    limit: Positive | None = Field(None, description="first n problems of each task; unset: all")
+    per_question: Annotated[int, Field(gt=0, le=1000)] = Field(
+        1, description="solutions that a teacher tries for each; those that are right and differ are kept"
+    )
+    temperature: float = Field(0.0, ge=0, le=100, description="0: greedily; else sampled, each from a seed of its own")
+    max_new_tokens: Tokens | None = Field(None, description="longest solution; unset: evaluate.max_new_tokens")
+    batch_size: Batch = Field(64, description="questions at once; a kill loses at most so many")
+    seed: Seed = Field(0, description="of what is sampled")
+
+    @model_validator(mode="after")
+    def _differ(self) -> WriteRecipe:
+        if self.per_question > 1 and not self.temperature:
+            raise ValueError("greedy solutions of one question are all the same: set temperature, or per_question: 1")
+        return self
+
+
+class ParityRecipe(Section):
+    """What two arms spend alike, to within 1 %."""
+
+    parity: Parity = Field(
+        "steps",
+        description="steps and tokens; the student's FLOPs; all FLOPs, teachers and their training included; "
+        "data: problems seen, repetitions counted",
+    )
+    amortised: bool = Field(
+        True, description="total_flops: what several runs share is divided among them; false: each pays for all of it"
+    )
+
+    def __str__(self) -> str:
+        """`total FLOPs, amortised`."""
+        words = {"steps": "steps", "student_flops": "student FLOPs", "data": "problems seen"}
+        return words.get(self.parity) or f"total FLOPs, {'amortised' if self.amortised else 'not amortised'}"
+
+
+class ComparisonRecipe(ParityRecipe):
+    """An arm against a baseline, and at which parity."""
+
+    arm: str = Field(description="the arm that is asked about")
+    baseline: str = Field(description="what it is held against")
+
+
+class MatchRecipe(ParityRecipe):
+    """Another arm, whose budget this one gets: its `train.steps` are computed before anything is trained."""
+
+    arm: str = Field(description="whose budget")
+
+
+class CurvesRecipe(Section):
+    """Arms trained again at multiples of their steps: how much longer must one train to reach the other?"""
+
+    arms: list[str] = Field(
+        min_length=2, max_length=100, description="each at every budget; `ce` at twice its steps is the arm `ce@x2`"
+    )
+    budgets: list[Annotated[float, Field(gt=0, le=1000)]] = Field(
+        min_length=2, max_length=20, description="multiples of an arm's steps, rising, 1 among them"
+    )
+
+    @field_validator("budgets")
+    @classmethod
+    def _rising(cls, budgets: list[float]) -> list[float]:
+        if sorted(set(budgets)) != budgets or 1 not in budgets:
+            raise ValueError(f"budgets rise, and 1 (the arm itself) is among them; these are {budgets}")
+        return budgets
+
+    @field_validator("arms")
+    @classmethod
+    def _once(cls, arms: list[str]) -> list[str]:
+        if len(set(arms)) < len(arms):
+            raise ValueError(f"an arm is named twice: {arms}")
+        return arms
+
+    def of(self, arm: str) -> dict[float, str]:
+        """Budget -> the arm that is trained with it, cheapest first."""
+        return {budget: arm if budget == 1 else f"{arm}@x{budget:g}" for budget in self.budgets}
+
+
 class ReportRecipe(Section):
     """The comparisons that were declared beforehand, and the margin that counts as equal."""
 
-    comparisons: list[tuple[str, str]] = Field(
-        default_factory=list, description="[arm, baseline] pairs: the Holm family"
+    comparisons: list[tuple[str, str] | ComparisonRecipe] | None = Field(
+        None,
+        description="[arm, baseline], or {arm, baseline, parity}: the Holm family; a side may be `best-single`. Of an "
+        "arm with several teachers `[arm, best-single]` and `[arm, ce]` are in it anyway; unset: only these; []: "
+        "nothing is compared",
     )
+    curves: CurvesRecipe | None = Field(None, description="arms at several budgets; unset: none")
     primary: Literal["accuracy", "nll"] = Field("accuracy", description="what the verdict is about")
     alpha: float = Field(0.05, gt=0, lt=1, description="family-wise error rate (Holm)")
     margin: AboveZero = Field(0.02, description="TOST equivalence margin, in units of the primary figure")
     language: Literal["en", "zh"] = Field(
         "en", description="of the page, its figures and the verdict: English, Chinese"
     )
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """The comparisons as (arm, baseline)."""
+        return [one if isinstance(one, tuple) else (one.arm, one.baseline) for one in self.comparisons or ()]
+
+    def parity(self, arm: str, baseline: str) -> ParityRecipe:
+        """What this comparison holds equal: what is declared with it, else steps."""
+        said = (
+            one
+            for one in self.comparisons or ()
+            if not isinstance(one, tuple) and (one.arm, one.baseline) == (arm, baseline)
+        )
+        return next((ParityRecipe(parity=one.parity, amortised=one.amortised) for one in said), ParityRecipe())
 
 
 class HardwareRecipe(Section):
@@ -489,11 +619,43 @@ class ArmRecipe(Section):
     """One arm of the study, complete: the recipe's sections with the arm's changes laid over them."""
 
     teachers: list[str] = Field(max_length=100, description="names of those it learns from; unset: all; []: none")
-    placebo: bool = Field(False, description="teacher KV of a mismatched example: same cost, no information")
+    control: Control | None = Field(
+        None,
+        description="an arm of the same cost that lacks one thing (docs/controls.md). placebo: targets of a mismatched "
+        "example; untrained: of the same teachers with random weights; shuffled: of the right text, its tokens "
+        "permuted within each segment; noise: Gaussian, of the same moments",
+    )
+    texts: Literal["own", "teachers", "written"] = Field(
+        "own",
+        description="what cross-entropy reads. own: the training problems; teachers: with the `teach` problems that "
+        "scratch teachers studied; written: with right solutions that teachers write (section `write`). Arms without "
+        "teachers only",
+    )
+    texts_from: list[str] = Field(
+        default_factory=list,
+        max_length=100,
+        description="whose problems or solutions; unset: all scratch teachers', or (written) all teachers'",
+    )
     align: AlignRecipe = Field(description="changes to `align`")
     compress: CompressRecipe = Field(description="changes to `compress`")
     fuse: FuseRecipe = Field(description="changes to `fuse`")
     loss: LossRecipe = Field(description="changes to `loss`")
+    train: TrainRecipe = Field(description="changes to `train`")
+    match: MatchRecipe | None = Field(None, description="steps computed from another arm's budget; unset: train.steps")
+    times: AboveZero = Field(1.0, description="its steps, that many times (what report.curves sets for its arms)")
+
+    @property
+    def reads(self) -> list[str]:
+        """Whose captured targets it reads: its teachers', or theirs with random weights. Competence then still comes
+        from the trained ones, so that the routing is the one of the arm that it stands beside."""
+        if self.control != "untrained":
+            return self.teachers
+        return [name + UNTRAINED for name in self.teachers] + (self.teachers if self.needs_nll else [])
+
+    @property
+    def writers(self) -> list[str]:
+        """The teachers whose solutions it reads."""
+        return self.texts_from if self.texts == "written" else []
 
     @property
     def needs_kv(self) -> bool:
@@ -543,8 +705,22 @@ class Recipe(Section):
     loss: LossRecipe = Field(LossRecipe(), description="terms of the loss and their weights")
     train: TrainRecipe = Field(TrainRecipe(), description="training of the student")
     evaluate: EvaluateRecipe = Field(EvaluateRecipe(), description="what trained students are asked")
+    write: WriteRecipe = Field(WriteRecipe(), description="what teachers write, for arms with `texts: written`")
     report: ReportRecipe = Field(ReportRecipe(), description="comparisons and margins, declared beforehand")
     hardware: HardwareRecipe = Field(HardwareRecipe(), description="where runs happen; changes no result")
     arms: dict[str, dict[str, Any]] = Field(
-        min_length=1, max_length=1000, description="arm -> {teachers, placebo, align, fuse, loss, …}"
+        min_length=1,
+        max_length=1000,
+        description="arm -> {teachers, control, texts, align, fuse, loss, train, match, …}",
     )
+
+    @property
+    def every_arm(self) -> dict[str, dict[str, Any]]:
+        """The arms as written, and after them those that report.curves trains at other budgets."""
+        found = {name: dict(spec or {}) for name, spec in self.arms.items()}
+        curves = self.report.curves
+        for arm in curves.arms if curves else ():
+            for budget, name in curves.of(arm).items() if curves and arm in self.arms else ():
+                spec = found[arm]
+                found.setdefault(name, {**spec, "times": budget * spec.get("times", 1.0)})
+        return found

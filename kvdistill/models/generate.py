@@ -13,7 +13,14 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.cache_utils import DynamicLayer
 
 from kvdistill.core.errors import ModelError
@@ -117,6 +124,7 @@ def generate_greedy(
     end_ids: Sequence[int] | None = None,
     stops: Sequence[str] = (),
     progress: Callable[[float], None] | None = None,
+    draw: Callable[[Sequence[int]], LogitsProcessor] | None = None,
 ) -> list[Answer]:
     """The greedy continuation of each prompt, in the order given: up to an end token, a stop text or the limit.
 
@@ -127,6 +135,7 @@ def generate_greedy(
         end_ids: tokens that end an answer; None: the tokenizer's end-of-text.
         stops: texts that end an answer and do not belong to it.
         progress: called with the number of answers so far; one that is being written counts by its length.
+        draw: of the prompts with these numbers, what changes logits before the largest is taken (`Sampled`).
     """
     ends = [tokenizer.eos_token_id] if end_ids is None else [*end_ids]
     config = GenerationConfig(
@@ -151,6 +160,7 @@ def generate_greedy(
             generation_config=config,
             past_key_values=roomy_cache(model),
             stopping_criteria=StoppingCriteriaList([row_ends]),
+            logits_processor=None if draw is None else LogitsProcessorList([draw(chosen)]),
         )
         found = []
         new_BT = out_BT[:, ids_BT.shape[1] :]
@@ -169,6 +179,20 @@ def generate_greedy(
             if progress is not None:
                 progress(len(answers))
     return [answers[i] for i in range(len(prompts))]
+
+
+class Sampled(LogitsProcessor):
+    """Makes greedy generation draw from softmax(logits / temperature): the largest of logits with Gumbel noise on them
+    is a sample (Gumbel's trick). Each row's noise is from its own seed: whatever runs beside it, and on which device.
+    """
+
+    def __init__(self, temperature: float, seeds: Sequence[int]) -> None:
+        self._temperature = temperature
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        noise = [torch.empty(scores.shape[-1]).exponential_(generator=one).log() for one in self._generators]
+        return scores.float() / self._temperature - torch.stack(noise).to(scores.device)
 
 
 class _RowEnds(StoppingCriteria):

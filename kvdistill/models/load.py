@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from kvdistill.core.errors import ModelError
 from kvdistill.core.hub import hub_reachable
@@ -137,7 +137,10 @@ def _check_folder(folder: Path, place: str) -> None:
 
 def _cannot_load(recipe: ModelRecipe, place: str, error: Exception) -> ModelError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if recipe.gguf_file is not None and isinstance(error, ImportError):
+    suggested = Path(recipe.path or "").expanduser() / "generation_config.json"
+    if suggested.is_file() and not _is_readable(suggested):
+        fix = f"mend {suggested}, or delete it: answers here are greedy whatever it says"
+    elif recipe.gguf_file is not None and isinstance(error, ImportError):
         fix = "pip install gguf"
     elif "trust_remote_code" in str(error):
         fix = "use a model transformers knows; or read the code that comes with this one, then set trust_remote_code"
@@ -146,23 +149,37 @@ def _cannot_load(recipe: ModelRecipe, place: str, error: Exception) -> ModelErro
     return ModelError(f"cannot load {recipe.path}: {reason}", place=f"{place}.path", fix=fix)
 
 
+def _is_readable(generation_config: Path) -> bool:
+    try:
+        GenerationConfig.from_pretrained(str(generation_config.parent))
+    except Exception:  # whatever transformers says to these values
+        return False
+    return True
+
+
 # -- loading --------------------------------------------------------------------------------------
 
 
-def load_model(recipe: ModelRecipe, *, vocab_size: int, seed: int, place: str) -> PreTrainedModel:
+def load_model(
+    recipe: ModelRecipe, *, vocab_size: int, seed: int, place: str, untrained: bool = False
+) -> PreTrainedModel:
     """The model, on the CPU, in eval mode, with the recipe's dtype and attention implementation.
 
     vocab_size: the tokenizer's length. seed: of random weights (`scratch`); the same seed gives the same bits, and
-    the global random state is left alone. place: the recipe key, for errors. Raises ModelError.
+    the global random state is left alone. place: the recipe key, for errors. untrained: random weights in the place of
+    those of `path`, by the family's own rule. Raises ModelError.
     """
     config = model_config(recipe, vocab_size, place)
     dtype = DTYPES[recipe.dtype]
     try:
-        if recipe.scratch is not None:
+        if recipe.scratch is not None or untrained:
+            own: dict[str, Any] = {"trust_remote_code": True} if recipe.trust_remote_code else {}
+            config.__dict__.pop("quantization_config", None)
+            made_in = torch.float32 if recipe.scratch is not None else dtype  # a model of billions: never in float32
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive_seed(seed, "model", "init"))
                 auto = auto_class(config)
-                model = auto.from_config(config, attn_implementation=recipe.attention, dtype=torch.float32)
+                model = auto.from_config(config, attn_implementation=recipe.attention, dtype=made_in, **own)
             for parameter in model.parameters():  # not model.to(dtype): the rotary frequencies stay in float32
                 parameter.data = parameter.data.to(dtype)
             model.config.dtype = dtype
@@ -173,7 +190,9 @@ def load_model(recipe: ModelRecipe, *, vocab_size: int, seed: int, place: str) -
             raise ModelError(
                 f"cannot run attention {recipe.attention} here: {str(error).strip().splitlines()[0]}",
                 place=f"{place}.attention",
-                fix="attention: sdpa (or eager); flash_attention_2 needs its package, a GPU and a half-precision dtype",
+                fix="set attention: eager"
+                if recipe.attention == "sdpa"
+                else "attention: sdpa or eager; flash_attention_2 needs its package, a GPU and a half-precision dtype",
             ) from error
         if recipe.path is None:
             raise

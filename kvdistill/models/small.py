@@ -84,6 +84,12 @@ def _value(config: PreTrainedConfig, name: str) -> Any:
         return None
 
 
+def _has_factors(config: PreTrainedConfig) -> bool:
+    """Whether rotary frequencies are scaled one by one (longrope)."""
+    rope = _value(config, "rope_parameters")
+    return isinstance(rope, dict) and any(isinstance(value, list) for value in rope.values())
+
+
 def _shrink(config: PreTrainedConfig, keep_head_size: bool) -> None:
     own = {**config.__dict__}
     names = {config.attribute_map.get(name, name) for name in (*_HEADS, *_HIDDEN, *_WINDOWS)} | own.keys()
@@ -99,7 +105,11 @@ def _shrink(config: PreTrainedConfig, keep_head_size: bool) -> None:
         if _value(config, "num_key_value_heads"):
             new["num_key_value_heads"] = fewer
         own_size = isinstance(size, int) and isinstance(own.get("head_dim", own.get("d_kv")), int)
-        hidden = HIDDEN if own_size and keep_head_size else more * 16
+        width = _value(config, "hidden_size")
+        if not own_size and _has_factors(config) and isinstance(width, int):
+            hidden = more * (width // heads)  # one factor per pair of a head's channels: the head stays as wide
+        else:
+            hidden = HIDDEN if own_size and keep_head_size else more * 16
         if own_size and not keep_head_size:
             new |= {n: 16 for n in ("head_dim", "d_kv") if isinstance(own.get(n), int)}
     else:

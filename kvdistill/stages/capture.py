@@ -10,9 +10,12 @@ import functools
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvdistill.arms.costs import pass_flops
 from kvdistill.arms.teacher import Teacher, run_teacher
+from kvdistill.core.errors import ModelError
 from kvdistill.core.files import open_tensors
 from kvdistill.core.layout import store_root
 from kvdistill.core.progress import Progress, silent
@@ -32,7 +35,7 @@ def capture(teacher: Teacher, progress: Progress = silent) -> None:
     root, online = store_root(teacher.experiment.run), teacher.experiment.recipe.capture.source == "online"
     model = functools.cache(teacher.load)
     for split in ("val",) if online else ("train", "val"):
-        with StoreWriter(root, f"targets-{split}", teacher.name, teacher.target_identity(split)) as writer:
+        with StoreWriter(root, f"targets-{split}", teacher.stored_as, teacher.target_identity(split)) as writer:
             if not writer.complete:
                 with put_off():
                     _capture_split(teacher, split, writer, model(), progress)
@@ -64,17 +67,40 @@ def _capture_split(
                 scores=scores,
             )
             batches.append(targets.to("cpu"))
-            progress(f"capture {teacher.name} {split}", start + first + len(rows), len(examples))
-        writer.add(pack_targets(batches, DTYPES[recipe.dtype], means))
+            progress(f"capture {teacher.stored_as} {split}", start + first + len(rows), len(examples))
+        packed = pack_targets(batches, DTYPES[recipe.dtype], means)
+        _refuse_broken(packed, teacher, split, start)
+        writer.add(packed)
         give_in()
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = {"flops": pass_flops(teacher, examples, stops=False)}
     if queries:  # how each layer attends, read off a run on one text: a resumed capture needs no other
         ids, segments = (torch.tensor([x]).to(model.device) for x in (examples[0].input_ids, examples[0].segments))
         kv = run_teacher(model, ids, segments, layers=layers, dtype="float32", want_nll=False, queries=True).kv
         if kv is not None:
-            extra = {"scaling": kv.scaling and list(kv.scaling), "rules": [rule.as_json() for rule in kv.rules]}
+            extra |= {"scaling": kv.scaling and list(kv.scaling), "rules": [rule.as_json() for rule in kv.rules]}
     rope = "none" if not layers or find_rotary(model) is None else "unrotated"
     writer.finish({"layers": layers, "rope": rope, "examples": len(examples), "split": split, **extra})
+
+
+def _refuse_broken(packed: dict[str, Tensor], teacher: Teacher, split: str, start: int) -> None:
+    """ModelError where a teacher gave NaN or infinities, before they are stored and a student is taught by them."""
+    what = {"kv": "keys or values", "queries": "queries", "scores": "attention", "nll": "NLL", "topk_logprob": "logits"}
+    recipe = teacher.experiment.recipe.capture
+    for name in [name for name in what if name in packed]:
+        rows = packed[name].flatten(1) if packed[name].ndim > 1 else packed[name][:, None]
+        bad = (~torch.isfinite(rows)).any(1).nonzero()
+        if not len(bad):
+            continue
+        offsets = packed["offsets"]
+        row = int(bad[0]) if name == "nll" else int(torch.searchsorted(offsets, bad[0], right=True)) - 1
+        narrow = name in ("kv", "queries") and recipe.dtype == "float16"
+        raise ModelError(
+            f"this teacher gives NaN or infinity as {what[name]} of text {start + row} of {split}",
+            place=teacher.place,
+            fix="set capture.dtype: bfloat16 (float16 ends at 65,504), or look at its weights"
+            if narrow
+            else "look at its weights and its dtype (float16 ends at 65,504)",
+        )
 
 
 def _channel_means(teacher: Teacher, writer: StoreWriter, model: PreTrainedModel) -> ChannelMeans | None:

@@ -1,8 +1,9 @@
 """The fit stage: what is computed once from captured targets and then only read by training.
 
 Channel statistics of each aligned teacher; closed-form (ridge) projectors where the recipe freezes or starts from
-one; prototypes for similarity routing. One content-addressed folder per (arm's alignment, teacher, seed where the
-student's initial weights matter), shared by all arms that align alike (`Arm.fit_identity`).
+one; prototypes for similarity routing; moments of the teacher's channels for noise in their place. One
+content-addressed folder per (arm's alignment, teacher, seed where the student's initial weights matter), shared by all
+arms that align alike (`Arm.fit_identity`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from kvdistill.align import AlignedKV, MapProjectionAligner, SharedSpace, Shared
 from kvdistill.align.time import segment_report
 from kvdistill.arms.arm import FIT_KIND, Arm
 from kvdistill.arms.batches import Batch
+from kvdistill.arms.controls import Moments
+from kvdistill.arms.costs import fit_flops
 from kvdistill.arms.student import CausalStudent
 from kvdistill.core.kv import KV
 from kvdistill.core.layout import fit_root
@@ -94,7 +97,10 @@ def _write(texts: _Calibration, aligner: MapProjectionAligner, writer: StoreWrit
 
         seed = derive_seed(texts.arm.experiment.recipe.data.seed, texts.name)
         tensors["prototypes"] = fit_prototypes(keys(), fuse.prototype, fuse.num_prototypes, seed)
+    if texts.arm.recipe.control == "noise":  # in the frame in which they are captured
+        tensors |= Moments.of(kv for batch, _, _ in texts.batches() if (kv := batch.targets[texts.name].kv)).tensors()
     writer.add(tensors or {"nothing": torch.zeros(1)})
+    extra = {**extra, "flops": fit_flops(texts.arm, texts.name)}
     writer.finish({**extra, "dead_channels": aligner.num_dead()} if aligner.recipe.standardise else extra)
 
 

@@ -92,6 +92,7 @@ class _Measuring:
             compress=CompressRecipe(),
             fuse=recipe.fuse,
             loss=recipe.loss.model_copy(update=changes),
+            train=recipe.train,
         )
         return Arm(self.experiment, {self.teacher.name: self.teacher}, made, recipe.seeds[0])
 

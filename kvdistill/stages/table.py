@@ -1,6 +1,7 @@
 """The one table of stages: verb -> function, what a job of it is about, what comes before it, its cost and its mark.
 
     prepare ─▶ check ─▶ teach ─▶ map-layers ─▶ capture ─▶ fit ─▶ train ─▶ evaluate ─▶ report
+                          └───────────────────▶ write ──────────────┘
 
 A study is a graph of `Job`s (`study/plan.py`). Whoever does one, a pool of workers, a rehearsal or a launcher, calls
 `perform`. Importing this loads no stage and no torch; a job's stage is imported when it is done.
@@ -17,7 +18,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kvdistill.core.config import asked_hash
-from kvdistill.core.layout import arm_folder, evaluated_mark, file_lock, locks_folder, teacher_folder, trained_mark
+from kvdistill.core.layout import (
+    arm_folder,
+    evaluated_mark,
+    file_lock,
+    locks_folder,
+    teacher_folder,
+    trained_mark,
+    written_folder,
+    written_mark,
+)
 from kvdistill.core.marks import read_mark
 from kvdistill.core.progress import Progress, silent
 from kvdistill.core.recipe import Recipe
@@ -30,7 +40,7 @@ class Job:
     id: `VERB`, `VERB:TEACHER` or `VERB:ARM:SEED`.
     arguments: `run`, the folder, and what the job is about: `teacher`, or `arm` and `seed`.
     after: ids of the jobs that must be done before.
-    cost: for order and the time to go; about one training step of a student without teachers.
+    cost: for order and the time to go; about one training step of a student without teachers, of the recipe's size.
     mark: a file below the run folder that says it is done; None where the stage looks for itself.
     """
 
@@ -75,6 +85,14 @@ STAGES: dict[str, Stage] = {
         mark=lambda run, teacher: trained_mark(teacher_folder(run, teacher)),
         takes="teacher",
     ),
+    "write": Stage(
+        "kvdistill.stages.write:write",
+        ("check", "teach"),
+        lambda recipe, teacher: 5 + recipe.write.per_question * _num_asked(recipe) / recipe.train.batch_size,
+        about=("teacher",),
+        mark=lambda run, teacher: written_mark(written_folder(run, teacher)),
+        takes="teacher",
+    ),
     "map-layers": Stage(
         "kvdistill.stages.layers:map_layers",
         ("check", "teach"),
@@ -91,16 +109,18 @@ STAGES: dict[str, Stage] = {
     "fit": Stage(
         "kvdistill.stages.fit:fit",
         ("check", "map-layers", "capture"),
-        lambda recipe, arm, seed: 1 + recipe.align.calibration_examples / recipe.train.batch_size / 3,
+        lambda recipe, arm, seed: 1 + arm.align.calibration_examples / recipe.train.batch_size / 3,
         about=ARM,
         takes="arm",
         alone=True,  # arms and seeds that align alike share a fit
     ),
     "train": Stage(
         "kvdistill.stages.train:train_student",
-        ("check", "fit"),
+        ("check", "write", "fit"),
         lambda recipe, arm, seed: (
-            recipe.train.steps * (1 + 0.25 * len(arm.teachers) if arm.needs_kv or arm.needs_logits else 1.0)
+            arm.train.steps
+            * (arm.train.batch_size * arm.train.accumulation / (recipe.train.batch_size * recipe.train.accumulation))
+            * (1 + 0.25 * len(arm.teachers) if arm.needs_kv or arm.needs_logits else 1.0)
         ),
         about=ARM,
         takes="arm",
@@ -116,6 +136,12 @@ STAGES: dict[str, Stage] = {
     ),
     "report": Stage("kvdistill.stages.report:report", ("evaluate",), lambda recipe: 10.0),
 }
+
+
+def _num_asked(recipe: Recipe) -> int:
+    """About how many questions a teacher is asked for solutions."""
+    counts = (getattr(task, recipe.write.questions) for task in recipe.data.tasks)
+    return sum(min(count, recipe.write.limit or count) for count in counts)
 
 
 def is_done(job: Job, recipe: Recipe) -> bool:
@@ -146,7 +172,7 @@ def perform(job: Job, recipe: Recipe, progress: Progress = silent) -> None:
 
             subject: Any = Experiment(recipe, run)
             if stage.takes == "teacher":
-                subject = subject.teachers[str(job.arguments["teacher"])]
+                subject = subject.teacher(str(job.arguments["teacher"]))
             elif stage.takes == "arm":
                 subject = subject.arm(str(job.arguments["arm"]), int(job.arguments["seed"]))
             function(subject, progress=progress)

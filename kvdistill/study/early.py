@@ -1,7 +1,7 @@
-"""What cannot work on this machine, seen in milliseconds: before the run folder is made and before torch is imported.
+"""What cannot work (here), seen in milliseconds: before the run folder is made and before torch is imported.
 
-Devices, packages, model folders and memory. What needs a model's config is the `prepare` job's to see
-(`arms.checks.check_sizes`), what needs the data the `check` job's.
+Comparisons of too few seeds, devices, packages, model folders and memory. What needs a model's config is the `prepare`
+job's to see (`arms.checks.check_sizes`), what needs the data the `check` job's.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from kvdistill.core.config import arm_recipe
 from kvdistill.core.errors import ModelError, RecipeError
+from kvdistill.core.family import MIN_SEEDS
 from kvdistill.core.provenance import machine_facts
 from kvdistill.core.recipe import Recipe, ScratchRecipe
 from kvdistill.study.local import visible_gpus
@@ -19,9 +21,19 @@ GIB = 1 << 30
 
 
 def refuse_early(recipe: Recipe) -> None:
-    """Raises RecipeError or ModelError naming the key. For whoever trains or evaluates; a report needs none of it."""
+    """Raises RecipeError or ModelError naming the key. For whoever trains or evaluates; a report needs none of it, and
+    shows comparisons of too few seeds as refused."""
+    pairs = recipe.report.pairs
+    if pairs and len(recipe.seeds) < MIN_SEEDS:
+        raise RecipeError(
+            f"{len(pairs)} comparison{'s are' if len(pairs) > 1 else ' is'} declared for {len(recipe.seeds)} "
+            f"seed{'s' if len(recipe.seeds) > 1 else ''}, and a comparison needs at least {MIN_SEEDS} (5 are better)",
+            place="seeds",
+            fix="give more seeds, or set report.comparisons=[] for runs without a verdict",
+        )
     _require_device(recipe.hardware.device)
-    for name in recipe.train.report_to:
+    arms = [arm_recipe(recipe, name) for name in recipe.arms]
+    for name in dict.fromkeys(name for arm in arms for name in arm.train.report_to):
         if importlib.util.find_spec(PACKAGES[name]) is None:
             fix = f"pip install {PACKAGES[name]}, or leave {name} out"
             raise RecipeError(f"the package {PACKAGES[name]} is not installed", place="train.report_to", fix=fix)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from kvdistill.core.config import arm_recipe, recipe_hash
-from kvdistill.core.errors import RunFolderError
+from kvdistill.core.declared import family_of
+from kvdistill.core.errors import RecipeError, RunFolderError
 from kvdistill.core.files import read_json, sha256_of, write_json
 from kvdistill.core.layout import (
     data_folder,
@@ -102,27 +103,40 @@ def difference(theirs: Any, recipe: Recipe, run: Path, *, planned: bool = False)
     sections = ["data"] if (data_folder(run) / "manifest.json").exists() else []
     if planned or any((run / made).exists() for made in ("teachers", "store", "fit", "arms")):
         sections = list(_BASE)
-    old_base, new_base = _base_of(theirs, planned), _base_of(recipe.model_dump(mode="json"), planned)
+    mine = recipe.model_dump(mode="json")
+    if (planned or (run / "written").exists()) and all(_has_writers(tree) for tree in (theirs, mine)):
+        sections = [*sections, "write"]
+    old_base, new_base = _base_of(theirs, planned), _base_of(mine, planned)
     differing = first_difference({s: old_base[s] for s in sections}, {s: new_base[s] for s in sections})
     if differing is not None:
         return differing
-    shared = [arm for arm in recipe.arms if arm in theirs.get("arms", {})]
-    shared = [arm for arm in shared if planned or list((run / "arms" / arm).glob("seed-*"))]
-    if not shared:
+    there = [arm for arm in recipe.every_arm if planned or list((run / "arms" / arm).glob("seed-*"))]
+    if not there:
         return None
     try:
         old = Recipe.model_validate(theirs)
     except ValueError:
         return "its form (it was written by another version of kvdistill)"
-    for arm in shared:
-        then, now = arm_recipe(old, arm).model_dump(mode="json"), arm_recipe(recipe, arm).model_dump(mode="json")
+    for arm in there:
+        if arm not in old.every_arm:
+            continue
+        try:
+            then = arm_recipe(old, arm).model_dump(mode="json")
+        except RecipeError:
+            return f"arms.{arm} (it was written by another version of kvdistill)"
+        now = arm_recipe(recipe, arm).model_dump(mode="json")
         if then != now:
             return first_difference(then, now, f"arms.{arm}")
     return None
 
 
+def _has_writers(tree: Mapping[str, Any]) -> bool:
+    """Whether an arm of this recipe reads what teachers write: then it matters what they are asked."""
+    return any(isinstance(arm, dict) and arm.get("texts") == "written" for arm in (tree.get("arms") or {}).values())
+
+
 def _base_of(tree: Mapping[str, Any], planned: bool) -> dict[str, Any]:
-    base = {key: tree.get(key) for key in _BASE}
+    base = {key: tree.get(key) for key in (*_BASE, "write")}
     if not planned:  # students are asked anew where that changes; how much is captured for match figures stays
         base["evaluate"] = {"match_examples": (base["evaluate"] or {}).get("match_examples")}
     # where a copy lies changes nothing, and the manifest knows whether leaks are in the data
@@ -143,10 +157,10 @@ def is_finished(recipe: Recipe, run: Path) -> bool:
     except RunFolderError:
         return False
     asked = recipe.report.model_dump(mode="json") | {"seeds": recipe.seeds}
-    asked["family"] = [list(pair) for pair in recipe.report.comparisons]
+    asked["family"] = [list(pair) for pair in family_of(recipe).pairs]
     if any(shown.get(key) != asked[key] for key in ("family", "seeds", "primary", "alpha", "margin", "language")):
         return False
-    return all(is_evaluated(recipe, run, arm, seed) for arm in recipe.arms for seed in recipe.seeds)
+    return all(is_evaluated(recipe, run, arm, seed) for arm in recipe.every_arm for seed in recipe.seeds)
 
 
 def result_of(run: Path) -> dict[str, Any]:
@@ -190,6 +204,18 @@ def data_table(run: Path) -> dict[str, Any]:
         if found["own_text"]
     }
     return {"data": data}
+
+
+def written_table(run: Path) -> dict[str, str]:
+    """By teacher, what it wrote and what of it is kept."""
+    found: dict[str, str] = {}
+    for mark in sorted(run.glob("written/*/written.json")):
+        if (said := read_mark(mark)) is not None:
+            found[mark.parent.name] = (
+                f"{said['answers']} solutions of {said['questions']} questions, {said['right']} right, {said['kept']} "
+                f"kept; {said['tokens']:,} tokens generated"
+            )
+    return found
 
 
 def add_provenance(run: Path, begun_wall: float, begun_cpu: float) -> None:

@@ -1,6 +1,7 @@
 """What a study still has to do: a recipe and what lies in its run folder in, a graph of jobs out.
 
     prepare ─▶ check ─▶ teach:T ─▶ map-layers ─▶ capture:T ─▶ fit:A:S ─▶ train:A:S ─▶ evaluate:A:S ─▶ report
+                           └─────────────────▶ write:T ──────────────────────┘
 
 Pure but for reading marks. `run`, a dry run, the verbs of single stages and every launcher read
 the same graph.
@@ -16,7 +17,7 @@ from typing import Any
 from kvdistill.core.config import arm_recipe, asked_hash
 from kvdistill.core.layout import arm_folder, evaluated_mark
 from kvdistill.core.marks import read_mark
-from kvdistill.core.recipe import Recipe
+from kvdistill.core.recipe import UNTRAINED, Recipe
 from kvdistill.stages.table import STAGES, Job, is_done
 
 STUDY = ("teach", "evaluate", "report")  # what a whole study is after; everything else only comes before it
@@ -34,15 +35,19 @@ def plan(
     runs: arms with seeds; unset: those that are not evaluated.
     """
     if runs is None:
-        runs = [(a, s) for s in recipe.seeds for a in recipe.arms]
+        runs = [(a, s) for s in recipe.seeds for a in recipe.every_arm]
         runs = [pair for pair in runs if not is_evaluated(recipe, run, *pair)]
-    arms = {name: arm_recipe(recipe, name) for name in recipe.arms}
-    used = {teacher for arm, _ in runs for teacher in arms[arm].teachers}
+    arms = {name: arm_recipe(recipe, name) for name in recipe.every_arm}
+    used = {name for arm, _ in runs for name in arms[arm].reads}
+    writers = {name for arm, _ in runs for name in arms[arm].writers}
     maps = any(a.needs_kv and a.align.layers == "cka" and a.align.layer_map is None for a in arms.values())
     about: dict[str, list[dict[str, Any]]] = {
         "teach": [{"teacher": t.name} for t in recipe.teachers if t.scratch is not None],
+        "write": [{"teacher": t.name} for t in recipe.teachers if t.name in writers],
         "map-layers": [{}] if maps or "map-layers" in goals else [],
-        "capture": [{"teacher": t.name} for t in recipe.teachers if t.name in used],
+        "capture": [
+            {"teacher": name} for t in recipe.teachers for name in (t.name, t.name + UNTRAINED) if name in used
+        ],
         "fit": [{"arm": arm, "seed": seed} for arm, seed in runs if arms[arm].teachers],
         "train": [{"arm": arm, "seed": seed} for arm, seed in runs],
     }
@@ -51,13 +56,17 @@ def plan(
     jobs: dict[str, Job] = {}
     for verb, stage in STAGES.items():
         for mine in about.get(verb, [{}]) if verb in allowed else []:
-            reads = arms[mine["arm"]].teachers if "arm" in mine else [mine.get("teacher")]
+            reads = arms[mine["arm"]].reads if "arm" in mine else [mine.get("teacher")]
+            solved = arms[mine["arm"]].writers if "arm" in mine else reads
             after = [
                 job.id
                 for job in jobs.values()
                 if job.verb in stage.needs
                 and all(mine.get(key, value) == value for key, value in job.arguments.items() if key in ("arm", "seed"))
-                and (not {"arm", "teacher"} & mine.keys() or job.arguments.get("teacher") in (None, *reads))
+                and (
+                    not {"arm", "teacher"} & mine.keys()
+                    or job.arguments.get("teacher") in (None, *(solved if job.verb == "write" else reads))
+                )
             ]
             identity = ":".join([verb, *map(str, mine.values())])
             mark = None if stage.mark is None else stage.mark(run, **mine).relative_to(run).as_posix()

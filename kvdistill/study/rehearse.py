@@ -32,6 +32,10 @@ from kvdistill.study.local import run_jobs
 from kvdistill.study.plan import plan
 
 DEPTH = 2
+SHORT = {  # of a training, whatever an arm says of its own
+    "steps": 2, "batch_size": 2, "accumulation": 2, "eval_every": 0, "eval_examples": 2, "save_every": 2,
+    "report_to": [],
+}  # fmt: skip
 GIB = 1 << 30
 
 
@@ -70,22 +74,20 @@ def _prepared(recipe: Recipe, folder: Path, notes: list[str], progress: Progress
     tree = recipe.model_dump(mode="json")
     tree["run_dir"] = str(folder / "run")
     tree["seeds"] = recipe.seeds[:1]
-    tree["data"]["tasks"] = [{**task, "train": 8, "val": 4, "test": 2} for task in tree["data"]["tasks"]]
-    tree["train"] |= {
-        "steps": 2,
-        "batch_size": 2,
-        "accumulation": min(2, recipe.train.accumulation),
-        "eval_every": 0,
-        "eval_examples": 2,
-        "save_every": 2,
-        "report_to": [],
-        "bf16": recipe.train.bf16,
-    }
+    tree["data"]["tasks"] = [
+        {**task, "train": 8, "val": 4, "test": 2, "teach": min(8, task["teach"])} for task in tree["data"]["tasks"]
+    ]
+    points = {"eval_every": 1 if recipe.train.asks_validation else 0}
+    tree["train"] |= SHORT | points | {"accumulation": min(2, recipe.train.accumulation)}
     tree["evaluate"] |= {"limit": 2, "max_new_tokens": 4, "match_examples": 2}
+    tree["write"] |= {"limit": 2, "per_question": min(2, recipe.write.per_question), "max_new_tokens": 4}
     tree["align"]["calibration_examples"] = 4
     tree["loss"]["distill_layers"] = "all"
     for arm in tree["arms"].values():
         (arm.get("loss") or {}).pop("distill_layers", None)
+        arm.pop("match", None)  # a few steps match nothing
+        arm["train"] = {key: value for key, value in (arm.get("train") or {}).items() if key not in SHORT}
+    tree["report"] |= {"comparisons": [], "curves": None}
     for teacher in tree["teachers"]:
         teacher["optimiser"] |= {"steps": 2, "batch_size": 2}
         teacher["traces"] = None  # of real questions; a rehearsal asks others
@@ -105,7 +107,7 @@ def _prepared(recipe: Recipe, folder: Path, notes: list[str], progress: Progress
         notes.append(f"data: {error.what}; rehearsed on built-in problems with the character tokenizer")
     shutil.rmtree(folder / "run", ignore_errors=True)
     tree["data"] |= {
-        "tasks": [{"name": "chain", "train": 8, "val": 4, "test": 2}],
+        "tasks": [{"name": "chain", "train": 8, "val": 4, "test": 2, "teach": 8}],
         "tokenizer": "characters",
         "trim_vocabulary": False,
     }

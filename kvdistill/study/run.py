@@ -17,7 +17,15 @@ from kvdistill.core.marks import sealed
 from kvdistill.core.progress import Progress
 from kvdistill.core.recipe import Recipe
 from kvdistill.study.early import refuse_early
-from kvdistill.study.folder import add_provenance, claimed, data_table, is_finished, layer_maps, result_of
+from kvdistill.study.folder import (
+    add_provenance,
+    claimed,
+    data_table,
+    is_finished,
+    layer_maps,
+    result_of,
+    written_table,
+)
 from kvdistill.study.local import prepare_process, run_jobs
 from kvdistill.study.plan import STUDY, plan
 
@@ -48,6 +56,8 @@ def run_study(recipe: Recipe, progress: Progress, *, verb: str | None = None, he
             write_json(run / "study.json", sealed({"recipe": recipe_hash(recipe), "finished": True}))
         if verb == "map-layers":
             return {"run": str(run), "layers": layer_maps(recipe, run)}
+        if verb == "write":
+            return {"run": str(run), "written": written_table(run)}
         return result_of(run) | (data_table(run) if verb == "prepare" else {})
 
 
@@ -99,7 +109,7 @@ def run_arms(
         arm_recipe(recipe, arm)  # names the nearest arm where there is no such
     if seed is not None and seed not in recipe.seeds:
         raise RecipeError(f"seed {seed} is not in the recipe", place="--seed", fix=f"one of {recipe.seeds}")
-    chosen = [(a, s) for s in recipe.seeds for a in recipe.arms if arm in (None, a) and seed in (None, s)]
+    chosen = [(a, s) for s in recipe.seeds for a in recipe.every_arm if arm in (None, a) and seed in (None, s)]
     here = here or (arm is not None and seed is not None)
     refuse_early(recipe)
     with claimed(recipe, run, begins=before):

@@ -73,6 +73,16 @@ class AbstractHeadProjector(nn.Module, ABC):
         """Numbers that are saved with the parameters and never learned."""
         return sum(b.numel() for b in self.buffers())
 
+    @property
+    def flops_per_token(self) -> int:
+        """Of the matrix products of a forward pass, for one token in each layer; here through the flat weight."""
+        return 2 * self.num_layers * self.num_in * self.num_out
+
+    @property
+    def learned_flops_per_token(self) -> int:
+        """Of those, the products with what can be learned: where it is, their gradient costs as much again."""
+        return self.flops_per_token
+
     def freeze(self) -> None:
         """No gradient for the parameters; gradients still pass through to the input."""
         self.requires_grad_(False)

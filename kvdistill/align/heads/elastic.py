@@ -75,6 +75,10 @@ class ElasticProjector(AbstractHeadProjector):
         """x divided by each token's root mean square."""
         return nn.functional.rms_norm(x, x.shape[-1:], eps=_EPSILON)
 
+    @property
+    def flops_per_token(self) -> int:
+        return 2 * self.num_layers * self.hidden * (self.num_in + self.num_out)
+
     def project_rows(self, rows_PNI: Float[Tensor, "P N I"]) -> Float[Tensor, "P N O"]:
         normed_PNI = self.regressors(rows_PNI) * self.gain[:, None]
         hidden_PNK = nn.functional.gelu(torch.baddbmm(self.down_bias[:, None], normed_PNI, self.down))

@@ -67,5 +67,9 @@ class LowRankProjector(AbstractHeadProjector):
         self.up.copy_(up)
         self.bias.copy_(bias_PO)
 
+    @property
+    def flops_per_token(self) -> int:
+        return 2 * self.num_layers * self.rank * (self.num_in + self.num_out)
+
     def project_rows(self, rows_PNI: Float[Tensor, "P N I"]) -> Float[Tensor, "P N O"]:
         return torch.baddbmm(self.bias[:, None], rows_PNI @ self.down, self.up)

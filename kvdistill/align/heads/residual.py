@@ -60,6 +60,15 @@ class ResidualProjector(AbstractHeadProjector):
     def taken_bias(self) -> Float[Tensor, "P O"]:
         return self.guess_bias
 
+    @property
+    def flops_per_token(self) -> int:
+        own = 0 if isinstance(self.correction, KVDimensionProjector) else self.correction.flops_per_token
+        return super().flops_per_token + own
+
+    @property
+    def learned_flops_per_token(self) -> int:
+        return self.correction.flops_per_token
+
     def project_rows(self, rows_PNI: Float[Tensor, "P N I"]) -> Float[Tensor, "P N O"]:
         if isinstance(self.correction, KVDimensionProjector):  # two full matrices: add them first, multiply once
             return super().project_rows(rows_PNI)

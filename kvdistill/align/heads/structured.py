@@ -65,6 +65,13 @@ class HeadwiseMapProjector(AbstractHeadProjector):
             self.size.copy_(sizes.view(P, 1, D, E))
         self.bias.copy_(bias_PO)
 
+    @property
+    def flops_per_token(self) -> int:
+        if not self._direct_pays:
+            return super().flops_per_token
+        mixed = self.in_heads * self.out_heads * self.in_size
+        return 2 * self.num_layers * (mixed + self.out_heads * self.in_size * self.out_size)
+
     def project_rows(self, rows_PNI: Float[Tensor, "P N I"]) -> Float[Tensor, "P N O"]:
         if not self._direct_pays:  # few heads: one big product of the flat weight is as fast or faster
             return super().project_rows(rows_PNI)

@@ -244,6 +244,13 @@ def load(task: TaskRecipe, data: DataRecipe) -> Loaded:
                 place=f"{place}.fields",
                 fix=f"{meant}fields map {', '.join(_FIELDS)} to the columns of the file",
             )
+        spec = task.fields[name]
+        if _PLACEHOLDER.search(spec) and {"{", "}"} & {*_PLACEHOLDER.sub("", spec)}:
+            raise DataError(
+                f"a brace is open or closed too often in the template {quoted(spec)} for {name}",
+                place=f"{place}.fields",
+                fix=f"write each column as {{COLUMN}}: {name}: '{{one}} {{two}}'",
+            )
     columns = {name: task.fields.get(name, name) for name in _FIELDS}
     need_reasoning = data.style != "direct"
     file = OwnFile(

@@ -7,13 +7,14 @@ What an unfinished study lacks is noted, not fatal; a file that contradicts itse
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kvdistill.core.config import asked_hash
+from kvdistill.core.costs import count_sharers, student_flops, total_flops
 from kvdistill.core.errors import RunFolderError
 from kvdistill.core.files import finite, read_json_lines, write_text
 from kvdistill.core.layout import evaluated_mark, layers_folder, teacher_texts_folder, trained_mark
@@ -61,13 +62,15 @@ class RunTables:
 def collect_tables(recipe: Recipe, run: Path) -> RunTables:
     """All tables of a run folder. Raises RunFolderError if no run has records, or a file is damaged."""
     now = asked_hash(recipe)
-    tables, unmarked = RunTables(run, list(recipe.arms), list(recipe.seeds)), 0
+    tables = RunTables(run, list(recipe.arms), list(recipe.seeds))
+    unmarked: list[str] = []
     alike: Alike = {}
     for arm in tables.arms:
         tables.runs[arm], tables.logs[arm], tables.matches[arm] = {}, {}, {}
         for seed in tables.seeds:
             folder = tables.seed_folder(arm, seed)
-            for mark, verb in ((trained_mark(folder), "train"), (evaluated_mark(folder), "evaluate")):
+            marks = {"train": trained_mark(folder), "evaluate": evaluated_mark(folder)}
+            for verb, mark in marks.items():
                 fix = f"delete {mark} and {verb} again"
                 check_marked(mark, fix=fix)
                 said = read_mark(mark)
@@ -76,24 +79,27 @@ def collect_tables(recipe: Recipe, run: Path) -> RunTables:
                 if said is not None and verb == "evaluate" and said.get("asked", now) != now:
                     what = "these answers are to another `evaluate` section than the recipe's"
                     raise RunFolderError(what, place=str(mark), fix="run `kvdistill evaluate RECIPE`, or set it back")
-                unmarked += not mark.exists() and (folder / "records.jsonl").is_file()
             if rows := read_log(folder / "log.jsonl"):
                 tables.logs[arm][seed] = rows
-            if match := _read_object(folder / "match.json"):
+            unvouched = [mark.name for mark in marks.values() if not mark.exists()]
+            if marks["train"].exists() and (match := _read_object(folder / "match.json")):
                 tables.matches[arm][seed] = match
-            if (folder / "records.jsonl").is_file():
+            if not unvouched:
                 records = run_records(folder, arm, seed)
                 tables.runs[arm][seed] = as_run(records, folder, alike)
                 if arm not in tables.samples:
                     tables.samples[arm] = {one.task: one for one in reversed(records)}
-            else:
-                tables.missing.append((arm, seed))
+                continue
+            tables.missing.append((arm, seed))
+            if (folder / "records.jsonl").is_file():
+                unmarked.append(f"{arm} seed {seed} (no {' and no '.join(unvouched)})")
+    price(recipe, tables)
     if not any(tables.runs.values()):
         raise RunFolderError("no run has been evaluated", place=str(run / "arms"), fix="train and evaluate first")
     for teacher in recipe.teachers:
         folder = run / "teachers" / teacher.name
         check_marked(trained_mark(folder), fix=f"delete {folder} and teach it again")
-        if found := _read_object(run / "teachers" / teacher.name / "report.json"):
+        if trained_mark(folder).exists() and (found := _read_object(folder / "report.json")):
             tables.teachers[teacher.name] = found
     tables.models = read_models(recipe, run)
     tables.layers = _read_layers(recipe, run)
@@ -107,7 +113,9 @@ def collect_tables(recipe: Recipe, run: Path) -> RunTables:
     tables.validation = read_sealed(validation, fix="run `kvdistill validate`") if validation.is_file() else {}
     tables.provenance = _read_object(run / "provenance.json")
     if unmarked:
-        tables.notes.append(f"{unmarked} mark(s) missing beside records: nothing vouches for these files.")
+        tables.notes.append(
+            "Not counted, since no mark vouches for these records: " + ", ".join(unmarked) + ". Run the study again."
+        )
     if tables.missing:
         tables.notes.append(
             "Not evaluated yet: " + ", ".join(f"{arm} seed {seed}" for arm, seed in tables.missing) + "."
@@ -127,6 +135,31 @@ def _read_layers(recipe: Recipe, run: Path) -> dict[str, Row]:
             layer_map = (measured.get("layer_map") or {}).get(kind) or {}
             found[teacher.name] = {"similarity": similarity, "map": layer_map, "kind": kind}
     return found
+
+
+def price(recipe: Recipe, tables: RunTables) -> None:
+    """What each run spent, with what it shares with others whole and divided among all runs that are there."""
+    shared = {}
+    for arm, runs in tables.runs.items():
+        for seed, run in runs.items():
+            known = run.ledger.get("shared")
+            if known is None and recipe.capture.source == "store":  # a ledger of before 0.2
+                names = (run.ledger.get("flops") or {}).get("teachers") or {}
+                known = {"teachers": {name: name for name, flops in names.items() if flops}}
+            shared[arm, seed] = known or {}
+    sharers = count_sharers(shared.values())
+    for arm, runs in tables.runs.items():
+        for seed, run in runs.items():
+            ledger, flops = run.ledger, run.ledger.get("flops") or {}
+            costs = {name: ledger.get(key) for name, key in _COUNTS.items()}
+            if flops:
+                costs |= {"student_flops": student_flops(flops), "total_flops": total_flops(flops)}
+                costs["amortised_flops"] = total_flops(flops, shared[arm, seed], sharers)
+            known_costs = {name: float(cost) for name, cost in costs.items() if cost is not None}
+            runs[seed] = replace(run, costs=known_costs)
+
+
+_COUNTS = {"steps": "optimiser_steps", "data": "problems_seen", "tokens": "tokens_nonpadding"}
 
 
 def _layer_notes(recipe: Recipe, run: Path) -> list[str]:

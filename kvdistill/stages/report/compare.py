@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from kvdistill import stats
+from kvdistill.core.family import MIN_SEEDS
 from kvdistill.stats import NAN
 
-MIN_SEEDS = 3
 BUDGET_TOLERANCE = 0.01
 FINGERPRINTS = {
     "data_fingerprint": "training data",
@@ -34,6 +34,8 @@ _NO_VERDICT = stats.Verdict("refused", "refused")
 class SeedRun:
     """One training run as evaluation saw it: one entry per question, in the order of `keys`, plus its budget.
 
+    costs: what the ledger says it spent, all in all: steps, data (problems seen), tokens, student_flops, total_flops,
+    amortised_flops; those that are known.
     keys: (task, id, style), unique. nll: mean per answer token; nll_reasoning: per token of the reasoning before it;
     NaN where unknown.
     """
@@ -46,6 +48,7 @@ class SeedRun:
     tokens_out_Q: np.ndarray
     ledger: Mapping[str, Any] = field(default_factory=dict)
     nll_reasoning_Q: np.ndarray | None = None
+    costs: Mapping[str, float] = field(default_factory=dict)
 
     @cached_property
     def tasks_Q(self) -> list[str]:
@@ -119,8 +122,11 @@ def _question_refusals(arm: Runs, baseline: Runs, shared: Sequence[int]) -> list
                 if not hashes or None in hashes:
                     return [f"{what} hashes of the questions are missing in the records of {place}"]
                 if hashes != getattr(reference, attribute):
+                    both = zip(hashes, getattr(reference, attribute), strict=True)
+                    task, one, _ = next(key for key, (x, y) in zip(run.keys, both, strict=True) if x != y)
                     return [
-                        f"differing {what} hashes: {place} was asked other questions than the arm's seed {shared[0]}"
+                        f"differing {what} hashes: {place} was asked other questions than the arm's seed {shared[0]} "
+                        f"(first: {task} {one}); evaluate both again from the same data and recipe"
                     ]
     return []
 
@@ -129,13 +135,25 @@ def _ledger_refusals(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     if not a or not b:
         return ["no ledger, so equal budgets cannot be shown"]
     reasons = []
-    for key, name in (("tokens_nonpadding", "tokens"), ("optimiser_steps", "steps")):
+    rules = [tuple((ledger.get("selection") or {}).get(key) for key in ("select", "patience")) for ledger in (a, b)]
+    if rules[0] != rules[1]:
+        reasons.append(
+            "differing rules of which weights are kept and when training ends (train.select, train.patience)"
+        )
+    # who trains until validation stops improving takes as many steps as that needs: parity is of the data
+    equal_budgets = () if rules[0][1] is not None else (("tokens_nonpadding", "tokens"), ("optimiser_steps", "steps"))
+    other_texts = a.get("texts") != b.get("texts")  # by the recipe: as many steps of as many examples, of other texts
+    for key, name in equal_budgets:
         x, y = a.get(key), b.get(key)
+        if other_texts and key == "tokens_nonpadding":
+            continue
         if x is None or y is None:
             reasons.append(f"the ledger lacks {key}")
         elif abs(x - y) > BUDGET_TOLERANCE * max(x, y):
             reasons.append(f"budgets apart by {abs(x - y) / max(x, y):.1%} ({name}: {x:g} against {y:g}; at most 1 %)")
     for key, name in FINGERPRINTS.items():
+        if other_texts and key == "order_fingerprint":
+            continue
         if a.get(key) is None or b.get(key) is None:
             reasons.append(f"the ledger lacks {key}, so the same {name} cannot be shown")
         elif a[key] != b[key]:
@@ -147,7 +165,10 @@ def _ledger_refusals(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
 
 @dataclass
 class Comparison:
-    """One arm against its baseline, `difference` = arm - baseline in the figure's own unit. NaN has a reason."""
+    """One arm against its baseline, `difference` = arm - baseline in the figure's own unit. NaN has a reason.
+
+    declared: the pair as the family has it, where a side is the word `best-single`.
+    """
 
     arm: str
     baseline: str
@@ -166,6 +187,12 @@ class Comparison:
     bootstrap: stats.Interval = _NO_INTERVAL
     mcnemar: list[dict[str, Any]] = field(default_factory=list)
     verdict: stats.Verdict = _NO_VERDICT
+    seeds_needed: float = NAN
+    seeds_needed_reason: str = ""
+    declared: tuple[str, str] | None = None
+
+    def refuse(self, reasons: list[str]) -> None:
+        self.refused, self.verdict = reasons, stats.Verdict("refused", "refused: " + "; ".join(reasons))
 
 
 def compare_family(
@@ -180,7 +207,8 @@ def compare_family(
     """All declared comparisons of one figure, Holm-adjusted over the family (refused ones are counted in it).
 
     The difference tests and the equivalence tests are adjusted as one family each. The smallest detectable effect is
-    for power .8 at alpha / family size, Holm's first step, so it is on the careful side. margin: NaN = not declared.
+    and the seeds needed for the effect seen are for power .8 at alpha / family size, Holm's first step, so they are on
+    the careful side. margin: NaN = not declared.
     """
     family = [_compare(runs, pair, seeds, figure, alpha, margin, len(pairs)) for pair in pairs]
     p_holm = stats.adjust_holm([c.t.p for c in family])
@@ -190,6 +218,7 @@ def compare_family(
         if not c.refused:
             c.verdict = stats.give_verdict(
                 c.t, p, p_tost, margin=margin, detectable=c.detectable, alpha=alpha,
+                needed=c.seeds_needed,
                 higher_is_better=figure == "accuracy",
                 scale=100 if figure == "accuracy" else 1, unit="points" if figure == "accuracy" else "nats",
             )  # fmt: skip
@@ -204,13 +233,15 @@ def _compare(
     shared = sorted(set(arm) & set(baseline))
     out = Comparison(*pair, figure, shared, find_refusals(arm, baseline, seeds, figure))
     if out.refused:
-        out.verdict = stats.Verdict("refused", "refused: " + "; ".join(out.refused))
+        out.refuse(out.refused)
         return out
     a, b = ([side[s].macro(figure) for s in shared] for side in (arm, baseline))
     out.differences = [x - y for x, y in zip(a, b, strict=True)]
     out.t, out.effect = stats.paired_t(a, b, alpha), stats.effect_size(a, b)
     out.detectable_d, _ = stats.smallest_detectable_d(len(shared), alpha / family_size)
     out.detectable = out.detectable_d * out.t.std
+    needed, out.seeds_needed_reason = stats.seeds_needed(out.effect.d_z, alpha / family_size)
+    out.seeds_needed = max(MIN_SEEDS, needed)  # NaN stays
     out.tost = stats.tost(a, b, margin)
     tasks = arm[shared[0]].tasks_Q
     delta = np.stack([arm[s].column(figure) - baseline[s].column(figure) for s in shared])
@@ -229,12 +260,14 @@ def _compare(
 def describe_comparison(c: Comparison) -> dict[str, Any]:
     """The comparison as plain values for JSON (NaN stays NaN; `collect.write_json` makes it null)."""
     reasons = {"p": c.t.reason, "hedges_g": c.effect.reason, "tost_p": c.tost.reason,
-               "questions": c.questions.reason, "bootstrap": c.bootstrap.reason}  # fmt: skip
+               "questions": c.questions.reason, "bootstrap": c.bootstrap.reason,
+               "seeds_needed": c.seeds_needed_reason}  # fmt: skip
     out = {
         "arm": c.arm, "baseline": c.baseline, "figure": c.figure, "seeds": c.seeds, "differences": c.differences,
         "difference": c.t.difference, "std": c.t.std, "t": c.t.t, "df": c.t.df, "p": c.t.p, "p_holm": c.p_holm,
         "ci": [c.t.low, c.t.high], "d_z": c.effect.d_z, "hedges_g": c.effect.hedges_g,
         "smallest_detectable_d_z": c.detectable_d, "smallest_detectable_effect": c.detectable,
+        "seeds_needed_for_the_effect_seen": c.seeds_needed, "declared": list(c.declared or (c.arm, c.baseline)),
         "tost_p": c.tost.p, "tost_p_holm": c.tost_p_holm, "verdict": c.verdict.word, "sentence": c.verdict.sentence,
         "refused": c.refused, "reasons": {k: v for k, v in reasons.items() if v},
         "conditional_on_these_checkpoints": {

@@ -52,7 +52,7 @@ def draw_all(recipe: Recipe, tables: RunTables, summary: Row, words: Words = ENG
     named, num_seeds = words(f"{bars}.{figure}"), len(tables.seeds)
     short = words(f"{bars}.nll_short") if nll else named
     reference = reference_arm(recipe)
-    compared = [arm for pair in recipe.report.comparisons for arm in pair]
+    compared = [one[side] for one in summary["comparisons"] for side in ("arm", "baseline")]
 
     def picture(
         name: str, draw: Callable[[], Figure | str], caption: str = "caption", left: Sequence[str] = (), **values: Any
@@ -248,7 +248,7 @@ def match_table(recipe: Recipe, tables: RunTables) -> list[Row]:
     The placebo figure is the run's own (`placebo` beside `k` and `v` in match.json) or else the mean over the
     recipe's placebo arms with that teacher. [] if nothing was measured.
     """
-    placebo_arms = [arm for arm in tables.arms if recipe.arms[arm].get("placebo")]
+    placebo_arms = [arm for arm in tables.arms if recipe.arms[arm].get("control") == "placebo"]
     found: dict[tuple[str, str], list[Row]] = {}
     for arm in tables.arms:
         for match in tables.matches[arm].values():

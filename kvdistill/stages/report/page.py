@@ -113,6 +113,7 @@ def _environment(study: Study) -> jinja2.Environment:
         with_prefix=text.with_prefix, size=text.size, is_known=text.is_known,
         duration=lambda seconds: text.duration(seconds, words),
         amount=lambda found, figure: text.amount(found, figure, words),
+        side_name=lambda comparison, side: text.side_name(comparison, side, words),
         pictures={name: _embed(p) for name, p in study.pictures.items()},
     )  # fmt: skip
     return environment
@@ -205,7 +206,7 @@ def _worked_example(study: Study, task: str, questions: Mapping[tuple[str, str, 
         return None
     asked = next(iter(first.values())).question
     same = {arm: record for arm, record in first.items() if record.question == asked}
-    compared = [arm for pair in study.recipe.report.comparisons for arm in pair]
+    compared = [one[side] for one in study.summary["comparisons"] for side in ("arm", "baseline")]
     chosen = sorted(same, key=lambda arm: arm not in compared)[:MAX_ANSWERS]
     known = questions.get(asked) or {}
     answers = [

@@ -11,11 +11,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvdistill import stats
-from kvdistill.core.declared import compare_declared
+from kvdistill.core.config import arm_recipe
+from kvdistill.core.costs import student_flops
+from kvdistill.core.declared import compare_declared, family_of
+from kvdistill.core.family import BEST_SINGLE, best_single_rule, single_arms
 from kvdistill.core.recipe import Recipe
+from kvdistill.stages.report.best_single import Choice, choose_best_single
 from kvdistill.stages.report.collect import RunTables
 from kvdistill.stages.report.compare import Comparison, compare_family, describe_comparison
 from kvdistill.stages.report.language import ENGLISH, Words
+from kvdistill.stages.report.text import CONTROLS
 from kvdistill.stats import NAN
 
 NEAR_ZERO = 0.05
@@ -32,21 +37,46 @@ METHOD = {
     "smallest_detectable_effect": "true difference found with power 0.8 at alpha / family size (exact noncentral t), "
     "given the observed spread of the differences",
     "tost": "two one-sided t-tests against the margin declared in the recipe; tost_p_holm: Holm over the family",
+    "seeds_needed_for_the_effect_seen": "smallest number of seeds that finds the difference seen, were it the true "
+    "one, with power 0.8 at alpha / family size; a plan for another study, no figure of this one's certainty",
     "conditional_on_these_checkpoints": "question-level intervals and McNemar say how these very models would differ "
     "on other questions, not what another training run would give; no verdict rests on them",
 }
+# which variance a figure includes: what would differ, were it all done once more
+INCLUDES = {
+    "std, ci, p, p_holm, tost_p": "training runs (seeds), on these questions",
+    "question_se, question_ci": "questions, for these checkpoints; no training runs",
+    "bootstrap_ci": "training runs and questions (two stages: seeds, then questions within tasks); keeps no level with "
+    "few seeds (at three it covers 71 to 99 %, by how much runs differ beside questions), so no verdict rests on it",
+    "mcnemar": "questions, for one pair of checkpoints (one seed)",
+}
+
+
+def best_single(recipe: Recipe, tables: RunTables) -> Choice | None:
+    """What the family's `best-single` stands for; None where the family does not have the word."""
+    if not any(BEST_SINGLE in pair for pair in family_of(recipe).pairs):
+        return None
+    candidates = single_arms({name: arm_recipe(recipe, name) for name in recipe.arms})
+    return choose_best_single(candidates, tables.logs, tables.seeds, recipe.report.primary)
 
 
 def compare_all(recipe: Recipe, tables: RunTables) -> dict[str, list[Comparison]]:
     """The declared family for the primary figure (with margin) and for the other one (without: none was declared)."""
     rules, other = recipe.report, "nll" if recipe.report.primary == "accuracy" else "accuracy"
-    pairs = [(a, b) for a, b in rules.comparisons]
-    return {
+    declared, choice = family_of(recipe).pairs, best_single(recipe, tables)
+    pairs = declared if choice is None else [choice.stands_in(pair) for pair in declared]
+    found = {
         "primary": compare_family(
             tables.runs, pairs, tables.seeds, figure=rules.primary, alpha=rules.alpha, margin=rules.margin
         ),
         "secondary": compare_family(tables.runs, pairs, tables.seeds, figure=other, alpha=rules.alpha),
     }
+    for comparisons in found.values():
+        for one, pair in zip(comparisons, declared, strict=True):
+            one.declared = pair
+            if choice is not None and choice.arm is None and BEST_SINGLE in pair:
+                one.refuse([choice.reason])
+    return found
 
 
 def _spread(tables: RunTables, arm: str, figure: str, task: str | None = None) -> dict[str, Any]:
@@ -93,7 +123,6 @@ def describe_arm(recipe: Recipe, arm: str, words: Words = ENGLISH) -> str:
     if len(names) > 1:
         strategy = setting("fuse", "fusion_strategy")
         said += words.get(f"describe.{strategy}") or words("describe.other", strategy=strategy)
-    said += words("describe.placebo") if spec.get("placebo") else ""
     changes = [(f"{part}.{key}", value) for part, changed in spec.items() if isinstance(changed, dict)
                for key, value in changed.items()]  # fmt: skip
     told = [
@@ -101,9 +130,10 @@ def describe_arm(recipe: Recipe, arm: str, words: Words = ENGLISH) -> str:
         ("loss.logit_weight", 0),
         ("fuse.fusion_strategy", setting("fuse", "fusion_strategy")),
     ]
-    return words("page.semicolon").join(
-        [said, *(f"{key} = {value}" for key, value in changes if (key, value) not in told)]
-    )
+    more = [f"{key} = {value}" for key, value in changes if (key, value) not in told]
+    if (control := spec.get("control")) in CONTROLS:
+        more.insert(0, words("describe.control", control=control, what=words.message(CONTROLS[control][0])))
+    return words("page.semicolon").join([said, *more])
 
 
 def dead_channels(tables: RunTables, arm: str) -> dict[str, dict[str, int]]:
@@ -126,9 +156,14 @@ def mean_ledger(tables: RunTables, arm: str) -> dict[str, Any]:
     teachers = sorted({name for f in flops for name in f.get("teachers") or {}})
     keys = ("optimiser_steps", "tokens_nonpadding", "tokens_loss", "seconds", "cpu_seconds", "peak_memory_bytes")
     out: dict[str, Any] = {key: _mean([ledger.get(key) for ledger in ledgers]) for key in keys}
-    out["student_flops"] = _mean([(f.get("student_forward") or 0) + (f.get("student_backward") or 0) for f in flops])
+    out["student_flops"] = _mean([student_flops(f) for f in flops])
     out["aligner_flops"] = _mean([f.get("aligner") or 0 for f in flops])
     out["teacher_flops"] = {name: _mean([(f.get("teachers") or {}).get(name, 0) for f in flops]) for name in teachers}
+    for part in ("teacher_training", "fit", "layer_maps", "generation"):
+        out[f"{part}_flops"] = _mean([sum((f.get(part) or {}).values()) for f in flops])
+    out["tuning_flops"] = _mean([f.get("tuning") or 0 for f in flops])
+    for key in ("total_flops", "amortised_flops"):
+        out[key] = _mean([run.costs.get(key) for run in tables.runs[arm].values() if run.ledger])
     return out
 
 
@@ -140,21 +175,10 @@ def _mean(values: Sequence[float | None]) -> float:
 def budgets(recipe: Recipe, tables: RunTables) -> dict[str, dict[str, Any]]:
     """Per arm its mean ledger and the parities against the reference arm.
 
-    student-matched: tokens and steps relative to the reference. total-compute: all FLOPs relative to the reference,
-    with the teachers' FLOPs whole, and amortised over the runs (arms x seeds) that read the same teacher's store.
+    student-matched: tokens and steps relative to the reference. total-compute: all FLOPs relative to the reference
+    (`core/costs.py`), with what runs share whole, and divided among them.
     """
     ledgers = {arm: mean_ledger(tables, arm) for arm in tables.arms}
-    shares: Counter[str] = Counter()
-    for arm, ledger in ledgers.items():
-        for name, flops in (ledger.get("teacher_flops") or {}).items():
-            shares[name] += len(tables.runs[arm]) if flops > 0 else 0
-    shared = recipe.capture.source == "store"
-    for ledger in ledgers.values():
-        if ledger:
-            own = ledger["student_flops"] + ledger["aligner_flops"]
-            teachers = ledger["teacher_flops"]
-            ledger["total_flops"] = own + sum(teachers.values())
-            ledger["amortised_flops"] = own + sum(f / max(shares[n], 1) if shared else f for n, f in teachers.items())
     reference = ledgers.get(reference_arm(recipe)) or {}
     for ledger in ledgers.values():
         if ledger:
@@ -166,7 +190,7 @@ def budgets(recipe: Recipe, tables: RunTables) -> dict[str, dict[str, Any]]:
 
 def reference_arm(recipe: Recipe) -> str:
     """The baseline of most declared comparisons (first named wins a tie); without any, the first arm."""
-    named = Counter(b for _, b in recipe.report.comparisons if b in recipe.arms)
+    named = Counter(b for _, b in family_of(recipe).pairs if b in recipe.arms)
     return named.most_common(1)[0][0] if named else next(iter(recipe.arms))
 
 
@@ -186,16 +210,19 @@ def summarise(
         }  # fmt: skip
     known = [a["mean"] for a in arms.values() if not math.isnan(a["mean"])]
     ledgers = [run.ledger for runs in tables.runs.values() for run in runs.values()]
-    declared = compare_declared(recipe, tables.path)
+    declared, rule, choice = compare_declared(recipe, tables.path), family_of(recipe), best_single(recipe, tables)
     comparisons = {kind: [describe_comparison(c) for c in family[kind]] for kind in ("primary", "secondary")}
     for one in (*comparisons["primary"], *comparisons["secondary"]):
-        one["after_results"] = [one["arm"], one["baseline"]] in declared["late"]
+        one["after_results"] = one["declared"] in declared["late"]
+        one["by_rule"] = tuple(one["declared"]) in rule.by_rule
     return {
         "schema": 1, "declared": declared, "name": recipe.name,
         "title": recipe.title or recipe.name, "primary": recipe.report.primary,
         "seeds": tables.seeds, "tasks": tables.tasks, "arms": arms,
         "comparisons": comparisons["primary"],
         "secondary_comparisons": comparisons["secondary"],
+        "best_single": choice and {**choice._asdict(), "rule": best_single_rule(recipe.report.primary)},
+        "family_notes": rule.notes,
         "accuracy_near_zero": bool(known) and max(known) < NEAR_ZERO,
         "seconds": _total([tables.provenance], "seconds"), "cpu_seconds": _total([tables.provenance], "cpu_seconds"),
         "student_seconds": _total(ledgers, "seconds"),
@@ -203,8 +230,31 @@ def summarise(
         "leaks_allowed": recipe.data.leaks == "allow" or bool(tables.manifest.get("num_leaks")),
         "leaks_found": tables.validation.get("num_leaks"),
         "not_asked": not_asked(tables),
-        "notes": tables.notes,
+        "notes": [*tables.notes, *selection_notes(tables)],
     }  # fmt: skip
+
+
+def selection_notes(tables: RunTables) -> list[str]:
+    """Where validation chose weights or ended trainings: by which rule, after how many steps, and whose were kept."""
+    found: dict[str, list[str]] = {}  # rule -> in words for each arm
+    is_data = False
+    for arm, runs in tables.runs.items():
+        chosen = {seed: run.ledger for seed, run in runs.items() if run.ledger.get("selection")}
+        if not chosen:
+            continue
+        facts = [ledger["selection"] for ledger in chosen.values()]
+        is_data |= any(one["patience"] is not None for one in facts)
+        steps = ", ".join(f"{one['chosen_step']} of {ledger['optimiser_steps']}" for one, ledger in
+                          zip(facts, chosen.values(), strict=True))  # fmt: skip
+        found.setdefault(facts[0]["rule"], []).append(f"{arm} {steps}")
+    notes = [
+        f"Validation chose: {rule}. Step kept of steps trained: {'; '.join(arms)}." for rule, arms in found.items()
+    ]
+    if is_data:
+        notes.append(
+            "Arms took as many steps as validation asked for: they are compared at equal data, not equal steps."
+        )
+    return notes
 
 
 def not_asked(tables: RunTables) -> list[str]:
@@ -230,7 +280,8 @@ def statistics_document(recipe: Recipe, summary: dict[str, Any]) -> dict[str, An
     return {
         "schema": 1, "primary": rules.primary, "alpha": rules.alpha, "margin": rules.margin,
         "seeds": list(recipe.seeds), "language": rules.language,
-        "family": [list(pair) for pair in rules.comparisons], "method": METHOD,
+        "family": [list(pair) for pair in family_of(recipe).pairs], "method": METHOD, "includes": INCLUDES,
+        "best_single": summary["best_single"], "family_notes": summary["family_notes"],
         "declared": summary["declared"], "comparisons": summary["comparisons"],
         "secondary_comparisons": summary["secondary_comparisons"],
         "secondary_note": "exploratory: the recipe declares one primary figure, and no margin for this one",

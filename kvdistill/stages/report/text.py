@@ -6,6 +6,7 @@ import math
 import unicodedata
 from typing import Any, TypeGuard
 
+from kvdistill.core.family import BEST_SINGLE
 from kvdistill.stages.report.language import ENGLISH, Words
 
 DASH = "–"
@@ -87,6 +88,29 @@ def _minus(text: str) -> str:
     return text.replace("-", "−")
 
 
+# -- what controls are -----------------------------------------------------------------------------------
+
+# control -> what its teachers give, and what the arm shows that is better than it
+CONTROLS = {
+    "placebo": (
+        "teacher KV of a mismatched example",
+        "it is not the cost, nor a pull towards any states of the teacher: those of this very problem are what helps",
+    ),
+    "untrained": (
+        "targets of teachers with random weights on the right text",
+        "it is not that the text is described once more by a network of this shape: what the teachers learned helps",
+    ),
+    "shuffled": (
+        "targets of the right text, its tokens permuted within each segment",
+        "it is not what the problem's states are on the whole: that each token is told its own is what helps",
+    ),
+    "noise": (
+        "Gaussian noise with the mean and deviation of each of the teacher's channels",
+        "it is not the regularising effect of fixed targets of this size: that they are of a teacher is what helps",
+    ),
+}
+
+
 # -- what was found, in words that a newcomer understands -----------------------------------------------
 
 
@@ -110,14 +134,22 @@ def _lead(summary: dict[str, Any], comparisons: list[dict[str, Any]], figure: st
     first = comparisons[0]
     shown = {side: amount(found if figure == "accuracy" else found["nll"], figure, words)
              for side in ("arm", "baseline") if (found := summary["arms"].get(first[side]))}  # fmt: skip
-    names = {"arm": first["arm"], "baseline": first["baseline"]}
+    names = {"arm": first["arm"], "baseline": side_name(first, 1, words)}
     if first["refused"]:
+        names["arm"] = side_name(first, 0, words)
         scores = [words("verdict.score", arm=first[side], amount=score) for side, score in shown.items()]
         reasons = [words.message(reason) for reason in first["refused"]]
         parted = words("page.semicolon")
         return words("verdict.no_verdict", **names, scores=parted.join(scores), reasons=parted.join(reasons))
     found = {"amount": shown["arm"], "difference": difference(first, figure, words)}
     return words(f"verdict.lead_{figure}", **names, **found, outcome=outcome(first, len(comparisons), words))
+
+
+def side_name(comparison: dict[str, Any], side: int, words: Words = ENGLISH) -> str:
+    """The arm (0) or baseline (1) by name; of `best-single` also that it was chosen, if one was."""
+    name: str = comparison["baseline" if side else "arm"]
+    chosen = comparison["declared"][side] == BEST_SINGLE != name
+    return words("verdict.best_single", arm=name) if chosen else name
 
 
 def outcome(comparison: dict[str, Any], family_size: int, words: Words = ENGLISH) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from kvdistill.arms.arm import Arm
-from kvdistill.arms.batches import BatchMaker, data_order, order_fingerprint
+from kvdistill.arms.batches import BatchMaker, order_fingerprint, order_prefixes
 from kvdistill.arms.distiller import Distiller
 from kvdistill.arms.student import CausalStudent
 from kvdistill.arms.teacher import Teacher
@@ -27,11 +27,11 @@ from kvdistill.core.layout import CHECKPOINTS, data_folder, folder_lock, teacher
 from kvdistill.core.marks import read_mark, write_mark
 from kvdistill.core.progress import Progress, silent
 from kvdistill.core.runtime import Stopwatch, derive_seed, seed_everything
-from kvdistill.data.encode import Example
 from kvdistill.match import TeacherMatch
 from kvdistill.models import fingerprint_model, load_model
-from kvdistill.stages.train.curves import LearningCurve, accuracy_by_task
+from kvdistill.stages.train.curves import LearningCurve, accuracy_by_task, answers_to
 from kvdistill.stages.train.ledger import training_ledger
+from kvdistill.stages.train.selection import Selection
 from kvdistill.stages.train.trainer import DistillTrainer, training_arguments
 
 # what a mark vouches for, as far as it is made
@@ -40,17 +40,18 @@ MADE = ("model", "adapters.safetensors", "log.jsonl", "ledger.json", "match.json
 
 def train_student(arm: Arm, progress: Progress = silent) -> None:
     """Train one arm with one seed. Returns at once where that is done."""
-    folder, recipe = arm.folder, arm.experiment.recipe
+    folder, recipe = arm.folder, arm.recipe
     watch = Stopwatch()
     # one lock for all ranks of a torchrun, held by the first
     with folder_lock(folder, wait=True) if os.environ.get("RANK", "0") == "0" else nullcontext():
         if read_mark(trained_mark(folder)) is not None:
             return
-        declare(recipe, arm.experiment.run)
+        declare(arm.experiment.recipe, arm.experiment.run)
         seed_everything(derive_seed(arm.seed, "training"))
         init_fingerprint = fingerprint_model(arm.initial_model)
         batches, order = arm.batches("train"), arm.training_order()
         curve = LearningCurve(arm, folder / "log.jsonl")
+        selection = Selection(recipe.train) if recipe.train.asks_validation else None
         trainer = DistillTrainer(
             arm.distiller,
             training_arguments(recipe.train, folder, seed=arm.seed, cpu=arm.device.type == "cpu"),
@@ -63,19 +64,30 @@ def train_student(arm: Arm, progress: Progress = silent) -> None:
             tensorboard=folder / "tensorboard" if "tensorboard" in recipe.train.report_to else None,
             on_step=_step_hook(recipe.train.steps, progress, f"{arm.name} seed {arm.seed}", curve),
             clock=watch,
+            selection=selection,
         )
         trainer.resume_or_start()
         if not trainer.is_world_process_zero():
             return
         distiller = trainer.accelerator.unwrap_model(trainer.model)
+        if selection is not None:
+            selection.put_back(distiller)
         write_json(folder / "match.json", match_on_held_out(arm, distiller) if arm.recipe.needs_kv else {})
-        ledger = training_ledger(arm, distiller, order, trainer.seen, watch) | {
+        steps = trainer.state.global_step
+        trained_on = order[: steps * len(order) // recipe.train.steps]
+        ledger = training_ledger(arm, trained_on, steps, trainer.seen, watch) | {
             "data_fingerprint": read_json(data_folder(arm.experiment.run) / "manifest.json")["fingerprint"]["all"],
             "init_fingerprint": init_fingerprint,
             "order_fingerprint": order_fingerprint(order, batches.examples),
+            "order_prefixes": order_prefixes(order, batches.examples),
         }
         if arm.recipe.needs_kv:
             ledger["alignment"] = {name: dict(arm.fitted(name).extra) for name in arm.recipe.teachers}
+        facts: dict[str, Any] = {"arm": arm.name, "seed": arm.seed, "steps": steps}
+        if selection is not None:
+            facts["selection"] = ledger["selection"] = selection.facts()
+            if recipe.train.select == "best":
+                ledger["checkpoint_chosen_on"] = "validation"
         write_json(folder / "ledger.json", ledger)
         tensors = {
             f"{name}/{part}": tensor
@@ -85,7 +97,6 @@ def train_student(arm: Arm, progress: Progress = silent) -> None:
         if tensors:
             write_tensors(folder / "adapters.safetensors", tensors, {"teachers": ",".join(distiller.teachers)})
         distiller.student.save(folder / "model", arm.experiment.as_read(arm.experiment.tokenizer))
-        facts = {"arm": arm.name, "seed": arm.seed, "steps": recipe.train.steps}
         write_mark(trained_mark(folder), facts, MADE)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
@@ -120,7 +131,7 @@ def train_teacher(teacher: Teacher, progress: Progress = silent) -> None:
             return
         seed = teacher.recipe.seed
         seed_everything(derive_seed(seed, "teacher", name))
-        examples = lessons_of(teacher)
+        examples = teacher.studied()
         if not examples:
             raise DataError(
                 f"no training examples of {', '.join(teacher.recipe.train_on)}",
@@ -128,15 +139,13 @@ def train_teacher(teacher: Teacher, progress: Progress = silent) -> None:
                 fix="give these tasks a `train` count above 0",
             )
         tokenizer = teacher.tokenizer
-        model = load_model(teacher.recipe, vocab_size=len(tokenizer), seed=derive_seed(seed, name), place=teacher.place)
+        model = load_model(teacher.recipe, vocab_size=len(tokenizer), seed=teacher.initial_seed, place=teacher.place)
         student = CausalStudent(model)
-        num_needed = optimiser.steps * optimiser.batch_size * optimiser.accumulation
-        num_needed *= int(os.environ.get("WORLD_SIZE", 1))
         trainer = DistillTrainer(
             Distiller(student),
             training_arguments(optimiser, folder, seed=seed, cpu=experiment.device.type == "cpu"),
             BatchMaker(examples, tokenizer.pad_token_id),
-            data_order(len(examples), num_needed, derive_seed(seed, "data", name)),
+            teacher.training_order(len(examples)),
             log_file=folder / "log.jsonl",
             on_step=_step_hook(optimiser.steps, progress, f"teacher {name}", None),
         )
@@ -144,30 +153,24 @@ def train_teacher(teacher: Teacher, progress: Progress = silent) -> None:
         student.save(folder / "model", experiment.as_read(tokenizer))
         val = teacher.lessons("val")
         held_out = [val[i] for i in spread(val, 4 * experiment.recipe.train.eval_examples)]
-        by_task = accuracy_by_task(student, tokenizer, held_out, experiment.recipe.evaluate.max_new_tokens)
+        answers = answers_to(student, tokenizer, held_out, experiment.recipe.evaluate.max_new_tokens)
+        by_task = accuracy_by_task(held_out, answers)
+        forward, backward = teacher.training_flops
         report = {"accuracy_by_task": by_task, "steps": optimiser.steps, "seconds": watch.wall_s()}
+        report |= {"tokens": int(trainer.seen[0]), "flops": {"forward": forward, "backward": backward}}
         write_json(folder / "report.json", {**report, "parameters": student.shape.num_parameters})
         write_mark(trained_mark(folder), {"teacher": name, "steps": optimiser.steps}, MADE)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
-def lessons_of(teacher: Teacher) -> list[Example]:
-    """What a teacher studies: the students' training problems of its tasks, and the `teach` problems beside them.
-
-    `data.disjoint_teachers`: only the latter, so that no student sees a text that its teacher was trained on.
-    """
-    splits = ("teach",) if teacher.experiment.recipe.data.disjoint_teachers else ("train", "teach")
-    lessons = (example for split in splits for example in teacher.lessons(split))
-    return [example for example in lessons if example.task in teacher.recipe.train_on]
-
-
 def _step_hook(
     steps: int, progress: Progress, what: str, curve: LearningCurve | None
-) -> Callable[[int, DistillTrainer], None]:
-    def on_step(step: int, trainer: DistillTrainer) -> None:
+) -> Callable[[int, DistillTrainer], float | None]:
+    def on_step(step: int, trainer: DistillTrainer) -> float | None:
         progress(what, step, steps)
-        if curve is not None and trainer.is_world_process_zero():
-            curve.point(step, trainer.accelerator.unwrap_model(trainer.model))
+        if curve is None or not trainer.is_world_process_zero():
+            return None
+        return curve.point(step, trainer.accelerator.unwrap_model(trainer.model))
 
     return on_step
 

@@ -1,8 +1,9 @@
 """Checkpoints that resume to the same bits: safetensors and JSON, checksummed, whole or absent. No pickle.
 
 A checkpoint folder holds `trainable.safetensors` (parameters that learn), `optimizer.safetensors`,
-`state.json` (step, schedule, Python and NumPy generators, the trainer's own state) and, last,
-`manifest.json` with the checksums. The folder appears under its name only when all of it is on disk.
+`state.json` (step, schedule, Python and NumPy generators, the trainer's own state), `best.safetensors` where weights
+of an earlier step may be kept in the end, and, last, `manifest.json` with the checksums. The folder appears under its
+name only when all of it is on disk.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from kvdistill.core.files import (
 )
 
 _PREFIX = "checkpoint-"
+BEST = "best.safetensors"  # in a checkpoint
 
 
 class Generators(NamedTuple):
@@ -53,13 +55,17 @@ def save_checkpoint(
     state: Mapping[str, Any],
     trainer_state: str,
     generators: Generators,
+    best: Mapping[str, Tensor],
 ) -> None:
     """Write everything that the next step depends on to `folder`, atomically.
 
     trainer_state: the Trainer's own, as JSON. generators: as they were when the last step had ended.
+    best: what of an earlier step may be kept in the end (`selection.py`); empty: nothing.
     """
     with replacing_folder(folder) as part:
-        write_tensors(part / "trainable.safetensors", _trainable(model))
+        write_tensors(part / "trainable.safetensors", trainable(model))
+        if best:
+            write_tensors(part / BEST, best)
         tensors, groups = _flat_optimizer(optimizer)
         tensors["rng/torch"] = generators.torch
         if generators.cuda is not None:
@@ -93,7 +99,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Any = None, sched
     """Put a checkpoint's weights back, or optimiser and schedule where they are given. Returns the state."""
     state = read_json(folder / "state.json")
     if optimizer is None:
-        wanted = _trainable(model)
+        wanted = trainable(model)
         saved = open_tensors(folder / "trainable.safetensors")
         if wanted.keys() != saved.keys():
             odd = sorted(wanted.keys() ^ saved.keys())[0]
@@ -155,7 +161,8 @@ def _step(folder: Path) -> int:
     return int(folder.name[len(_PREFIX) :])
 
 
-def _trainable(model: nn.Module) -> dict[str, Tensor]:
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that learn, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 

@@ -20,35 +20,64 @@ from kvdistill.arms.texts import spread
 from kvdistill.core.files import append_json_line
 from kvdistill.data.encode import Example
 from kvdistill.data.grading import is_correct
+from kvdistill.models import batch_geometry
+from kvdistill.models.generate import Answer
 
 
 class LearningCurve:
     """Points of one run's learning curve. `point(step, distiller)` measures and logs at the recipe's steps."""
 
     def __init__(self, arm: Arm, log_file: Path) -> None:
-        self._arm, self._log_file, train = arm, log_file, arm.experiment.recipe.train
+        self._arm, self._log_file, train = arm, log_file, arm.recipe.train
         self._val = arm.batches("val")
         self._chosen = spread(self._val.examples, train.eval_examples)
+        self._plain_val = BatchMaker(self._val.examples, arm.experiment.tokenizer.pad_token_id)
         # the training side has stored targets only where the store is used; its likelihood is enough for the gap
         self._seen = BatchMaker(arm.experiment.split("train"), arm.experiment.tokenizer.pad_token_id)
         self._seen_chosen = spread(self._seen.examples, train.eval_examples)
 
-    def point(self, step: int, distiller: Distiller) -> None:
-        """Measure and append a row to the log, where this step is one of the recipe's."""
-        recipe = self._arm.experiment.recipe
-        every = recipe.train.eval_every
-        if step != recipe.train.steps and (every == 0 or step % every):
-            return
+    def point(self, step: int, distiller: Distiller) -> float | None:
+        """Measure and append a row to the log, where this step is one of the recipe's.
+
+        Returns the validation NLL of the completions, nats per token, where it decides something (`selection.py`).
+        """
+        recipe, train = self._arm.experiment.recipe, self._arm.recipe.train
+        if not train.is_point(step):
+            return None
         was_training = distiller.training
         distiller.eval()
         val: dict[str, Any] = self._losses(distiller, self._val, self._chosen)
         examples = [self._val.examples[i] for i in self._chosen]
         tokenizer = self._arm.experiment.tokenizer
-        by_task = accuracy_by_task(distiller.student, tokenizer, examples, recipe.evaluate.max_new_tokens)
+        answers = answers_to(distiller.student, tokenizer, examples, recipe.evaluate.max_new_tokens)
+        by_task = accuracy_by_task(examples, answers)
         val |= {"accuracy_by_task": by_task, "accuracy": sum(by_task.values()) / max(1, len(by_task))}
-        train = self._losses(distiller, self._seen, self._seen_chosen, plain=True)
-        append_json_line(self._log_file, {"step": step, "val": val, "train": train})
+        seen = self._losses(distiller, self._seen, self._seen_chosen, plain=True)
+        nll = self._completion_nll(distiller) if train.asks_validation else None
+        if nll is not None:
+            val["completion_nll"] = nll
+        flops = self._flops(distiller.student, examples, answers)
+        append_json_line(self._log_file, {"step": step, "val": val, "train": seen, "flops": flops})
         distiller.train(was_training)
+        return nll
+
+    @torch.no_grad()
+    def _completion_nll(self, distiller: Distiller) -> float:
+        """Mean over all tokens after the prompts of the point's validation problems, whatever an arm's loss is of: arms
+        are chosen from by one rule. Logits in float32, sums in float64."""
+        total, count = 0.0, 0
+        for numbers in self._arm.measured_in(self._val.examples, self._chosen, head=True, kv=False):
+            batch = self._plain_val(numbers).to(self._arm.device)
+            nll, tokens = distiller.completion_nll(batch)
+            total, count = total + nll, count + tokens
+        return total / count
+
+    def _flops(self, student: Student, examples: Sequence[Example], answers: Sequence[Answer]) -> int:
+        """Of a point: both sides read once, and the answers written."""
+        read = [*examples, *(self._seen.examples[i] for i in self._seen_chosen)]
+        lengths = [len(example.input_ids) for example in read]
+        lengths += [e.num_prompt_tokens + len(a.ids) for e, a in zip(examples, answers, strict=True)]
+        return student.flops(*batch_geometry(lengths))[0]
 
     @torch.no_grad()
     def _losses(
@@ -78,12 +107,14 @@ class LearningCurve:
         return {"ce": means["ce"], "nll": means["ce"], "kv_loss": sum(kv) / len(kv) if kv else None}
 
 
-def accuracy_by_task(
-    student: Student, tokenizer: Any, examples: Sequence[Example], max_new_tokens: int
-) -> dict[str, float]:
-    """Share of greedy answers that are right, per task."""
+def answers_to(student: Student, tokenizer: Any, examples: Sequence[Example], max_new_tokens: int) -> list[Answer]:
+    """The greedy answer to each example's prompt."""
     prompts = [example.prompt_ids for example in examples]
-    answers = student.generate(prompts, tokenizer, max_new_tokens=max_new_tokens, batch_size=2 * MEASURED)
+    return student.generate(prompts, tokenizer, max_new_tokens=max_new_tokens, batch_size=2 * MEASURED)
+
+
+def accuracy_by_task(examples: Sequence[Example], answers: Sequence[Answer]) -> dict[str, float]:
+    """Share of answers that are right, per task."""
     right: dict[str, list[bool]] = {}
     for example, one in zip(examples, answers, strict=True):
         right.setdefault(example.task, []).append(is_correct(example.task, one.text, example.answer, example.rule))

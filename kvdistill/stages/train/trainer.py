@@ -3,7 +3,8 @@
 What differs from the base class: losses are divided by token counts of the whole optimiser step, over all
 micro-batches and ranks; teachers may run online; each loss term is watched and logged; checkpoints are
 safetensors and JSON (`checkpoint.py`), and one is left where the process is asked to end (`core.stopping`), within a
-micro-batch. It knows nothing of recipes' files or of the run folder's layout.
+micro-batch. Which step's weights are kept, and whether training ends before its last, is a `Selection`'s to say. It
+knows nothing of recipes' files or of the run folder's layout.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from kvdistill.core.stopping import ALWAYS, Stopped, give_in, is_asked, put_off
 from kvdistill.fuse.routing_record import RoutingRecord
 from kvdistill.losses import kv_weight_at
 from kvdistill.stages.train.checkpoint import (
+    BEST,
     Generators,
     drop_old_checkpoints,
     load_checkpoint,
@@ -42,6 +44,7 @@ from kvdistill.stages.train.checkpoint import (
     restore_generators,
     save_checkpoint,
 )
+from kvdistill.stages.train.selection import Selection
 
 SCHEDULES = {"cosine": "cosine_with_min_lr", "linear": "linear", "constant": "constant_with_warmup"}
 
@@ -89,7 +92,8 @@ class DistillTrainer(Trainer):
 
     order: example numbers for the whole training. run_teachers: gives a batch the targets of online teachers.
     tensorboard: folder for its event files (transformers' own place for them is among the checkpoints, which do not
-    stay). on_step(step, trainer): called after every optimiser step (learning curves, progress).
+    stay). on_step(step, trainer): called after every optimiser step (learning curves, progress); gives the validation
+    NLL where `selection` has a point and this is the first rank.
     """
 
     def __init__(
@@ -104,8 +108,9 @@ class DistillTrainer(Trainer):
         log_file: Path,
         projector_lr_scale: float = 1.0,
         tensorboard: Path | None = None,
-        on_step: Callable[[int, DistillTrainer], None] | None = None,
+        on_step: Callable[[int, DistillTrainer], float | None] | None = None,
         clock: Stopwatch | None = None,
+        selection: Selection | None = None,
     ) -> None:
         self._order = order
         self._arm = arm
@@ -116,6 +121,7 @@ class DistillTrainer(Trainer):
         self._shares: dict[str, dict[str, float | None]] | None = None
         self._routing = RoutingRecord(model.teachers, max(1, len(model.student_layers))) if model.teachers else None
         self._clock = clock or Stopwatch()
+        self._selection = selection
         self.seen = torch.zeros(2, dtype=torch.float64)  # real tokens, loss tokens
         callbacks: list[TrainerCallback] = [_StepCallback(on_step, self)] if on_step else []
         super().__init__(
@@ -278,10 +284,11 @@ class DistillTrainer(Trainer):
     has_unmeasured_step = False  # asked to end while `on_step` was at work: it is made up for on resuming
 
     def sort_log(self) -> None:
-        """A point that was measured after its step was logged goes to its place, before that row."""
+        """A point that was measured after its step was logged goes to its place, before that row; measured twice (we
+        were interrupted when it was written), it stands there once."""
         if self.is_world_process_zero() and self._log_file.exists():
-            rows = read_json_lines(self._log_file)
-            write_json_lines(self._log_file, sorted(rows, key=lambda row: (row["step"], "val" not in row)))
+            rows = {(row["step"], "val" not in row): row for row in read_json_lines(self._log_file)}
+            write_json_lines(self._log_file, [rows[key] for key in sorted(rows)])
 
     def _sums_of_all_ranks(self) -> dict[str, list[float]]:
         """Raw and weighted sums over ranks: each rank divides its own tokens by the counts of all."""
@@ -292,6 +299,24 @@ class DistillTrainer(Trainer):
         return {
             name: [raw, self._sums[name][1], weighted] for name, (raw, weighted) in zip(self._sums, total, strict=True)
         }
+
+    # -- which weights, and until when --------------------------------------------------------
+
+    def judge(self, step: int, nll: float | None) -> None:
+        """A point of the learning curve was measured: is it the best so far, and does training end here?"""
+        if self._selection is None or not self._selection.is_point(step):
+            return
+        if nll is not None:
+            self._selection.add(step, nll, self.accelerator.unwrap_model(self.model))
+        ends = torch.tensor([float(self._selection.is_over)], device=self.args.device)
+        if self.args.world_size > 1:  # only the first rank measures
+            ends = self.accelerator.gather(ends)
+        if ends[0] > 0:
+            self.control.should_training_stop = self.control.should_save = True
+
+    def _run_epoch(self, **options: Any) -> None:  # type: ignore[override]
+        if not self.control.should_training_stop:  # a training that was over when it was interrupted
+            super()._run_epoch(**options)
 
     # -- checkpoints --------------------------------------------------------------------------
 
@@ -341,6 +366,7 @@ class DistillTrainer(Trainer):
             "last_logged": self._last_logged,
             "routing": self._routing.state() if self._routing is not None else None,
             "unmeasured": self.has_unmeasured_step,
+            **({"selection": self._selection.state()} if self._selection is not None else {}),
         }
 
     def _write_checkpoint(self, progress: dict[str, Any], generators: Generators) -> None:
@@ -357,6 +383,7 @@ class DistillTrainer(Trainer):
                 {**progress, "seconds": [self._clock.wall_s(), self._clock.cpu_s()]},
                 json.dumps(dataclasses.asdict(self.state), default=str),
                 generators,
+                self._selection.weights if self._selection is not None else {},
             )
             drop_old_checkpoints(root, self.args.save_total_limit or 2)
         self._saved = self.state.global_step
@@ -372,6 +399,8 @@ class DistillTrainer(Trainer):
         self._clock.advance(*state["seconds"])
         if self._routing is not None and state["routing"] is not None:
             self._routing.restore(state["routing"])
+        if self._selection is not None:
+            self._selection.restore(state["selection"], Path(resume_from_checkpoint) / BEST)
 
     def _refuse_broken_weights(self, model: Any) -> None:
         """A gradient that is no number ruins weights under a loss that is one: no checkpoint of those."""
@@ -397,22 +426,25 @@ class DistillTrainer(Trainer):
 class _StepCallback(TrainerCallback):
     """Calls `on_step`, which may take minutes (a learning curve's point) and is cut short where one is asked to end."""
 
-    def __init__(self, on_step: Callable[[int, DistillTrainer], None], trainer: DistillTrainer) -> None:
+    def __init__(self, on_step: Callable[[int, DistillTrainer], float | None], trainer: DistillTrainer) -> None:
         self._on_step, self._trainer = on_step, trainer
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self._trainer.has_unmeasured_step:
             self._measure(state.global_step)
             self._trainer.sort_log()
+        elif state.global_step:  # it may have been over when its checkpoint was written
+            self._trainer.judge(state.global_step, None)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._measure(state.global_step)
 
     def _measure(self, step: int) -> None:
-        self._trainer.has_unmeasured_step = True
+        self._trainer.has_unmeasured_step, nll = True, None
         try:
             with put_off(0.0):
-                self._on_step(step, self._trainer)
+                nll = self._on_step(step, self._trainer)
             self._trainer.has_unmeasured_step = False
         except Stopped:  # the step itself is done: it is logged, and its checkpoint says what is missing
             pass
+        self._trainer.judge(step, nll)

@@ -61,7 +61,7 @@ def profile_alignment(
             "arm": name,
             "seed": seed,
             "teachers": arm.recipe.teachers,
-            "placebo": arm.recipe.placebo,
+            "control": arm.recipe.control,
             "device": str(arm.device),
             "threads": torch.get_num_threads(),
             "shapes": shape_figures(arm, BATCHES),
@@ -70,7 +70,7 @@ def profile_alignment(
         step("numbers")
         begun = time.perf_counter()
         figures["numbers"] = number_figures(arm, BATCHES)
-        step_s = (time.perf_counter() - begun) * PASSES_PER_STEP * arm.experiment.recipe.train.batch_size
+        step_s = (time.perf_counter() - begun) * PASSES_PER_STEP * arm.recipe.train.batch_size
         num_steps = num_timed(step_s / work["numbers"], STEPS)
         work |= _work(arm, num_steps)
         step("match")
@@ -88,7 +88,7 @@ def profile_alignment(
 
 def _work(arm: Arm, num_steps: int) -> dict[str, float]:
     """What each part takes, in passes of one text through the student (a backward pass is two): for the time to go."""
-    size, teachers = arm.experiment.recipe.train.batch_size, len(arm.recipe.teachers)
+    size, teachers = arm.recipe.train.batch_size, len(arm.recipe.teachers)
     fit_texts, held_out = num_texts(arm)
     return {
         "shapes": BATCHES * size,
@@ -100,8 +100,8 @@ def _work(arm: Arm, num_steps: int) -> dict[str, float]:
 
 def refuse_broken_targets(experiment: Experiment, arms: Sequence[str]) -> None:
     """Raise ModelError for the first teacher of these arms whose stored keys or values are not all finite."""
-    for name in dict.fromkeys(teacher for arm in arms for teacher in experiment.arms[arm].teachers):
-        found = first_broken_target(experiment.teachers[name])
+    for name in dict.fromkeys(name for arm in arms for name in experiment.arms[arm].reads):
+        found = first_broken_target(experiment.teacher(name))
         if found is not None:
             what = {"k": "keys", "v": "values", "q": "queries"}[found["what"]]
             raise ModelError(

@@ -141,7 +141,7 @@ def number_figures(arm: Arm, num_batches: int) -> dict[str, Any]:
     if first is not None and first["stage"] in ("target", "source"):
         first = _in_what_was_fitted(arm, rows) or first  # a fit reads other texts than these
     return {
-        "texts": num_batches * arm.experiment.recipe.train.batch_size,
+        "texts": num_batches * arm.recipe.train.batch_size,
         "stages": rows,
         "terms": terms,
         "gradients": steps,
@@ -242,7 +242,7 @@ def _add_step(
     distiller = arm.distiller
     distiller.train().zero_grad(set_to_none=True)
     counts = token_counts(batch, arm.recipe).to(device=arm.device, dtype=torch.float32).clamp_min(1.0)
-    with torch.autocast(arm.device.type, torch.bfloat16, enabled=arm.experiment.recipe.train.bf16):
+    with torch.autocast(arm.device.type, torch.bfloat16, enabled=arm.recipe.train.bf16):
         out = distiller(batch, counts, kv_weight=arm.recipe.loss.kv_weight)
     for name, (raw, _, entered) in out.terms.items():
         term = terms.setdefault(name, {"raw": 0.0, "weighted": 0.0, "non_finite": 0})
@@ -289,7 +289,7 @@ def share_figures(arm: Arm, shares: Sequence[Mapping[str, Mapping[str, float | N
         "kv_weight": weight,
         "proposed": proposed_weight(weight, terms),
         "wanted": WANTED,
-        "clipped_to": arm.experiment.recipe.train.max_grad_norm,
+        "clipped_to": arm.recipe.train.max_grad_norm,
     }
 
 

@@ -44,7 +44,7 @@ def shape_figures(arm: Arm, num_batches: int) -> dict[str, Any]:
 
 def first_batches(arm: Arm, num_batches: int) -> list[list[int]]:
     """The examples of the first batches of training (round again where there are fewer)."""
-    size, order = arm.experiment.recipe.train.batch_size, arm.training_order(num_batches)
+    size, order = arm.recipe.train.batch_size, arm.training_order(num_batches)
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
@@ -84,7 +84,7 @@ def _teacher(arm: Arm, name: str, maker: BatchMaker, numbers: list[list[int]], b
         "taught": _taught([(batch.segments_BT, batch.kv_masks[name]) for batch in batches]),
         "segments": {what: count for what, count in missing.items() if count},
     }
-    if text is not None and text.own is not None and not arm.recipe.placebo:
+    if text is not None and text.own is not None and arm.recipe.control != "placebo":
         found["lost"] = _lost(text, numbers)
     return found
 

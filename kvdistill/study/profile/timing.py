@@ -143,13 +143,13 @@ class _Steps:
     ) -> None:
         self._arm, self._distiller, self._maker = arm, distiller, maker
         trained = [p for p in distiller.parameters() if p.requires_grad]
-        self._trained, betas = trained, arm.experiment.recipe.train.adam_betas
+        self._trained, betas = trained, arm.recipe.train.adam_betas
         # a parameter that this module lacks has no gradient, and is passed over
         self.optimizer = optimizer or torch.optim.AdamW(trained, lr=0.0, betas=betas, weight_decay=0.0)
 
     def step(self, numbers: list[int], clock: PartClock | None = None) -> None:
         """clock: for its parts; else nothing waits for the device."""
-        arm, train, device = self._arm, self._arm.experiment.recipe.train, self._arm.device
+        arm, train, device = self._arm, self._arm.recipe.train, self._arm.device
         clock = clock or PartClock(torch.device("cpu"))
         with clock.part("reading"):
             batch = self._maker(numbers).to(device)
@@ -243,7 +243,7 @@ def step_figures(arm: Arm, num_steps: int, progress: Callable[[float], None] = l
     step_ms, plain_ms = (1000 * statistics.median(seconds) for seconds in (taught_s, plain_s))
     peak, plain_peak = (steps.peak_bytes(numbers[0]) for steps in (taught, plain))
     return {
-        "batch_size": arm.experiment.recipe.train.batch_size,
+        "batch_size": arm.recipe.train.batch_size,
         "steps": num_steps,
         "parts_ms": {name: 1000 * statistics.median(one[name] for one in parts) for name in PARTS},
         "whole_ms": step_ms,

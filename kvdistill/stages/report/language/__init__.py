@@ -61,7 +61,11 @@ class Words:
 
     @cached_property
     def _forms(self) -> list[tuple[re.Pattern[str], str]]:
-        forms = [(_PLACE.sub(r"(?P<\1>.+?)", re.escape(m["english"])), m["text"]) for m in self._messages]
+        kinds = {"n": r"[\d,]+"}  # a number; all else may be anything
+        forms = [
+            (_PLACE.sub(lambda name: f"(?P<{name[1]}>{kinds.get(name[1], '.+?')})", re.escape(m["english"])), m["text"])
+            for m in self._messages
+        ]
         return [(re.compile(form, re.DOTALL), text) for form, text in forms]
 
 

@@ -1,0 +1,162 @@
+"""What a training run costs, by closed form, before it is done or after: the convention is `core/costs.py`'s.
+
+A backward pass is two forwards. Frozen weights (LoRA) take one, which passes the gradient on; adapters three in all.
+Recomputed activations are one more forward. A head or layer that nothing is asked of is not run, and not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from kvdistill.arms.arm import Arm, fit_options
+from kvdistill.arms.lessons import writing_facts
+from kvdistill.arms.setting import Setting
+from kvdistill.arms.teacher import Teacher
+from kvdistill.core.costs import Sharers, count_sharers
+from kvdistill.core.errors import KVDistillError
+from kvdistill.core.files import sha256_of
+from kvdistill.core.recipe import ArmRecipe, Recipe
+from kvdistill.data.encode import Example
+from kvdistill.models import batch_geometry, capture_flops, forward_flops
+
+
+def run_flops(arm: Arm, order: Sequence[int]) -> dict[str, Any]:
+    """The `flops` of a ledger. order: example numbers, as they are trained on."""
+    examples = arm.lessons
+    tokens, squares = batch_geometry(len(examples[i].input_ids) for i in order)
+    forward, backward = arm.experiment.student_outline.flops(tokens, squares)
+    used = arm.teachers if arm.uses_teachers else {}
+    return {
+        "student_forward": forward,
+        "student_backward": backward,
+        "teachers": {name: teacher_flops(arm, teacher, order) for name, teacher in used.items()},
+        "aligner": sum(aligner_flops(arm, name, tokens, squares) for name in used if arm.recipe.needs_kv),
+        "fit": {name: fit_flops(arm, name) for name in used if arm.recipe.needs_kv},
+        "layer_maps": {name: layer_map_flops(arm, name) for name in used if reads_similarity(arm.recipe)},
+        "teacher_training": {
+            name: sum(teacher.training_flops)
+            for name, teacher in (used | arm.writers).items()
+            if teacher.recipe.scratch is not None and not teacher.is_untrained
+        },
+        # what they wrote, whether it was kept or not
+        "generation": {name: writing_facts(arm.experiment, name)["flops"] for name in arm.writers},
+        "tuning": 0,
+    }
+
+
+def shared_keys(arm: ArmRecipe, seed: int, recipe: Recipe) -> dict[str, dict[str, str]]:
+    """What runs that share a part of the cost have alike: part -> teacher -> key (`core.costs.Keys`)."""
+    names = arm.teachers if arm.needs_kv or arm.needs_logits else []
+    by_name, writers = {name: name for name in names}, {name: name for name in arm.writers}
+    found = {"teacher_training": by_name | writers, "generation": writers}
+    if recipe.capture.source == "store":
+        found["teachers"] = dict(zip(names, arm.reads, strict=False))  # with random weights under another name
+    if arm.needs_kv:
+        together = names if arm.align.match_in == "shared" else []
+        options = [together, arm.control == "untrained", fit_options(arm, recipe.student, seed)]
+        found["fit"] = {name: sha256_of([name, options])[:16] for name in names}
+    if reads_similarity(arm):
+        found["layer_maps"] = by_name
+    return found
+
+
+def all_sharers(experiment: Setting) -> Sharers:
+    """Of every run that the recipe asks for."""
+    recipe = experiment.recipe
+    return count_sharers(shared_keys(a, s, recipe) for a in experiment.arms.values() for s in recipe.seeds)
+
+
+def teacher_flops(arm: Arm, teacher: Teacher, order: Sequence[int]) -> int:
+    """One pass over the stored texts, or the passes of every step where it runs online."""
+    examples = teacher.examples("train")
+    stops = arm.runs_online and not arm.recipe.needs_logits and not arm.recipe.needs_nll
+    return pass_flops(teacher, [examples[i] for i in order] if arm.runs_online else examples, stops=stops)
+
+
+def pass_flops(teacher: Teacher, examples: Sequence[Example], *, stops: bool) -> int:
+    """Of a teacher over what it reads. stops: nobody asks for more than keys and values.
+
+    What predicts no next token always stops at the highest layer needed; others run their head on completions.
+    """
+    tokens, squares = batch_geometry(_lengths(examples))
+    top = _highest_layer(teacher) if stops or teacher.shape.kind != "decoder" else None
+    if top is not None:
+        return capture_flops(teacher.shape, tokens, squares, top)
+    predicted = tokens - sum(example.num_prompt_tokens for example in examples)
+    return forward_flops(teacher.shape, tokens, squares, num_head_tokens=predicted)
+
+
+def _highest_layer(teacher: Teacher) -> int | None:
+    """That any arm matches; None: none does. Where layers are still to be compared, the last one: no less is known."""
+    try:
+        return max(teacher.layers, default=None)
+    except KVDistillError:
+        return teacher.shape.num_layers - 1
+
+
+def aligner_flops(arm: Arm, name: str, tokens: int, squares: int) -> int:
+    """Projections to one teacher, forward and backward, and comparing attention with it, of so many student tokens."""
+    aligner, recipe = arm.outline_of_aligner(name), arm.recipe
+    in_teacher, trained = recipe.align.match_in == "teacher", aligner.is_trained
+    sides = [(aligner.proj_k, recipe.loss.k_weight), (aligner.proj_v, recipe.loss.v_weight)]
+    total = 0
+    for projector, weight in sides if not recipe.compares_attention else [(x, 1.0) for x, _ in sides]:
+        # of the student: its gradient passes through, and the projector's own where it learns; of the teacher only that
+        passes = 1 + (1 if weight > 0 and (in_teacher or aligner.is_shared) else 0)
+        learned = projector.learned_flops_per_token if weight > 0 and trained and not aligner.is_shared else 0
+        total += tokens * (passes * projector.flops_per_token + learned)
+    if aligner.is_shared:  # the teacher's side
+        total += tokens * (aligner.adapter_k.flops_per_token + aligner.adapter_v.flops_per_token)
+    if aligner.proj_q is None:
+        return total
+    if recipe.align.match_in == "teacher":  # for the router, whether or not it looks
+        total += tokens * (aligner.proj_k.flops_per_token + aligner.proj_v.flops_per_token)
+    total += tokens * aligner.proj_q.flops_per_token * (2 if in_teacher else 1)
+    total += tokens * aligner.proj_q.learned_flops_per_token if trained else 0
+    pairing = arm.teachers[name].shape if in_teacher else arm.experiment.student_shape
+    product = 2 * squares * len(aligner.student_layers) * pairing.num_heads * pairing.head_size
+    # rows of both sides, made again for the gradient, which goes to queries and keys of the student (and its values)
+    return total + product * (6 if recipe.loss.kind == "structural" else 9)
+
+
+def fit_flops(arm: Arm, name: str) -> int:
+    """Statistics and closed forms on the calibration texts: the passes of both models, and sums of products."""
+    aligner, recipe = arm.outline_of_aligner(name), arm.recipe
+    numbers = [i for batch in arm.calibration_numbers() for i in batch]
+    mine = arm.experiment.examples("train")
+    tokens, squares = batch_geometry(len(mine[i].input_ids) for i in numbers)
+    similarity, total = recipe.fuse.fusion_strategy == "similarity", 0
+    if arm.runs_online:  # the teacher runs again each time the texts are gone through
+        theirs = arm.teachers[name].examples("train")
+        times = int(recipe.align.standardise) + int(aligner.needs_fit) + int(similarity)
+        total += times * pass_flops(arm.teachers[name], [theirs[i] for i in numbers], stops=True)
+    if aligner.needs_fit:
+        total += capture_flops(arm.experiment.student_shape, tokens, squares, max(aligner.student_layers))
+        projectors = [x for x in (aligner.proj_k, aligner.proj_v, aligner.proj_q) if x is not None]
+        if aligner.is_shared:
+            width = sum(x.num_in for x in (aligner.proj_k, aligner.adapter_k))
+            total += 2 * 2 * tokens * len(aligner.student_layers) * width * width
+        else:
+            total += sum(2 * tokens * x.num_layers * x.num_in * (x.num_in + x.num_out) for x in projectors)
+    return total
+
+
+def reads_similarity(arm: ArmRecipe) -> bool:
+    """Whether its layers are mapped by what `map-layers` measures in this run folder."""
+    return arm.needs_kv and arm.align.layers == "cka" and arm.align.layer_map is None
+
+
+def layer_map_flops(arm: Arm, name: str) -> int:
+    """Both models read the texts that layers are compared on, and every pair of layers is (a product of channels)."""
+    teacher, student = arm.teachers[name].shape, arm.experiment.student_shape
+    share = min(1.0, arm.experiment.recipe.align.cka_texts / max(1, len(arm.experiment.split("train"))))
+    mine = batch_geometry(_lengths(arm.experiment.split("train")))
+    theirs = batch_geometry(_lengths(arm.teachers[name].examples("train")))
+    widths = [x.num_kv_heads * x.head_size * x.num_layers for x in (student, teacher)]
+    passes = forward_flops(student, *mine, with_lm_head=False) + forward_flops(teacher, *theirs, with_lm_head=False)
+    return round(share * (passes + 2 * 2 * mine[0] * widths[0] * widths[1]))
+
+
+def _lengths(examples: Sequence[Example]) -> list[int]:
+    return [len(example.input_ids) for example in examples]
