@@ -2,12 +2,14 @@
 
 A run folder as the other stages leave it (40 arms, 5 seeds, records with the answers, logs, ledgers, KV matches) is
 made of random numbers in a temporary folder. `kvdistill.stages.report.report` then runs in a process of its own, whose
-CPU and wall time and peak memory are measured. All other arms are compared with the first: 39 comparisons.
+CPU and wall time and peak memory are measured. All other arms are compared with the first: 39 comparisons. One thread
+does it all, so the bar is on CPU time, which is wall time on an idle machine.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -26,7 +28,7 @@ from kvdistill.core.records import Record
 
 ARMS, SEEDS, TASKS, QUESTIONS = 40, 5, 7, 1000
 STEPS, LOG_EVERY, EVAL_EVERY = 2000, 20, 100
-BARS = {"wall_s": 60.0, "peak_bytes": 4 << 30, "page_bytes": 5 << 20}
+BARS = {"cpu_s": 60.0, "peak_bytes": 4 << 30, "page_bytes": 5 << 20}
 TEACHERS = ("first", "second")
 _CHILD = """
 import json, resource, sys, time
@@ -56,11 +58,19 @@ def run() -> bool:
         print(f"  made in {time.perf_counter() - begun:.0f} s")
         found = measure(Path(folder))
     met = {key: found[key] <= bar for key, bar in BARS.items()}
-    print(f"  {found['wall_s']:.1f} s (CPU {found['cpu_s']:.1f} s), at most {BARS['wall_s']:.0f} s")
+    load = round(os.getloadavg()[0], 1)
+    print(f"  CPU {found['cpu_s']:.1f} s, at most {BARS['cpu_s']:.0f} s; wall {found['wall_s']:.1f} s at load {load}")
     print("    " + ", ".join(f"{part} {seconds:.1f} s" for part, seconds in found["parts_s"].items()))
     print(f"  peak memory {found['peak_bytes'] / 2**30:.2f} GiB, at most {BARS['peak_bytes'] / 2**30:.0f}")
     print(f"  page {found['page_bytes'] / 2**20:.2f} MiB, at most {BARS['page_bytes'] / 2**20:.0f}")
-    settings = {"arms": ARMS, "seeds": SEEDS, "tasks": TASKS, "questions": QUESTIONS, "comparisons": ARMS - 1}
+    settings = {
+        "arms": ARMS,
+        "seeds": SEEDS,
+        "tasks": TASKS,
+        "questions": QUESTIONS,
+        "comparisons": ARMS - 1,
+        "load": load,
+    }
     save("report_speed", settings, {"measured": found, "bars": BARS, "met": met}, torch.device("cpu"))
     return all(met.values())
 
