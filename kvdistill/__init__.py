@@ -33,6 +33,7 @@ _PUBLIC = {
     "MercatorKVLoss": "kvdistill.losses",
     "StructuralKVLoss": "kvdistill.losses",
     "LearningCurveTracker": "kvdistill.stages.report",
+    "TrainingBudgetController": "kvdistill.arms.budget",
     "load_multi_task_dataset": "kvdistill.data",
 }
 __all__ = ["__version__", *_PUBLIC]
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from kvdistill.align import SegmentIdentifier as SegmentIdentifier
     from kvdistill.align import TimeWarper as TimeWarper
     from kvdistill.align.layers import CKALayerMapper as CKALayerMapper
+    from kvdistill.arms.budget import TrainingBudgetController as TrainingBudgetController
     from kvdistill.core.config import load_recipe as load_recipe
     from kvdistill.core.errors import KVDistillError as KVDistillError
     from kvdistill.core.kv import KV as KV

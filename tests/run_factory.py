@@ -111,11 +111,12 @@ def make_log(arm: str, seed: int, accuracy: tuple[float, ...], spec: dict[str, A
 
 
 def make_ledger(seed: int, spec: dict[str, Any]) -> dict[str, Any]:
-    teachers = spec.get("teachers", list(TEACHERS))
+    teachers, times = spec.get("teachers", list(TEACHERS)), spec.get("times", 1)
     return {
-        "optimiser_steps": 800, "tokens_nonpadding": 712_345, "tokens_loss": 512_345,
-        "flops": {"student_forward": 2.1e11, "student_backward": 4.2e11,
-                  "teachers": {t: 3.3e11 for t in teachers}, "aligner": 2e9 * len(teachers)},
+        "optimiser_steps": 800 * times, "tokens_nonpadding": 712_345 * times, "tokens_loss": 512_345 * times,
+        "problems_seen": 25_600 * times,
+        "flops": {"student_forward": 2.1e11 * times, "student_backward": 4.2e11 * times,
+                  "teachers": {t: 3.3e11 for t in teachers}, "aligner": 2e9 * len(teachers) * times},
         "seconds": 41.2 + 9 * len(teachers), "cpu_seconds": 40.9 + 9 * len(teachers), "peak_memory_bytes": 512 * 2**20,
         "data_fingerprint": "d0", "init_fingerprint": f"i{seed}", "order_fingerprint": f"o{seed}",
     }  # fmt: skip
@@ -161,7 +162,7 @@ def write_run(
 ) -> Recipe:
     """A complete run folder of the recipe's arms; accuracies default to those of ARMS (0.5 for unknown arms)."""
     recipe = recipe or make_recipe()
-    for arm, spec in recipe.arms.items():
+    for arm, spec in recipe.every_arm.items():
         shares = (accuracy or {}).get(arm) or ARMS.get(arm, ({}, (0.5, 0.5)))[1]
         for seed in recipe.seeds:
             folder = run / "arms" / arm / f"seed-{seed}"

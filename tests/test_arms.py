@@ -21,6 +21,7 @@ from kvdistill.arms.experiment import Experiment
 from kvdistill.arms.student import CausalStudent, Student
 from kvdistill.core.files import read_json
 from kvdistill.core.targets import TeacherTargets
+from kvdistill.losses import TextChunks
 from kvdistill.stages.train import train_student
 
 NUMBERS = [3, 1, 7]
@@ -115,6 +116,9 @@ def test_all_parts_of_a_batch_move() -> None:
         nll_scale={"one": torch.ones(3)},
         token_weights={"two": torch.ones(2, *stored(NUMBERS).segments_BT.shape)},
         changes={"one": Change(torch.zeros(3, 2).long(), moments=Moments(torch.zeros(1), torch.ones(1)))},
+        chunks={
+            "two": TextChunks(*(torch.ones(shape).long() for shape in ((5,), (5, 2), (5, 2), (3, 7), (4, 2), (6,))))
+        },
     )
     for part in fields(Batch):
         assert len(getattr(batch, part.name)) > 0, f"the test says nothing about {part.name}"

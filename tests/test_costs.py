@@ -118,14 +118,14 @@ def test_capturing_and_fitting_note_what_they_cost(experiment):
         for example in examples[:7]:
             ids, segments = (torch.tensor([x]) for x in (example.input_ids, example.segments))
             run_teacher(model, ids, segments, layers=teacher.layers, dtype="float32")
-    assert counter.get_total_flops() == pass_flops(teacher, examples[:7], stops=False)
+    assert counter.get_total_flops() == pass_flops(teacher, teacher.train_sizes[:7], stops=False)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         for example in examples[:7]:
             ids, segments = (torch.tensor([x]) for x in (example.input_ids, example.segments))
             run_teacher(model, ids, segments, layers=teacher.layers, dtype="float32", want_nll=False)
-    assert counter.get_total_flops() == pass_flops(teacher, examples[:7], stops=True)
+    assert counter.get_total_flops() == pass_flops(teacher, teacher.train_sizes[:7], stops=True)
     noted = StoreReader(teacher.target_folder("train")).extra["flops"]
-    assert noted == pass_flops(teacher, examples, stops=False) == teacher_flops(arm, teacher, [])
+    assert noted == pass_flops(teacher, teacher.train_sizes, stops=False) == teacher_flops(arm, teacher, [])
     assert arm.fitted("one").extra["flops"] == fit_flops(arm, "one") == 0  # means and deviations: no products
     ridge = experiment.arm("in-student", SEED)
     assert ridge.fitted("one").extra["flops"] == fit_flops(ridge, "one") > 0

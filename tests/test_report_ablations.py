@@ -136,7 +136,7 @@ def test_a_page_with_ablations_draws_them(ablated: tuple[Any, Path, dict[str, An
     recipe, run, _ = ablated
     page = report(recipe, run).read_text()
     figures = json.loads((run / "summary.json").read_text())["figures"]
-    assert [name for name, why in figures.items() if why] == ["cka_heatmap"]
+    assert [name for name, why in figures.items() if why] == ["cost_curves", "cka_heatmap"]
     assert "loss.distill_layers = 1" in page and "Which student layers are taught" in page
 
 

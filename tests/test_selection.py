@@ -391,6 +391,12 @@ def test_what_validation_cannot_choose_from_is_named_before_anything_runs(tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+def test_a_rehearsal_chooses_too_also_where_only_one_arm_does(tmp_path, monkeypatch):
+    arms = {"ce": {"teachers": []}, "chosen": {"train": {"select": "best", "patience": 1, "eval_every": 3}}}
+    answer = invoke(monkeypatch, "run", write_recipe(tmp_path, arms=arms), "--dry-run")
+    assert answer.code == 0 and "train chosen 7" in answer.out, answer
+
+
 def test_arms_that_stopped_by_the_same_rule_are_compared_at_equal_data():
     rule = {"select": "best", "patience": 3}
     early = with_ledger(RUNS, optimiser_steps=60, tokens_nonpadding=600.0, selection=rule)

@@ -319,12 +319,39 @@ def test_a_missing_file_of_traces(tmp_path: Path) -> None:
 # -- mistakes --------------------------------------------------------------------------------------------
 
 
-def test_logits_need_one_vocabulary(studies: Studies) -> None:
+def test_logits_of_other_tokenizers_are_matched_unless_the_recipe_says_same(studies: Studies) -> None:
     recipe, run = studies("gsm8k", "gpt2", "qwen2.5", "llama3", **TRIMMED)
-    with_logits = recipe.model_copy(update={"arms": {"logits": {"loss": {"logit_weight": 1.0, "kv_weight": 0}}}})
-    with pytest.raises(AlignmentError, match="this one has its own tokenizer") as raised:
-        check_models(Experiment(with_logits, run))
+    logits: dict[str, Any] = {"loss": {"logit_weight": 1.0, "kv_weight": 0, "logit_match": "same"}}
+    with pytest.raises(AlignmentError, match="logit_match: same, and this teacher has other tokens") as raised:
+        check_models(Experiment(recipe.model_copy(update={"arms": {"logits": logits}}), run))
     assert "arms.logits with teacher 't0'" in str(raised.value.place)
+    logits["loss"]["logit_match"] = "auto"
+    check_models(Experiment(recipe.model_copy(update={"arms": {"logits": logits}}), run))
+
+
+@pytest.mark.parametrize("rows", ["gsm8k", "math23k"])
+def test_chunks_of_real_text_write_the_same_on_both_sides(studies: Studies, rows: str) -> None:
+    """Completions in GPT-2's tokens and in Qwen's and Llama-3's: English arithmetic, and Chinese cut inside letters."""
+    recipe, run = studies(rows, "gpt2", "qwen2.5", "llama3", **TRIMMED)
+    made = recipe.model_copy(update={"arms": {"logits": {"loss": {"logit_weight": 1.0, "kv_weight": 0}}}})
+    arm = Experiment(made, run).arm("logits", recipe.seeds[0])
+    batch = arm.batches("train", stored=False)([0, 3, 5, 7])
+    mine = arm.experiment.tokenizer
+    for name, teacher in arm.teachers.items():
+        chunks, covered, single = batch.chunks[name], 0, 0
+        places = zip(*(x.tolist() for x in (chunks.row_C, chunks.theirs_C2, chunks.mine_C2)), strict=True)
+        for row, (i0, i1), (j0, j1) in places:
+            theirs, own = chunks.ids_BS[row, i0 : i1 + 1], batch.input_ids_BT[row, j0 : j1 + 1]
+            if theirs[0] == teacher.tokenizer.eos_token_id:
+                assert own.tolist() == [mine.eos_token_id]
+            else:
+                texts = teacher.tokenizer.decode(theirs), mine.decode(own)
+                assert texts[0] == texts[1] or "\ufffd" in "".join(texts)  # a part of a letter
+            covered, single = covered + len(own), single + (i0 == i1)
+            if i0 == i1 and j0 == j1:  # one token of the same text is the same piece
+                assert chunks.written_VL[theirs[0], 0] == own[0]
+        learned = (batch.segments_BT == REASONING) | (batch.segments_BT == ANSWER)
+        assert covered == int(learned.sum()) and single > 0.3 * len(chunks.row_C)
 
 
 def test_rotated_keys_are_not_averaged_over_tokens(studies: Studies) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -12,15 +13,28 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import tiny_model
-from tiny_recipe import SEED, copy_base, made_ready, run_jobs_here, tiny_recipe, tiny_tree
+from tiny_recipe import (
+    SEED,
+    assert_one_message,
+    copy_base,
+    invoke,
+    made_ready,
+    run_jobs_here,
+    tiny_recipe,
+    tiny_tree,
+    write_recipe,
+)
 
+from kvdistill.arms.costs import all_sharers
 from kvdistill.arms.experiment import Experiment
 from kvdistill.arms.lessons import SOLUTIONS, RowsBehind, written_beside
 from kvdistill.core.config import arm_recipe, make_recipe
+from kvdistill.core.costs import amortised
 from kvdistill.core.errors import DataError, RecipeError, RunFolderError
 from kvdistill.core.files import read_json_lines, sha256_file
 from kvdistill.core.layout import written_folder, written_mark
 from kvdistill.core.marks import check_marked, read_mark
+from kvdistill.core.progress import silent
 from kvdistill.data.encode import Example
 from kvdistill.data.grading import is_correct
 from kvdistill.data.tables import read_table
@@ -32,6 +46,7 @@ from kvdistill.stages.train import train_student
 from kvdistill.stages.write import ANSWERS, asked_numbers, solution_row, write
 from kvdistill.study.folder import claimed, difference
 from kvdistill.study.plan import plan
+from kvdistill.study.rehearse import dry_run
 
 TASKS = [
     {"name": "chain", "train": 24, "val": 9, "test": 10, "teach": 20},
@@ -229,9 +244,10 @@ def test_what_several_write_alike_is_read_once_and_the_arm_counts_what_it_cost(r
     ledger = json.loads((arm.folder / "ledger.json").read_text())
     facts = {name: read_mark(written_mark(written_folder(run, name))) for name in ("one", "two")}
     assert ledger["texts"]["beside"] == 34 and ledger["texts"]["written"]["two"]["kept"] == 14
-    assert ledger["flops"]["teachers"] == {name: said["flops"] for name, said in facts.items() if said}
-    assert ledger["flops"]["teachers_amortised"]["one"] == ledger["flops"]["teachers"]["one"] / 2
-    assert ledger["flops"]["teachers_amortised"]["two"] == ledger["flops"]["teachers"]["two"]
+    assert ledger["flops"]["generation"] == {name: said["flops"] for name, said in facts.items() if said}
+    sharers = all_sharers(setting)
+    shared = amortised("generation", ledger["flops"], ledger["shared"], sharers)
+    assert shared == {"one": facts["one"]["flops"] / 2, "two": facts["two"]["flops"]}
     other = experiment(run, write={"questions": "train"})
     spoken(monkeypatch, other, gold)
     shutil.rmtree(run / "written")
@@ -351,6 +367,18 @@ def test_a_whole_study_ends_with_a_page_though_the_teachers_write_nothing_right(
     assert difference(theirs, other, run) is not None
     without = tiny_recipe(run, **{**CHANGES, "arms": {"ce": ARMS["ce"]}, "write": {"limit": 2}})
     assert difference(theirs, without, run) is None
+
+
+def test_the_command_says_what_was_written_and_a_rehearsal_writes_too(tmp_path, monkeypatch):
+    path = write_recipe(tmp_path, **CHANGES)
+    for verb in ("prepare", "teach"):
+        assert invoke(monkeypatch, verb, path).code == 0
+    answer = invoke(monkeypatch, "write", path)
+    assert answer.code == 0 and re.search(r"one: 20 solutions of 20 questions, \d+ right", answer.out), answer
+    assert_one_message(invoke(monkeypatch, "write", write_recipe(tmp_path)), "no arm reads what teachers write")
+    arms = {name: ARMS[name] for name in ("seq-kd", "data")} | {"untrained": {"control": "untrained"}}
+    found = dry_run(tiny_recipe(tmp_path / "rehearsed", **{**CHANGES, "arms": arms}), silent)
+    assert {"write one", "capture two~untrained", "train seq-kd 7", "evaluate data 7"} <= {*found["rehearsed"]}
 
 
 # -- bad input ------------------------------------------------------------------------------------------

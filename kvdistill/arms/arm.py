@@ -213,6 +213,7 @@ class Arm:
             self._moments if arm.control == "noise" and arm.needs_kv else {},
             self._nll.get(split, {}) if stored else {},
             self.experiment.vocab_size,
+            pieces={name: self.teachers[name].pieces for name, text in texts.items() if text and arm.needs_logits},
         )
 
     @cached_property
@@ -257,10 +258,23 @@ class Arm:
     def training_order(self, num_batches: int | None = None) -> list[int]:
         """Numbers of `lessons` for the whole training (of all ranks), or for its first batches; the same for every arm
         that reads the same, and of any two of them the shorter one begins the longer one."""
-        train = self.recipe.train
         if num_batches is None:
-            num_batches = train.steps * train.accumulation * int(os.environ.get("WORLD_SIZE", 1))
-        return data_order(len(self.lessons), num_batches * train.batch_size, derive_seed(self.seed, "data"))
+            num_batches = self.num_batches(self.recipe.train.steps)
+        return self.order_of(len(self.lessons), num_batches)
+
+    def order_of(self, num_lessons: int, num_batches: int) -> list[int]:
+        """The same for so many lessons, also where they are still to be written."""
+        return data_order(num_lessons, num_batches * self.recipe.train.batch_size, derive_seed(self.seed, "data"))
+
+    def num_batches(self, steps: int) -> int:
+        """Micro-batches of so many steps, of all ranks."""
+        return steps * self.recipe.train.accumulation * int(os.environ.get("WORLD_SIZE", 1))
+
+    @cached_property
+    def lesson_lengths(self) -> Sequence[int]:
+        """Tokens of each of its lessons."""
+        own = self.recipe.texts == "own"
+        return self.experiment.train_lengths if own else [len(example.input_ids) for example in self.lessons]
 
     def calibration_numbers(self, most: int | None = None) -> list[list[int]]:
         """The training examples that aligners are fitted on, or the first `most` of them, in batches."""

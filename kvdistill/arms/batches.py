@@ -37,7 +37,7 @@ from kvdistill.core.runtime import derive_seed
 from kvdistill.core.segments import ANSWER, PROMPT, REASONING
 from kvdistill.core.targets import ATTENTION, IMPORTANCE, REDUNDANCY, TeacherTargets
 from kvdistill.data.encode import Example
-from kvdistill.losses import normalise_token_weights
+from kvdistill.losses import TextChunks, chunks_within, common_chunks, normalise_token_weights
 from kvdistill.models.generate import right_padded
 from kvdistill.store.packed import TargetReader
 
@@ -129,6 +129,7 @@ class Batch:
     maps: from the teacher's tokens to the student's; a teacher without one has every token where the student has it.
     kv_masks: student tokens that take part, [B, T], or [L', B, T] where layers keep different tokens.
     token_weights: [L', B, T], mean 1 over the tokens that take part, where tokens weigh by the teacher's attention.
+    chunks: of completions, where logits of a teacher that reads its own tokens are distilled.
     """
 
     input_ids_BT: Int[Tensor, "B T"]
@@ -141,6 +142,7 @@ class Batch:
     maps: dict[str, SparseMap] = field(default_factory=dict)
     kv_masks: dict[str, Bool[Tensor, "B T"] | Bool[Tensor, "_ B T"]] = field(default_factory=dict)
     token_weights: dict[str, Float[Tensor, "_ B T"]] = field(default_factory=dict)
+    chunks: dict[str, TextChunks] = field(default_factory=dict)
 
     @property
     def mask_BT(self) -> Tensor:
@@ -183,6 +185,7 @@ class BatchMaker:
     layer to layer (r-kv, tokens weighed by attention) needs them.
     moments: by teacher, of its channels; for control: noise. nll: by teacher, of every example, in the place of what
     the targets say. vocab_size: tokens that a prediction may be of.
+    pieces: of teachers with their own tokenizer whose logits are distilled, how their pieces are told in the student's.
     """
 
     examples: Sequence[Example]
@@ -195,6 +198,7 @@ class BatchMaker:
     moments: Mapping[str, Moments] = field(default_factory=dict)
     nll: Mapping[str, Tensor] = field(default_factory=dict)
     vocab_size: int = 1
+    pieces: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._partner: list[int] | None = None
@@ -242,7 +246,8 @@ class BatchMaker:
             num_B = in_segments(mine, (REASONING, ANSWER)).sum(1).clamp_min(1)
             scale = {n: in_segments(theirs[n], (REASONING, ANSWER)).sum(1) / num_B for n in theirs if n in self.texts}
         changes = self._changes(theirs, segments_BT, numbers)
-        batch = replace(batch, teacher_inputs=given, nll_scale=scale, changes=changes)
+        chunks = {name: self._chunks(name, theirs[name], segments_BT, numbers) for name in self.pieces}
+        batch = replace(batch, teacher_inputs=given, nll_scale=scale, changes=changes, chunks=chunks)
         if targets:
             batch = batch.with_targets(targets)
         return self._aligned(batch, theirs, numbers, others) if arm.needs_kv else batch
@@ -308,6 +313,19 @@ class BatchMaker:
                     place[: len(row[part])] = row[part]
                 sides.append(padded if padded.is_floating_point() else padded.long())
         return None if same_tokens(*sides) else token_map(*sides)
+
+    def _chunks(self, name: str, theirs_BS: Tensor, mine_BT: Tensor, numbers: Sequence[int]) -> TextChunks:
+        """Of the completions, as far as their tokens are learned: where a teacher's logits and the student's meet."""
+        assert self.arm is not None
+        text, found = self.texts[name], []
+        given_BS = in_segments(theirs_BS, (REASONING, ANSWER))
+        learned_BT = in_segments(mine_BT, CE_SEGMENTS[self.arm.loss.ce_on])
+        for i, given_S, learned_T in zip(numbers, given_BS, learned_BT, strict=True):
+            found.append(chunks_within(common_chunks(*text.spans(i), *text.student_spans(i)), given_S, learned_T))
+        row_C = torch.arange(len(found)).repeat_interleave(torch.tensor([len(one) for one in found]))
+        theirs_C2, mine_C2 = torch.cat(found).split(2, dim=1)
+        ids_BS = right_padded([text.examples[i].input_ids for i in numbers], text.pad_id)
+        return TextChunks(row_C, theirs_C2, mine_C2, ids_BS, *self.pieces[name])
 
     def _compressed(
         self,

@@ -47,7 +47,7 @@ def check_models(experiment: Experiment, progress: Progress = silent) -> None:
             check_saved_tokenizer(experiment, scratch, teacher.place, teacher.tokenizer)
         progress("check", number + 1, len(teachers))
     for name in recipe.arms:
-        arm = experiment.arm(name, recipe.seeds[0])
+        arm = experiment.arm(name, recipe.seeds[0] if experiment.seed is None else experiment.seed)
         for teacher in arm.teachers.values() if arm.uses_teachers else ():
             _check_gives(arm, teacher)
             _check_meets(arm, teacher)
@@ -61,7 +61,7 @@ def check_models(experiment: Experiment, progress: Progress = silent) -> None:
 
 def check_sizes(recipe: Recipe, run: Path) -> None:
     """What is wrong with models and layers whatever the data says: looked at before any data is read, in a second."""
-    experiment = Experiment(recipe, run)
+    experiment = Experiment(recipe, run, recipe.seeds[0])
     experiment.vocab_size = 1  # not known yet: the smallest there is
     for teacher in experiment.teachers.values():
         teacher.texts = {"own_text": False, "one_text": True, "tokenizer": None}
@@ -225,12 +225,19 @@ def _check_meets(arm: Arm, teacher: Teacher) -> None:
     """Whether the texts and layers that this teacher has are such that the arm can bring them to the student's."""
     place, texts, recipe = f"arms.{arm.name} with teacher {teacher.name!r}", teacher.texts, arm.recipe
     own_tokenizer, own_chains = texts["tokenizer"] is not None, texts["own_text"] and not texts["one_text"]
-    if recipe.needs_logits and texts["own_text"]:
-        own = "its own tokenizer" if own_tokenizer else "its own chains"
+    if recipe.needs_logits and own_chains:
         raise AlignmentError(
-            f"logits can be distilled from a teacher that reads the student's tokens; this one has {own}",
+            "logits can be distilled from a teacher that reads the student's text; this one has its own chains",
             place=f"{place}: loss.logit_weight",
             fix="set loss.logit_weight: 0 for this arm, or name other teachers",
+        )
+    disturbed = recipe.control not in (None, "untrained")
+    if recipe.needs_logits and own_tokenizer and (recipe.loss.logit_match == "same" or disturbed):
+        what = f"control: {recipe.control}" if disturbed else "logit_match: same"
+        raise AlignmentError(
+            f"{what}, and this teacher has other tokens than the student: no position of the one is one of the other",
+            place=f"{place}: loss.logit_match",
+            fix="set loss.logit_weight: 0" if disturbed else "set loss.logit_match: auto",
         )
     if not recipe.needs_kv:
         return

@@ -17,14 +17,18 @@ from kvdistill.core.costs import Sharers, count_sharers
 from kvdistill.core.errors import KVDistillError
 from kvdistill.core.files import sha256_of
 from kvdistill.core.recipe import ArmRecipe, Recipe
-from kvdistill.data.encode import Example
 from kvdistill.models import batch_geometry, capture_flops, forward_flops
 
 
-def run_flops(arm: Arm, order: Sequence[int]) -> dict[str, Any]:
-    """The `flops` of a ledger. order: example numbers, as they are trained on."""
-    examples = arm.lessons
-    tokens, squares = batch_geometry(len(examples[i].input_ids) for i in order)
+def run_flops(arm: Arm, order: Sequence[int], lengths: Sequence[int] | None = None) -> dict[str, Any]:
+    """The `flops` of a ledger. order: numbers of lessons, as they are trained on.
+
+    lengths: tokens of lessons, for a plan made before teachers have written those that an arm reads; what writing will
+    cost is left out then. Unset: the arm's own.
+    """
+    planned = lengths is not None
+    lengths = arm.lesson_lengths if lengths is None else lengths
+    tokens, squares = batch_geometry(lengths[i] for i in order)
     forward, backward = arm.experiment.student_outline.flops(tokens, squares)
     used = arm.teachers if arm.uses_teachers else {}
     return {
@@ -40,7 +44,7 @@ def run_flops(arm: Arm, order: Sequence[int]) -> dict[str, Any]:
             if teacher.recipe.scratch is not None and not teacher.is_untrained
         },
         # what they wrote, whether it was kept or not
-        "generation": {name: writing_facts(arm.experiment, name)["flops"] for name in arm.writers},
+        "generation": {} if planned else {name: writing_facts(arm.experiment, name)["flops"] for name in arm.writers},
         "tuning": 0,
     }
 
@@ -48,14 +52,25 @@ def run_flops(arm: Arm, order: Sequence[int]) -> dict[str, Any]:
 def shared_keys(arm: ArmRecipe, seed: int, recipe: Recipe) -> dict[str, dict[str, str]]:
     """What runs that share a part of the cost have alike: part -> teacher -> key (`core.costs.Keys`)."""
     names = arm.teachers if arm.needs_kv or arm.needs_logits else []
-    by_name, writers = {name: name for name in names}, {name: name for name in arm.writers}
-    found = {"teacher_training": by_name | writers, "generation": writers}
-    if recipe.capture.source == "store":
-        found["teachers"] = dict(zip(names, arm.reads, strict=False))  # with random weights under another name
+    scratch = {teacher.name for teacher in recipe.teachers if teacher.scratch is not None}
+
+    def taught(name: str) -> str:
+        """A teacher, of this seed where each trains its own."""
+        return f"{name}:{seed}" if recipe.varies_teachers and name in scratch else name
+
+    def read(name: str) -> str:
+        """What comes of its reading the training problems, of this seed where these or the teacher are its own."""
+        return f"{name}:{seed}" if recipe.varies_data else taught(name)
+
+    by_name, writers = {name: read(name) for name in names}, {name: read(name) for name in arm.writers}
+    found = {"teacher_training": {name: taught(name) for name in (*names, *arm.writers)}, "generation": writers}
+    if recipe.capture.source == "store":  # with random weights under another name
+        stored = dict(zip(names, arm.reads, strict=False))
+        found["teachers"] = {name: stored[name] + read(name).removeprefix(name) for name in stored}
     if arm.needs_kv:
         together = names if arm.align.match_in == "shared" else []
         options = [together, arm.control == "untrained", fit_options(arm, recipe.student, seed)]
-        found["fit"] = {name: sha256_of([name, options])[:16] for name in names}
+        found["fit"] = {name: sha256_of([read(name), options])[:16] for name in names}
     if reads_similarity(arm):
         found["layer_maps"] = by_name
     return found
@@ -69,21 +84,22 @@ def all_sharers(experiment: Setting) -> Sharers:
 
 def teacher_flops(arm: Arm, teacher: Teacher, order: Sequence[int]) -> int:
     """One pass over the stored texts, or the passes of every step where it runs online."""
-    examples = teacher.examples("train")
+    sizes = teacher.train_sizes
     stops = arm.runs_online and not arm.recipe.needs_logits and not arm.recipe.needs_nll
-    return pass_flops(teacher, [examples[i] for i in order] if arm.runs_online else examples, stops=stops)
+    return pass_flops(teacher, [sizes[i] for i in order if i < len(sizes)] if arm.runs_online else sizes, stops=stops)
 
 
-def pass_flops(teacher: Teacher, examples: Sequence[Example], *, stops: bool) -> int:
-    """Of a teacher over what it reads. stops: nobody asks for more than keys and values.
+def pass_flops(teacher: Teacher, sizes: Sequence[tuple[int, int]], *, stops: bool) -> int:
+    """Of a teacher over texts of so many tokens, so many of them of the prompt.
 
-    What predicts no next token always stops at the highest layer needed; others run their head on completions.
+    stops: nobody asks for more than keys and values. What predicts no next token always stops at the highest layer
+    needed; others run their head on completions.
     """
-    tokens, squares = batch_geometry(_lengths(examples))
+    tokens, squares = batch_geometry(size for size, _ in sizes)
     top = _highest_layer(teacher) if stops or teacher.shape.kind != "decoder" else None
     if top is not None:
         return capture_flops(teacher.shape, tokens, squares, top)
-    predicted = tokens - sum(example.num_prompt_tokens for example in examples)
+    predicted = tokens - sum(prompt for _, prompt in sizes)
     return forward_flops(teacher.shape, tokens, squares, num_head_tokens=predicted)
 
 
@@ -124,12 +140,13 @@ def fit_flops(arm: Arm, name: str) -> int:
     """Statistics and closed forms on the calibration texts: the passes of both models, and sums of products."""
     aligner, recipe = arm.outline_of_aligner(name), arm.recipe
     numbers = [i for batch in arm.calibration_numbers() for i in batch]
-    mine = arm.experiment.examples("train")
-    tokens, squares = batch_geometry(len(mine[i].input_ids) for i in numbers)
+    lengths = arm.experiment.train_lengths
+    tokens, squares = batch_geometry(lengths[i] for i in numbers)
     similarity, total = recipe.fuse.fusion_strategy == "similarity", 0
     if arm.runs_online:  # the teacher runs again each time the texts are gone through
-        theirs = arm.teachers[name].examples("train")
-        times = int(recipe.align.standardise) + int(aligner.needs_fit) + int(similarity)
+        theirs = arm.teachers[name].train_sizes
+        moments = recipe.control == "noise"
+        times = int(recipe.align.standardise) + int(aligner.needs_fit) + int(similarity) + int(moments)
         total += times * pass_flops(arm.teachers[name], [theirs[i] for i in numbers], stops=True)
     if aligner.needs_fit:
         total += capture_flops(arm.experiment.student_shape, tokens, squares, max(aligner.student_layers))
@@ -150,13 +167,10 @@ def reads_similarity(arm: ArmRecipe) -> bool:
 def layer_map_flops(arm: Arm, name: str) -> int:
     """Both models read the texts that layers are compared on, and every pair of layers is (a product of channels)."""
     teacher, student = arm.teachers[name].shape, arm.experiment.student_shape
-    share = min(1.0, arm.experiment.recipe.align.cka_texts / max(1, len(arm.experiment.split("train"))))
-    mine = batch_geometry(_lengths(arm.experiment.split("train")))
-    theirs = batch_geometry(_lengths(arm.teachers[name].examples("train")))
+    lengths = arm.experiment.train_lengths
+    share = min(1.0, arm.experiment.recipe.align.cka_texts / max(1, len(lengths)))
+    mine = batch_geometry(lengths)
+    theirs = batch_geometry(size for size, _ in arm.teachers[name].train_sizes)
     widths = [x.num_kv_heads * x.head_size * x.num_layers for x in (student, teacher)]
     passes = forward_flops(student, *mine, with_lm_head=False) + forward_flops(teacher, *theirs, with_lm_head=False)
     return round(share * (passes + 2 * 2 * mine[0] * widths[0] * widths[1]))
-
-
-def _lengths(examples: Sequence[Example]) -> list[int]:
-    return [len(example.input_ids) for example in examples]

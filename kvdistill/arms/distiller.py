@@ -26,7 +26,9 @@ from kvdistill.losses import (
     QKV,
     AbstractKVDistance,
     build_distance,
+    chunk_divergence,
     cross_entropy,
+    each_token,
     logit_divergence,
     masked_token_mean,
     prediction_mask,
@@ -264,15 +266,19 @@ class Distiller(nn.Module):
         for number, name in enumerate(self.teachers):
             target = batch.targets[name]
             assert target.topk_index_BSK is not None and target.topk_logprob_BSK is not None
-            weight_BT = out.weights[number].mean(0)  # over layers
-            divergence_N = logit_divergence(
-                logits,
-                target.topk_index_BSK,
-                target.topk_logprob_BSK,
-                predicts_BT,
-                self.arm.loss.logit_temperature,
-            )
-            routed = (divergence_N * weight_BT.expand(predicts_BT.shape)[predicts_BT]).sum() / num_tokens
+            weight_BT = out.weights[number].mean(0).expand(predicts_BT.shape)  # mean over layers
+            theirs, form = (target.topk_index_BSK, target.topk_logprob_BSK), self.arm.loss.logit_match
+            temperature, chunks = self.arm.loss.logit_temperature, batch.chunks.get(name)
+            if chunks is None and form != "sorted":
+                divergence_N = logit_divergence(logits, *theirs, predicts_BT, temperature)
+                weight_N = weight_BT[predicts_BT]
+            else:  # N: terms
+                chunks = chunks or each_token(predicts_BT, batch.input_ids_BT, logits.shape[-1])
+                form = "spans" if form == "auto" or form == "same" else form
+                ids_BT = batch.input_ids_BT
+                found = chunk_divergence(logits, predicts_BT, ids_BT, *theirs, chunks, form, temperature)
+                divergence_N, weight_N = found.divergence_N, weight_BT[found.row_N, found.place_N]
+            routed = (divergence_N * weight_N).sum() / num_tokens
             raw = divergence_N.detach().sum() / num_tokens
             self._add(out, f"logit/{name}", raw, self.arm.loss.logit_weight, routed)
 

@@ -1,4 +1,4 @@
-"""An experiment: a recipe in its run folder, with its teachers and arms by name."""
+"""An experiment: a recipe in its run folder (of one seed, where these differ), with its teachers and arms by name."""
 
 from __future__ import annotations
 
@@ -18,6 +18,18 @@ class Experiment(Setting):
     def teachers(self) -> dict[str, Teacher]:
         return {teacher.name: Teacher(self, teacher.name) for teacher in self.recipe.teachers}
 
+    def of(self, seed: int | None) -> Experiment:
+        """The experiment with this seed's data and teachers: itself, where all seeds have the same."""
+        if seed == self.seed or self.study.replicate == "student":
+            return self
+        if seed not in self._of_seeds:
+            self._of_seeds[seed] = Experiment(self.study, self.run, seed)
+        return self._of_seeds[seed]
+
+    @cached_property
+    def _of_seeds(self) -> dict[int | None, Experiment]:
+        return {}
+
     @cached_property
     def untrained(self) -> dict[str, Teacher]:
         """The same with random weights, for arms with `control: untrained`."""
@@ -29,7 +41,11 @@ class Experiment(Setting):
         return (self.teachers if name == stored_as else self.untrained)[name]
 
     def arm(self, name: str, seed: int) -> Arm:
-        """One arm with one seed. Raises RecipeError with the nearest name."""
-        recipe = arm_recipe(self.recipe, name)
-        teachers = self.untrained if recipe.control == "untrained" else self.teachers
-        return Arm(self, teachers, recipe, seed, name, judges=self.teachers)
+        """One arm with one seed, with the steps it is trained for as far as they are known. RecipeError with the
+        nearest name."""
+        mine, recipe = self.of(seed), arm_recipe(self.recipe, name)
+        steps = self.matched_steps(name) if recipe.match is not None else None
+        if steps is not None:
+            recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": steps})})
+        teachers = mine.untrained if recipe.control == "untrained" else mine.teachers
+        return Arm(mine, teachers, recipe, seed, name, judges=mine.teachers)

@@ -64,7 +64,7 @@ def written_beside(setting: Setting, names: Sequence[str]) -> Sequence[Example]:
     seen = {_text(row) for row in setting.split("train")}
     found: list[Example] = []
     for name in names:
-        path = written_folder(setting.run, name) / SOLUTIONS
+        path = written_folder(setting.own_run, name) / SOLUTIONS
         for row in read_table(path, writing_facts(setting, name)["files"][SOLUTIONS]["sha256"]):
             if _text(row) not in seen:
                 seen.add(_text(row))
@@ -78,7 +78,7 @@ def _text(row: Example) -> tuple[str, ...]:
 
 def writing_facts(setting: Setting, name: str) -> dict[str, Any]:
     """What a teacher's mark says of what it wrote. RunFolderError where it has not."""
-    folder = written_folder(setting.run, name)
+    folder = written_folder(setting.own_run, name)
     said = read_mark(written_mark(folder))
     if said is None:
         raise RunFolderError(

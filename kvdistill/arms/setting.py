@@ -1,4 +1,4 @@
-"""A recipe in its run folder: what all arms, seeds and teachers of a study share."""
+"""A recipe in its run folder: what the arms, teachers and seeds of a study share (of one seed, where these differ)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from kvdistill.arms.pairing import shape_of
 from kvdistill.arms.student import CausalStudent
 from kvdistill.arms.texts import load_tokenizer_of, spread
-from kvdistill.core.config import arm_recipe
+from kvdistill.core.budgets import read_budgets
+from kvdistill.core.config import arm_recipe, replicate_recipe
+from kvdistill.core.layout import replicate_folder
 from kvdistill.core.recipe import ArmRecipe, Recipe
 from kvdistill.core.runtime import derive_seed, pick_device
 from kvdistill.data.encode import Example
@@ -22,10 +24,21 @@ from kvdistill.models import ModelShape, auto_class, load_model, model_config
 
 
 class Setting:
-    """recipe: the study's. run: its folder, in which data is prepared. Loads and reads when it is asked."""
+    """Loads and reads when it is asked.
 
-    def __init__(self, recipe: Recipe, run: Path) -> None:
-        self.recipe, self.run = recipe, run
+    Args:
+        recipe: the study's.
+        run: its folder: arms, stores and fits. Data and teachers are in `data_run` and `teachers_run`.
+        seed: whose data and teachers, where these vary (`replicate`); unset: what all seeds share.
+    """
+
+    def __init__(self, recipe: Recipe, run: Path, seed: int | None = None) -> None:
+        self.study, self.run, self.seed = recipe, run, seed
+        self.recipe = replicate_recipe(recipe, seed)
+        own = run if seed is None else replicate_folder(run, seed)
+        self.data_run = own if recipe.varies_data else run
+        self.teachers_run = own if recipe.varies_teachers else run
+        self.own_run = own if recipe.varies_data or recipe.varies_teachers else run
         self._splits: dict[str, Sequence[Example]] = {}
 
     @cached_property
@@ -37,12 +50,17 @@ class Setting:
         """The complete recipe of every arm; steps of those that are matched are `Experiment.arm`'s to fill in."""
         return {name: arm_recipe(self.recipe, name) for name in self.recipe.every_arm}
 
+    def matched_steps(self, name: str) -> int | None:
+        """Steps that were computed for an arm that is matched to another; None: not yet (`arms/budget.py` does)."""
+        planned = read_budgets(self.run).get(name)
+        return None if planned is None else int(planned["steps"])
+
     # -- the student --------------------------------------------------------------------------------------
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The student's, as `prepare` left it. Raises RunFolderError where data is not prepared."""
-        return load_tokenizer_of(self.run)
+        return load_tokenizer_of(self.data_run)
 
     def as_read(self, tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
         """A tokenizer as it is saved beside a model: called by itself it begins a text as this recipe's texts begin."""
@@ -75,8 +93,13 @@ class Setting:
     def split(self, name: str) -> Sequence[Example]:
         """A whole split as the student reads it; checked against its checksum when it is first asked for."""
         if name not in self._splits:
-            self._splits[name] = read_split(self.run, name)
+            self._splits[name] = read_split(self.data_run, name)
         return self._splits[name]
+
+    @cached_property
+    def train_lengths(self) -> list[int]:
+        """Tokens of each training example, as the student reads it."""
+        return [len(example.input_ids) for example in self.split("train")]
 
     def numbers(self, split: str) -> Sequence[int]:
         """Rows of a split whose targets are captured: all of train, those of val that curves and match figures use."""

@@ -49,6 +49,7 @@ from kvdistill.core.runtime import DTYPES, derive_seed
 from kvdistill.core.segments import ANSWER
 from kvdistill.core.targets import ChannelMeans, TeacherTargets
 from kvdistill.data.encode import Example
+from kvdistill.data.pieces import tell_pieces
 from kvdistill.data.tables import check_file, read_table
 from kvdistill.losses import answer_attention
 from kvdistill.models import (
@@ -75,12 +76,17 @@ class Teacher:
     """
 
     def __init__(self, experiment: Setting, name: str, *, untrained: bool = False) -> None:
-        self.experiment, self.name, self._run = experiment, name, experiment.run
+        self.experiment, self.name, self._data_run = experiment, name, experiment.data_run
         self.recipe: TeacherRecipe = next(t for t in experiment.recipe.teachers if t.name == name)
         self.place = teacher_place(experiment.recipe, name)  # in errors
         self.is_untrained = untrained
         self.stored_as = name + UNTRAINED if untrained else name
-        self._training_flops: tuple[int, int] | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where it is trained, and what is noted of its weights. Published weights are those of all seeds."""
+        scratch = self.recipe.scratch is not None
+        return teacher_folder(self.experiment.teachers_run if scratch else self.experiment.run, self.name)
 
     # -- what it reads ------------------------------------------------------------------------------------
 
@@ -89,7 +95,7 @@ class Teacher:
         """What `prepare` found about its texts: own_text, one_text, tokenizer, files. Raises RunFolderError."""
         if not may_have_own_text(self.recipe):
             return {"own_text": False, "one_text": True, "tokenizer": None}
-        path = teacher_texts_folder(self._run, self.name) / "manifest.json"
+        path = teacher_texts_folder(self._data_run, self.name) / "manifest.json"
         if not path.is_file():
             raise RunFolderError(
                 f"the texts of teacher {self.name!r} are not prepared",
@@ -101,7 +107,7 @@ class Teacher:
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Of what this teacher reads; the run's where it has none of its own."""
-        folder = own_tokenizer_folder(self._run, self.name)
+        folder = own_tokenizer_folder(self._data_run, self.name)
         if self.texts["own_text"] and folder.is_dir():
             return load_prepared_tokenizer(folder, self.texts["tokenizer"])
         return self.experiment.tokenizer
@@ -111,11 +117,16 @@ class Teacher:
         own = self.texts["tokenizer"]
         return self.experiment.vocab_size if own is None else int(own["size"])
 
+    @cached_property
+    def pieces(self) -> tuple[Tensor, Tensor]:
+        """How the pieces of its tokenizer are told in the student's (`tell_pieces`)."""
+        return tell_pieces(self.tokenizer, self.experiment.tokenizer)
+
     def lessons(self, split: str) -> Sequence[Example]:
         """The whole split as this teacher reads it: what it is trained and tested on."""
         if not self.texts["own_text"]:
             return self.experiment.split(split)
-        path = own_table_path(self._run, self.name, split)
+        path = own_table_path(self._data_run, self.name, split)
         return read_table(path, self.texts["files"][path.name])
 
     def studied(self) -> list[Example]:
@@ -135,15 +146,13 @@ class Teacher:
         num_needed *= int(os.environ.get("WORLD_SIZE", 1))
         return data_order(num_examples, num_needed, derive_seed(self.recipe.seed, "data", self.name))
 
-    @property
+    @cached_property
     def training_flops(self) -> tuple[int, int]:
         """Forward and backward of training a scratch teacher. Nothing is trained: it is counted."""
-        if self._training_flops is None:
-            lengths = [len(example.input_ids) for example in self.studied()]
-            tokens, squares = batch_geometry(lengths[i] for i in self.training_order(len(lengths)))
-            forward = forward_flops(self.shape, tokens, squares)
-            self._training_flops = forward, 2 * forward
-        return self._training_flops
+        lengths = [len(example.input_ids) for example in self.studied()]
+        tokens, squares = batch_geometry(lengths[i] for i in self.training_order(len(lengths)))
+        forward = forward_flops(self.shape, tokens, squares)
+        return forward, 2 * forward
 
     def text(self, split: str) -> TeacherText | None:
         """Its own texts for `Setting.examples(split)`, or None where it reads what the student reads."""
@@ -155,7 +164,7 @@ class Teacher:
         )
         tables: list[SpanTable | None] = [None, None]
         if self.texts["one_text"]:
-            path = spans_path(self._run, self.name, split)
+            path = spans_path(self._data_run, self.name, split)
             check_file(path, self.texts["files"][path.name])
             tensors = open_tensors(path)
             tables = [SpanTable(*(tensors[f"{side}.{name}"] for name in SPAN_NAMES)) for side in ("own", "students")]
@@ -165,6 +174,11 @@ class Teacher:
         """`Setting.examples(split)` as this teacher reads them."""
         text = self.text(split)
         return self.experiment.examples(split) if text is None else text.examples
+
+    @cached_property
+    def train_sizes(self) -> list[tuple[int, int]]:
+        """(tokens, prompt tokens) of each training example, as it reads them."""
+        return [(len(example.input_ids), example.num_prompt_tokens) for example in self.examples("train")]
 
     # -- which model it is --------------------------------------------------------------------------------
 
@@ -180,7 +194,7 @@ class Teacher:
         """
         path = self.recipe.path
         if self.recipe.scratch is not None:
-            folder = teacher_folder(self._run, self.name)
+            folder = self.folder
             if read_mark(trained_mark(folder)) is None:
                 raise RunFolderError(
                     f"teacher {self.name!r} is not trained yet",
@@ -212,7 +226,7 @@ class Teacher:
             self._check_files()  # names it
             raise RunFolderError("this folder has no config.json", place=str(folder), fix="copy the model again")
         stamp = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
-        note = teacher_folder(self._run, self.name) / "fingerprint.json"
+        note = self.folder / "fingerprint.json"
         known = read_mark(note)  # a damaged note says nothing
         if known is not None and known["stamp"] == stamp:
             return str(known["files"])
@@ -228,8 +242,7 @@ class Teacher:
 
     def _check_files(self) -> None:
         if self.recipe.scratch is not None:
-            folder = teacher_folder(self._run, self.name)
-            check_marked(trained_mark(folder), "model/", fix=f"delete {folder} and teach it again")
+            check_marked(trained_mark(self.folder), "model/", fix=f"delete {self.folder} and teach it again")
 
     @property
     def identities(self) -> dict[str, Any]:
@@ -248,7 +261,7 @@ class Teacher:
     @property
     def similarity_path(self) -> Path:
         """Where `map-layers` leaves how alike the student's layers and this teacher's are."""
-        return layers_folder(self._run) / f"{self.name}.json"
+        return layers_folder(self.experiment.own_run) / f"{self.name}.json"
 
     # -- what the arms want of it -------------------------------------------------------------------------
 
@@ -346,7 +359,7 @@ class Teacher:
     def target_identity(self, split: str) -> dict[str, Any]:
         """Everything that captured targets depend on: weights, tokenizer, texts, layers, options."""
         capture = self.experiment.recipe.capture
-        manifest = self.texts if self.texts["tokenizer"] else read_json(data_folder(self._run) / "manifest.json")
+        manifest = self.texts if self.texts["tokenizer"] else read_json(data_folder(self._data_run) / "manifest.json")
         return {
             "teacher": self.fingerprint,
             "tokenizer": str(manifest["tokenizer"]["fingerprint"]),
@@ -368,7 +381,11 @@ class Teacher:
         """Where its captured targets are. A StoreError says what differs."""
         identity = self.target_identity(split)
         return find_store(
-            store_root(self._run), f"targets-{split}", self.stored_as, identity, make="kvdistill capture RECIPE"
+            store_root(self.experiment.run),
+            f"targets-{split}",
+            self.stored_as,
+            identity,
+            make="kvdistill capture RECIPE",
         )
 
     def targets(self, split: str) -> TargetReader:

@@ -119,7 +119,7 @@ def teach(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = F
 @app.command()
 def write(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
     """Solutions that teachers write for arms with `texts: written`, held against the gold answers."""
-    _with_recipe(recipe, overrides, as_json, "run.run_study", verb="write")
+    _with_recipe(recipe, overrides, as_json, "run.write_solutions")
 
 
 @app.command("map-layers")

@@ -82,7 +82,11 @@ def _verdict_lines(summary: Mapping[str, Any]) -> list[str]:
             said = f"{row['arm']} against {row['baseline']}: {row.get('sentence') or row['verdict']}"
             reasons = "; ".join(row.get("refused") or ())
             said += f" ({reasons})" if reasons and reasons not in said else ""
-            lines += _said(printable(said + (" (after the results)" if row.get("after_results") else "")))
+            said += " (after the results)" if row.get("after_results") else ""
+            said += f"; {row['caution']}" if row.get("caution") else ""
+            lines += _said(printable(said))
+    for sentence in (summary.get("curves") or {}).get("sentences") or []:
+        lines += _said(printable(sentence))
     if summary.get("headline"):
         lines += textwrap.wrap(printable(summary["headline"]), WIDTH)
     return lines
@@ -138,6 +142,8 @@ def _data_table(data: Mapping[str, Any]) -> list[str]:
             line += f"{_points(lost['tokens']).strip()} % of the tokens have nothing behind them"
             line += f" ({lost['examples']:,} whole examples)" if lost["examples"] else ""
         lines.append(line)
+    if seeds := data.get("seeds"):
+        lines.append(f"training problems of its own has each seed, of as many: {', '.join(seeds)}")
     for task, found in data.get("noticed", {}).items():
         if unused := found["unused_columns"]:
             lines.append(f"{printable(task)}: columns that nothing is made of: {', '.join(map(printable, unused))}")
@@ -177,6 +183,12 @@ def _leak_lines(leaks: Mapping[str, Any]) -> list[str]:
         lines.append(f"taken out of what is learned from: {dropped:,} problems")
     if leaks["num_variants"]:
         lines.append(f"the same sentences with other numbers (no leak): {leaks['num_variants']:,} pairs")
+    for seed, found in leaks.get("seeds", {}).items():
+        out = sum(sum(tasks.values()) for tasks in found["dropped"].values())
+        taken = f", {out:,} problems taken out" if out else ""
+        lines.append(
+            f"problems of seed {seed}: {found['num_pairs_found']:,} pairs{taken}, leaks left {found['num_leaks']:,}"
+        )
     lines.append(f"leaks left: {leaks['num_leaks']:,}")
     return lines
 

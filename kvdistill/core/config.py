@@ -234,12 +234,20 @@ def _cross_mistakes(recipe: Recipe, place: str, wrong: Collection[str]) -> Itera
                     place=f"{place}: teachers.{number}.train_on",
                     fix=_nearest(task, tasks),
                 )
+    yield from _replicate_mistakes(recipe, place)
     arms = recipe.every_arm
     made: dict[str, ArmRecipe] = {}
     for arm in recipe.arms:
         one, mistakes = _read_arm(recipe, arm, place, alone=bool({"teachers", "capture", *ARM_SECTIONS} & {*wrong}))
         made |= {arm: one} if one is not None else {}
         yield from mistakes
+    asks = "train" not in wrong and any(one.train.asks_validation for one in made.values())
+    if asks and "data" not in wrong and not recipe.data.has_val:
+        yield RecipeError(
+            "train.select and train.patience look at validation problems, and no task has any",
+            place=f"{place}: data.tasks",
+            fix="give at least one task a `val` count above 0 (with data.total: a second ratio above 0)",
+        )
     unknown = False
     for pair in recipe.report.pairs:
         for arm in pair:
@@ -319,6 +327,39 @@ def _parity_mistakes(recipe: Recipe, arms: Mapping[str, ArmRecipe], place: str) 
             yield RecipeError(what, place=where, fix="match to an arm whose steps are given")
         elif teacher := unknown_cost(match, arm, written.get(match.arm, match.arm)):
             yield RecipeError(unpriced.format(teacher), place=where, fix=mend)
+
+
+def _replicate_mistakes(recipe: Recipe, place: str) -> Iterator[RecipeError]:
+    """What cannot vary with the seed as the recipe asks."""
+    if recipe.varies_teachers and not any(teacher.scratch is not None for teacher in recipe.teachers):
+        fixed = ", ".join(teacher.name for teacher in recipe.teachers)
+        what = f"published teachers ({fixed}) are the same for every seed" if fixed else "there is no teacher"
+        instead = "data" if recipe.replicate == "all" else "student or data"
+        yield RecipeError(
+            f"replicate: {recipe.replicate} trains teachers for every seed, and {what}",
+            place=f"{place}: replicate",
+            fix=f"set replicate: {instead}, or give a teacher with `scratch`",
+        )
+    if recipe.varies_data and recipe.data.train_seed is not None:
+        yield RecipeError(
+            f"replicate: {recipe.replicate} draws the training problems of every seed by that seed",
+            place=f"{place}: data.train_seed",
+            fix="leave data.train_seed out, or set replicate: student or teacher",
+        )
+    if recipe.varies_teachers:
+        for section, align in [("align", recipe.align.model_dump())] + [
+            (f"arms.{name}.align", arm["align"])
+            for name, arm in recipe.arms.items()
+            if isinstance(arm, dict) and isinstance(arm.get("align"), dict)
+        ]:
+            layers = align.get("layers", recipe.align.layers)
+            if layers == "cka" and isinstance(align.get("layer_map"), str):
+                yield RecipeError(
+                    "a file of layer similarities is of one teacher's weights, and every seed trains teachers of its "
+                    "own",
+                    place=f"{place}: {section}.layer_map",
+                    fix="leave it out: layers are then compared for every seed",
+                )
 
 
 def _data_mistakes(data: DataRecipe, place: str) -> Iterator[RecipeError]:
@@ -566,6 +607,20 @@ def _combinations(arm: ArmRecipe) -> list[tuple[bool, str, str, str]]:
             "set align.projection: flat or structured, or align.residual: true with align.train_projector: true",
         ),
     ]
+
+
+def replicate_recipe(recipe: Recipe, seed: int | None) -> Recipe:
+    """The recipe of one seed: where data or teachers vary, with its training problems and teachers. None: what all
+    seeds share."""
+    changes: dict[str, Any] = {}
+    if seed is not None and recipe.varies_data:
+        changes["data"] = recipe.data.model_copy(update={"train_seed": seed})
+    if seed is not None and recipe.varies_teachers:
+        changes["teachers"] = [
+            teacher if teacher.scratch is None else teacher.model_copy(update={"seed": seed})
+            for teacher in recipe.teachers
+        ]
+    return recipe.model_copy(update=changes)
 
 
 def recipe_hash(recipe: Recipe) -> str:

@@ -7,6 +7,7 @@ show, and says what was chosen after the results. Needs no torch.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from kvdistill.core.errors import RunFolderError
 from kvdistill.core.family import BEST_SINGLE, Family, best_single_rule, make_family
 from kvdistill.core.files import as_json, read_json, sha256_of, write_json
 from kvdistill.core.layout import file_lock, locks_folder
-from kvdistill.core.recipe import Recipe
+from kvdistill.core.recipe import ParityRecipe, Recipe
 
 _RULES = ("primary", "alpha", "margin")
 
@@ -44,6 +45,12 @@ def compare_declared(recipe: Recipe, run: Path) -> dict[str, Any]:
         )
     changed = [f"{rule} was {then[rule]}, is {now[rule]}" for rule in _RULES if then[rule] != now[rule]]
     late = [pair for pair in now["comparisons"] if changed or pair not in then["comparisons"]]
+    before = then.get("parities", {})
+    for pair in then["comparisons"]:
+        was, is_now = (said.get(_named(pair), str(ParityRecipe())) for said in (before, now["parities"]))
+        if pair in now["comparisons"] and was != is_now:
+            changed.append(f"{_named(pair)} was at equal {was}, is at equal {is_now}")
+            late = [*late, *([] if pair in late else [pair])]
     left_out = [pair for pair in then["comparisons"] if pair not in now["comparisons"]]
     if left_out:  # Holm over fewer comparisons than were declared
         changed.append(f"left out: {', '.join(' against '.join(pair) for pair in left_out)}")
@@ -65,10 +72,16 @@ def family_of(recipe: Recipe) -> Family:
 def _family(recipe: Recipe) -> dict[str, Any]:
     rules, family = recipe.report, family_of(recipe)
     pairs, by_rule = ([list(pair) for pair in listed] for listed in (family.pairs, family.by_rule))
-    found = {"comparisons": pairs, "by_rule": by_rule, "seeds": list(recipe.seeds)}
+    found: dict[str, Any] = {"comparisons": pairs, "by_rule": by_rule, "seeds": list(recipe.seeds)}
+    parities = {_named(pair): rules.parity(*pair) for pair in family.pairs}
+    found["parities"] = {name: str(one) for name, one in parities.items() if one.parity != "steps"}
     if any(BEST_SINGLE in pair for pair in family.pairs):
         found["best_single"] = best_single_rule(rules.primary)
     return as_json(found | {rule: getattr(rules, rule) for rule in _RULES})
+
+
+def _named(pair: Sequence[str]) -> str:
+    return " against ".join(pair)
 
 
 def _path(run: Path) -> Path:

@@ -1,7 +1,8 @@
 """Where everything lies in a run folder, and the marks that say a stage is finished. The one place for these names.
 
 runs/NAME/
-  recipe.json  provenance.json  study.json
+  recipe.json  provenance.json  study.json  declared.json
+  training_budget_config.json    what every arm will spend, and the steps of those that are matched
   tokenizer/   data/{train,val,test,teach}.parquet  data/manifest.json  data/validation_report.json
   data/teachers/NAME/            what a teacher with its own tokenizer or chains reads, and a manifest
   layers/NAME.{json,png,svg}     similarity of the student's layers to a teacher's
@@ -11,6 +12,8 @@ runs/NAME/
   fit/KIND-NAME-HASH/            channel statistics, closed-form projectors, prototypes
   arms/ARM/seed-N/{model/, adapters.safetensors, log.jsonl, ledger.json, match.json, trained.json,
                    records.jsonl, evaluated.json, checkpoints/}
+  replicates/seed-N/{data/, tokenizer/, teachers/, written/, layers/}
+                                 what varies with the seed (`replicate`), in place of the folders of these names above
   profile/ARM.json               what `profile-alignment` measured
   figures/  statistical_results.json  summary.json  report.html
   .lock  .locks/                 held while a command plans, and while a job is done
@@ -31,6 +34,11 @@ from kvdistill.core.files import disk_full_error
 CHECKPOINTS, ANSWERS, EVALUATIONS = "checkpoints", "evaluated", "evaluations"  # in an arm's folder
 DRY_RUN = "dry-run"  # of a rehearsal, while it lasts
 LOCK, LOCKS = ".lock", ".locks"  # of a folder that one process works in; of a run folder's jobs
+
+
+def replicate_folder(run: Path, seed: int) -> Path:
+    """Where a seed has data, teachers or layer maps of its own: in folders as the run folder has them."""
+    return run / "replicates" / f"seed-{seed}"
 
 
 def tokenizer_folder(run: Path) -> Path:

@@ -37,7 +37,7 @@ def sweep_run(run: Path, *, keeps_answers: bool) -> None:
     try:
         with file_lock(locks_folder(run) / "working", wait=False):
             sweep_temporary(run, skip=(DRY_RUN, EVALUATIONS))
-            for folder in [*run.glob("arms/*/seed-*"), *run.glob("teachers/*")]:
+            for folder in [*run.glob("arms/*/seed-*"), *run.glob("teachers/*"), *run.glob("replicates/*/teachers/*")]:
                 if read_mark(trained_mark(folder)) is not None:
                     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
                 if read_mark(evaluated_mark(folder)) is not None and not keeps_answers:

@@ -110,6 +110,9 @@ class DataRecipe(Section):
     trim_vocabulary: bool = Field(False, description="keep only the pieces these texts need (tiny models)")
     max_length: Tokens = Field(512, description="tokens; longer examples are left out and counted")
     seed: Seed = Field(0, description="which problems go where; the same for every arm and seed")
+    train_seed: Seed | None = Field(
+        None, description="which of the problems that are not held out are learned from (train, teach); unset: by seed"
+    )
     leaks: Literal["refuse", "drop", "allow"] = Field(
         "refuse",
         description="a problem (or near duplicate) of test, val or an evaluation in training: stop; take it out of "
@@ -122,6 +125,11 @@ class DataRecipe(Section):
         if abs(sum(ratios) - 1) > 1e-6:
             raise ValueError(f"ratios {ratios} add up to {sum(ratios):g}, not 1")
         return ratios
+
+    @property
+    def has_val(self) -> bool:
+        """Whether any validation problem is asked for."""
+        return any(task.val for task in self.tasks) if self.total is None else self.ratios[1] > 0
 
     @property
     def num_learned(self) -> int:
@@ -412,6 +420,12 @@ class LossRecipe(Section):
     ce_on: Literal["reasoning+answer", "answer"] = Field("reasoning+answer", description="tokens of the cross-entropy")
     logit_weight: NonNegative = Field(0.0, description="logit distillation (reference arm)")
     logit_temperature: AboveZero = Field(1.0, description="logit distillation: both sides' logits are divided by it")
+    logit_match: Literal["auto", "same", "spans", "sorted", "hybrid"] = Field(
+        "auto",
+        description="logits of a teacher with another tokenizer: spans of text that both cut out, by chain rule and "
+        "equal bytes; sorted: probabilities by size (ULD); hybrid: spans, and sorted for pieces without a counterpart; "
+        "same: refuse it. auto: spans. With the student's tokenizer all but sorted are plain distillation",
+    )
     kv_on: Literal["all", "reasoning", "answer", "reasoning+answer"] = Field("all", description="tokens of the KV term")
 
     @property
@@ -695,6 +709,11 @@ class Recipe(Section):
     seeds: list[Seed] = Field(
         default_factory=lambda: [42, 43, 44], min_length=1, max_length=1000, description="every arm runs once with each"
     )
+    replicate: Literal["student", "data", "teacher", "all"] = Field(
+        "student",
+        description="what varies with the seed: the student alone (weights, order); also its training problems; also "
+        "the teachers trained on the spot; or all three",
+    )
     data: DataRecipe = Field(description="problems, splits, tokenizer")
     teachers: list[TeacherRecipe] = Field(default_factory=list, max_length=100, description="models to learn from")
     student: StudentRecipe = Field(description="the model that learns")
@@ -713,6 +732,16 @@ class Recipe(Section):
         max_length=1000,
         description="arm -> {teachers, control, texts, align, fuse, loss, train, match, …}",
     )
+
+    @property
+    def varies_data(self) -> bool:
+        """Whether each seed draws training problems of its own."""
+        return self.replicate in ("data", "all")
+
+    @property
+    def varies_teachers(self) -> bool:
+        """Whether each seed trains scratch teachers of its own."""
+        return self.replicate in ("teacher", "all")
 
     @property
     def every_arm(self) -> dict[str, dict[str, Any]]:

@@ -135,6 +135,44 @@ def load_multi_task_dataset(
     return [loaded.rules[p.task].write(p, style) for p in loaded.problems[split] for style in styles]
 
 
+def draw_learned(splits: Splits, seed: int) -> None:
+    """Draw train and teach of every task anew (in place), of all its problems that are not held out.
+
+    Called when the held-out splits are settled, which are then the same whatever is drawn. Generated problems were
+    drawn by their family. DataError where there is nothing to choose.
+    """
+    learned = ("train", "teach")
+    mine: dict[str, dict[str, list[int]]] = {task: {split: [] for split in learned} for task in splits.asked}
+    for split in learned:
+        chosen = splits.problems[split]
+        for number, problem in zip(chosen.numbers, chosen, strict=True):
+            mine[problem.task][split].append(number)
+    fixed: dict[str, int] = {}
+    for task, dealt in mine.items():
+        spare = splits.spare[task]["train"]
+        if splits.rules[task].generated:
+            continue
+        if not spare and not dealt["teach"]:
+            fixed[task] = len(dealt["train"])
+        pool = sorted([*dealt["train"], *dealt["teach"], *spare])
+        random.Random(derive_seed(seed, task, "learned")).shuffle(pool)
+        for split in learned:
+            size = len(dealt[split])
+            dealt[split], pool = pool[:size], pool[size:]
+        spare.clear()
+        spare.extend(pool)
+    if len(fixed) == sum(any(dealt.values()) for dealt in mine.values()):
+        listed = ", ".join(f"{number} of {task}" for task, number in fixed.items())
+        raise DataError(
+            f"every seed would learn from the same problems: all that are not held out are asked for ({listed})",
+            place="data.train_seed (replicate: data, all)",
+            fix="lower `train` (or data.total), give the tasks more rows, or set replicate: student",
+        )
+    for split in learned:
+        numbers = [number for dealt in mine.values() for number in dealt[split]]
+        splits.problems[split] = Selection(splits.problems[split].spool, numbers)
+
+
 def _deal_task(key: str, read: Dealable, asked: Mapping[str, int], seed: int, splits: Splits) -> None:
     rest, own = list(read.rest), {split: list(rows) for split, rows in read.own.items()}
     if not read.loaded.in_order:

@@ -194,6 +194,20 @@ def trim_tokenizer(
     return trimmed, id_map
 
 
+def require_covered(
+    tokenizer: PreTrainedTokenizerFast, whole: PreTrainedTokenizerFast | None, texts: Iterable[str], place: str
+) -> None:
+    """DataError for a text that a tokenizer made of other seeds' texts cannot write, or not as the whole one does."""
+    for text in texts:
+        pieces = tokenizer.tokenize(text)
+        if tokenizer.unk_token in pieces if whole is None else pieces != whole.tokenize(text):
+            raise DataError(
+                f"the tokenizer of this run was made of other seeds' texts, and cannot write {text[:40]!r}",
+                place=place,
+                fix="give all seeds at once in a new run_dir, or a tokenizer that is not made of (or trimmed to) texts",
+            )
+
+
 def _used_ids(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> tuple[set[int], Iterable[str]]:
     """The ids that the texts are made of, and the texts to compare afterwards."""
     stream = iter(texts)

@@ -5,6 +5,7 @@
                        token weights from the attention the teacher's answer pays
     representation.py  whole layers: cka
     logits.py          cross entropy and logit distillation
+    logits_across.py   logit distillation between tokenizers, on the chunks of text that both cut out (`chunks.py`)
     base.py            what a distance takes and gives; masks, weights and the division by a token count
 
 A distance gives one number a token; the mask, the routing weights and the division by the number of tokens come
@@ -36,7 +37,9 @@ from kvdistill.losses.attention import (
     normalise_token_weights,
 )
 from kvdistill.losses.base import AbstractDistance, kv_weight_at, masked_token_mean
+from kvdistill.losses.chunks import TextChunks, chunks_within, common_chunks
 from kvdistill.losses.logits import cross_entropy, logit_distillation, logit_divergence, prediction_mask
+from kvdistill.losses.logits_across import chunk_divergence, each_token
 from kvdistill.losses.representation import CKAKVLoss
 from kvdistill.losses.tokens import (
     NORM_FLOOR_SQUARED,

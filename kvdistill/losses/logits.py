@@ -93,24 +93,44 @@ def logit_divergence(
     index_NK = topk_index_BTK.flatten(0, 1)[places_N].long()
     teacher = topk_logprob_BTK.detach().flatten(0, 1)[places_N]
     rows_N = predicting_rows(student_logits, mask_BT)
-    student_classes, rest_N1 = _TopAndRest.apply(student_logits.flatten(0, 1), rows_N, index_NK)
+    student_classes, rest_N1 = TopAndRest.apply(student_logits.flatten(0, 1), rows_N, index_NK)
+    has_rest = index_NK.shape[-1] < student_logits.shape[-1]
     teacher_classes = teacher.to(student_classes.dtype)
-    if index_NK.shape[-1] < student_logits.shape[-1]:
-        student_classes = torch.cat([student_classes, rest_N1], dim=-1)
-        left_N1 = 1 - teacher_classes.exp().sum(-1, keepdim=True)
-        log_left_N1 = left_N1.clamp_min(torch.finfo(left_N1.dtype).tiny).log()  # rounding may leave nothing: no NaN
-        teacher_classes = torch.cat([teacher_classes, log_left_N1], dim=-1)
-    log_q = (student_classes / temperature).log_softmax(-1)
-    log_p = (teacher_classes / temperature).log_softmax(-1)
+    return class_divergence(student_classes, teacher_classes, rest_N1 if has_rest else None, temperature)
+
+
+def class_divergence(
+    student_NK: Float[Tensor, "N K"],
+    teacher_NK: Float[Tensor, "N K"],
+    rest_N1: Float[Tensor, "N 1"] | None,
+    temperature: int | float,
+) -> Float[Tensor, " N"]:
+    """temperature^2 * KL(teacher || student) over K classes and, with the student's `rest_N1`, one of all the rest.
+
+    student: logits or log-probabilities. teacher: log-probabilities, at temperature 1; its rest is what they leave.
+    A class at -inf on both sides is none.
+    """
+    if rest_N1 is not None:
+        student_NK = torch.cat([student_NK, rest_N1], dim=-1)
+        teacher_NK = torch.cat([teacher_NK, log_left(teacher_NK)], dim=-1)
+    log_q = (student_NK / temperature).log_softmax(-1)
+    log_p = (teacher_NK / temperature).log_softmax(-1)
     p = log_p.exp()
     return temperature**2 * torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)  # 0 log 0 is 0, not NaN
 
 
-class _TopAndRest(torch.autograd.Function):
+def log_left(logprob_NK: Float[Tensor, "N K"]) -> Float[Tensor, "N 1"]:
+    """Logarithm of the probability that K classes leave; rounding may leave nothing: no NaN."""
+    left_N1 = 1 - logprob_NK.exp().sum(-1, keepdim=True)
+    return left_N1.clamp_min(torch.finfo(left_N1.dtype).tiny).log()
+
+
+class TopAndRest(torch.autograd.Function):
     """Student logits of the teacher's K tokens [N, K], and logsumexp over all the others [N, 1].
 
     The others are summed up as they are, not as 1 - sum of the K: their mass may be 1e-8, which fp32 cannot
-    see beside 1. One [N, V] tensor is kept for backward; autograd's own way keeps two and takes twice as long.
+    see beside 1. A token may be named in several columns, if all but one of them get no gradient. One [N, V] tensor
+    is kept for backward; autograd's own way keeps two and takes twice as long.
     """
 
     @staticmethod
@@ -128,6 +148,7 @@ class _TopAndRest(torch.autograd.Function):
     def backward(ctx, grad_top_NK: Tensor, grad_rest_N1: Tensor):  # type: ignore[override]
         chosen_NV, rest_N1, places_N, index_NK = ctx.saved_tensors
         # with K = V the rest is empty and its slope NaN, but every entry is then overwritten
-        slope_NV = chosen_NV.sub(rest_N1).exp_().mul_(grad_rest_N1).scatter_(-1, index_NK, grad_top_NK)
+        slope_NV = chosen_NV.sub(rest_N1).exp_().mul_(grad_rest_N1).scatter_(-1, index_NK, 0.0)
+        slope_NV = slope_NV.scatter_add_(-1, index_NK, grad_top_NK)
         grad = slope_NV.new_zeros(ctx.shape, dtype=ctx.dtype)
         return grad.index_copy_(0, places_N, slope_NV.to(ctx.dtype)), None, None

@@ -72,7 +72,8 @@ def _capture_split(
         _refuse_broken(packed, teacher, split, start)
         writer.add(packed)
         give_in()
-    extra: dict[str, Any] = {"flops": pass_flops(teacher, examples, stops=False)}
+    sizes = [(len(example.input_ids), example.num_prompt_tokens) for example in examples]
+    extra: dict[str, Any] = {"flops": pass_flops(teacher, sizes, stops=False)}
     if queries:  # how each layer attends, read off a run on one text: a resumed capture needs no other
         ids, segments = (torch.tensor([x]).to(model.device) for x in (examples[0].input_ids, examples[0].segments))
         kv = run_teacher(model, ids, segments, layers=layers, dtype="float32", want_nll=False, queries=True).kv

@@ -45,7 +45,7 @@ def map_layers(experiment: Experiment, progress: Progress = silent) -> None:
     Raises AlignmentError naming model and layer where features do not vary or there are too few common tokens,
     RecipeError for more layers (`align.cka_top_k`) than a teacher has.
     """
-    align, folder = experiment.recipe.align, layers_folder(experiment.run)
+    align, folder = experiment.recipe.align, layers_folder(experiment.own_run)
     settings = {"top_k": align.cka_top_k, "monotone": align.cka_monotone}
     with folder_lock(folder, wait=True):
         for number, teacher in enumerate(experiment.teachers.values()):

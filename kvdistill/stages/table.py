@@ -23,6 +23,7 @@ from kvdistill.core.layout import (
     evaluated_mark,
     file_lock,
     locks_folder,
+    replicate_folder,
     teacher_folder,
     trained_mark,
     written_folder,
@@ -37,8 +38,8 @@ from kvdistill.core.recipe import Recipe
 class Job:
     """One call of a stage, as plain data: strings and numbers, so that JSON can carry it.
 
-    id: `VERB`, `VERB:TEACHER` or `VERB:ARM:SEED`.
-    arguments: `run`, the folder, and what the job is about: `teacher`, or `arm` and `seed`.
+    id: `VERB`, `VERB:TEACHER` or `VERB:ARM:SEED`; `VERB:SEED`, `VERB:TEACHER:SEED` of what each seed has of its own.
+    arguments: `run`, the folder, and what the job is about: `teacher`, `arm`, `seed`.
     after: ids of the jobs that must be done before.
     cost: for order and the time to go; about one training step of a student without teachers, of the recipe's size.
     mark: a file below the run folder that says it is done; None where the stage looks for itself.
@@ -59,8 +60,9 @@ class Stage:
     function: `module:name`, called with what it takes and `progress`.
     needs: verbs whose jobs, of the same teacher, arm and seed, come first.
     cost: of a job, from the recipe and what the job is about (an arm as its own complete recipe).
-    about: `teacher`, or `arm` and `seed`.
-    takes: `recipe` (and the run folder), the `experiment` that both make, or its `teacher` or `arm` of the job.
+    about: `teacher`, or `arm` and `seed`; and a `seed` where each has data or teachers of its own.
+    takes: `recipe` (and the run folder, and the seed), the `experiment` that these make, or its `teacher` or `arm` of
+        the job.
     mark: from the run folder and what the job is about. alone: its jobs share folders, so one is done at a time.
     """
 
@@ -75,34 +77,40 @@ class Stage:
 
 ARM = ("arm", "seed")
 STAGES: dict[str, Stage] = {
-    "prepare": Stage("kvdistill.stages.table:prepare", (), lambda recipe: 10 + recipe.data.num_learned / 200),
-    "check": Stage("kvdistill.stages.table:check", ("prepare",), lambda recipe: 10.0, takes="experiment"),
+    "prepare": Stage(
+        "kvdistill.stages.table:prepare", ("prepare",), lambda recipe, seed=None: 10 + recipe.data.num_learned / 200
+    ),
+    "check": Stage("kvdistill.stages.table:check", ("prepare",), lambda recipe, seed=None: 10.0, takes="experiment"),
     "teach": Stage(
         "kvdistill.stages.train:train_teacher",
         ("check",),
-        lambda recipe, teacher: float(next(t.optimiser.steps for t in recipe.teachers if t.name == teacher)),
+        lambda recipe, teacher, seed=None: float(next(t.optimiser.steps for t in recipe.teachers if t.name == teacher)),
         about=("teacher",),
-        mark=lambda run, teacher: trained_mark(teacher_folder(run, teacher)),
+        mark=lambda run, teacher, seed=None: trained_mark(
+            teacher_folder(run if seed is None else replicate_folder(run, seed), teacher)
+        ),
         takes="teacher",
     ),
     "write": Stage(
         "kvdistill.stages.write:write",
         ("check", "teach"),
-        lambda recipe, teacher: 5 + recipe.write.per_question * _num_asked(recipe) / recipe.train.batch_size,
+        lambda recipe, teacher, seed=None: 5 + recipe.write.per_question * _num_asked(recipe) / recipe.train.batch_size,
         about=("teacher",),
-        mark=lambda run, teacher: written_mark(written_folder(run, teacher)),
+        mark=lambda run, teacher, seed=None: written_mark(
+            written_folder(run if seed is None else replicate_folder(run, seed), teacher)
+        ),
         takes="teacher",
     ),
     "map-layers": Stage(
         "kvdistill.stages.layers:map_layers",
         ("check", "teach"),
-        lambda recipe: 5.0 * len(recipe.teachers),
+        lambda recipe, seed=None: 5.0 * len(recipe.teachers),
         takes="experiment",
     ),
     "capture": Stage(
         "kvdistill.stages.capture:capture",
         ("check", "teach", "map-layers"),
-        lambda recipe, teacher: 5 + recipe.data.num_learned / (3 * recipe.train.batch_size),
+        lambda recipe, teacher, seed=None: 5 + recipe.data.num_learned / (3 * recipe.train.batch_size),
         about=("teacher",),
         takes="teacher",
     ),
@@ -164,31 +172,33 @@ def perform(job: Job, recipe: Recipe, progress: Progress = silent) -> None:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))  # of a torchrun: training has one lock for all, held by the first
     with at_work, file_lock(lock, wait=True) if ranks == 1 else nullcontext():
         if ranks > 1 or not is_done(job, recipe):
-            function = getattr(importlib.import_module(module), name)
+            function, said = getattr(importlib.import_module(module), name), job.arguments.get("seed")
+            seed = None if said is None else int(said)
             if stage.takes == "recipe":
-                function(recipe, run, progress=progress)
+                function(recipe, run, progress=progress, **({} if seed is None else {"seed": seed}))
                 return
             from kvdistill.arms.experiment import Experiment  # imports torch
 
-            subject: Any = Experiment(recipe, run)
+            subject: Any = Experiment(recipe, run).of(seed)
             if stage.takes == "teacher":
                 subject = subject.teacher(str(job.arguments["teacher"]))
             elif stage.takes == "arm":
-                subject = subject.arm(str(job.arguments["arm"]), int(job.arguments["seed"]))
+                subject = subject.arm(str(job.arguments["arm"]), seed)
             function(subject, progress=progress)
 
 
-def prepare(recipe: Recipe, run: Path, progress: Progress = silent) -> None:
-    """The data; and first what is wrong with models whatever the data, which would else be said after it."""
+def prepare(recipe: Recipe, run: Path, progress: Progress = silent, seed: int | None = None) -> None:
+    """The data, of all seeds or of one; before all, what is wrong with models whatever the data says."""
     from kvdistill.arms.checks import check_sizes
     from kvdistill.stages.prepare import prepare as prepare_data
 
-    check_sizes(recipe, run)
-    prepare_data(recipe, run, progress)
+    if seed is None:
+        check_sizes(recipe, run)
+    prepare_data(recipe, run, progress, seed=seed)
 
 
 def check(experiment: Any, progress: Progress = silent) -> None:
-    """Models, and the data of public evaluations: before anything is trained."""
+    """Models, the data of public evaluations, and the budgets of all arms: before anything is trained."""
     from kvdistill.arms.checks import check_models
 
     check_models(experiment, progress)
@@ -196,6 +206,9 @@ def check(experiment: Any, progress: Progress = silent) -> None:
         from kvdistill.stages.evaluate import check_public
 
         check_public(experiment.recipe, experiment.run)
+    from kvdistill.arms.budget import TrainingBudgetController
+
+    TrainingBudgetController(experiment).write()
 
 
 def _prepare_progress(progress: Progress) -> Progress:

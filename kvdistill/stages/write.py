@@ -43,7 +43,7 @@ ANSWERS = "answers.jsonl"
 def write(teacher: Teacher, progress: Progress = silent) -> None:
     """Write and check a teacher's solutions. Returns at once where that is done; asked to end, it does after the batch
     it is at."""
-    folder = written_folder(teacher.experiment.run, teacher.name)
+    folder = written_folder(teacher.experiment.own_run, teacher.name)
     with folder_lock(folder, wait=True):
         if read_mark(written_mark(folder)) is not None:
             return

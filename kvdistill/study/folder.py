@@ -6,7 +6,7 @@ import difflib
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from kvdistill.core.layout import (
     layers_folder,
     locks_folder,
     refuse_foreign,
+    replicate_folder,
 )
 from kvdistill.core.leftovers import sweep_run
 from kvdistill.core.marks import read_mark, sealed
@@ -30,7 +31,7 @@ from kvdistill.core.recipe import Recipe
 from kvdistill.study.plan import is_evaluated
 
 # sections a finished model depends on: a run folder made with others is refused
-_BASE = ("data", "teachers", "student", "capture", "train", "evaluate")
+_BASE = ("replicate", "data", "teachers", "student", "capture", "train", "evaluate")
 
 
 def claimed(recipe: Recipe, run: Path, *, begins: bool = True) -> ExitStack:
@@ -100,11 +101,14 @@ def difference(theirs: Any, recipe: Recipe, run: Path, *, planned: bool = False)
     So a mistake that was found before the first model was trained can be mended in the recipe and run again.
     planned: as if everything that the folder's recipe asks for were there.
     """
-    sections = ["data"] if (data_folder(run) / "manifest.json").exists() else []
-    if planned or any((run / made).exists() for made in ("teachers", "store", "fit", "arms")):
+    sections = ["replicate", "data"] if (data_folder(run) / "manifest.json").exists() else []
+    with suppress(ValueError):  # keys that came into being since are at their defaults
+        theirs = Recipe.model_validate(theirs).model_dump(mode="json")
+    made = [place for name in ("teachers", "store", "fit", "arms", "written") for place in _places(run, name)]
+    if planned or made:
         sections = list(_BASE)
     mine = recipe.model_dump(mode="json")
-    if (planned or (run / "written").exists()) and all(_has_writers(tree) for tree in (theirs, mine)):
+    if (planned or _places(run, "written")) and all(_has_writers(tree) for tree in (theirs, mine)):
         sections = [*sections, "write"]
     old_base, new_base = _base_of(theirs, planned), _base_of(mine, planned)
     differing = first_difference({s: old_base[s] for s in sections}, {s: new_base[s] for s in sections})
@@ -130,6 +134,11 @@ def difference(theirs: Any, recipe: Recipe, run: Path, *, planned: bool = False)
     return None
 
 
+def _places(run: Path, name: str) -> list[Path]:
+    """The folders of this name that are there: of all seeds, and of each."""
+    return [*run.glob(name), *run.glob(f"replicates/*/{name}")]
+
+
 def _has_writers(tree: Mapping[str, Any]) -> bool:
     """Whether an arm of this recipe reads what teachers write: then it matters what they are asked."""
     return any(isinstance(arm, dict) and arm.get("texts") == "written" for arm in (tree.get("arms") or {}).values())
@@ -139,6 +148,7 @@ def _base_of(tree: Mapping[str, Any], planned: bool) -> dict[str, Any]:
     base = {key: tree.get(key) for key in (*_BASE, "write")}
     if not planned:  # students are asked anew where that changes; how much is captured for match figures stays
         base["evaluate"] = {"match_examples": (base["evaluate"] or {}).get("match_examples")}
+    base["replicate"] = base["replicate"] or "student"  # of a folder from before there was the key
     # where a copy lies changes nothing, and the manifest knows whether leaks are in the data
     base["data"] = {k: v for k, v in (base["data"] or {}).items() if k not in ("root", "leaks")}
     return base
@@ -174,7 +184,8 @@ def layer_maps(recipe: Recipe, run: Path) -> dict[str, Any]:
     """What `map-layers` left, by teacher: its file and figures, how many vectors were compared, and the map."""
     found: dict[str, Any] = {}
     for teacher in recipe.teachers:
-        stem = layers_folder(run) / teacher.name
+        varies = recipe.varies_data or recipe.varies_teachers  # then those of the first seed
+        stem = layers_folder(replicate_folder(run, recipe.seeds[0]) if varies else run) / teacher.name
         file, *figures = (stem.with_name(stem.name + ending) for ending in (".json", ".png", ".svg"))
         measured = read_json(file)
         found[teacher.name] = {
@@ -203,15 +214,21 @@ def data_table(run: Path) -> dict[str, Any]:
         for name, found in own.items()
         if found["own_text"]
     }
+    seeds = {
+        path.parent.parent.name.removeprefix("seed-"): path for path in run.glob("replicates/*/data/manifest.json")
+    }
+    if seeds:  # each draws training problems of its own
+        data["seeds"] = {seed: read_json(seeds[seed])["fingerprint"]["train"] for seed in sorted(seeds, key=int)}
     return {"data": data}
 
 
 def written_table(run: Path) -> dict[str, str]:
     """By teacher, what it wrote and what of it is kept."""
     found: dict[str, str] = {}
-    for mark in sorted(run.glob("written/*/written.json")):
+    for mark in sorted(mark for place in _places(run, "written") for mark in place.glob("*/written.json")):
         if (said := read_mark(mark)) is not None:
-            found[mark.parent.name] = (
+            seed = mark.parent.parent.parent.name.removeprefix("seed-") if mark.parent.parent.parent != run else ""
+            found[mark.parent.name + (f", seed {seed}" if seed else "")] = (
                 f"{said['answers']} solutions of {said['questions']} questions, {said['right']} right, {said['kept']} "
                 f"kept; {said['tokens']:,} tokens generated"
             )

@@ -3,6 +3,9 @@
     prepare ─▶ check ─▶ teach:T ─▶ map-layers ─▶ capture:T ─▶ fit:A:S ─▶ train:A:S ─▶ evaluate:A:S ─▶ report
                            └─────────────────▶ write:T ──────────────────────┘
 
+Where each seed has data of its own (`replicate`), there are prepare:S, check:S, map-layers:S and capture:T:S; where it
+has teachers of its own, teach:T:S, map-layers:S and capture:T:S.
+
 Pure but for reading marks. `run`, a dry run, the verbs of single stages and every launcher read
 the same graph.
 """
@@ -14,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kvdistill.core.budgets import continued, read_budgets
 from kvdistill.core.config import arm_recipe, asked_hash
 from kvdistill.core.layout import arm_folder, evaluated_mark
 from kvdistill.core.marks import read_mark
@@ -34,19 +38,36 @@ def plan(
         maps of layers come first.
     runs: arms with seeds; unset: those that are not evaluated.
     """
+    whole = runs is None
     if runs is None:
         runs = [(a, s) for s in recipe.seeds for a in recipe.every_arm]
         runs = [pair for pair in runs if not is_evaluated(recipe, run, *pair)]
     arms = {name: arm_recipe(recipe, name) for name in recipe.every_arm}
+    for name, planned in read_budgets(run).items():  # steps of arms that are matched, once they are known
+        if name in arms and arms[name].match is not None:
+            train = arms[name].train.model_copy(update={"steps": planned["steps"]})
+            arms[name] = arms[name].model_copy(update={"train": train})
     used = {name for arm, _ in runs for name in arms[arm].reads}
     writers = {name for arm, _ in runs for name in arms[arm].writers}
     maps = any(a.needs_kv and a.align.layers == "cka" and a.align.layer_map is None for a in arms.values())
+    seeds: list[dict[str, Any]] = [{"seed": s} for s in (recipe.seeds if whole else dict.fromkeys(s for _, s in runs))]
+    # what there is once for all seeds, or for each
+    of_data = seeds if recipe.varies_data else [{}]
+    of_teachers = seeds if recipe.varies_teachers else [{}]
+    of_targets = seeds if recipe.varies_data or recipe.varies_teachers else [{}]
+    goes_on_from = continued(recipe, arms)
     about: dict[str, list[dict[str, Any]]] = {
-        "teach": [{"teacher": t.name} for t in recipe.teachers if t.scratch is not None],
-        "write": [{"teacher": t.name} for t in recipe.teachers if t.name in writers],
-        "map-layers": [{}] if maps or "map-layers" in goals else [],
+        "prepare": [{}, *(seeds if recipe.varies_data else ())],
+        "check": of_data,
+        "teach": [{"teacher": t.name, **one} for one in of_teachers for t in recipe.teachers if t.scratch is not None],
+        "write": [{"teacher": t.name, **one} for one in of_targets for t in recipe.teachers if t.name in writers],
+        "map-layers": of_targets if maps or "map-layers" in goals else [],
         "capture": [
-            {"teacher": name} for t in recipe.teachers for name in (t.name, t.name + UNTRAINED) if name in used
+            {"teacher": name, **one}
+            for one in of_targets
+            for t in recipe.teachers
+            for name in (t.name, t.name + UNTRAINED)
+            if name in used
         ],
         "fit": [{"arm": arm, "seed": seed} for arm, seed in runs if arms[arm].teachers],
         "train": [{"arm": arm, "seed": seed} for arm, seed in runs],
@@ -62,15 +83,25 @@ def plan(
                 job.id
                 for job in jobs.values()
                 if job.verb in stage.needs
-                and all(mine.get(key, value) == value for key, value in job.arguments.items() if key in ("arm", "seed"))
+                and (
+                    verb == "check"  # the data of all seeds is known to be good before anything is trained
+                    or all(
+                        mine.get(key, value) == value for key, value in job.arguments.items() if key in ("arm", "seed")
+                    )
+                )
                 and (
                     not {"arm", "teacher"} & mine.keys()
                     or job.arguments.get("teacher") in (None, *(solved if job.verb == "write" else reads))
                 )
             ]
+            shorter = goes_on_from.get(str(mine.get("arm")))
+            if verb == "train" and shorter is not None:
+                after += [f"train:{shorter}:{mine['seed']}"] if f"train:{shorter}:{mine['seed']}" in jobs else []
             identity = ":".join([verb, *map(str, mine.values())])
             mark = None if stage.mark is None else stage.mark(run, **mine).relative_to(run).as_posix()
             cost = stage.cost(recipe, **mine | ({"arm": arms[mine["arm"]]} if "arm" in mine else {}))
+            if verb == "train" and shorter is not None and f"train:{shorter}:{mine['seed']}" in after:
+                cost = max(0.0, cost - stage.cost(recipe, **mine | {"arm": arms[shorter]}))
             jobs[identity] = Job(identity, verb, {"run": str(run), **mine}, tuple(after), cost, mark)
     return _left_to_do(list(jobs.values()), recipe, goals)
 

@@ -77,7 +77,8 @@ def _prepared(recipe: Recipe, folder: Path, notes: list[str], progress: Progress
     tree["data"]["tasks"] = [
         {**task, "train": 8, "val": 4, "test": 2, "teach": min(8, task["teach"])} for task in tree["data"]["tasks"]
     ]
-    points = {"eval_every": 1 if recipe.train.asks_validation else 0}
+    asks = any(arm_recipe(recipe, arm).train.asks_validation for arm in recipe.arms)
+    points = {"eval_every": 1 if asks else 0}
     tree["train"] |= SHORT | points | {"accumulation": min(2, recipe.train.accumulation)}
     tree["evaluate"] |= {"limit": 2, "max_new_tokens": 4, "match_examples": 2}
     tree["write"] |= {"limit": 2, "per_question": min(2, recipe.write.per_question), "max_new_tokens": 4}

@@ -12,7 +12,7 @@ from typing import Any
 from kvdistill.core.config import arm_recipe, recipe_hash, run_folder
 from kvdistill.core.errors import JobsFailed, RecipeError
 from kvdistill.core.files import write_json
-from kvdistill.core.layout import data_folder, file_lock, locks_folder, profile_folder
+from kvdistill.core.layout import data_folder, file_lock, locks_folder, profile_folder, replicate_folder
 from kvdistill.core.marks import sealed
 from kvdistill.core.progress import Progress
 from kvdistill.core.recipe import Recipe
@@ -68,6 +68,14 @@ def map_layers(recipe: Recipe, progress: Progress) -> dict[str, Any]:
     return run_study(recipe, progress, verb="map-layers")
 
 
+def write_solutions(recipe: Recipe, progress: Progress) -> dict[str, Any]:
+    """`kvdistill write`: what teachers write for arms with `texts: written`, and what of it is kept."""
+    if not any(arm_recipe(recipe, name).writers for name in recipe.arms):
+        what, fix = "no arm reads what teachers write", "set texts: written (and teachers: []) for one"
+        raise RecipeError(what, place="arms", fix=fix)
+    return run_study(recipe, progress, verb="write")
+
+
 def validate_data(recipe: Recipe, progress: Progress, *, fix: bool) -> dict[str, Any]:
     """`kvdistill validate`: the leak report of the recipe's data, and the table of what is prepared."""
     from kvdistill.stages.prepare import REPORT, validate
@@ -75,6 +83,14 @@ def validate_data(recipe: Recipe, progress: Progress, *, fix: bool) -> dict[str,
     run = run_folder(recipe)
     with claimed(recipe, run), file_lock(locks_folder(run) / "prepare", wait=True):
         found = validate(recipe, run, progress, fix=fix)
+        for seed in (
+            recipe.seeds if recipe.varies_data else ()
+        ):  # what each learns from, against the same held-out problems
+            of_seed = validate(recipe, run, progress, fix=fix, seed=seed)
+            found.setdefault("seeds", {})[str(seed)] = of_seed
+            for count in ("num_leaks", "num_pairs_found"):
+                found[count] += of_seed[count]
+            found["leaks"] = [*found["leaks"], *({**leak, "seed": seed} for leak in of_seed["leaks"])]
     return {"run": str(run), **data_table(run), "leaks": found, "report": str(data_folder(run) / REPORT)}
 
 
@@ -83,10 +99,12 @@ def export_data(recipe: Recipe, progress: Progress, *, form: str) -> dict[str, A
     from kvdistill.stages.prepare.export import export
 
     run = run_folder(recipe)
-    if not (data_folder(run) / "manifest.json").exists():
+    folders = [run, *(replicate_folder(run, seed) for seed in (recipe.seeds if recipe.varies_data else ()))]
+    if not all((data_folder(folder) / "manifest.json").exists() for folder in folders):
         run_study(recipe, progress, verb="prepare")
     with file_lock(locks_folder(run) / "prepare", wait=True):
-        return {"run": str(run), "files": export(recipe, run, form, progress)}
+        files = [file for folder in folders for file in export(recipe, folder, form, progress)]
+        return {"run": str(run), "files": files}
 
 
 def run_arms(
@@ -150,7 +168,7 @@ def profile_alignment(recipe: Recipe, progress: Progress, *, arm: str | None) ->
         try:
             run_jobs(recipe, [job for job in jobs if job.verb == "fit"], progress, what=f"{recipe.name}: fit")
         except (RuntimeError, JobsFailed):  # a fit of NaN fails in linear algebra: say where the NaN comes from
-            refuse_broken_targets(Experiment(recipe, run), profiled)
+            refuse_broken_targets(Experiment(recipe, run).of(recipe.seeds[0]), profiled)
             raise
         with file_lock(locks_folder(run) / "profile", wait=True):
             result["profiles"] = profile(Experiment(recipe, run), profiled, progress)

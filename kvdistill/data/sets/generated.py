@@ -47,20 +47,21 @@ class AbstractFamily(ABC):
         """One number for all rearrangements of problem `number`: whoever has seen one of them has seen them all."""
         return number
 
-    def draw(self, num_held_out: int, num_more: int, seed: int) -> list[Problem]:
+    def draw(self, num_held_out: int, num_more: int, seed: int, more_seed: int | None = None) -> list[Problem]:
         """Different problems, the same ones for the same seed: first the held-out ones, then those to learn from.
 
         No two held-out problems are kin, and none of the others is kin to a held-out one.
-        DataError where too few exist.
+        more_seed: of those to learn from; unset: one order for both. DataError where too few exist.
         """
         held_out: dict[int, int] = {}
         more: list[int] = []
-        for number in _draw_numbers(self.count(), self.count(), derive_seed(seed, self.name, "problems")):
-            if len(held_out) < num_held_out:
-                held_out.setdefault(self.kin(number), number)
-            elif len(more) == num_more:
-                break
-            elif self.kin(number) not in held_out:
+        numbers = _draw_numbers(self.count(), self.count(), derive_seed(seed, self.name, "problems"))
+        while len(held_out) < num_held_out and (number := next(numbers, None)) is not None:
+            held_out.setdefault(self.kin(number), number)
+        if more_seed is not None:
+            numbers = _draw_numbers(self.count(), self.count(), derive_seed(more_seed, self.name, "learned"))
+        while len(more) < num_more and (number := next(numbers, None)) is not None:
+            if self.kin(number) not in held_out:
                 more.append(number)
         if len(held_out) < num_held_out or len(more) < num_more:
             raise DataError(
@@ -159,7 +160,7 @@ def _draw_numbers(total: int, count: int, seed: int) -> Iterator[int]:
 def load_generated(task: TaskRecipe, data: DataRecipe, *, family: AbstractFamily) -> Loaded:
     """As many different problems as all splits need together, held-out ones first, so that they cannot overlap."""
     refuse_keys_of_own_files(task)
-    problems = family.draw(task.test + task.val, task.train + task.teach, data.seed)
+    problems = family.draw(task.test + task.val, task.train + task.teach, data.seed, data.train_seed)
     return Loaded(problems, [Source(family.name, "generated", repr(family))], in_order=True)
 
 

@@ -8,13 +8,15 @@
 Everything that can be wrong with the data is found before the first file is written. Problems are encoded in chunks,
 into files without names, so memory holds one chunk. The manifest comes last, so a run folder with one is finished; the
 same data section then returns at once, another one is refused.
-Knows no weights and no arm: one split serves all arms and seeds.
+Knows no weights and no arm: one split serves all arms, and all seeds unless the recipe has each draw what it learns
+from (`replicate`). Then a seed's data stands in a folder of its own, with the run's tokenizer and held-out problems.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -23,9 +25,11 @@ from typing import Any
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerFast
 
+from kvdistill.arms.texts import load_tokenizer_of
+from kvdistill.core.config import replicate_recipe
 from kvdistill.core.errors import DataError, RunFolderError
 from kvdistill.core.files import replacing_folder, sha256_file, sha256_of, write_json
-from kvdistill.core.layout import data_folder, tokenizer_folder
+from kvdistill.core.layout import data_folder, replicate_folder, tokenizer_folder
 from kvdistill.core.marks import read_sealed, sealed
 from kvdistill.core.progress import Progress, silent
 from kvdistill.core.recipe import DataRecipe, Recipe
@@ -34,7 +38,7 @@ from kvdistill.data.leaks import question_hash
 from kvdistill.data.problems import SPLITS, Row, styles_of
 from kvdistill.data.splits import Splits, refuse_empty
 from kvdistill.data.tables import MANIFEST, SplitWriter, check_file, read_manifest, read_split, split_path
-from kvdistill.data.tokenizers import CHARACTERS, fingerprint_tokenizer, load_tokenizer, trim_tokenizer
+from kvdistill.data.tokenizers import CHARACTERS, fingerprint_tokenizer, load_tokenizer, require_covered, trim_tokenizer
 from kvdistill.stages.prepare.check import (
     check_splits,
     count_leaks,
@@ -51,33 +55,53 @@ _CHUNK = 1000  # problems
 REPORT = "validation_report.json"
 
 
-def prepare(recipe: Recipe, run: Path, progress: Progress | None = None) -> None:
+def prepare(recipe: Recipe, run: Path, progress: Progress | None = None, *, seed: int | None = None) -> None:
     """Write `run/tokenizer` and `run/data` for the recipe's data section, or return at once where they are there.
 
     Then, for each teacher with a tokenizer or chains of its own, what it reads (`teacher_texts.py`).
+    seed: whose training problems are prepared, in its own folder, where they vary; unset: what all seeds share.
     Raises DataError (source, row, split, leak, tokenizer) before anything is written, RunFolderError where the folder
     was prepared for another data section.
     """
     run, progress = Path(run), progress or silent
-    if not _is_finished(recipe.data, run):
-        _prepare_data(recipe, run, progress)
-    prepare_teacher_texts(recipe, run, progress)
+    mine, folder = replicate_recipe(recipe, seed), run if seed is None else replicate_folder(run, seed)
+    try:
+        if not _is_finished(mine.data, folder):
+            _prepare_data(mine, folder, progress, None if seed is None else run)
+        prepare_teacher_texts(mine, folder, progress, shared=None if seed is None else run)
+    except DataError as error:
+        if seed is None:
+            raise
+        raise DataError(f"{error.what} (the problems of seed {seed})", place=error.place, fix=error.fix) from error
 
 
-def _prepare_data(recipe: Recipe, run: Path, progress: Progress) -> None:
+def _prepare_data(recipe: Recipe, run: Path, progress: Progress, shared: Path | None) -> None:
+    """shared: the run folder whose tokenizer and held-out problems these are to have; None: its own."""
     data = recipe.data
     reader = None if data.tokenizer == CHARACTERS and data.template != "chat" else plain_tokenizer(data)
     check_teachers_templates(recipe)  # before the minutes that reading rows may take
     splits = fitted_splits(data, progress, beside=run, tokenizer=None if reader is None else lambda: reader)
     report, dropped = check_splits(recipe, splits, progress)
-    tokenizer, id_map = _make_tokenizer(data, splits, reader)
+    if shared is None:
+        others = _splits_of_seeds(recipe, run, progress) if recipe.varies_data else []
+        tokenizer, id_map = _make_tokenizer(data, [splits, *others], reader)
+        trimmed = id_map is not None
+    else:
+        tokenizer, trimmed = load_tokenizer_of(shared), read_manifest(shared)["tokenizer"]["trimmed"]
+        if data.tokenizer == CHARACTERS or trimmed:
+            require_covered(tokenizer, reader, _Written(splits, data, reader), "data.tokenizer")
     encoded = _encode(splits, data, tokenizer, run, progress)
     counts = _count(splits, encoded, dropped, data.max_length)
-    with replacing_folder(tokenizer_folder(run)) as folder:
-        tokenizer.save_pretrained(str(folder))
-        if id_map is not None:
-            write_json(folder / "id_map.json", id_map)
     fingerprints = {split: encoded.tables[split].fingerprint() for split in SPLITS}
+    if shared is not None:
+        _require_held_out(fingerprints, shared)
+    with replacing_folder(tokenizer_folder(run)) as folder:
+        if shared is not None:
+            shutil.copytree(tokenizer_folder(shared), folder, dirs_exist_ok=True)
+        else:
+            tokenizer.save_pretrained(str(folder))
+            if id_map is not None:
+                write_json(folder / "id_map.json", id_map)
     found = report_as_dict(report, dropped, data.leaks, num_left=len(report.leaks) if data.leaks == "allow" else 0)
     manifest = {
         "format": _FORMAT,
@@ -88,7 +112,7 @@ def _prepare_data(recipe: Recipe, run: Path, progress: Progress) -> None:
             "fingerprint": fingerprint_tokenizer(tokenizer),
             "files": {file.name: sha256_file(file) for file in sorted(tokenizer_folder(run).iterdir())},
             "size": len(tokenizer),
-            "trimmed": id_map is not None,
+            "trimmed": trimmed,
             "unknown_tokens": {split: encoded.unknown[split] for split in SPLITS},
         },
         "tasks": counts,
@@ -139,18 +163,50 @@ class _Written:
         return chain.from_iterable(texts_of(rows) for split in SPLITS for rows in self.chunks(split))
 
 
+class _All:
+    """Texts of several, one after another, as often as they are gone through."""
+
+    def __init__(self, parts: Sequence[Iterable[str]]) -> None:
+        self._parts = parts
+
+    def __iter__(self) -> Iterator[str]:
+        return chain.from_iterable(self._parts)
+
+
 def _make_tokenizer(
-    data: DataRecipe, splits: Splits, reader: PreTrainedTokenizerFast | None
+    data: DataRecipe, splits: Sequence[Splits], reader: PreTrainedTokenizerFast | None
 ) -> tuple[PreTrainedTokenizerFast, dict[int, int] | None]:
     """The tokenizer of the data section (reader; None: of single characters, made of the texts);
     trimmed over the texts of all splits, as they will be tokenized.
 
     Test texts count too: what a pretrained teacher reads must be the pieces it was trained on.
     """
-    tokenizer = reader or load_tokenizer(CHARACTERS, texts=_Written(splits, data, None))
+    tokenizer = reader or load_tokenizer(CHARACTERS, texts=_All([_Written(one, data, None) for one in splits]))
     if not data.trim_vocabulary:
         return tokenizer, None
-    return trim_tokenizer(tokenizer, _Written(splits, data, tokenizer))
+    return trim_tokenizer(tokenizer, _All([_Written(one, data, tokenizer) for one in splits]))
+
+
+# -- data of one seed ----------------------------------------------------------------------------------
+
+
+def _splits_of_seeds(recipe: Recipe, run: Path, progress: Progress) -> list[Splits]:
+    """The problems of every seed, where the tokenizer is made of texts: one serves them all."""
+    if recipe.data.tokenizer != CHARACTERS and not recipe.data.trim_vocabulary:
+        return []
+    return [fitted_splits(replicate_recipe(recipe, seed).data, progress, beside=run) for seed in recipe.seeds]
+
+
+def _require_held_out(fingerprints: Mapping[str, str], shared: Path) -> None:
+    """Seeds are compared on the same questions: an assertion, whatever a source does."""
+    theirs = read_manifest(shared)["fingerprint"]
+    for split in ("val", "test"):
+        if fingerprints[split] != theirs[split]:
+            raise DataError(
+                f"the {split} problems differ from the run's",
+                place="data.tasks",
+                fix="a source has changed since the run was begun: put it back, or use a new run_dir",
+            )
 
 
 @dataclass
@@ -237,18 +293,23 @@ def _count(
 # -- what is prepared already --------------------------------------------------------------------------
 
 
-def validate(recipe: Recipe, run: Path, progress: Progress | None = None, *, fix: bool = False) -> dict[str, Any]:
+def validate(
+    recipe: Recipe, run: Path, progress: Progress | None = None, *, fix: bool = False, seed: int | None = None
+) -> dict[str, Any]:
     """Hold what is learned from against what is held out, anew from the sources; the report, which is also written.
 
     Where the run is prepared, its tables are held against the sources too, and what counts is whether a leak is in
     them. fix: leaks are taken out of training (as `data.leaks: drop` does) and the data is prepared without them.
     `num_leaks` of the report are those that stay.
     """
-    run, progress, data = Path(run), progress or silent, recipe.data
+    study, root, progress = recipe, Path(run), progress or silent
+    recipe, run = replicate_recipe(recipe, seed), root if seed is None else replicate_folder(root, seed)
+    data = recipe.data
     if fix:
         manifest = data_folder(run) / MANIFEST
         if manifest.is_file() and read_manifest(run).get("num_leaks"):
-            used = [name for name in ("teachers", "store", "fit", "arms") if (run / name).exists()]
+            made = [folder / name for name in ("teachers", "store", "fit", "arms") for folder in {root, run}]
+            used = [folder.name for folder in made if folder.exists()]
             if used:
                 raise RunFolderError(
                     f"models were already trained on this data ({', '.join(used)} are there)",
@@ -256,7 +317,8 @@ def validate(recipe: Recipe, run: Path, progress: Progress | None = None, *, fix
                     fix="give another run_dir: what was learned from leaked problems cannot be taken back",
                 )
             manifest.unlink()
-        prepare(recipe.model_copy(update={"data": data.model_copy(update={"leaks": "drop"})}), run, progress)
+        dropping = study.model_copy(update={"data": study.data.model_copy(update={"leaks": "drop"})})
+        prepare(dropping, root, progress, seed=seed)
         return read_sealed(data_folder(run) / REPORT, fix="run `kvdistill validate` again")
     finished = _is_finished(data, run)
     splits = fitted_splits(data, progress, beside=run)
@@ -298,7 +360,10 @@ def _hold_tables(splits: Splits, run: Path) -> dict[str, set[str]]:
 def _section(data: DataRecipe) -> dict[str, Any]:
     """The data section as the manifest keeps it, without what does not change what it says: where a copy lies, and what
     to do about leaks (the manifest has how many there are)."""
-    return data.model_dump(mode="json", exclude={"root", "leaks"})
+    kept = data.model_dump(mode="json", exclude={"root", "leaks"})
+    if data.train_seed is None:
+        del kept["train_seed"]  # as manifests were before there was the key
+    return kept
 
 
 def _section_of(manifest: dict[str, Any]) -> dict[str, Any]:

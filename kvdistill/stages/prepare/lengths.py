@@ -19,7 +19,7 @@ from kvdistill.core.recipe import DataRecipe
 from kvdistill.data.chat import chat_tokenizer, write_chat_rows
 from kvdistill.data.encode import Example, encode_rows
 from kvdistill.data.problems import Problem, Row, styles_of
-from kvdistill.data.splits import DEAL_ORDER, Splits, load_splits
+from kvdistill.data.splits import DEAL_ORDER, Splits, draw_learned, load_splits
 from kvdistill.data.tokenizers import load_tokenizer
 
 _CHUNK = 1000  # problems
@@ -44,9 +44,13 @@ def fitted_splits(
     """
     splits = load_splits(data, progress, beside=beside)
     if not any(spare for tasks in splits.spare.values() for spare in tasks.values()):
+        if data.train_seed is not None:
+            draw_learned(splits, data.train_seed)
         return splits
     reader = tokenizer() if tokenizer is not None else plain_tokenizer(data)
     for split in DEAL_ORDER:
+        if split == "train" and data.train_seed is not None:  # the held-out splits are settled
+            draw_learned(splits, data.train_seed)
         chosen, done = splits.problems[split], 0
         for problems in chosen.batches(_CHUNK):
             for place, is_short in enumerate(_short_enough(problems, split, splits, data, reader), start=done):

@@ -17,7 +17,15 @@ from transformers import PreTrainedTokenizerFast
 
 from kvdistill.align.tokens import token_coverage
 from kvdistill.arms.checks import COMPARED_EXAMPLES, load_model_tokenizer, tokenizer_difference
-from kvdistill.arms.texts import load_tokenizer_of, may_have_own_text, own_table_path, spans_path, teacher_place
+from kvdistill.arms.texts import (
+    load_prepared_tokenizer,
+    load_tokenizer_of,
+    may_have_own_text,
+    own_table_path,
+    own_tokenizer_folder,
+    spans_path,
+    teacher_place,
+)
 from kvdistill.core.errors import AlignmentError, DataError
 from kvdistill.core.files import read_json, replacing_folder, sha256_file, write_json, write_tensors
 from kvdistill.core.layout import teacher_texts_folder
@@ -31,15 +39,16 @@ from kvdistill.data.problems import SPLITS, Problem, Row
 from kvdistill.data.sets import find_rules
 from kvdistill.data.sources.jsonl import read_jsonl
 from kvdistill.data.tables import MANIFEST, SplitWriter, read_manifest, read_split
-from kvdistill.data.tokenizers import fingerprint_tokenizer, load_tokenizer, trim_tokenizer
+from kvdistill.data.tokenizers import fingerprint_tokenizer, load_tokenizer, require_covered, trim_tokenizer
 
 _CHUNK = 1000  # rows
 _LEARNED = ("train", "val")  # splits whose teacher targets are matched: traces must cover them
 
 
-def prepare_teacher_texts(recipe: Recipe, run: Path, progress: Progress) -> None:
+def prepare_teacher_texts(recipe: Recipe, run: Path, progress: Progress, shared: Path | None = None) -> None:
     """Write `data/teachers/NAME` for every teacher that has something of its own; finished ones are left alone.
 
+    shared: the run folder, where `run` is the folder of one seed's data.
     Raises DataError and ModelError naming the teacher, before anything of it is written.
     """
     data = recipe.data
@@ -61,7 +70,12 @@ def prepare_teacher_texts(recipe: Recipe, run: Path, progress: Progress) -> None
             continue
         texts = _Texts(data, run, teacher, own or students, traces, place)
         if own is not None and data.trim_vocabulary and teacher.scratch is not None:
-            texts.tokenizer, _ = trim_tokenizer(own, texts)
+            if shared is None or recipe.varies_teachers:
+                texts.tokenizer, _ = trim_tokenizer(own, texts)
+            else:  # it was trained with the pieces of the run's texts
+                said = read_json(teacher_texts_folder(shared, teacher.name) / MANIFEST)["tokenizer"]
+                texts.tokenizer = load_prepared_tokenizer(own_tokenizer_folder(shared, teacher.name), said)
+                require_covered(texts.tokenizer, own, texts, f"{place}.tokenizer")
         tokenizer = texts.tokenizer
         with replacing_folder(folder) as part:
             unknown, lost = _write_splits(part, texts, students, progress)

@@ -13,11 +13,21 @@ from typing import Any
 
 import numpy as np
 
+from kvdistill.core.budgets import differences, read_budgets
 from kvdistill.core.config import asked_hash
 from kvdistill.core.costs import count_sharers, student_flops, total_flops
+from kvdistill.core.declared import family_of
 from kvdistill.core.errors import RunFolderError
 from kvdistill.core.files import finite, read_json_lines, write_text
-from kvdistill.core.layout import evaluated_mark, layers_folder, teacher_texts_folder, trained_mark
+from kvdistill.core.layout import (
+    data_folder,
+    evaluated_mark,
+    layers_folder,
+    replicate_folder,
+    teacher_folder,
+    teacher_texts_folder,
+    trained_mark,
+)
 from kvdistill.core.marks import check_marked, read_mark, read_sealed
 from kvdistill.core.recipe import Recipe
 from kvdistill.core.records import Record, read_records
@@ -30,7 +40,10 @@ Alike = dict[tuple[Any, ...], tuple[Any, ...]]
 
 @dataclass
 class RunTables:
-    """One study: per arm (recipe order) and seed, what evaluation and training left behind."""
+    """One study: per arm (recipe order) and seed, what evaluation and training left behind.
+
+    arms: those that stand side by side. runs, logs, matches: also of arms that are only points of a curve of cost.
+    """
 
     path: Path
     arms: list[str]
@@ -45,6 +58,7 @@ class RunTables:
     samples: dict[str, dict[str, Record]] = field(default_factory=dict)  # arm -> task -> first answer of its first seed
     manifest: Row = field(default_factory=dict)
     validation: Row = field(default_factory=dict)
+    leaks_of_seeds: int = 0  # in training problems that each seed has of its own
     provenance: Row = field(default_factory=dict)
     missing: list[tuple[str, int]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -62,10 +76,12 @@ class RunTables:
 def collect_tables(recipe: Recipe, run: Path) -> RunTables:
     """All tables of a run folder. Raises RunFolderError if no run has records, or a file is damaged."""
     now = asked_hash(recipe)
-    tables = RunTables(run, list(recipe.arms), list(recipe.seeds))
+    compared = {arm for pair in family_of(recipe).pairs for arm in pair}
+    shown = [arm for arm in recipe.every_arm if arm in recipe.arms or arm in compared]
+    tables = RunTables(run, shown, list(recipe.seeds))
     unmarked: list[str] = []
     alike: Alike = {}
-    for arm in tables.arms:
+    for arm in recipe.every_arm:
         tables.runs[arm], tables.logs[arm], tables.matches[arm] = {}, {}, {}
         for seed in tables.seeds:
             folder = tables.seed_folder(arm, seed)
@@ -94,23 +110,34 @@ def collect_tables(recipe: Recipe, run: Path) -> RunTables:
             if (folder / "records.jsonl").is_file():
                 unmarked.append(f"{arm} seed {seed} (no {' and no '.join(unvouched)})")
     price(recipe, tables)
+    tables.notes += budget_notes(tables)
     if not any(tables.runs.values()):
         raise RunFolderError("no run has been evaluated", place=str(run / "arms"), fix="train and evaluate first")
     for teacher in recipe.teachers:
-        folder = run / "teachers" / teacher.name
-        check_marked(trained_mark(folder), fix=f"delete {folder} and teach it again")
-        if trained_mark(folder).exists() and (found := _read_object(folder / "report.json")):
-            tables.teachers[teacher.name] = found
-    tables.models = read_models(recipe, run)
-    tables.layers = _read_layers(recipe, run)
+        folders = {teacher.name: teacher_folder(run, teacher.name)}
+        if recipe.varies_teachers and teacher.scratch is not None:
+            own = {seed: teacher_folder(replicate_folder(run, seed), teacher.name) for seed in recipe.seeds}
+            folders = {f"{teacher.name}, seed {seed}": folder for seed, folder in own.items()}
+        for name, folder in folders.items():
+            check_marked(trained_mark(folder), fix=f"delete {folder} and teach it again")
+            if trained_mark(folder).exists() and (found := _read_object(folder / "report.json")):
+                tables.teachers[name] = found
+    # where seeds have data or teachers of their own, the first seed's are looked at
+    varies = recipe.varies_data or recipe.varies_teachers
+    place = replicate_folder(run, recipe.seeds[0]) if varies else run
+    tables.models = read_models(recipe, run, place if recipe.varies_teachers else run)
+    tables.layers = _read_layers(recipe, place)
     for teacher in recipe.teachers:
-        if found := _read_object(teacher_texts_folder(run, teacher.name) / "manifest.json"):
-            tables.tokenizers[teacher.name] = found
+        for where in (run, place):
+            if found := _read_object(teacher_texts_folder(where, teacher.name) / "manifest.json"):
+                tables.tokenizers[teacher.name] = found
     tables.notes += _layer_notes(recipe, run)
     manifest = run / "data" / "manifest.json"
     tables.manifest = read_sealed(manifest, fix="run `kvdistill prepare` again") if manifest.is_file() else {}
     validation = run / "data" / "validation_report.json"
     tables.validation = read_sealed(validation, fix="run `kvdistill validate`") if validation.is_file() else {}
+    if recipe.varies_data:
+        _collect_data_of_seeds(recipe, run, tables)
     tables.provenance = _read_object(run / "provenance.json")
     if unmarked:
         tables.notes.append(
@@ -120,7 +147,7 @@ def collect_tables(recipe: Recipe, run: Path) -> RunTables:
         tables.notes.append(
             "Not evaluated yet: " + ", ".join(f"{arm} seed {seed}" for arm, seed in tables.missing) + "."
         )
-    strays = sorted(p.name for p in (run / "arms").iterdir() if p.is_dir() and p.name not in tables.arms)
+    strays = sorted(p.name for p in (run / "arms").iterdir() if p.is_dir() and p.name not in tables.runs)
     if strays:
         tables.notes.append("In the folder but not in the recipe, and left out: " + ", ".join(strays) + ".")
     return tables
@@ -135,6 +162,32 @@ def _read_layers(recipe: Recipe, run: Path) -> dict[str, Row]:
             layer_map = (measured.get("layer_map") or {}).get(kind) or {}
             found[teacher.name] = {"similarity": similarity, "map": layer_map, "kind": kind}
     return found
+
+
+def _collect_data_of_seeds(recipe: Recipe, run: Path, tables: RunTables) -> None:
+    """Leaks in any seed's training problems, and how many of these two seeds have in common."""
+    drawn: list[set[str]] = []
+    for seed in recipe.seeds:
+        folder = data_folder(replicate_folder(run, seed))
+        if not (folder / "manifest.json").is_file():
+            continue
+        manifest = read_sealed(folder / "manifest.json", fix="run `kvdistill prepare` again")
+        tables.leaks_of_seeds += int(manifest.get("num_leaks") or 0)
+        drawn.append({row["doc_hash"] for row in pq_rows(folder / "train.parquet", "doc_hash")})
+    shares = [len(a & b) / max(1, min(len(a), len(b))) for i, a in enumerate(drawn) for b in drawn[:i]]
+    if shares:
+        common = 100 * sum(shares) / len(shares)
+        tables.notes.append(
+            f"Each seed drew its own training problems; two seeds have {common:.0f} % of them in common."
+        )
+
+
+def pq_rows(path: Path, *columns: str) -> list[Row]:
+    """These columns of a table, row by row."""
+    import pyarrow.parquet as pq
+
+    rows: list[Row] = pq.ParquetFile(path).read(columns=list(columns)).to_pylist()
+    return rows
 
 
 def price(recipe: Recipe, tables: RunTables) -> None:
@@ -159,6 +212,16 @@ def price(recipe: Recipe, tables: RunTables) -> None:
             runs[seed] = replace(run, costs=known_costs)
 
 
+def budget_notes(tables: RunTables) -> list[str]:
+    """Where runs spent something else than was planned before training."""
+    planned, notes = read_budgets(tables.path), []
+    for arm, runs in tables.runs.items():
+        for seed, run in runs.items():
+            if found := differences(planned.get(arm, {}), run.costs):
+                notes.append(f"{arm} seed {seed}: {'; '.join(found)}.")
+    return notes
+
+
 _COUNTS = {"steps": "optimiser_steps", "data": "problems_seen", "tokens": "tokens_nonpadding"}
 
 
@@ -172,8 +235,10 @@ def _layer_notes(recipe: Recipe, run: Path) -> list[str]:
             for name in [one.name for one in recipe.teachers] if names is None else names:
                 kinds.setdefault(name, set()).add(changes.get("cka_on", recipe.align.cka_on))
     notes = []
+    varies = recipe.varies_data or recipe.varies_teachers  # then the first seed's are looked at
+    place = replicate_folder(run, recipe.seeds[0]) if varies else run
     for name, on in kinds.items():
-        found = _read_object(layers_folder(run) / f"{name}.json").get("notes") or {}
+        found = _read_object(layers_folder(place) / f"{name}.json").get("notes") or {}
         notes += [f"Layers of {name} by CKA of {kind}: {note}." for kind in sorted(on) for note in found.get(kind, ())]
     return notes
 
@@ -247,10 +312,8 @@ def read_questions(run: Path) -> dict[tuple[str, str, str], Row]:
     path = run / "data" / "test.parquet"
     if not path.is_file():
         return {}
-    import pyarrow.parquet as pq
-
     parts = ("prompt", "reasoning", "answer")
-    rows = pq.ParquetFile(path).read(columns=["task", "id", "style", *parts]).to_pylist()
+    rows = pq_rows(path, "task", "id", "style", *parts)
     return {(r["task"], r["id"], str(r["style"] or "")): {part: r[part] or "" for part in parts} for r in rows}
 
 

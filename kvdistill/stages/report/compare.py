@@ -6,7 +6,7 @@ A comparison that would not mean anything is not computed: its result carries `r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,10 +14,14 @@ from typing import Any
 import numpy as np
 
 from kvdistill import stats
+from kvdistill.core.budgets import figure_of
+from kvdistill.core.costs import TOLERANCE, apart
 from kvdistill.core.family import MIN_SEEDS
+from kvdistill.core.recipe import ParityRecipe
 from kvdistill.stats import NAN
 
-BUDGET_TOLERANCE = 0.01
+STEPS = ParityRecipe()
+LEDGER = (("tokens_nonpadding", "tokens"), ("optimiser_steps", "steps"))
 FINGERPRINTS = {
     "data_fingerprint": "training data",
     "init_fingerprint": "initial weights",
@@ -81,8 +85,10 @@ class SeedRun:
 Runs = Mapping[int, SeedRun]
 
 
-def find_refusals(arm: Runs, baseline: Runs, seeds: Sequence[int], figure: str = "accuracy") -> list[str]:
-    """Every reason not to compare two arms; empty if they may be compared. `seeds`: what the recipe declared."""
+def find_refusals(
+    arm: Runs, baseline: Runs, seeds: Sequence[int], figure: str = "accuracy", parity: ParityRecipe = STEPS
+) -> list[str]:
+    """Every reason not to compare two arms; empty if they may be compared. `seeds`, `parity`: what was declared."""
     reasons = []
     for name, runs in (("arm", arm), ("baseline", baseline)):
         if missing := [s for s in seeds if s not in runs]:
@@ -96,7 +102,7 @@ def find_refusals(arm: Runs, baseline: Runs, seeds: Sequence[int], figure: str =
         return reasons
     reasons += _question_refusals(arm, baseline, shared)
     for seed in shared:
-        reasons += [f"seed {seed}: {why}" for why in _ledger_refusals(arm[seed].ledger, baseline[seed].ledger)]
+        reasons += [f"seed {seed}: {why}" for why in _ledger_refusals(arm[seed], baseline[seed], parity)]
     if not any("question" in r for r in reasons):
         a, b = ([runs[s].macro(figure) for s in shared] for runs in (arm, baseline))
         if not np.isfinite(a + b).all():
@@ -131,7 +137,8 @@ def _question_refusals(arm: Runs, baseline: Runs, shared: Sequence[int]) -> list
     return []
 
 
-def _ledger_refusals(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+def _ledger_refusals(one: SeedRun, other: SeedRun, parity: ParityRecipe) -> list[str]:
+    a, b = one.ledger, other.ledger
     if not a or not b:
         return ["no ledger, so equal budgets cannot be shown"]
     reasons = []
@@ -140,17 +147,24 @@ def _ledger_refusals(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
         reasons.append(
             "differing rules of which weights are kept and when training ends (train.select, train.patience)"
         )
-    # who trains until validation stops improving takes as many steps as that needs: parity is of the data
-    equal_budgets = () if rules[0][1] is not None else (("tokens_nonpadding", "tokens"), ("optimiser_steps", "steps"))
     other_texts = a.get("texts") != b.get("texts")  # by the recipe: as many steps of as many examples, of other texts
-    for key, name in equal_budgets:
-        x, y = a.get(key), b.get(key)
-        if other_texts and key == "tokens_nonpadding":
-            continue
+    spent = [(key, name, a.get(key), b.get(key)) for key, name in LEDGER if not (other_texts and name == "tokens")]
+    if parity.parity != "steps":
+        figure = figure_of(parity)
+        spent = [(figure, str(parity), one.costs.get(figure), other.costs.get(figure))]
+    elif rules[0][1] is not None:  # trained until validation stops improving, as many steps as that needs
+        spent = []
+    for key, name, x, y in spent:
         if x is None or y is None:
             reasons.append(f"the ledger lacks {key}")
-        elif abs(x - y) > BUDGET_TOLERANCE * max(x, y):
-            reasons.append(f"budgets apart by {abs(x - y) / max(x, y):.1%} ({name}: {x:g} against {y:g}; at most 1 %)")
+        elif apart(x, y) > TOLERANCE:
+            reasons.append(f"budgets apart by {apart(x, y):.1%} ({name}: {x:g} against {y:g}; at most 1 %)")
+    if parity.parity != "steps" and a.get("order_fingerprint") and b.get("order_fingerprint"):
+        # of unlike length: the same as far as both go
+        both = [ledger.get("order_prefixes") or {} for ledger in (a, b)]
+        last = max((n for n in both[0] if n in both[1]), key=int, default=None)
+        same = last is not None and both[0][last] == both[1][last]
+        a, b = ({**ledger, "order_fingerprint": str(same or key)} for key, ledger in enumerate((a, b)))
     for key, name in FINGERPRINTS.items():
         if other_texts and key == "order_fingerprint":
             continue
@@ -175,6 +189,7 @@ class Comparison:
     figure: str
     seeds: list[int]
     refused: list[str]
+    parity: ParityRecipe = STEPS
     differences: list[float] = field(default_factory=list)
     t: stats.PairedT = _NO_PAIREDT
     p_holm: float = NAN
@@ -203,14 +218,15 @@ def compare_family(
     figure: str = "accuracy",
     alpha: float = 0.05,
     margin: float = NAN,
+    parity: Callable[[str, str], ParityRecipe] = lambda arm, baseline: STEPS,
 ) -> list[Comparison]:
     """All declared comparisons of one figure, Holm-adjusted over the family (refused ones are counted in it).
 
     The difference tests and the equivalence tests are adjusted as one family each. The smallest detectable effect is
     and the seeds needed for the effect seen are for power .8 at alpha / family size, Holm's first step, so they are on
-    the careful side. margin: NaN = not declared.
+    the careful side. margin: NaN = not declared. parity: what a pair is to have spent alike.
     """
-    family = [_compare(runs, pair, seeds, figure, alpha, margin, len(pairs)) for pair in pairs]
+    family = [_compare(runs, pair, seeds, figure, alpha, margin, len(pairs), parity(*pair)) for pair in pairs]
     p_holm = stats.adjust_holm([c.t.p for c in family])
     tost_holm = stats.adjust_holm([c.tost.p for c in family])
     for c, p, p_tost in zip(family, p_holm, tost_holm, strict=True):
@@ -227,11 +243,11 @@ def compare_family(
 
 def _compare(
     runs: Mapping[str, Runs], pair: tuple[str, str], seeds: Sequence[int],
-    figure: str, alpha: float, margin: float, family_size: int,
+    figure: str, alpha: float, margin: float, family_size: int, parity: ParityRecipe,
 ) -> Comparison:  # fmt: skip
     arm, baseline = runs.get(pair[0], {}), runs.get(pair[1], {})
     shared = sorted(set(arm) & set(baseline))
-    out = Comparison(*pair, figure, shared, find_refusals(arm, baseline, seeds, figure))
+    out = Comparison(*pair, figure, shared, find_refusals(arm, baseline, seeds, figure, parity), parity)
     if out.refused:
         out.refuse(out.refused)
         return out
@@ -269,6 +285,7 @@ def describe_comparison(c: Comparison) -> dict[str, Any]:
         "smallest_detectable_d_z": c.detectable_d, "smallest_detectable_effect": c.detectable,
         "seeds_needed_for_the_effect_seen": c.seeds_needed, "declared": list(c.declared or (c.arm, c.baseline)),
         "tost_p": c.tost.p, "tost_p_holm": c.tost_p_holm, "verdict": c.verdict.word, "sentence": c.verdict.sentence,
+        "parity": c.parity.parity, "amortised": c.parity.amortised, "at_equal": str(c.parity),
         "refused": c.refused, "reasons": {k: v for k, v in reasons.items() if v},
         "conditional_on_these_checkpoints": {
             "question_difference": c.questions.difference, "question_se": c.questions.se,

@@ -31,6 +31,7 @@ from kvdistill.stages.report.canvas import (
     render,
 )
 from kvdistill.stages.report.collect import Row, RunTables
+from kvdistill.stages.report.cost import draw_cost_curves
 from kvdistill.stages.report.curves import draw_curves
 from kvdistill.stages.report.language import ENGLISH, Words
 from kvdistill.stages.report.summary import reference_arm
@@ -73,7 +74,8 @@ def draw_all(recipe: Recipe, tables: RunTables, summary: Row, words: Words = ENG
         picture("radar_over_tasks", lambda: draw_radar(summary, shown, reference, labels), reference=reference,
                 left=[arm for arm in scored if arm not in shown])
         if radar else picture("radar_over_tasks", lambda: draw_task_bars(summary, figure, labels), "caption_bars"),
-        *draw_curves(tables.logs, words, labels, compared),
+        *draw_curves({arm: tables.logs[arm] for arm in tables.arms}, words, labels, compared),
+        picture("cost_curves", lambda: draw_cost_curves(summary, labels)),
         *draw_ablations(recipe, summary, figure, words, labels),
         picture("cka_heatmap", lambda: draw_cka(tables.layers, labels)),
         picture("routing_by_task_heatmap", lambda: draw_routing(recipe, tables, "task", labels)),
@@ -248,7 +250,7 @@ def match_table(recipe: Recipe, tables: RunTables) -> list[Row]:
     The placebo figure is the run's own (`placebo` beside `k` and `v` in match.json) or else the mean over the
     recipe's placebo arms with that teacher. [] if nothing was measured.
     """
-    placebo_arms = [arm for arm in tables.arms if recipe.arms[arm].get("control") == "placebo"]
+    placebo_arms = [arm for arm in tables.arms if recipe.every_arm[arm].get("control") == "placebo"]
     found: dict[tuple[str, str], list[Row]] = {}
     for arm in tables.arms:
         for match in tables.matches[arm].values():

@@ -17,12 +17,15 @@ STUDENT = ""
 _MAX_HEADER = 100 << 20  # as safetensors itself
 
 
-def read_models(recipe: Recipe, run: Path) -> dict[str, dict[str, Any]]:
+def read_models(recipe: Recipe, run: Path, of_teachers: Path | None = None) -> dict[str, dict[str, Any]]:
     """Teachers by name, and the student as "": family, layers, width, heads, kv_heads, head_size, vocabulary,
-    parameters; None for what is not known here (a published model that is not in a folder of this machine)."""
+    parameters; None for what is not known here (a published model that is not in a folder of this machine).
+
+    of_teachers: where scratch teachers lie, if not in the run folder itself.
+    """
     found = {}
     for teacher in recipe.teachers:
-        found[teacher.name] = _sizes(teacher, teacher_folder(run, teacher.name) / "model")
+        found[teacher.name] = _sizes(teacher, teacher_folder(of_teachers or run, teacher.name) / "model")
     saved = [arm_folder(run, arm, seed) / "model" for arm in recipe.arms for seed in recipe.seeds]
     folder = next((one for one in saved if (one / "config.json").is_file()), run / "student")
     found[STUDENT] = _sizes(recipe.student, folder)

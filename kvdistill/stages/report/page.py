@@ -91,7 +91,8 @@ def build_page(
             if not shared["entries"]:
                 continue
         body = environment.get_template(f"{name}.jinja").render(shared, **values(study))
-        made[name] = Markup(body)
+        if body.strip():  # a section may have nothing to say of this study
+            made[name] = Markup(body)
     return frame(made)
 
 
@@ -113,6 +114,7 @@ def _environment(study: Study) -> jinja2.Environment:
         with_prefix=text.with_prefix, size=text.size, is_known=text.is_known,
         duration=lambda seconds: text.duration(seconds, words),
         amount=lambda found, figure: text.amount(found, figure, words),
+        difference=lambda found, figure: text.difference(found, figure, words),
         side_name=lambda comparison, side: text.side_name(comparison, side, words),
         pictures={name: _embed(p) for name, p in study.pictures.items()},
     )  # fmt: skip
@@ -234,7 +236,7 @@ def _models(study: Study) -> Row:
               "tokenizer": shared.get("name"), "pieces": shared.get("size"), "origin": _origin(study, None),
               "by_task": {}, "seconds": None}]  # fmt: skip
     for teacher in recipe.teachers:
-        report, reads = tables.teachers.get(teacher.name) or {}, own.get(teacher.name) or {}
+        report, reads = _mean_report(tables, teacher.name), own.get(teacher.name) or {}
         shown.append({"name": teacher.name, "is_student": False, **tables.models.get(teacher.name, {}),
                       "tokenizer": reads.get("name") or (teacher.tokenizer if reads else None),
                       "pieces": reads.get("size"), "origin": _origin(study, teacher),
@@ -244,6 +246,19 @@ def _models(study: Study) -> Row:
         "has_accuracy": any(one["by_task"] for one in shown),
         "unmeasured": any(not one["by_task"] and not one["is_student"] for one in shown),
     }
+
+
+def _mean_report(tables: RunTables, teacher: str) -> Row:
+    """A teacher's own report; where each seed trained one, the means of theirs."""
+    of_seeds = f"{teacher}, seed "
+    reports = [found for name, found in tables.teachers.items() if name == teacher or name.startswith(of_seeds)]
+    if not reports:
+        return {}
+    tasks = dict.fromkeys(task for one in reports for task in one.get("accuracy_by_task") or {})
+    known = {key: [one[key] for one in reports if one.get(key) is not None] for key in ("steps", "seconds")}
+    by_task = {task: [one["accuracy_by_task"].get(task, math.nan) for one in reports] for task in tasks}
+    means = {key: sum(values) / len(values) for key, values in (*known.items(), *by_task.items()) if values}
+    return {"accuracy_by_task": {task: means[task] for task in tasks}, **{key: means.get(key) for key in known}}
 
 
 def _origin(study: Study, teacher: TeacherRecipe | None) -> str:
@@ -257,7 +272,7 @@ def _origin(study: Study, teacher: TeacherRecipe | None) -> str:
         counts = study.tables.manifest.get("tasks") or {}
         splits = ["teach"] if study.recipe.data.disjoint_teachers else ["teach", "train"]
         rows = [((counts.get(task) or {}).get(s) or {}).get("rows") or 0 for task in teacher.train_on for s in splits]
-        steps = (study.tables.teachers.get(teacher.name) or {}).get("steps") or teacher.optimiser.steps
+        steps = _mean_report(study.tables, teacher.name).get("steps") or teacher.optimiser.steps
         tasks = words("page.comma").join(teacher.train_on)
         key = "teachers.scratch" if sum(rows) else "teachers.scratch_short"
         kept = words(key, tasks=tasks, count=text.count(sum(rows)), steps=text.count(steps))
@@ -322,6 +337,7 @@ SECTIONS = (  # in the page's order
     Section("teachers", _models),
     Section("statistics"),
     Section("curves"),
+    Section("cost"),
     Section("ablations"),
     Section("routing"),
     Section("match", _match),

@@ -19,6 +19,8 @@ from kvdistill.core.recipe import Recipe
 from kvdistill.stages.report.best_single import Choice, choose_best_single
 from kvdistill.stages.report.collect import RunTables
 from kvdistill.stages.report.compare import Comparison, compare_family, describe_comparison
+from kvdistill.stages.report.controls import describe_controls
+from kvdistill.stages.report.cost import curve_summary
 from kvdistill.stages.report.language import ENGLISH, Words
 from kvdistill.stages.report.text import CONTROLS
 from kvdistill.stats import NAN
@@ -57,7 +59,18 @@ def best_single(recipe: Recipe, tables: RunTables) -> Choice | None:
     if not any(BEST_SINGLE in pair for pair in family_of(recipe).pairs):
         return None
     candidates = single_arms({name: arm_recipe(recipe, name) for name in recipe.arms})
-    return choose_best_single(candidates, tables.logs, tables.seeds, recipe.report.primary)
+    return choose_best_single(candidates, _logs_to_kept(tables), tables.seeds, recipe.report.primary)
+
+
+def _logs_to_kept(tables: RunTables) -> dict[str, dict[int, list[dict[str, Any]]]]:
+    """Logs up to the step whose weights were kept: the last point is that of the student that was evaluated."""
+    found: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    for arm, logs in tables.logs.items():
+        for seed, rows in logs.items():
+            ledger = tables.runs[arm][seed].ledger if seed in tables.runs[arm] else {}
+            kept = (ledger.get("selection") or {}).get("chosen_step")
+            found.setdefault(arm, {})[seed] = [row for row in rows if kept is None or row["step"] <= kept]
+    return found
 
 
 def compare_all(recipe: Recipe, tables: RunTables) -> dict[str, list[Comparison]]:
@@ -67,9 +80,17 @@ def compare_all(recipe: Recipe, tables: RunTables) -> dict[str, list[Comparison]
     pairs = declared if choice is None else [choice.stands_in(pair) for pair in declared]
     found = {
         "primary": compare_family(
-            tables.runs, pairs, tables.seeds, figure=rules.primary, alpha=rules.alpha, margin=rules.margin
+            tables.runs,
+            pairs,
+            tables.seeds,
+            figure=rules.primary,
+            alpha=rules.alpha,
+            margin=rules.margin,
+            parity=rules.parity,
         ),
-        "secondary": compare_family(tables.runs, pairs, tables.seeds, figure=other, alpha=rules.alpha),
+        "secondary": compare_family(
+            tables.runs, pairs, tables.seeds, figure=other, alpha=rules.alpha, parity=rules.parity
+        ),
     }
     for comparisons in found.values():
         for one, pair in zip(comparisons, declared, strict=True):
@@ -106,25 +127,28 @@ def _figure(tables: RunTables, arm: str, name: str) -> dict[str, Any]:
 
 def describe_arm(recipe: Recipe, arm: str, words: Words = ENGLISH) -> str:
     """What an arm does, in words, from the recipe: `KV of 2 teachers (a, b), weighted by competence`."""
-    spec = recipe.arms[arm]
+    spec = recipe.every_arm[arm]
 
     def setting(section: str, key: str) -> Any:
         changes = spec.get(section)
         return changes[key] if isinstance(changes, dict) and key in changes else getattr(getattr(recipe, section), key)
 
+    longer = words("describe.longer", times=f"{spec['times']:g}") if spec.get("times", 1) != 1 else ""
     teachers = spec.get("teachers")
     names = [t.name for t in recipe.teachers] if teachers is None else list(teachers)
     kv = bool(names) and setting("loss", "kv_weight") > 0
     logits = bool(names) and setting("loss", "logit_weight") > 0
     if not kv and not logits:
-        return words("describe.no_teacher")
+        texts = spec.get("texts")
+        plain = words.message(CONTROLS[texts][0]) if texts in CONTROLS else words("describe.no_teacher")
+        return plain + longer
     what = words("describe.and").join([words("describe.kv")] * kv + [words("describe.logits")] * logits)
     said = words("describe.teachers", n=len(names), what=what, teachers=words("page.comma").join(map(str, names)))
     if len(names) > 1:
         strategy = setting("fuse", "fusion_strategy")
         said += words.get(f"describe.{strategy}") or words("describe.other", strategy=strategy)
     changes = [(f"{part}.{key}", value) for part, changed in spec.items() if isinstance(changed, dict)
-               for key, value in changed.items()]  # fmt: skip
+               for key, value in changed.items() if part != "match"]  # fmt: skip
     told = [
         ("loss.kv_weight", 0),
         ("loss.logit_weight", 0),
@@ -133,7 +157,7 @@ def describe_arm(recipe: Recipe, arm: str, words: Words = ENGLISH) -> str:
     more = [f"{key} = {value}" for key, value in changes if (key, value) not in told]
     if (control := spec.get("control")) in CONTROLS:
         more.insert(0, words("describe.control", control=control, what=words.message(CONTROLS[control][0])))
-    return words("page.semicolon").join([said, *more])
+    return words("page.semicolon").join([said + longer, *more])
 
 
 def dead_channels(tables: RunTables, arm: str) -> dict[str, dict[str, int]]:
@@ -190,7 +214,7 @@ def budgets(recipe: Recipe, tables: RunTables) -> dict[str, dict[str, Any]]:
 
 def reference_arm(recipe: Recipe) -> str:
     """The baseline of most declared comparisons (first named wins a tie); without any, the first arm."""
-    named = Counter(b for _, b in family_of(recipe).pairs if b in recipe.arms)
+    named = Counter(b for _, b in family_of(recipe).pairs if b in recipe.every_arm)
     return named.most_common(1)[0][0] if named else next(iter(recipe.arms))
 
 
@@ -209,13 +233,14 @@ def summarise(
             "nll_reasoning": _spread(tables, arm, "nll_reasoning"), "dead_channels": dead_channels(tables, arm),
         }  # fmt: skip
     known = [a["mean"] for a in arms.values() if not math.isnan(a["mean"])]
+    near_zero = bool(known) and max(known) < NEAR_ZERO
     ledgers = [run.ledger for runs in tables.runs.values() for run in runs.values()]
     declared, rule, choice = compare_declared(recipe, tables.path), family_of(recipe), best_single(recipe, tables)
     comparisons = {kind: [describe_comparison(c) for c in family[kind]] for kind in ("primary", "secondary")}
     for one in (*comparisons["primary"], *comparisons["secondary"]):
         one["after_results"] = one["declared"] in declared["late"]
         one["by_rule"] = tuple(one["declared"]) in rule.by_rule
-    return {
+    summary = {
         "schema": 1, "declared": declared, "name": recipe.name,
         "title": recipe.title or recipe.name, "primary": recipe.report.primary,
         "seeds": tables.seeds, "tasks": tables.tasks, "arms": arms,
@@ -223,15 +248,41 @@ def summarise(
         "secondary_comparisons": comparisons["secondary"],
         "best_single": choice and {**choice._asdict(), "rule": best_single_rule(recipe.report.primary)},
         "family_notes": rule.notes,
-        "accuracy_near_zero": bool(known) and max(known) < NEAR_ZERO,
+        "accuracy_near_zero": near_zero,
+        "curves": curve_summary(
+            recipe, tables, "nll" if near_zero else recipe.report.primary, reference_arm(recipe)
+        ),
         "seconds": _total([tables.provenance], "seconds"), "cpu_seconds": _total([tables.provenance], "cpu_seconds"),
-        "student_seconds": _total(ledgers, "seconds"),
+        "student_seconds": _total(ledgers, "seconds") - sum(
+            (ledger.get("went_on_from") or {}).get("seconds", 0.0) for ledger in ledgers
+        ),
         "teacher_seconds": _total(list(tables.teachers.values()), "seconds"),
-        "leaks_allowed": recipe.data.leaks == "allow" or bool(tables.manifest.get("num_leaks")),
-        "leaks_found": tables.validation.get("num_leaks"),
+        "leaks_allowed": recipe.data.leaks == "allow"
+        or bool(tables.manifest.get("num_leaks") or tables.leaks_of_seeds),
+        "leaks_found": (tables.validation.get("num_leaks") or 0) + tables.leaks_of_seeds
+        if tables.validation
+        else None,
+        "replicate": recipe.replicate, "variance": variance(recipe),
         "not_asked": not_asked(tables),
         "notes": [*tables.notes, *selection_notes(tables)],
     }  # fmt: skip
+    texts = {
+        arm: one.ledger["texts"] for arm, runs in tables.runs.items() for one in runs.values() if "texts" in one.ledger
+    }
+    return summary | {"controls": describe_controls(recipe, summary, reference_arm(recipe), texts)}
+
+
+def variance(recipe: Recipe) -> str:
+    """What differs from seed to seed, in words: what ± and p include, and what they do not."""
+    fixed = [teacher.name for teacher in recipe.teachers if teacher.scratch is None]
+    published = f" (but for published ones: {', '.join(fixed)})" if fixed and recipe.varies_teachers else ""
+    teachers = ", with the same teachers" if recipe.teachers else ""
+    return {
+        "student": f"over students (initial weights, order), on the same training problems{teachers}",
+        "data": f"over students and data (training problems drawn by each seed){teachers}",
+        "teacher": f"over students and teachers{published}, on the same training problems",
+        "all": f"over students, data and teachers{published}",
+    }[recipe.replicate]
 
 
 def selection_notes(tables: RunTables) -> list[str]:
@@ -282,7 +333,8 @@ def statistics_document(recipe: Recipe, summary: dict[str, Any]) -> dict[str, An
         "seeds": list(recipe.seeds), "language": rules.language,
         "family": [list(pair) for pair in family_of(recipe).pairs], "method": METHOD, "includes": INCLUDES,
         "best_single": summary["best_single"], "family_notes": summary["family_notes"],
-        "declared": summary["declared"], "comparisons": summary["comparisons"],
+        "variance": summary["variance"], "declared": summary["declared"], "comparisons": summary["comparisons"],
         "secondary_comparisons": summary["secondary_comparisons"],
+        "curves": summary["curves"],
         "secondary_note": "exploratory: the recipe declares one primary figure, and no margin for this one",
     }  # fmt: skip

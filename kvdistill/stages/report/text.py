@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
+from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 from kvdistill.core.family import BEST_SINGLE
@@ -90,25 +91,58 @@ def _minus(text: str) -> str:
 
 # -- what controls are -----------------------------------------------------------------------------------
 
-# control -> what its teachers give, and what the arm shows that is better than it
+# control (or texts) -> what the arm learns from, and what cannot be why another arm is better than it
 CONTROLS = {
     "placebo": (
         "teacher KV of a mismatched example",
-        "it is not the cost, nor a pull towards any states of the teacher: those of this very problem are what helps",
+        "the cost of teachers, and a pull towards any of their states",
     ),
     "untrained": (
         "targets of teachers with random weights on the right text",
-        "it is not that the text is described once more by a network of this shape: what the teachers learned helps",
+        "the text told once more by a network of this shape, whatever it has learned",
     ),
     "shuffled": (
         "targets of the right text, its tokens permuted within each segment",
-        "it is not what the problem's states are on the whole: that each token is told its own is what helps",
+        "what this problem’s states are on the whole, whichever token has which",
     ),
     "noise": (
-        "Gaussian noise with the mean and deviation of each of the teacher's channels",
-        "it is not the regularising effect of fixed targets of this size: that they are of a teacher is what helps",
+        "noise with the mean and deviation of each of the teachers’ channels, the same at every visit",
+        "fixed targets of this size as such, which regularise",
+    ),
+    "teachers": (
+        "plain fine-tuning on the problems that the teachers studied, too",
+        "the problems that the teachers have seen and the student has not",
+    ),
+    "written": (
+        "plain fine-tuning on right solutions that the teachers wrote, too (sequence-level distillation)",
+        "what the same teachers can pass on in writing",
     ),
 }
+
+
+def write_harm(row: dict[str, Any], figure: str) -> str:
+    """Whether a control did harm, from its row (`controls.describe_controls`)."""
+    if row["harm"] is None:
+        return "whether it does harm is not known: there is no plain arm with three seeds to hold it against"
+    apart = difference({"difference": row["difference"]}, figure)
+    if not row["harm"]:
+        return f"{apart} beside {row['plain']}: no harm that shows"
+    p = f", Holm-adjusted p {p_value(row['p_holm'])}" if row["harm"] == "significantly" else ", worse in every seed"
+    return f"does harm ({apart} beside {row['plain']}{p}): beating it proves little"
+
+
+def write_texts(said: Mapping[str, Any]) -> str:
+    """What an arm read beside its own texts, from its ledger."""
+    if not said:
+        return "not trained yet"
+    written = said.get("written") or {}
+    how = ""
+    if written:
+        answers, right = (sum(one[key] for one in written.values()) for key in ("answers", "right"))
+        how = f"; {count(right)} of {count(answers)} written solutions are right"
+    if not said["beside"]:
+        return f"nothing beside its own texts{how}: this is plain fine-tuning"
+    return f"{count(said['beside'])} texts beside {count(said['own'])} of its own{how}"
 
 
 # -- what was found, in words that a newcomer understands -----------------------------------------------
@@ -159,7 +193,9 @@ def outcome(comparison: dict[str, Any], family_size: int, words: Words = ENGLISH
     text = words(f"verdicts.{word}") if word in ("better", "worse") else words.message(comparison["sentence"])
     late = words("verdict.late") if comparison.get("after_results") else ""
     adjusted = words("verdict.holm", n=family_size)
-    return words("verdict.outcome", text=text, name=name, p=p_value(p), adjusted=adjusted, late=late)
+    said = words("verdict.outcome", text=text, name=name, p=p_value(p), adjusted=adjusted, late=late)
+    caution = comparison.get("caution")
+    return said + (words("page.semicolon") + words.message(caution) if caution else "")
 
 
 def amount(found: dict[str, Any], figure: str, words: Words = ENGLISH) -> str:

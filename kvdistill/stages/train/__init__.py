@@ -20,16 +20,18 @@ from kvdistill.arms.distiller import Distiller
 from kvdistill.arms.student import CausalStudent
 from kvdistill.arms.teacher import Teacher
 from kvdistill.arms.texts import spread
+from kvdistill.core.budgets import budget_path
 from kvdistill.core.declared import declare
-from kvdistill.core.errors import DataError
+from kvdistill.core.errors import DataError, RunFolderError
 from kvdistill.core.files import read_json, write_json, write_tensors
-from kvdistill.core.layout import CHECKPOINTS, data_folder, folder_lock, teacher_folder, trained_mark
+from kvdistill.core.layout import CHECKPOINTS, data_folder, folder_lock, trained_mark
 from kvdistill.core.marks import read_mark, write_mark
 from kvdistill.core.progress import Progress, silent
 from kvdistill.core.runtime import Stopwatch, derive_seed, seed_everything
 from kvdistill.match import TeacherMatch
 from kvdistill.models import fingerprint_model, load_model
 from kvdistill.stages.train.curves import LearningCurve, accuracy_by_task, answers_to
+from kvdistill.stages.train.handover import hand_over, went_on_from
 from kvdistill.stages.train.ledger import training_ledger
 from kvdistill.stages.train.selection import Selection
 from kvdistill.stages.train.trainer import DistillTrainer, training_arguments
@@ -46,6 +48,12 @@ def train_student(arm: Arm, progress: Progress = silent) -> None:
     with folder_lock(folder, wait=True) if os.environ.get("RANK", "0") == "0" else nullcontext():
         if read_mark(trained_mark(folder)) is not None:
             return
+        if recipe.match is not None and arm.experiment.matched_steps(arm.name) is None:
+            raise RunFolderError(
+                f"the steps of arm {arm.name!r}, which is matched to {recipe.match.arm!r}, are not computed yet",
+                place=str(budget_path(arm.experiment.run)),
+                fix="run `kvdistill train RECIPE`, which computes them first",
+            )
         declare(arm.experiment.recipe, arm.experiment.run)
         seed_everything(derive_seed(arm.seed, "training"))
         init_fingerprint = fingerprint_model(arm.initial_model)
@@ -76,11 +84,13 @@ def train_student(arm: Arm, progress: Progress = silent) -> None:
         steps = trainer.state.global_step
         trained_on = order[: steps * len(order) // recipe.train.steps]
         ledger = training_ledger(arm, trained_on, steps, trainer.seen, watch) | {
-            "data_fingerprint": read_json(data_folder(arm.experiment.run) / "manifest.json")["fingerprint"]["all"],
+            "data_fingerprint": read_json(data_folder(arm.experiment.data_run) / "manifest.json")["fingerprint"]["all"],
             "init_fingerprint": init_fingerprint,
             "order_fingerprint": order_fingerprint(order, batches.examples),
             "order_prefixes": order_prefixes(order, batches.examples),
         }
+        if before := went_on_from(arm):
+            ledger["went_on_from"] = before
         if arm.recipe.needs_kv:
             ledger["alignment"] = {name: dict(arm.fitted(name).extra) for name in arm.recipe.teachers}
         facts: dict[str, Any] = {"arm": arm.name, "seed": arm.seed, "steps": steps}
@@ -97,6 +107,7 @@ def train_student(arm: Arm, progress: Progress = silent) -> None:
         if tensors:
             write_tensors(folder / "adapters.safetensors", tensors, {"teachers": ",".join(distiller.teachers)})
         distiller.student.save(folder / "model", arm.experiment.as_read(arm.experiment.tokenizer))
+        hand_over(arm)
         write_mark(trained_mark(folder), facts, MADE)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
@@ -124,7 +135,7 @@ def match_on_held_out(arm: Arm, distiller: Distiller) -> dict[str, Any]:
 def train_teacher(teacher: Teacher, progress: Progress = silent) -> None:
     """Train a scratch teacher on its own tasks with plain cross-entropy; note how well it does on validation."""
     experiment, name, optimiser = teacher.experiment, teacher.name, teacher.recipe.optimiser
-    folder = teacher_folder(experiment.run, name)
+    folder = teacher.folder
     watch = Stopwatch()
     with folder_lock(folder, wait=True):
         if read_mark(trained_mark(folder)) is not None:

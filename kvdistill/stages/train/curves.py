@@ -73,8 +73,9 @@ class LearningCurve:
         return total / count
 
     def _flops(self, student: Student, examples: Sequence[Example], answers: Sequence[Answer]) -> int:
-        """Of a point: both sides read once, and the answers written."""
-        read = [*examples, *(self._seen.examples[i] for i in self._seen_chosen)]
+        """Of a point: both sides read once (validation once more where it decides), and the answers written."""
+        again = examples if self._arm.recipe.train.asks_validation else ()
+        read = [*examples, *again, *(self._seen.examples[i] for i in self._seen_chosen)]
         lengths = [len(example.input_ids) for example in read]
         lengths += [e.num_prompt_tokens + len(a.ids) for e, a in zip(examples, answers, strict=True)]
         return student.flops(*batch_geometry(lengths))[0]

@@ -1,0 +1,126 @@
+"""Curves of cost on the page: rows, factors, sentences and the figure, from a run folder as the stages leave it."""
+
+from __future__ import annotations
+
+import pytest
+from run_factory import ARMS, make_recipe, write_run
+
+from kvdistill.cli.tables import as_text
+from kvdistill.core.files import read_json
+from kvdistill.stages.report import report
+from kvdistill.stages.report.cost import cost_sentence, draw_cost_curves
+
+CURVES = {"arms": ["competence", "ce"], "budgets": [1, 2, 4]}
+ACCURACY = {
+    "competence": (0.80, 0.60), "competence@x2": (0.86, 0.70), "competence@x4": (0.90, 0.80),
+    "ce": (0.55, 0.30), "ce@x2": (0.70, 0.42), "ce@x4": (0.86, 0.66),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    run = tmp_path_factory.mktemp("cost") / "run"
+    arms = {name: ARMS[name][0] for name in ("competence", "ce", "placebo")}
+    pairs = [["competence", "ce"], {"arm": "competence", "baseline": "ce@x2", "parity": "total_flops"}]
+    recipe = make_recipe(arms, report={"comparisons": pairs, "curves": CURVES})
+    write_run(run, recipe, questions=400, accuracy=ACCURACY)
+    page = report(recipe, run).read_text()
+    return run, read_json(run / "summary.json"), page
+
+
+def test_every_budget_has_a_row_with_what_it_cost(shown):
+    _, summary, page = shown
+    rows = summary["curves"]["rows"]
+    assert [row["name"] for row in rows] == list(ACCURACY)
+    ce = [row for row in rows if row["arm"] == "ce"]
+    assert [row["steps"] for row in ce] == [800, 1600, 3200] and [row["data"] for row in ce] == [25600, 51200, 102400]
+    assert ce[1]["total_flops"] == ce[1]["amortised_flops"] == pytest.approx(2 * 6.3e11)
+    taught = rows[0]
+    assert taught["total_flops"] == pytest.approx(6.3e11 + 2 * 3.3e11 + 4e9)
+    runs = 3 * 4  # competence at three budgets, and the placebo, with three seeds
+    assert taught["amortised_flops"] == pytest.approx(6.3e11 + 2 * 3.3e11 / runs + 4e9)
+    assert 'alt="' in page and "What it takes" in page
+
+
+def test_the_factor_and_the_ceiling_are_said_in_words(shown):
+    _, summary, page = shown
+    [against] = summary["curves"]["against"]
+    steps = against["factors"]["steps"]
+    assert (against["arm"], against["baseline"]) == ("competence", "ce")
+    assert 2 < steps["factor"] < 4 and 1 < steps["low"] < steps["factor"] < steps["high"] and steps["bound"] == ""
+    assert against["factors"]["data"]["factor"] == pytest.approx(steps["factor"])
+    assert against["factors"]["total_flops"]["factor"] < against["factors"]["amortised_flops"]["factor"]
+    assert against["ceiling"]["budget"] in (1, 2, 4)
+    sentence = against["sentence"]
+    assert f"competence learns {steps['factor']:.1f} times faster than ce" in sentence
+    assert "times fewer problems (repetitions counted)" in sentence and "reaches further" in sentence
+    assert sentence in page.replace("&#39;", "'")
+    assert "competence learns" in " ".join(as_text({"summary": summary}).split()), (
+        "the last lines of `run` say the same"
+    )
+
+
+def test_only_compared_arms_of_a_curve_stand_among_the_arms(shown):
+    run, summary, _ = shown
+    assert list(summary["arms"]) == ["competence", "ce", "placebo", "ce@x2"]
+    assert "2 times its steps" in summary["arms"]["ce@x2"]["description"]
+    second = summary["comparisons"][1]
+    assert second["at_equal"] == "total FLOPs, amortised" and "budgets apart by" in second["refused"][0]
+    assert (run / "figures/cost_curves.svg").is_file() and (run / "figures/cost_curves.png").is_file()
+
+
+def factor(**known):
+    return {"factor": 2.0, "low": 1.5, "high": 2.7, "bound": "", "num_beyond": 0, "num_before": 0, "reason": "",
+            "most": 4.0, **known}  # fmt: skip
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("known", "words"),
+    [
+        ({}, "kv learns 2.0 times faster than ce (1.5 to 2.7 times the steps)"),
+        (
+            {"factor": 4.0, "low": NAN, "high": NAN, "bound": "more than", "num_beyond": 3},
+            "kv learns more than 4.0 times faster than ce, which does not reach it within 4.0 times the steps (not "
+            "reached within the range by any seed)",
+        ),
+        (
+            {"factor": 1.1, "low": 0.8, "high": 1.6},
+            "kv is not shown to learn faster or slower than ce (0.8 to 1.6 times",
+        ),
+        ({"factor": 0.5, "low": 0.4, "high": 0.6}, "kv learns 2.0 times slower than ce"),
+        (
+            {"factor": 0.5, "low": NAN, "high": NAN, "bound": "less than", "num_before": 2},
+            "kv learns more than 2.0 times slower than ce",
+        ),
+        ({"factor": NAN, "low": NAN, "high": NAN, "reason": "1 seed(s)"}, "cannot be told apart in steps: 1 seed(s)"),
+    ],
+)
+def test_every_answer_has_its_sentence(known, words):
+    found = {"arm": "kv", "baseline": "ce", "factors": {"steps": factor(**known)}, "ceiling": None}
+    assert words in cost_sentence(found, "accuracy", 3)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        (0.02, 0.06, "kv reaches further (+4.0 points, +2.0 to +6.0; each at its best budget, at ×4 against ×2)"),
+        (-0.06, -0.02, "ce reaches further"),
+        (-0.02, 0.06, "which of the two reaches further is not shown"),
+    ],
+)
+def test_which_reaches_further_is_said_only_where_it_is_shown(low, high, words):
+    ceiling = {"difference": 0.04, "low": low, "high": high, "further": low > 0, "less": high < 0, "budget": 4,
+               "baseline_budget": 2, "p": 0.1, "reason": ""}  # fmt: skip
+    said = cost_sentence({"arm": "kv", "baseline": "ce", "factors": {}, "ceiling": ceiling}, "accuracy", 3)
+    assert words in said.replace("−", "-")
+
+
+def test_without_curves_nothing_is_shown(tmp_path):
+    recipe = make_recipe()
+    write_run(tmp_path, recipe, questions=8)
+    page = report(recipe, tmp_path).read_text()
+    assert read_json(tmp_path / "summary.json")["curves"] is None and "What it takes" not in page
+    assert "asks for no curves" in str(draw_cost_curves({"curves": None}))
