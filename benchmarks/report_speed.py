@@ -34,7 +34,6 @@ _CHILD = """
 import json, resource, sys, time
 from pathlib import Path
 begun = time.perf_counter()
-from kvdistill.core.marks import write_mark
 from kvdistill.core.recipe import Recipe
 from kvdistill.stages.report import report
 parts, last = {}, ["start", begun]
