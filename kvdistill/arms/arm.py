@@ -25,7 +25,7 @@ from kvdistill.arms.pairing import Pairing
 from kvdistill.arms.setting import Setting
 from kvdistill.arms.student import CausalStudent, Student
 from kvdistill.arms.teacher import Teacher, run_teacher
-from kvdistill.arms.texts import spread
+from kvdistill.arms.texts import first_share, spread
 from kvdistill.core.errors import AlignmentError
 from kvdistill.core.kv import KV
 from kvdistill.core.layout import arm_folder, fit_root
@@ -171,14 +171,21 @@ class Arm:
     # -- texts and targets --------------------------------------------------------------------------------
 
     @cached_property
+    def own_numbers(self) -> Sequence[int]:
+        """Rows of the run's training split that it has: all, or those of the first share (`problems`) of each task."""
+        own = self.experiment.split("train")
+        return range(len(own)) if self.recipe.problems == 1 else first_share(own, self.recipe.problems)
+
+    @cached_property
     def lessons(self) -> Sequence[Example]:
-        """What it trains on: the run's training problems, and behind them those that `texts` adds."""
+        """What its batches are of: the run's training problems, and behind them those that `texts` adds. It trains on
+        `own_numbers` of the first, and on all of the others."""
         own = self.experiment.split("train")
         if self.recipe.texts == "own":
             return own
         if self.recipe.texts == "teachers":
             return RowsBehind(own, studied_beside(self.experiment, self.recipe.texts_from))
-        return RowsBehind(own, written_beside(self.experiment, self.recipe.texts_from))
+        return RowsBehind(own, written_beside(self.experiment, self.recipe.texts_from, self.own_numbers))
 
     def batches(
         self, split: str, *, mismatched: bool | None = None, seed: int | None = None, stored: bool = True
@@ -214,6 +221,7 @@ class Arm:
             self._nll.get(split, {}) if stored else {},
             self.experiment.vocab_size,
             pieces={name: self.teachers[name].pieces for name, text in texts.items() if text and arm.needs_logits},
+            partners=self.own_numbers if split == "train" else None,
         )
 
     @cached_property
@@ -264,7 +272,9 @@ class Arm:
 
     def order_of(self, num_lessons: int, num_batches: int) -> list[int]:
         """The same for so many lessons, also where they are still to be written."""
-        return data_order(num_lessons, num_batches * self.recipe.train.batch_size, derive_seed(self.seed, "data"))
+        numbers = [*self.own_numbers, *range(len(self.experiment.split("train")), num_lessons)]
+        num_needed = num_batches * self.recipe.train.batch_size
+        return [numbers[i] for i in data_order(len(numbers), num_needed, derive_seed(self.seed, "data"))]
 
     def num_batches(self, steps: int) -> int:
         """Micro-batches of so many steps, of all ranks."""
@@ -279,8 +289,8 @@ class Arm:
     def calibration_rows(self, most: int | None = None) -> list[int]:
         """Numbers of the training examples that aligners are fitted on, or the first `most` of them."""
         generator = torch.Generator().manual_seed(derive_seed(self.experiment.recipe.data.seed, "calibration"))
-        order = torch.randperm(len(self.experiment.split("train")), generator=generator).tolist()
-        return order[: self.recipe.align.calibration_examples][:most]
+        order = torch.randperm(len(self.own_numbers), generator=generator).tolist()
+        return [self.own_numbers[i] for i in order[: self.recipe.align.calibration_examples][:most]]
 
     def calibration_numbers(self, most: int | None = None) -> list[list[int]]:
         """The same in batches."""
@@ -412,6 +422,7 @@ def fit_options(arm: ArmRecipe, student: StudentRecipe, seed: int) -> dict[str, 
         "seed": seed if needs_student or (similarity and align.match_in != "teacher") else None,
         "prototype": [arm.fuse.prototype, arm.fuse.num_prototypes] if similarity else None,
         **({"moments": True} if arm.control == "noise" else {}),
+        **({"problems": arm.problems} if arm.problems < 1 else {}),
     }
 
 

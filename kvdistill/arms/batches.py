@@ -186,6 +186,7 @@ class BatchMaker:
     moments: by teacher, of its channels; for control: noise. nll: by teacher, of every example, in the place of what
     the targets say. vocab_size: tokens that a prediction may be of.
     pieces: of teachers with their own tokenizer whose logits are distilled, how their pieces are told in the student's.
+    partners: numbers among which a placebo finds its mismatched texts; unset: all.
     """
 
     examples: Sequence[Example]
@@ -199,15 +200,18 @@ class BatchMaker:
     nll: Mapping[str, Tensor] = field(default_factory=dict)
     vocab_size: int = 1
     pieces: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    partners: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        self._partner: list[int] | None = None
+        self._partner: Mapping[int, int] | None = None
         if self.arm is not None:
             align = self.arm.align
             ratio, smoothness = ({str(k): v for k, v in x.items()} for x in (align.segment_ratio, align.smoothness))
             self._warper = TimeWarper(align.time, ratio, smoothness)
-            if self.arm.control == "placebo" and len(self.examples) > 1:
-                self._partner = mismatched_partner(len(self.examples), self.seed)
+            among = range(len(self.examples)) if self.partners is None else self.partners
+            if self.arm.control == "placebo" and len(among) > 1:
+                partner = mismatched_partner(len(among), self.seed)
+                self._partner = {mine: among[there] for mine, there in zip(among, partner, strict=True)}
 
     def __call__(self, numbers: Sequence[int]) -> Batch:
         rows = [self.examples[i] for i in numbers]

@@ -62,11 +62,12 @@ def shared_keys(arm: ArmRecipe, seed: int, recipe: Recipe) -> dict[str, dict[str
         """What comes of its reading the training problems, of this seed where these or the teacher are its own."""
         return f"{name}:{seed}" if recipe.varies_data else taught(name)
 
+    share = "" if arm.problems == 1 else f" on {arm.problems:g}"  # of the training problems, which are all it has
     by_name, writers = {name: read(name) for name in names}, {name: read(name) for name in arm.writers}
     found = {"teacher_training": {name: taught(name) for name in (*names, *arm.writers)}, "generation": writers}
     if recipe.capture.source == "store":  # with random weights under another name
         stored = dict(zip(names, arm.reads, strict=False))
-        found["teachers"] = {name: stored[name] + read(name).removeprefix(name) for name in stored}
+        found["teachers"] = {name: stored[name] + read(name).removeprefix(name) + share for name in stored}
     if arm.needs_kv:
         together = names if arm.align.match_in == "shared" else []
         options = [together, arm.control == "untrained", fit_options(arm, recipe.student, seed)]
@@ -86,7 +87,8 @@ def teacher_flops(arm: Arm, teacher: Teacher, order: Sequence[int]) -> int:
     """One pass over the stored texts, or the passes of every step where it runs online."""
     sizes = teacher.train_sizes
     stops = arm.runs_online and not arm.recipe.needs_logits and not arm.recipe.needs_nll
-    return pass_flops(teacher, [sizes[i] for i in order if i < len(sizes)] if arm.runs_online else sizes, stops=stops)
+    read = [i for i in order if i < len(sizes)] if arm.runs_online else arm.own_numbers
+    return pass_flops(teacher, [sizes[i] for i in read], stops=stops)
 
 
 def pass_flops(teacher: Teacher, sizes: Sequence[tuple[int, int]], *, stops: bool) -> int:

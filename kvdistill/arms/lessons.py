@@ -59,14 +59,20 @@ def studied_beside(setting: Setting, names: Sequence[str]) -> Sequence[Example]:
     return found
 
 
-def written_beside(setting: Setting, names: Sequence[str]) -> Sequence[Example]:
-    """These teachers' solutions, in their order; what several wrote alike, or stands in the training problems, once."""
-    seen = {_text(row) for row in setting.split("train")}
+def written_beside(setting: Setting, names: Sequence[str], own_numbers: Sequence[int]) -> Sequence[Example]:
+    """These teachers' solutions, in their order; what several wrote alike, or stands in the training problems, once.
+
+    own_numbers: rows of the training split that the arm has. Of the others it gets no solutions either.
+    """
+    train = setting.split("train")
+    seen = {_text(train[number]) for number in own_numbers}
+    known = {train[number].doc_hash for number in own_numbers}
+    others = {row.doc_hash for row in train} - known
     found: list[Example] = []
     for name in names:
         path = written_folder(setting.own_run, name) / SOLUTIONS
         for row in read_table(path, writing_facts(setting, name)["files"][SOLUTIONS]["sha256"]):
-            if _text(row) not in seen:
+            if _text(row) not in seen and row.doc_hash not in others:
                 seen.add(_text(row))
                 found.append(row)
     return found

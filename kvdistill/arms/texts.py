@@ -125,6 +125,16 @@ def own_table_path(run: Path, name: str, split: str) -> Path:
     return teacher_texts_folder(run, name) / f"{split}.parquet"
 
 
+def first_share(examples: Sequence[Example], share: float) -> list[int]:
+    """Numbers of the examples (in all styles) of the first `share` of each task's problems, at least one, in order."""
+    of_task: dict[str, dict[str, int]] = {}  # task -> problem -> its place
+    for example in examples:
+        places = of_task.setdefault(example.task, {})
+        places.setdefault(example.id, len(places))
+    wanted = {task: max(1, round(share * len(places))) for task, places in of_task.items()}
+    return [i for i, one in enumerate(examples) if of_task[one.task][one.id] < wanted[one.task]]
+
+
 def spread(examples: Sequence[Example], number: int) -> list[int]:
     """`number` example numbers, as evenly over the tasks as there are examples, in order."""
     by_task: dict[str, list[int]] = {}

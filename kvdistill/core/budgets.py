@@ -51,8 +51,9 @@ def continued(recipe: Recipe, arms: Mapping[str, ArmRecipe]) -> dict[str, str]:
         assert recipe.report.curves is not None
         arm = arms[base]
         shares = arm.needs_kv and 0 < arm.loss.kv_warmup < 1
-        goes_on = arm.train.schedule == "constant" and not shares and not arm.train.asks_validation
-        names = list(recipe.report.curves.of(base).values()) if goes_on else []
+        same_problems = recipe.report.curves.of_steps
+        goes_on = arm.train.schedule == "constant" and not shares and not arm.train.asks_validation and same_problems
+        names = list(recipe.report.curves.names(base).values()) if goes_on else []
         found |= {longer: shorter for shorter, longer in itertools.pairwise(names)}
     return found
 

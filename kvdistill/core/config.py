@@ -275,7 +275,7 @@ def _curve_mistakes(recipe: Recipe, place: str) -> Iterator[RecipeError]:
             what = f"a curve of an arm that is not there: {arm!r}"
             yield RecipeError(what, place=f"{where}.arms", fix=_nearest(arm, list(recipe.arms)))
             continue
-        for budget, name in curves.of(arm).items():
+        for budget, name in curves.names(arm).items():
             if name != arm and name in recipe.arms:
                 what = f"{name!r} is what {arm!r} at {budget:g} times its budget is called"
                 yield RecipeError(what, place=f"{place}: arms.{name}", fix="give this arm another name")
@@ -293,7 +293,7 @@ def _curve_mistakes(recipe: Recipe, place: str) -> Iterator[RecipeError]:
 def _parity_mistakes(recipe: Recipe, arms: Mapping[str, ArmRecipe], place: str) -> Iterator[RecipeError]:
     """Budgets that cannot be made equal. arms: as written, those whose own keys and values are right."""
     named, curves = recipe.every_arm, recipe.report.curves
-    written = {name: arm for arm in (curves.arms if curves else ()) if curves for name in curves.of(arm).values()}
+    written = {name: arm for arm in (curves.arms if curves else ()) if curves for name in curves.names(arm).values()}
     published = {teacher.name for teacher in recipe.teachers if teacher.scratch is None}
 
     def unknown_cost(parity: ParityRecipe, *both: str) -> str | None:
@@ -406,7 +406,7 @@ def _read_arm(
     mistakes: list[RecipeError] = []
     teachers = changes.pop("teachers", [teacher.name for teacher in recipe.teachers])
     tree: dict[str, Any] = {"teachers": teachers, "control": changes.pop("control", None)}
-    tree |= {key: changes.pop(key) for key in ("match", "times") if key in changes}
+    tree |= {key: changes.pop(key) for key in ("match", "times", "problems") if key in changes}
     if "placebo" in changes:
         fix = "write control: placebo" if changes.pop("placebo") else "leave it out"
         mistakes.append(RecipeError("`placebo` is one of several controls now", place=where, fix=fix))
@@ -423,7 +423,7 @@ def _read_arm(
     steps, times = tree["train"].get("steps"), tree.get("times", 1)
     if isinstance(steps, int) and isinstance(times, int | float) and 0 < times < float("inf") and times != 1:
         tree["train"]["steps"] = max(1, round(times * steps))
-    words = ["teachers", "control", "texts", "texts_from", "match", "times", *ARM_SECTIONS]
+    words = ["teachers", "control", "texts", "texts_from", "match", "times", "problems", *ARM_SECTIONS]
     mistakes += (
         RecipeError(f"unknown key {unknown!r}", place=where, fix=_nearest(unknown, words, ArmRecipe))
         for unknown in changes
@@ -444,6 +444,9 @@ def _read_arm(
                     fix="set capture.source: store, or fuse.fusion_strategy: fixed for this arm",
                 )
             )
+        if made.problems < 1 and made.needs_kv and made.align.layers == "cka" and made.align.layer_map is None:
+            what = "layers are compared on all training problems, and this arm has a share of them"
+            mistakes.append(RecipeError(what, place=f"{where}: problems", fix="give align.layer_map, or other layers"))
         if made.needs_logits and recipe.capture.logits_top_k == 0:
             what = "capture.logits_top_k is 0, and this arm distils logits"
             mistakes.append(RecipeError(what, place=f"{where}: loss.logit_weight", fix="set capture.logits_top_k: 32"))

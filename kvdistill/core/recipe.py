@@ -552,13 +552,17 @@ class MatchRecipe(ParityRecipe):
 
 
 class CurvesRecipe(Section):
-    """Arms trained again at multiples of their steps: how much longer must one train to reach the other?"""
+    """Arms trained again at multiples of their steps, or on shares of their problems: how much longer must one train,
+    or how many more problems must one have, to reach the other?"""
 
     arms: list[str] = Field(
         min_length=2, max_length=100, description="each at every budget; `ce` at twice its steps is the arm `ce@x2`"
     )
     budgets: list[Annotated[float, Field(gt=0, le=1000)]] = Field(
-        min_length=2, max_length=20, description="multiples of an arm's steps, rising, 1 among them"
+        min_length=2, max_length=20, description="multiples of an arm's steps (or problems), rising, 1 among them"
+    )
+    of: Literal["steps", "problems"] = Field(
+        "steps", description="what is multiplied; problems: shares of each task's training problems, 1 the largest"
     )
 
     @field_validator("budgets")
@@ -568,6 +572,12 @@ class CurvesRecipe(Section):
             raise ValueError(f"budgets rise, and 1 (the arm itself) is among them; these are {budgets}")
         return budgets
 
+    @model_validator(mode="after")
+    def _no_more_than_all(self) -> CurvesRecipe:
+        if self.of == "problems" and self.budgets[-1] > 1:
+            raise ValueError(f"budgets of problems are shares of them, 1 the largest; these are {self.budgets}")
+        return self
+
     @field_validator("arms")
     @classmethod
     def _once(cls, arms: list[str]) -> list[str]:
@@ -575,9 +585,14 @@ class CurvesRecipe(Section):
             raise ValueError(f"an arm is named twice: {arms}")
         return arms
 
-    def of(self, arm: str) -> dict[float, str]:
+    @property
+    def of_steps(self) -> bool:
+        return self.of == "steps"
+
+    def names(self, arm: str) -> dict[float, str]:
         """Budget -> the arm that is trained with it, cheapest first."""
-        return {budget: arm if budget == 1 else f"{arm}@x{budget:g}" for budget in self.budgets}
+        mark = "x" if self.of == "steps" else "p"
+        return {budget: arm if budget == 1 else f"{arm}@{mark}{budget:g}" for budget in self.budgets}
 
 
 class ReportRecipe(Section):
@@ -657,6 +672,11 @@ class ArmRecipe(Section):
     train: TrainRecipe = Field(description="changes to `train`")
     match: MatchRecipe | None = Field(None, description="steps computed from another arm's budget; unset: train.steps")
     times: AboveZero = Field(1.0, description="its steps, that many times (what report.curves sets for its arms)")
+    problems: Share = Field(
+        1.0,
+        description="it has this share of each task's training problems only, the first of them (a smaller share is "
+        "part of a larger one)",
+    )
 
     @property
     def reads(self) -> list[str]:
@@ -749,7 +769,8 @@ class Recipe(Section):
         found = {name: dict(spec or {}) for name, spec in self.arms.items()}
         curves = self.report.curves
         for arm in curves.arms if curves else ():
-            for budget, name in curves.of(arm).items() if curves and arm in self.arms else ():
-                spec = found[arm]
-                found.setdefault(name, {**spec, "times": budget * spec.get("times", 1.0)})
+            assert curves is not None
+            key = "times" if curves.of_steps else "problems"
+            for budget, name in curves.names(arm).items() if arm in self.arms else ():
+                found.setdefault(name, {**found[arm], key: budget * found[arm].get(key, 1.0)})
         return found

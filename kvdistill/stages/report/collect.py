@@ -222,7 +222,12 @@ def budget_notes(tables: RunTables) -> list[str]:
     return notes
 
 
-_COUNTS = {"steps": "optimiser_steps", "data": "problems_seen", "tokens": "tokens_nonpadding"}
+_COUNTS = {
+    "steps": "optimiser_steps",
+    "data": "problems_seen",
+    "distinct": "problems_distinct",
+    "tokens": "tokens_nonpadding",
+}
 
 
 def _layer_notes(recipe: Recipe, run: Path) -> list[str]:

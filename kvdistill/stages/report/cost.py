@@ -23,9 +23,11 @@ from kvdistill.stats import NAN
 COSTS = {
     "steps": "steps",
     "data": "problems seen (repetitions counted)",
+    "distinct": "problems at hand",
     "amortised_flops": "FLOPs, what runs share divided among them",
     "total_flops": "FLOPs, what runs share counted whole",
 }
+OF_STEPS, OF_PROBLEMS = ("steps", "data", "amortised_flops", "total_flops"), ("distinct",)  # what the budgets raise
 DRAWN = ("steps", "data", "amortised_flops")
 
 
@@ -38,7 +40,13 @@ def curve_summary(recipe: Recipe, tables: RunTables, figure: str, baseline: str)
     if curves is None:
         return None
     baseline = baseline if baseline in curves.arms else curves.arms[0]
-    found: Row = {"figure": figure, "baseline": baseline, "budgets": curves.budgets, "costs": COSTS}
+    found: Row = {
+        "figure": figure,
+        "baseline": baseline,
+        "budgets": curves.budgets,
+        "of": curves.of,
+        "costs": {cost: COSTS[cost] for cost in (OF_STEPS if curves.of_steps else OF_PROBLEMS)},
+    }
     found["rows"] = [row for arm in curves.arms for row in _rows(curves, tables, arm, figure)]
     against = [_against(curves, tables, arm, baseline, figure, recipe.report.alpha)
                for arm in curves.arms if arm != baseline]  # fmt: skip
@@ -47,7 +55,7 @@ def curve_summary(recipe: Recipe, tables: RunTables, figure: str, baseline: str)
 
 def _rows(curves: CurvesRecipe, tables: RunTables, arm: str, figure: str) -> list[Row]:
     rows = []
-    for budget, name in curves.of(arm).items():
+    for budget, name in curves.names(arm).items():
         runs = tables.runs.get(name, {})
         score = stats.mean_and_std([run.macro(figure) for run in runs.values()])
         costs = {cost: [run.costs[cost] for run in runs.values() if cost in run.costs] for cost in COSTS}
@@ -60,7 +68,7 @@ def _rows(curves: CurvesRecipe, tables: RunTables, arm: str, figure: str) -> lis
 
 def _curve(curves: CurvesRecipe, tables: RunTables, arm: str, figure: str, seeds: Sequence[int]) -> Row:
     """By seed and budget: score and validation figure (higher is better), and costs."""
-    names, sign = list(curves.of(arm).values()), 1.0 if figure == "accuracy" else -1.0
+    names, sign = list(curves.names(arm).values()), 1.0 if figure == "accuracy" else -1.0
 
     def validated(name: str, seed: int) -> float:
         """The last point of the learning curve; the test's own score where there is none."""
@@ -78,13 +86,13 @@ def _curve(curves: CurvesRecipe, tables: RunTables, arm: str, figure: str, seeds
 
 def _against(curves: CurvesRecipe, tables: RunTables, arm: str, baseline: str, figure: str, alpha: float) -> Row:
     found: Row = {"arm": arm, "baseline": baseline, "factors": {}, "ceiling": None}
-    names = [name for one in (arm, baseline) for name in curves.of(one).values()]
+    names = [name for one in (arm, baseline) for name in curves.names(one).values()]
     seeds = [seed for seed in tables.seeds if all(seed in tables.runs.get(name, {}) for name in names)]
     if len(seeds) < 2:
         return found | {"sentence": f"{arm} against {baseline}: no curve, since runs are missing."}
     mine, theirs = (_curve(curves, tables, one, figure, seeds) for one in (arm, baseline))
-    here = curves.budgets.index(1)
-    for cost in COSTS:
+    here = curves.budgets.index(1) if curves.of_steps else 0  # what it does with the fewest problems
+    for cost in OF_STEPS if curves.of_steps else OF_PROBLEMS:
         given = mine[cost][:, here], mine["scores"][:, here], theirs[cost], theirs["scores"]
         if all(np.isfinite(x).all() for x in given):
             factor = cost_factor(given[0].tolist(), given[1].tolist(), given[2], given[3], alpha)
@@ -105,6 +113,8 @@ def cost_sentence(found: Row, figure: str, num_seeds: int) -> str:
     """`competence learns 3.1 times faster than ce (2.2 to 4.3 times the steps); it needs … fewer problems …; …`."""
     arm, baseline, factors = found["arm"], found["baseline"], found["factors"]
     said: list[str] = []
+    if (distinct := factors.get("distinct")) is not None:
+        said.append(_fewer(distinct, arm, baseline, num_seeds))
     steps, data = factors.get("steps"), factors.get("data")
     if steps is not None:
         said.append(f"{arm} {_faster(steps, arm, baseline, 'steps', num_seeds)}")
@@ -145,6 +155,25 @@ def _faster(factor: Row, arm: str, baseline: str, what: str, num_seeds: int) -> 
     return f"is not shown to learn faster or slower than {baseline} ({_range(factor)} the {what})"
 
 
+def _fewer(factor: Row, arm: str, baseline: str, num_seeds: int) -> str:
+    """Of the problems that are at hand, counted at the smallest number of them."""
+    if factor["bound"] == "more than" and factor["factor"] > 1:
+        missed = f"{factor['num_beyond']} of {num_seeds} seeds" if factor["num_beyond"] < num_seeds else "any seed"
+        return (
+            f"{arm} needs more than {number(factor['factor'], 1)} times fewer problems than {baseline}, which does not "
+            f"reach it with {number(factor['most'], 1)} times as many (not reached within the range by {missed})"
+        )
+    if factor["low"] > 1:
+        return (
+            f"{arm} needs {number(factor['factor'], 1)} times fewer problems than {baseline} ({_range(factor)} as many)"
+        )
+    if factor["high"] < 1 or (factor["bound"] == "less than" and factor["factor"] <= 1):
+        return f"{baseline} with the fewest problems is at least where {arm} is with as many"
+    if math.isnan(factor["factor"]):
+        return f"{arm} and {baseline} cannot be told apart in problems: {factor['reason']}"
+    return f"{arm} is not shown to need fewer or more problems than {baseline} ({_range(factor)} as many)"
+
+
 def _range(factor: Row) -> str:
     """`2.2 to 4.3 times`, where the factor itself is said before it."""
     if math.isnan(factor["low"]):
@@ -182,8 +211,9 @@ def draw_cost_curves(summary: Row, words: Words = ENGLISH) -> Figure | str:
     rows = [row for row in curves["rows"] if np.isfinite(row["mean"])]
     if not rows:
         return words("reasons.no_curve_arm")
-    figure, grid = new_grid(len(DRAWN), height=3.0, sharey=True)
-    for cost, axes in zip(DRAWN, grid, strict=True):
+    drawn = DRAWN if curves["of"] == "steps" else OF_PROBLEMS
+    figure, grid = new_grid(len(drawn), height=3.0, sharey=True)
+    for cost, axes in zip(drawn, grid, strict=True):
         axes.set(xlabel=words(f"labels.cost_{cost}"), xscale="log")
         for index, arm in enumerate(dict.fromkeys(row["arm"] for row in rows)):
             points = [row for row in rows if row["arm"] == arm and np.isfinite(row[cost])]

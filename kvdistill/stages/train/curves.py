@@ -16,7 +16,7 @@ from kvdistill.arms.arm import MEASURED, Arm
 from kvdistill.arms.batches import BatchMaker, token_counts
 from kvdistill.arms.distiller import Distiller
 from kvdistill.arms.student import Student
-from kvdistill.arms.texts import spread
+from kvdistill.arms.texts import PickedRows, spread
 from kvdistill.core.files import append_json_line
 from kvdistill.data.encode import Example
 from kvdistill.data.grading import is_correct
@@ -33,7 +33,8 @@ class LearningCurve:
         self._chosen = spread(self._val.examples, train.eval_examples)
         self._plain_val = BatchMaker(self._val.examples, arm.experiment.tokenizer.pad_token_id)
         # the training side has stored targets only where the store is used; its likelihood is enough for the gap
-        self._seen = BatchMaker(arm.experiment.split("train"), arm.experiment.tokenizer.pad_token_id)
+        seen = PickedRows(arm.experiment.split("train"), arm.own_numbers)
+        self._seen = BatchMaker(seen, arm.experiment.tokenizer.pad_token_id)
         self._seen_chosen = spread(self._seen.examples, train.eval_examples)
 
     def point(self, step: int, distiller: Distiller) -> float | None:

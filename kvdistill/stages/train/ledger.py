@@ -34,8 +34,9 @@ def training_ledger(arm: Arm, order: Sequence[int], steps: int, seen: Tensor, wa
     flops["measuring"] = measured_flops(arm.folder / "log.jsonl")
     texts: dict[str, Any] = {}
     if arm.recipe.texts != "own":
-        own = len(arm.experiment.split("train"))
-        texts = {"texts": arm.recipe.texts, "from": arm.recipe.texts_from, "own": own, "beside": len(arm.lessons) - own}
+        beside = len(arm.lessons) - len(arm.experiment.split("train"))
+        texts = {"texts": arm.recipe.texts, "from": arm.recipe.texts_from}
+        texts |= {"own": len(arm.own_numbers), "beside": beside}
     if arm.recipe.writers:
         texts["written"] = {name: writing_facts(arm.experiment, name) for name in arm.recipe.writers}
     on_gpu = torch.cuda.is_available()
