@@ -78,8 +78,8 @@ def expand(recipe: Recipe, *, text_length: int | None = None) -> dict[str, Any]:
 def _planned(recipe: Recipe, run: Path) -> dict[str, Any] | None:
     """Budgets that were written for this very recipe."""
     budgets = read_budgets(run)
-    with suppress(RunFolderError):
-        if set(recipe.every_arm) <= budgets.keys() and read_json(run / "recipe.json") == recipe.model_dump(mode="json"):
+    with suppress(RunFolderError, ValueError):  # a file that is no recipe any more plans nothing
+        if set(recipe.every_arm) <= budgets.keys() and Recipe.model_validate(read_json(run / "recipe.json")) == recipe:
             return budgets
     return None
 
