@@ -12,6 +12,7 @@ from tiny_recipe import invoke
 from kvdistill.core.config import arm_recipe, load_recipe, recipes_folder
 from kvdistill.core.family import BEST_SINGLE
 from kvdistill.core.progress import silent
+from kvdistill.stages.report.ablations import find_ablations
 from kvdistill.study.rehearse import dry_run
 
 FOLDER = recipes_folder() / "ablations"
@@ -21,7 +22,7 @@ ARMS = {
     "layers": ("all", ["loss.distill_layers"]),
     "keys-values": ("both", ["loss.k_weight", "loss.v_weight"]),
     "truncate-soft": ("truncate", ["align.time"]),
-    "compression": ("full", ["compress.kv_compression", "compress.keep"]),
+    "compression": ("full", ["compress.kv_compression"]),
     "num-teachers": ("two", ["teachers"]),
     "family-mix": ("same-family", ["teachers"]),
     "projection": ("flat", ["align.projection", "align.init", "align.per_head"]),
@@ -74,6 +75,13 @@ def test_arms_differ_from_the_reference_in_what_is_ablated_and_in_nothing_else(n
     held = {arm for pair in made.report.pairs for arm in pair} - {BEST_SINGLE}
     assert held <= trees.keys() and any(baseline == reference for _, baseline in made.report.pairs)
     assert len(made.seeds) >= 3
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_the_page_draws_every_ablation_of_arms(name):
+    found = find_ablations(recipe(name))
+    assert {key for one in found for key in one.keys} == {*ARMS[name][1]}
+    assert {arm for one in found for arm in one.arms} == {*recipe(name).arms}
 
 
 @pytest.mark.parametrize("kind", STUDIES)
