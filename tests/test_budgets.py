@@ -221,6 +221,13 @@ def test_budgets_that_cannot_be_reached_are_named_before_anything_is_trained(tmp
     assert_one_message(invoke(monkeypatch, "run", recipe, work=no_training), *parts)
 
 
+def test_budgets_of_arms_whose_layers_are_compared_later_are_planned_before_any_teacher_is_trained(tmp_path):
+    recipe = study(tmp_path / "run", arms={"fixed": {}, "cka": {"align": {"layers": "cka", "cka_texts": 11}}})
+    made_ready(recipe, tmp_path / "run", "prepare")
+    found = TrainingBudgetController(Experiment(recipe, tmp_path / "run")).write()["arms"]
+    assert found["cka"]["parts"]["layer_maps"] and found["cka"]["student_flops"] == found["fixed"]["student_flops"]
+
+
 def test_what_a_published_teacher_cost_is_not_known_and_is_said(tmp_path):
     published = {"name": "elsewhere", "path": "org/model"}
     tree = tiny_tree(**STUDY)

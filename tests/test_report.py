@@ -144,6 +144,14 @@ def test_a_refused_comparison_still_counts_in_the_family() -> None:
     assert beside.p_holm == pytest.approx(min(1, 2 * alone.p_holm)) and beside.detectable > alone.detectable
 
 
+def test_no_number_of_seeds_is_named_that_would_find_an_effect_of_nothing() -> None:
+    runs = {"a": make_runs([0.5, 0.6, 0.7]), "b": make_runs([0.6, 0.5, 0.7])}
+    found = compare_family(runs, [("a", "b")], [42, 43, 44])[0]
+    assert abs(found.effect.d_z) < 1e-9 and not found.refused
+    assert math.isnan(found.seeds_needed) and found.seeds_needed_reason.startswith("more than")
+    assert "would find" not in str(found.verdict)
+
+
 def test_macro_mean_weighs_tasks_not_questions() -> None:
     keys = tuple([("a", str(i), "") for i in range(9)] + [("b", "0", "")])
     run = SeedRun(keys, (), (), np.array([1.0] * 9 + [0.0]), np.ones(10), np.ones(10))

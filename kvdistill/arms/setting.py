@@ -20,7 +20,7 @@ from kvdistill.core.runtime import derive_seed, pick_device
 from kvdistill.data.encode import Example
 from kvdistill.data.tables import read_split
 from kvdistill.data.tokenizers import as_read
-from kvdistill.models import ModelShape, auto_class, load_model, model_config
+from kvdistill.models import ModelShape, load_model, model_config
 
 
 class Setting:
@@ -78,10 +78,7 @@ class Setting:
     def student_outline(self) -> CausalStudent:
         """The student without memory for weights: what it would cost."""
         recipe = self.recipe.student
-        config = model_config(recipe, self.vocab_size, "student")
-        with torch.device("meta"):
-            model = auto_class(config).from_config(config)
-            return CausalStudent(model, lora=recipe.lora, gradient_checkpointing=recipe.gradient_checkpointing)
+        return CausalStudent.outline(recipe, model_config(recipe, self.vocab_size, "student"))
 
     def initial_model(self, seed: int) -> PreTrainedModel:
         """The student as training starts it, before adapters, on the CPU: the same bits for every arm of a seed."""

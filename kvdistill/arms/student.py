@@ -15,15 +15,16 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from kvdistill.core.errors import ModelError, RunFolderError
 from kvdistill.core.files import replacing_folder
 from kvdistill.core.kv import KV, RopeFrame
-from kvdistill.core.recipe import LoraRecipe
+from kvdistill.core.recipe import LoraRecipe, StudentRecipe
 from kvdistill.models import (
     KVCapture,
     add_lora,
+    auto_class,
     capture_kv,
     describe_model,
     forward_flops,
@@ -135,6 +136,13 @@ class CausalStudent(nn.Module):
             if lora is not None:
                 inner.enable_input_require_grads()
         self.model = model
+
+    @classmethod
+    def outline(cls, recipe: StudentRecipe, config: PreTrainedConfig) -> CausalStudent:
+        """A student without memory for weights: what it would cost."""
+        with torch.device("meta"):
+            model = auto_class(config).from_config(config)
+            return cls(model, lora=recipe.lora, gradient_checkpointing=recipe.gradient_checkpointing)
 
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype) -> tuple[CausalStudent, Any]:

@@ -240,24 +240,66 @@ def recipe(
         str | None, typer.Argument(metavar="[RECIPE]", help="a YAML recipe; without one: what keys there are")
     ] = None,
     overrides: Overrides = None,
+    expand: Annotated[
+        bool, typer.Option("--expand", help="its arms resolved, also those of report.curves, and what they will cost")
+    ] = False,
+    text_length: Annotated[
+        int | None, typer.Option(min=1, help="--expand: tokens of a text, where no data is prepared yet")
+    ] = None,
+    as_json: Json = False,
 ) -> None:
-    """A recipe as it is understood, with every key, as YAML. Without one: every key there is, its type and meaning."""
+    """A recipe as it is understood, with every key, as YAML. Without one: every key there is, its type and meaning.
 
-    def work() -> None:
-        if recipe is None:
-            from kvdistill.core.reference import recipe_reference
+    What a recipe builds on (`base`) is laid under it. --expand trains and writes nothing: a table of arms, and for each
+    the steps, problems, tokens and FLOPs of one seed, from the run folder's plan, else from its texts, else by closed
+    form for texts of an assumed length.
+    """
 
-            print(recipe_reference())
-            return
-        import yaml
-
+    def work() -> dict[str, Any] | None:
         from kvdistill.core.config import load_recipe
 
-        made = load_recipe(recipe, overrides or ())
-        tree = {**made.model_dump(mode="json"), "arms": made.arms}  # as they were written: numbers stay numbers
-        print(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120), end="")
+        if recipe is None:
+            from kvdistill.core.errors import RecipeError
+            from kvdistill.core.reference import recipe_reference
 
-    _guarded(work, as_json=False)
+            if expand or as_json:
+                what = f"{'--expand' if expand else '--json'} is about a recipe, and none is given"
+                raise RecipeError(what, place="command line", fix="write kvdistill recipe RECIPE")
+            print(recipe_reference())
+            return None
+        made = load_recipe(recipe, overrides or ())
+        if expand:
+            from kvdistill.study.expand import expand as expanded
+
+            return expanded(made, text_length=text_length)
+        tree = {**made.model_dump(mode="json"), "arms": made.arms}  # as they were written: numbers stay numbers
+        if as_json:
+            return tree
+        import yaml
+
+        print(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120), end="")
+        return None
+
+    _guarded(work, as_json)
+
+
+@app.command()
+def compare(
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="recipes whose studies are finished")],
+    as_json: Json = False,
+) -> None:
+    """Finished studies side by side: those of an ablation whose data differs, as arms of one study cannot.
+
+    Says in which keys the recipes differ and whether they were asked the same problems. No p-values: seeds are paired
+    within a study, and studies with other data are not trained alike in anything else that could be paired.
+    """
+
+    def work() -> dict[str, Any]:
+        from kvdistill.study.side_by_side import compare_studies
+
+        return compare_studies(recipes)
+
+    _guarded(work, as_json)
 
 
 @app.command()

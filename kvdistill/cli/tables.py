@@ -5,6 +5,7 @@ Knows the results of `kvdistill.study`'s functions and of `evaluate MODEL`, whic
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -55,6 +56,8 @@ def as_text(result: Mapping[str, Any]) -> str:
         "evaluations": evaluation_table,
         "layers": layer_lines,
         "profiles": profile_lines,
+        "expanded": expanded_lines,
+        "studies": study_lines,
     }
     for key, as_lines in shown.items():
         lines += as_lines(result[key]) if key in result else []
@@ -106,6 +109,61 @@ def _arm_lines(arms: Mapping[str, Any], primary: str) -> list[str]:
     order = [0, 1, 2, 3] if primary == "accuracy" else [0, 2, 3, 1]
     order = [i for i in order if i != 3 or any(row[3] != "–" for row in rows[1:])]
     return _table([[row[i] for i in order] for row in rows], left=1)
+
+
+# -- recipes: arms and their cost, and studies side by side --------------------------------------------
+
+
+def expanded_lines(found: Mapping[str, Any]) -> list[str]:
+    """Arms with what they change, then what each costs for one seed, and all of them for all seeds."""
+    arms, seeds = found["arms"], len(found["seeds"])
+    lines = [f"{printable(found['name'])}: {len(arms)} arms, {seeds} seed{'s' if seeds != 1 else ''}"]
+    for name, arm in arms.items():
+        said = ", ".join(f"{key}: {_plain(value)}" for key, value in arm["changes"].items())
+        said += f"{'; ' if said else ''}steps matched to {arm['match']}" if arm["match"] else ""
+        said = (said or "the recipe as it is") + (" (by report.curves)" if arm["derived"] else "")
+        lines += _said(f"{printable(name)}: {printable(said)}")
+    columns = {"steps": "steps", "data": "problems", "tokens": "tokens", "student_flops": "student FLOPs"}
+    columns |= {"total_flops": "all FLOPs", "amortised_flops": "amortised"}
+    shown = [key for key in columns if any(arm[key] is not None for arm in arms.values())]
+    rows = [["one seed", *(columns[key] for key in shown)]]
+    for name, arm in arms.items():
+        mark = "≤ " if arm.get("at_most") else "~ " if arm.get("estimated") else ""
+        rows.append([_short(name, 28), *(_cost(key, arm[key], mark) for key in shown)])
+    sums = ["all runs"]
+    for key in shown:
+        each = [arm[key] for arm in arms.values()]
+        whole = None if None in each or key == "total_flops" else seeds * sum(each)
+        sums.append(_cost(key, whole, ""))
+    lines += ["", *_table([*rows, sums], left=1)]
+    if (student := found["student"]) is not None:
+        part = "" if student["trained"] == student["parameters"] else f", {student['trained']:,} of them trained"
+        lines += _said(f"student: {student['parameters']:,} parameters{part}")
+    return lines + _said(printable(f"cost: {found['basis']}"), *(printable(note) for note in found["notes"]))
+
+
+def study_lines(found: Mapping[str, Any]) -> list[str]:
+    """One row a study and arm, after what tells the studies apart."""
+    rows = [["study", "arm", "accuracy, %", "NLL, answer"]]
+    lines = []
+    for name, study in found.items():
+        said = ", ".join(f"{key}: {_plain(value)}" for key, value in study["differs"].items())
+        lines += _said(printable(f"{name}: {said or 'differs in nothing'}"))
+        for number, (arm, figures) in enumerate(study["arms"].items()):
+            nll = figures["nll"]
+            spread = "–" if nll["mean"] is None else f"{nll['mean']:.3f} ± {nll['std'] or 0:.3f}"
+            accuracy = f"{_points(figures['mean'])} ± {_points(figures['std'])}"
+            rows.append([_short(name, 28) if not number else "", _short(arm, 28), accuracy, spread])
+    return [*lines, "", *_table(rows, left=2)]
+
+
+def _plain(value: object) -> str:
+    """A recipe's value in one line, as YAML would have it."""
+    return json.dumps(value, ensure_ascii=False).replace('"', "") if not isinstance(value, str) else value
+
+
+def _cost(key: str, value: float | None, mark: str) -> str:
+    return "–" if value is None else mark + (f"{value:.3g}" if key.endswith("flops") else f"{value:,.0f}")
 
 
 # -- data, and leaks in it ----------------------------------------------------------------------------

@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from kvdistill.core.bases import recipe_tree, unreadable
 from kvdistill.core.errors import RecipeError
 from kvdistill.core.family import BEST_SINGLE, MIN_SEEDS, family_mistakes
 from kvdistill.core.files import sha256_of
-from kvdistill.core.quoting import shown
 from kvdistill.core.recipe import (
     FOLDER_NAME,
     AlignRecipe,
@@ -43,7 +43,6 @@ ARM_SECTIONS: dict[str, type[BaseModel]] = {
     "loss": LossRecipe,
     "train": TrainRecipe,
 }
-MAX_RECIPE_BYTES, MAX_RECIPE_VALUES = 4 << 20, 100_000
 # keys of the original software -> keys of a recipe
 FORMER_KEYS = {
     "fusion_strategy": "fuse.fusion_strategy",
@@ -65,12 +64,12 @@ def recipes_folder() -> Path:
 
 
 def builtin_recipes() -> list[Path]:
-    """The YAML files of `recipes/`, sorted."""
-    return sorted(recipes_folder().glob("*.yaml"))
+    """The YAML files of `recipes/` and of the folders in it, sorted."""
+    return sorted(recipes_folder().rglob("*.yaml"))
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a YAML recipe, lay `key=value` overrides over it, check it.
+    """Read a YAML recipe and what it builds on (`base`, see `bases.py`), lay `key=value` overrides over it, check it.
 
     Raises RecipeError naming file, key and fix.
     """
@@ -89,16 +88,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         )
     if not path.is_file():
         raise RecipeError("recipe not found", place=str(path), fix=_nearest_recipe(path))
+    whole, place = recipe_tree(path)
     try:
-        tree = OmegaConf.create(_read_yaml(path))
+        tree = OmegaConf.create(whole)
         mistakes = _lay_over(tree, overrides)
         plain: Any = OmegaConf.to_container(tree, resolve=True)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError, RecursionError) as error:
-        first = "nested too deep" if isinstance(error, RecursionError) else shown(" ".join(str(error).split()), 300)
-        raise RecipeError(
-            f"not a readable recipe: {first}", place=str(path), fix="mend the YAML (or the override)"
-        ) from None
-    return make_recipe(plain, place=str(path), also=mistakes)
+    except (YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
+        raise unreadable(error, place) from None
+    return make_recipe(plain, place=place, also=mistakes)
 
 
 def _nearest_recipe(missing: Path) -> str:
@@ -112,38 +109,6 @@ def _nearest_recipe(missing: Path) -> str:
         came = Path(os.path.relpath(ours[close[0]])) if ours[close[0]].is_relative_to(Path.cwd()) else ours[close[0]]
         return f"did you mean {str(came)!r}, which comes with kvdistill?"
     return f"give the path of a recipe; those that come with kvdistill are in {recipes_folder()}"
-
-
-def _read_yaml(path: Path) -> str:
-    """The text of a YAML file that holds a mapping. RecipeError for something else, and for what would fill memory."""
-    import yaml
-
-    place = str(path)
-    if path.stat().st_size > MAX_RECIPE_BYTES:
-        what = f"this file has {path.stat().st_size:,} bytes, which no recipe needs"
-        raise RecipeError(what, place=place, fix="give the path of a recipe; data goes into files of its own")
-    text = path.read_text(encoding="utf-8-sig")
-    sizes: dict[int, int] = {}
-
-    def size(node: yaml.Node) -> int:
-        """Values in a node; one that is named again (`*name`) counts every time, as it will be copied."""
-        if id(node) not in sizes:
-            sizes[id(node)] = MAX_RECIPE_VALUES  # while it is counted: a node inside of itself has no end
-            parts = node.value if isinstance(node, yaml.CollectionNode) else ()
-            sizes[id(node)] = 1 + sum(size(x) for part in parts for x in (part if isinstance(part, tuple) else (part,)))
-        return sizes[id(node)]
-
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
-    if not isinstance(root, yaml.MappingNode):
-        kind = "a list" if isinstance(root, yaml.SequenceNode) else "empty" if root is None else shown(text, 40)
-        what = f"a recipe is a mapping of sections, and this is {kind}"
-        raise RecipeError(what, place=place, fix="start from recipes/demo.yaml; `kvdistill recipe` explains every key")
-    if size(root) > MAX_RECIPE_VALUES:
-        what = "it holds more values than a recipe can have, or names itself (`*name`)"
-        raise RecipeError(
-            what, place=place, fix="write the recipe out without aliases; data goes into files of its own"
-        )
-    return text
 
 
 def _lay_over(tree: Any, overrides: Sequence[str]) -> list[RecipeError]:

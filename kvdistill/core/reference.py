@@ -21,6 +21,12 @@ def recipe_reference() -> str:
         "set on the command line: `train.steps=200`, `seeds=[1,2,3]`, `teachers.0.optimiser.steps=100`.",
         "Unknown keys are errors that name the nearest one.",
         "",
+        "`base: ../demo.yaml` builds a recipe on another one, found from its own folder, which may have a base too.",
+        "Mappings are merged key by key, lists and values replaced (`null` unsets). A recipe that has `arms` has these",
+        "alone, and leaves `report.comparisons` and `report.curves` of its base behind; `name`, `title` and `run_dir`",
+        "are never its base's. What `kvdistill recipe RECIPE` prints, and a run folder's `recipe.json`, is the recipe",
+        "resolved.",
+        "",
     ]
     for title, section in _sections(Recipe, "", set()):
         parts += _table(title, section)

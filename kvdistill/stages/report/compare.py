@@ -257,7 +257,7 @@ def _compare(
     out.detectable_d, _ = stats.smallest_detectable_d(len(shared), alpha / family_size)
     out.detectable = out.detectable_d * out.t.std
     needed, out.seeds_needed_reason = stats.seeds_needed(out.effect.d_z, alpha / family_size)
-    out.seeds_needed = max(MIN_SEEDS, needed)  # NaN stays
+    out.seeds_needed = max(needed, MIN_SEEDS)  # in this order NaN stays
     out.tost = stats.tost(a, b, margin)
     tasks = arm[shared[0]].tasks_Q
     delta = np.stack([arm[s].column(figure) - baseline[s].column(figure) for s in shared])
