@@ -84,7 +84,7 @@ def validate_data(recipe: Recipe, progress: Progress, *, fix: bool) -> dict[str,
     with claimed(recipe, run), file_lock(locks_folder(run) / "prepare", wait=True):
         found = validate(recipe, run, progress, fix=fix)
         for seed in (
-            recipe.seeds if recipe.varies_data else ()
+            recipe.every_seed if recipe.varies_data else ()
         ):  # what each learns from, against the same held-out problems
             of_seed = validate(recipe, run, progress, fix=fix, seed=seed)
             found.setdefault("seeds", {})[str(seed)] = of_seed
@@ -99,7 +99,7 @@ def export_data(recipe: Recipe, progress: Progress, *, form: str) -> dict[str, A
     from kvdistill.stages.prepare.export import export
 
     run = run_folder(recipe)
-    folders = [run, *(replicate_folder(run, seed) for seed in (recipe.seeds if recipe.varies_data else ()))]
+    folders = [run, *(replicate_folder(run, seed) for seed in (recipe.every_seed if recipe.varies_data else ()))]
     if not all((data_folder(folder) / "manifest.json").exists() for folder in folders):
         run_study(recipe, progress, verb="prepare")
     with file_lock(locks_folder(run) / "prepare", wait=True):

@@ -18,6 +18,7 @@ from kvdistill.stages.report.figures import draw_all
 from kvdistill.stages.report.page import build_page
 from kvdistill.stages.report.summary import compare_all, statistics_document, summarise
 from kvdistill.stages.report.text import write_headline
+from kvdistill.stages.report.tuning import tuning_table
 
 __all__ = ["LearningCurveTracker", "report"]
 
@@ -33,6 +34,8 @@ def report(recipe: Recipe, run: Path, progress: Progress | None = None) -> Path:
     tell("statistics", 1, total)
     family = compare_all(recipe, tables)
     summary = summarise(recipe, tables, family)
+    if (tuning := tuning_table(recipe, run)) is not None:
+        summary["tuning"] = tuning
     summary["headline"] = write_headline(summary)
     write_json(run / "statistical_results.json", statistics_document(recipe, summary))
     tell("figures", 2, total)
