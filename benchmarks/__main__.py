@@ -11,6 +11,7 @@ BENCHMARKS = {
     "formatting": "benchmarks.formatting",
     "leaks": "benchmarks.leaks",
     "alignment": "benchmarks.alignment",
+    "report_speed": "benchmarks.report_speed",
 }
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ from scipy import optimize, special, stats
 from kvdistill.core.errors import StatisticsRefused
 
 NAN = float("nan")
+_BLOCK = 250  # bootstrap draws at once
 MOST_SEEDS = 10_000  # beyond, "seeds needed" is no plan
 
 
@@ -176,6 +178,7 @@ def paired_power(d_z: float, n: int, alpha: float = 0.05) -> float:
     return float((half[:, None] * weights).ravel() @ (stats.norm.pdf(z) * inside))
 
 
+@lru_cache(maxsize=64)
 def smallest_detectable_d(n: int, alpha: float = 0.05, power: float = 0.8) -> tuple[float, str]:
     """The d_z that n pairs detect with the given power, and '' or why there is none."""
     if n < 2:
@@ -258,6 +261,22 @@ def question_level(delta_SQ: Float[np.ndarray, "S Q"], tasks_Q: Sequence[str], a
     return Interval(difference, se, difference - half, difference + half)
 
 
+@lru_cache(maxsize=1)
+def _draws(num_seeds: int, sizes: tuple[int, ...], draws: int, seed: int) -> tuple[np.ndarray, list[list[np.ndarray]]]:
+    """How often each seed, and each question of each task, is drawn: [draws, seeds], and by block and task
+    [draws of the block, questions]. In blocks, so that memory stays small with many questions; kept for the next
+    comparison, since all of a study are over the same questions and drawing is what takes the time."""
+    rng = np.random.default_rng(seed)
+    of_seeds = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=draws)
+    blocks = []
+    for start in range(0, draws, _BLOCK):
+        size = min(_BLOCK, draws - start)
+        blocks.append(
+            [rng.multinomial(n, np.full(n, 1 / n), size=size).astype(np.uint8) for n in sizes]
+        )  # about 1 each
+    return of_seeds, blocks
+
+
 def bootstrap_two_stage(
     delta_SQ: Float[np.ndarray, "S Q"], tasks_Q: Sequence[str], alpha: float = 0.05, draws: int = 2000, seed: int = 0
 ) -> Interval:
@@ -275,14 +294,14 @@ def bootstrap_two_stage(
     num_seeds = delta_SQ.shape[0]
     if num_seeds < 2:
         return Interval(difference, NAN, NAN, NAN, "one seed cannot be resampled")
-    rng, values = np.random.default_rng(seed), np.empty(draws)
-    weight_RS = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=draws) / num_seeds
-    for start in range(0, draws, 250):  # in blocks, so that memory stays small with many questions
-        block = slice(start, min(start + 250, draws))
+    values = np.empty(draws)
+    of_seeds_RS, blocks = _draws(num_seeds, tuple(len(q) for q in parts), draws, seed)
+    weight_RS = of_seeds_RS / num_seeds
+    for start, drawn in zip(range(0, draws, _BLOCK), blocks, strict=True):
+        block = slice(start, min(start + _BLOCK, draws))
         total = np.zeros(block.stop - block.start)
-        for q in parts:
-            counts = rng.multinomial(len(q), np.full(len(q), 1 / len(q)), size=len(total)) / len(q)
-            total += np.einsum("rs,rs->r", weight_RS[block], counts @ delta_SQ[:, q].T)
+        for q, counts in zip(parts, drawn, strict=True):
+            total += np.einsum("rs,rs->r", weight_RS[block], (counts / len(q)) @ delta_SQ[:, q].T)
         values[block] = total / len(parts)
     low, high = np.quantile(values, [alpha / 2, 1 - alpha / 2])
     return Interval(difference, NAN, float(low), float(high))

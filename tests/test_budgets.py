@@ -29,6 +29,7 @@ from kvdistill.core.marks import read_mark, write_mark
 from kvdistill.core.recipe import ParityRecipe
 from kvdistill.stages.report.compare import find_refusals
 from kvdistill.stages.train import MADE
+from kvdistill.study.verbs import train
 
 SEEDS = [7, 8, 9]
 STEPS = 60  # whole steps come within 1 %
@@ -262,3 +263,13 @@ def test_differences_from_the_plan_are_said_in_words():
     assert figure_of(ParityRecipe(parity="total_flops")) == "amortised_flops"
     assert figure_of(ParityRecipe(parity="total_flops", amortised=False)) == "total_flops"
     assert issubclass(RecipeError, KVDistillError) and find_refusals({}, {}, [1])
+
+
+def test_one_run_of_a_study_whose_seeds_have_their_own_data_is_planned_by_itself(tmp_path, monkeypatch):
+    changes = {"arms": {"ce": {"teachers": []}}, "seeds": SEEDS, "replicate": "data", "report": {"comparisons": []}}
+    recipe = tiny_recipe(tmp_path / "run", **changes)
+
+    train(recipe, arm="ce", seed=8, progress=lambda *_: None)
+    assert read_json(tmp_path / "run" / FILE)["seeds"] == [8]
+    ledger = read_json(tmp_path / "run/arms/ce/seed-8/ledger.json")
+    assert read_budgets(tmp_path / "run")["ce"]["tokens"] == ledger["tokens_nonpadding"]

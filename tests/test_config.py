@@ -139,6 +139,7 @@ def test_the_original_words_for_time(word, mode):
         ({"arms": {"x": {"teachers": ["on"]}}}, "unknown teacher 'on'"),
         ({"arms": {"x": {"loss": {"k_weight": 0, "v_weight": 0}}}}, "both 0"),
         ({"arms": {"x": {"control": "placebo", "teachers": []}}}, "placebo"),
+        ({"capture": {"logits_top_k": 0}, "arms": {"x": {"loss": {"logit_weight": 1}}}}, "logits_top_k is 0, and this"),
         ({"arms": {"x": {"align": {"layers": "explicit"}}}}, "layer_map"),
         ({"arms": {"x": {"compress": {"kv_compression": "crop"}}}}, "keep"),
         ({"arms": {"x": {"fuse": {"fuse_at": "kv"}}}}, "fuse_at: kv"),

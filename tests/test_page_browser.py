@@ -171,3 +171,84 @@ def test_prints(browser: Browser, page: Path, tmp_path: Path) -> None:
     browser.open(page, 900)
     browser.print_pdf(tmp_path / "report.pdf")
     assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF-")
+
+
+# -- a finished study in both languages: for everybody, on any screen, on paper --------------------------
+
+
+@pytest.fixture(scope="module", params=["en", "zh"])
+def study(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp(f"study-{request.param}")
+    arms = {"ce": {"teachers": []}, "competence": {"fuse": {"fusion_strategy": "competence"}},
+            "keys": {"loss": {"v_weight": 0.0}}, "both": {}, "placebo": {"control": "placebo"}}  # fmt: skip
+    rules = {"comparisons": [["competence", "ce"], ["placebo", "ce"]], "language": request.param}
+    recipe = make_recipe(arms, report=rules)
+    write_run(run, recipe, questions=12)
+    return report(recipe, run)
+
+
+def find_axe() -> str:
+    """axe-core's source: KVDISTILL_AXE, or node_modules beside the tests (`npm install --no-save axe-core`)."""
+    folder = Path(__file__).resolve().parent.parent / "node_modules" / "axe-core"
+    path = Path(os.environ.get("KVDISTILL_AXE") or folder / "axe.min.js")
+    if not path.is_file():
+        reason = "no axe-core: npm install --no-save axe-core"
+        if "axe" in os.environ.get("KVDISTILL_REQUIRE", ""):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("width", "dark"), [(390, False), (1100, False), (1100, True)])
+def test_axe_finds_nothing(browser: Browser, study: Path, width: int, dark: bool) -> None:
+    source = find_axe()
+    browser.open(study, width, dark=dark)
+    browser.call("Runtime.evaluate", expression="document.querySelectorAll('details').forEach(d => d.open = true)")
+    browser.call("Runtime.evaluate", expression=source)
+    asked = "axe.run().then(r => JSON.stringify(r.violations.map(v => [v.id, v.nodes.map(n => n.html.slice(0, 200))])))"
+    answer = browser.call("Runtime.evaluate", expression=asked, awaitPromise=True, returnByValue=True)
+    assert json.loads(answer["result"]["value"]) == []
+
+
+def test_what_is_wider_than_a_phone_says_so(browser: Browser, study: Path) -> None:
+    browser.open(study, 390)
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 390
+    boxes = browser.evaluate(
+        "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth + 1).map(e => ["
+        "e.classList.contains('picture'), e.tabIndex, e.getAttribute('aria-label') || '',"
+        "getComputedStyle(e).backgroundAttachment.includes('local'),"
+        "(c => !!c && c.className === 'cue' && getComputedStyle(c).display !== 'none')(e.previousElementSibling)])"
+    )
+    assert len(boxes) > 8
+    for is_picture, tab_index, name, has_shadow, has_words in boxes:
+        assert tab_index == 0 and name  # the keyboard gets there, and is told where
+        assert has_words if is_picture else has_shadow
+    browser.open(study, 1100)
+    shown = "[...document.querySelectorAll('.cue')].filter(e => getComputedStyle(e).display !== 'none').length"
+    assert browser.evaluate(shown) == 0
+
+
+def test_on_paper_what_is_folded_is_open_and_nothing_is_cut(browser: Browser, study: Path) -> None:
+    browser.open(study, 700)
+    assert browser.evaluate("document.querySelectorAll('details[open]').length") == 0
+    tall = "[...document.querySelectorAll('details')].map(d => d.getBoundingClientRect().height)"
+    folded = browser.evaluate(tall)
+    browser.call("Emulation.setEmulatedMedia", media="print")
+    try:
+        assert all(after > 2 * before for after, before in zip(browser.evaluate(tall), folded, strict=True))
+        assert browser.evaluate("getComputedStyle(document.querySelector('nav')).display") == "none"
+        kept = "[...document.querySelectorAll('h2, h3')].every(h => getComputedStyle(h).breakAfter === 'avoid')"
+        assert browser.evaluate(kept)
+    finally:
+        browser.call("Emulation.setEmulatedMedia", media="")
+
+
+def test_pictures_have_words_and_the_page_its_landmarks(browser: Browser, study: Path) -> None:
+    browser.open(study, 900)
+    alts = browser.evaluate("[...document.images].map(i => i.alt)")
+    assert len(alts) > 10 and all(len(alt) > 30 for alt in alts) and len(set(alts)) == len(alts)
+    assert browser.evaluate("['header', 'main', 'nav'].map(n => document.querySelectorAll(n).length)") == [1, 1, 1]
+    titles = "[...document.querySelectorAll('section')].map(s => s.getAttribute('aria-labelledby'))"
+    named = f"{titles}.every(title => document.getElementById(title))"
+    assert browser.evaluate(named)
+    assert browser.evaluate("[...document.querySelectorAll('nav a')].every(a => document.querySelector(a.hash))")

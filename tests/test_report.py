@@ -26,14 +26,17 @@ from kvdistill.stages.report.collect import collect_tables, read_log, write_json
 from kvdistill.stages.report.compare import Runs, SeedRun, compare_family, find_refusals
 from kvdistill.stages.report.curves import band, train_kv, val
 from kvdistill.stages.report.figures import draw_comparison, match_table, routing_tables
-from kvdistill.stages.report.page import build_page, flatten
+from kvdistill.stages.report.page import SECTIONS, build_page, flatten
 from kvdistill.stages.report.summary import budgets, compare_all, describe_arm, summarise
 from kvdistill.stages.report.text import make_visible, write_headline
 
 HOSTILE = '<script>alert("x")<b>&\x1b[31m\u202ecba\u200b'
-PICTURES = ("comparison_with_error_bars", "dual_axis_curve", "kv_loss_curves", "task_accuracy_curves",
-            "overfitting_analysis", "routing_by_task_heatmap", "routing_by_layer_heatmap", "match_beside_placebo",
-)  # fmt: skip
+CURVES = ("learning_curves", "dual_axis_curve", "kv_loss_curves", "task_accuracy_curves", "overfitting_analysis")
+DRAWN = ("comparison_with_error_bars", "radar_over_tasks", *CURVES, "ablation_settings_heatmap",
+         "ablation_alignment_stability", "routing_by_task_heatmap", "routing_by_layer_heatmap",
+         "match_beside_placebo")  # fmt: skip
+NOT_DRAWN = ("ablation_layers_heatmap", "kv_ablation", "cka_heatmap", "cost_curves")  # nothing of these is there
+PICTURES = (*DRAWN, *NOT_DRAWN)
 
 
 def summary_of(recipe: Recipe, run: Path) -> dict[str, Any]:
@@ -191,7 +194,7 @@ def test_report_is_deterministic_and_leaves_no_litter(copy: tuple[Recipe, Path])
         "report.html",
         "summary.json",
         "statistical_results.json",
-        *(f"figures/{n}.{k}" for n in PICTURES for k in ("svg", "png")),
+        *(f"figures/{n}.{k}" for n in DRAWN for k in ("svg", "png")),
     ]
     before = {n: hashlib.sha256((run / n).read_bytes()).hexdigest() for n in names}
     rules, calls = dict(matplotlib.rcParams), []
@@ -212,7 +215,10 @@ def test_a_figure_without_data_is_not_drawn_and_says_why(tmp_path: Path) -> None
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "kv_loss_curves.png").write_bytes(b"of an older report")
     page = report(recipe, tmp_path).read_text()
-    assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == [f"{PICTURES[0]}.{k}" for k in ("png", "svg")]
+    drawn = ("ablation_alignment_stability", *PICTURES[:2])
+    assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == [
+        f"{n}.{k}" for n in drawn for k in ("png", "svg")
+    ]
     assert "not drawn, because no validation points were logged" in page
     assert "not drawn, because no arm logged a KV loss" in page and "declares no comparison" in page
     reasons = json.loads((tmp_path / "summary.json").read_text())["figures"]
@@ -353,22 +359,11 @@ def test_page_leads_with_the_verdict(study: tuple[Recipe, Path]) -> None:
     shape = r"competence: N % ± \d\.\d of the held-out questions right, \+N points over ce; better \(p "
     assert re.match(shape.replace("N", r"\d\d\.\d"), summary["headline"])
     assert summary["headline"] in page
-    sections = (
-        "arms",
-        "statistics",
-        "curves",
-        "routing",
-        "match",
-        "budget",
-        "teachers",
-        "data",
-        "examples",
-        "provenance",
-    )
+    sections = [section.name for section in SECTIONS if section.name != "cost"]  # no curves were asked for
     order = ["<h1>", 'id="verdict"', "<figure>", *(f'id="{name}"' for name in sections)]
     places = [page.index(mark) for mark in order]
     assert places == sorted(places)
-    assert page.count("data:image/") == len(PICTURES)
+    assert page.count("data:image/") == len(DRAWN)
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", page) and "<script" not in page and "@import" not in page
     for words in (
         "A high cosine is no evidence",
@@ -454,7 +449,7 @@ def test_flatten() -> None:
     assert flatten({"a": {"b": 1, "c": None}, "d": [], "e": [1, 2], "f": [{"x": 1}] * 5}) == [
         ("a.b", "1"),
         ("a.c", "–"),
-        ("d", "none"),
+        ("d", "–"),
         ("e", "1, 2"),
         ("f", '5: {"x": 1}; {"x": 1}; {"x": 1} …'),
     ]
@@ -478,4 +473,4 @@ def test_tracker_writes_and_draws(tmp_path: Path) -> None:
     LearningCurveTracker(tmp_path).log_train(40, {"kv_loss": 0.01})
     assert [r["step"] for r in read_log(tracker.path)] == [10, 10, 20, 20, 30, 30, 40]
     files = tracker.plot_all_curves()
-    assert {f.stem for f in files} == set(PICTURES[1:5]) and all(f.stat().st_size > 1000 for f in files)
+    assert {f.stem for f in files} == set(CURVES) and all(f.stat().st_size > 1000 for f in files)

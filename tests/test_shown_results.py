@@ -19,7 +19,7 @@ def test_a_study_about_nll_shows_nll_first_and_refusals_with_their_reason() -> N
     lines = as_text({"summary": summary | {"primary": "nll"}}).splitlines()
     assert lines[0].split() == ["NLL,", "answer", "NLL,", "reasoning", "accuracy,", "%"]
     assert lines[2].split()[:5] == ["kv", "3.630", "±", "0.020", "1.250"]
-    assert lines[3] == "  kv against ce: refused (1 seed(s) in common; other data)"
+    assert lines[-1] == "  kv against ce: refused (1 seed(s) in common; other data)"
     lines = as_text({"summary": summary | {"primary": "accuracy"}}).splitlines()
     assert lines[0].split()[:2] == ["accuracy,", "%"]
     without = {"arms": {"ce": arm(0.5, 1.0)}, "comparisons": []}

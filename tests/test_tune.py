@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_recipe import assert_one_message, invoke, made_ready, no_work, run_jobs_here, tiny_recipe, write_recipe
+from tiny_recipe import (
+    assert_one_message,
+    invoke,
+    made_ready,
+    no_work,
+    rows_of,
+    run_jobs_here,
+    tiny_recipe,
+    write_recipe,
+)
 
 from kvdistill.arms.budget import TrainingBudgetController
 from kvdistill.arms.experiment import Experiment
@@ -187,8 +196,8 @@ def test_values_are_chosen_by_the_rule_from_validation_alone_and_arms_train_with
                 folder = run / f"arms/{name}@tune{trial['trial']}/seed-{seed}"
                 assert not evaluated_mark(folder).exists() and not (folder / "records.jsonl").exists()
                 assert not (folder / "model").exists()  # nobody will ask it anything
-                last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
-                assert trial["seeds"][str(seed)]["nll"] == last["val"]["nll"]
+                (point,) = [row["val"] for row in rows_of(folder / "log.jsonl") if "val" in row]
+                assert trial["seeds"][str(seed)] == {"step": 6, **{key: point[key] for key in ("accuracy", "nll")}}
             assert trial["nll"] == pytest.approx(sum(x["nll"] for x in trial["seeds"].values()) / 2)
         for seed in SEEDS:
             assert read_json(run / f"arms/{name}/seed-{seed}/ledger.json")["tuned"] == one["values"]
@@ -220,8 +229,8 @@ def test_every_trial_is_in_the_cost_of_the_arm_and_divided_among_its_runs(tuned)
         planned = read_budgets(run)[name]
         assert apart(planned["parts"]["tuning"][name], spent) < 1e-9
         summary = read_json(run / "summary.json")
-        assert summary["budgets"][name]["tuning_flops"] == spent
-        total, amortised = (summary["budgets"][name][key] for key in ("total_flops", "amortised_flops"))
+        assert summary["arms"][name]["budget"]["tuning_flops"] == spent
+        total, amortised = (summary["arms"][name]["budget"][key] for key in ("total_flops", "amortised_flops"))
         assert total - amortised >= spent * 2 / 3 * (1 - 1e-9)
         assert apart(planned["total_flops"], total) < 0.02
 

@@ -17,6 +17,7 @@ from kvdistill.core.budgets import WORDS, budget_path, figure_of, read_budgets
 from kvdistill.core.costs import TOLERANCE, apart, student_flops, total_flops, trial_flops
 from kvdistill.core.errors import KVDistillError, RecipeError
 from kvdistill.core.files import sha256_of, write_json
+from kvdistill.core.layout import data_folder
 from kvdistill.core.marks import sealed
 from kvdistill.core.recipe import MAX_EXAMPLES_SEEN, ParityRecipe
 
@@ -29,6 +30,11 @@ class TrainingBudgetController:
 
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
+        # where each seed has data of its own, those whose data is there: one run may be asked for by itself
+        there = [
+            s for s in experiment.recipe.seeds if (data_folder(experiment.of(s).data_run) / "manifest.json").exists()
+        ]
+        self.seeds = there or list(experiment.recipe.seeds)
         self._sharers, self._trial_sharers = all_sharers(experiment), trial_sharers(experiment)
         self._arms: dict[tuple[str, int], Arm] = {}
         self._costs: dict[tuple[str, int, int], dict[str, Any]] = {}  # arm, seed, steps
@@ -58,7 +64,7 @@ class TrainingBudgetController:
 
     def budget(self, name: str) -> dict[str, Any]:
         """What an arm will spend, mean over seeds, and what of it nobody can count."""
-        recipe, seeds = self.experiment.recipe, self.experiment.recipe.seeds
+        recipe, seeds = self.experiment.recipe, self.seeds
         arm = self.experiment.arms[name]
         each = [self._cost(name, seed, self.steps(name)) for seed in seeds]
         found = {key: sum(cost[key] for cost in each) / len(seeds) for key in each[0] if key != "flops"}
@@ -80,7 +86,7 @@ class TrainingBudgetController:
         """Whether the texts that an arm reads are there: what teachers are to write is not, the first time."""
         if name not in self._known:
             try:
-                self._known[name] = bool(self._arm(name, self.experiment.recipe.seeds[0]).lesson_lengths)
+                self._known[name] = bool(self._arm(name, self.seeds[0]).lesson_lengths)
             except KVDistillError:
                 self._known[name] = False
         return self._known[name]
@@ -92,7 +98,7 @@ class TrainingBudgetController:
         content = {
             "schema": 1,
             "unified_steps": self.get_unified_training_steps(),
-            "seeds": list(recipe.seeds),
+            "seeds": self.seeds,
             "tolerance": TOLERANCE,
             "arms": {name: self.budget(name) for name in recipe.every_arm},
         }
@@ -160,7 +166,7 @@ class TrainingBudgetController:
 
     def _matched(self, name: str) -> int:
         """The whole number of steps that comes nearest. What is spent grows with the steps, almost in proportion."""
-        arm, seeds = self.experiment.arms[name], self.experiment.recipe.seeds
+        arm, seeds = self.experiment.arms[name], self.seeds
         assert arm.match is not None
         figure = figure_of(arm.match)
         wanted = arm.times * sum(cost[figure] for cost in self._costs_of(arm.match.arm)) / len(seeds)
@@ -187,7 +193,7 @@ class TrainingBudgetController:
         return min(range(max(1, steps - 2), steps + 3), key=lambda n: abs(mean(n) - wanted))
 
     def _costs_of(self, name: str) -> list[dict[str, Any]]:
-        return [self._cost(name, seed, self.steps(name)) for seed in self.experiment.recipe.seeds]
+        return [self._cost(name, seed, self.steps(name)) for seed in self.seeds]
 
     def _identity(self, name: str) -> str:
         """Of all that the steps of an arm depend on, but for how many others share what it shares."""
@@ -247,7 +253,7 @@ class TrainingBudgetController:
             figures += ["tokens"] if same_texts else []
             if arms[0].train.patience is not None and arms[1].train.patience is not None:
                 figures = []  # each as many as its validation needs
-        seeds, worst = self.experiment.recipe.seeds, 0.0
+        seeds, worst = self.seeds, 0.0
         for seed, a, b in zip(seeds, self._costs_of(arm), self._costs_of(other), strict=True):
             for figure in figures:
                 share = apart(a[figure], b[figure])

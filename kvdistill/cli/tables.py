@@ -49,17 +49,6 @@ def as_text(result: Mapping[str, Any]) -> str:
     if arms:
         lines += _arm_lines(arms, summary.get("primary", "accuracy"))
         lines += [f"  {printable(line)}" for line in summary.get("not_asked") or []]
-        for row in summary.get("comparisons") or []:
-            if row.get("verdict"):
-                line = f"{printable(row['arm'])} against {printable(row['baseline'])}: {printable(row['verdict'])}"
-                line += " (after the results)" if row.get("after_results") else ""
-                line += f"; {printable(row['caution'])}" if row.get("caution") else ""
-                reasons = "; ".join(printable(reason) for reason in row.get("refused") or ())
-                lines += _said(f"{line} ({reasons})" if reasons else line)
-        for sentence in (summary.get("curves") or {}).get("sentences") or []:
-            lines += _said(printable(sentence))
-        if summary.get("comparisons") and not (summary.get("declared") or {}).get("time"):
-            lines += _said("when these comparisons were declared is not known: declared.json is not in the run folder")
     shown = {
         "data": _data_table,
         "leaks": _leak_lines,
@@ -80,7 +69,27 @@ def as_text(result: Mapping[str, Any]) -> str:
             lines += [f"  {printable(inner)}: {printable(item)}" for inner, item in value.items()]
         else:
             lines.append(f"{name}: {printable(value)}")
-    return "\n".join(lines)
+    return "\n".join(lines + _verdict_lines(summary))
+
+
+def _verdict_lines(summary: Mapping[str, Any]) -> list[str]:
+    """What the page says of the declared comparisons, in the same figure: one by one, and last what it leads with."""
+    lines: list[str] = []
+    if summary.get("comparisons") and not (summary.get("declared") or {}).get("time"):
+        lines += _said("when these comparisons were declared is not known: declared.json is not in the run folder")
+    for row in summary.get("comparisons") or []:
+        if row.get("verdict"):
+            said = f"{row['arm']} against {row['baseline']}: {row.get('sentence') or row['verdict']}"
+            reasons = "; ".join(row.get("refused") or ())
+            said += f" ({reasons})" if reasons and reasons not in said else ""
+            said += " (after the results)" if row.get("after_results") else ""
+            said += f"; {row['caution']}" if row.get("caution") else ""
+            lines += _said(printable(said))
+    for sentence in (summary.get("curves") or {}).get("sentences") or []:
+        lines += _said(printable(sentence))
+    if summary.get("headline"):
+        lines += textwrap.wrap(printable(summary["headline"]), WIDTH)
+    return lines
 
 
 def _arm_lines(arms: Mapping[str, Any], primary: str) -> list[str]:

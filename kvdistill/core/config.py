@@ -475,6 +475,9 @@ def _read_arm(
                     fix="set capture.source: store, or fuse.fusion_strategy: fixed for this arm",
                 )
             )
+        if made.needs_logits and recipe.capture.logits_top_k == 0:
+            what = "capture.logits_top_k is 0, and this arm distils logits"
+            mistakes.append(RecipeError(what, place=f"{where}: loss.logit_weight", fix="set capture.logits_top_k: 32"))
         if made.needs_scores and recipe.capture.source == "online":
             mistakes.append(
                 RecipeError(

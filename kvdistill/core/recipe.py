@@ -593,6 +593,9 @@ class ReportRecipe(Section):
     primary: Literal["accuracy", "nll"] = Field("accuracy", description="what the verdict is about")
     alpha: float = Field(0.05, gt=0, lt=1, description="family-wise error rate (Holm)")
     margin: AboveZero = Field(0.02, description="TOST equivalence margin, in units of the primary figure")
+    language: Literal["en", "zh"] = Field(
+        "en", description="of the page, its figures and the verdict: English, Chinese"
+    )
 
     @property
     def pairs(self) -> list[tuple[str, str]]:

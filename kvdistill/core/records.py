@@ -67,9 +67,10 @@ class Record:
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:  # JSON has no word for NaN: in memory as it will be read back
-        object.__setattr__(self, "nll", _finite(self.nll))
-        object.__setattr__(self, "nll_reasoning", _finite(self.nll_reasoning))
-        object.__setattr__(self, "metrics", {name: _finite(value) for name, value in self.metrics.items()})
+        known = self.__dict__
+        known["nll"], known["nll_reasoning"] = _finite(self.nll), _finite(self.nll_reasoning)
+        if self.metrics:
+            known["metrics"] = {name: _finite(value) for name, value in self.metrics.items()}
 
     @property
     def question(self) -> tuple[str, str, str]:
@@ -96,37 +97,42 @@ def write_records(path: Path, records: Iterable[Record], *, append: bool = False
 
 def read_records(path: Path) -> list[Record]:
     """All records of a file, in its order. RunFolderError names the line that is not a whole record of ours."""
-    records = []
+    records, decode = [], json.JSONDecoder().decode
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
-        place = f"{path}:{number}"
         try:
-            row = json.loads(line)
+            row = decode(line.decode())
         except ValueError as error:
-            raise RunFolderError(f"not a JSON line ({error})", place=place, fix=_FIX) from error
+            raise RunFolderError(f"not a JSON line ({error})", place=f"{path}:{number}", fix=_FIX) from error
         if not isinstance(row, dict):
-            raise RunFolderError("a line should be a JSON object", place=place, fix=_FIX)
-        records.append(_checked(row, place))
+            raise RunFolderError("a line should be a JSON object", place=f"{path}:{number}", fix=_FIX)
+        records.append(_checked(row, path, number))
     return records
 
 
-def _checked(row: dict[str, Any], place: str) -> Record:
+def _checked(row: dict[str, Any], path: Path, number: int) -> Record:
     """The record of one line. Of version 1 only task, id, and whether the answer is right must be there."""
     schema = row.get("schema", 1)
     if schema not in (1, SCHEMA):
         what = f"a record of schema {schema!r}, and this kvdistill reads up to {SCHEMA}"
-        raise RunFolderError(what, place=place, fix=f"update kvdistill, or {_FIX}")
+        raise RunFolderError(what, place=f"{path}:{number}", fix=f"update kvdistill, or {_FIX}")
     if schema == 1:
         filled: dict[str, Any] = dict.fromkeys(_KINDS)
         filled |= {"evaluation": "own", "style": "", "mode": "generation", "metrics": {}, "score": row.get("correct")}
         row = filled | {key: value for key, value in row.items() if value is not None}
     row = {"arm": None, "seed": None, "nll_reasoning": None, **row, "schema": SCHEMA}
+    known = {}
     for name, kinds in _KINDS.items():
-        if name not in row or not isinstance(row[name], kinds):
+        value = known[name] = row.get(name, _MISSING)
+        if type(value) not in kinds and not isinstance(value, kinds):
             wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
-            raise RunFolderError(f"a record needs `{name}` ({wanted})", place=place, fix=_FIX)
-    return Record(**{name: row[name] for name in _KINDS} | {"score": float(row["score"])})
+            raise RunFolderError(f"a record needs `{name}` ({wanted})", place=f"{path}:{number}", fix=_FIX)
+    known["score"] = float(known["score"])
+    record = object.__new__(Record)  # of a frozen class __init__ sets each field by itself: a third of reading a study
+    record.__dict__.update(known)
+    record.__post_init__()
+    return record
 
 
 def _finite(value: float | None) -> float | None:
@@ -139,4 +145,5 @@ def _kinds(hint: Any) -> tuple[type, ...]:
     return (*parts, int) if float in parts else parts
 
 
+_MISSING = object()
 _KINDS = {name: _kinds(hint) for name, hint in get_type_hints(Record).items()}

@@ -177,7 +177,7 @@ def is_finished(recipe: Recipe, run: Path) -> bool:
         return False
     asked = recipe.report.model_dump(mode="json") | {"seeds": recipe.seeds}
     asked["family"] = [list(pair) for pair in family_of(recipe).pairs]
-    if any(shown.get(key) != asked[key] for key in ("family", "seeds", "primary", "alpha", "margin")):
+    if any(shown.get(key) != asked[key] for key in ("family", "seeds", "primary", "alpha", "margin", "language")):
         return False
     return all(is_evaluated(recipe, run, arm, seed) for arm in recipe.every_arm for seed in recipe.seeds)
 

@@ -15,6 +15,7 @@ from kvdistill.core.recipe import Recipe
 from kvdistill.stages.report.collect import collect_tables, write_json
 from kvdistill.stages.report.curves import LearningCurveTracker
 from kvdistill.stages.report.figures import draw_all
+from kvdistill.stages.report.language import words_of
 from kvdistill.stages.report.page import build_page
 from kvdistill.stages.report.summary import compare_all, statistics_document, summarise
 from kvdistill.stages.report.text import write_headline
@@ -33,18 +34,19 @@ def report(recipe: Recipe, run: Path, progress: Progress | None = None) -> Path:
     tables = collect_tables(recipe, run)
     tell("statistics", 1, total)
     family = compare_all(recipe, tables)
-    summary = summarise(recipe, tables, family)
+    words = words_of(recipe.report.language)
+    summary = summarise(recipe, tables, family, words)
     if (tuning := tuning_table(recipe, run)) is not None:
         summary["tuning"] = tuning
-    summary["headline"] = write_headline(summary)
+    summary["headline"] = write_headline(summary, words)
     write_json(run / "statistical_results.json", statistics_document(recipe, summary))
     tell("figures", 2, total)
-    pictures = draw_all(recipe, tables, summary)
+    pictures = draw_all(recipe, tables, summary, words)
     for picture in pictures:
         picture.save(run / "figures")
     tell("page", 3, total)
     page = run / "report.html"
-    write_text(page, build_page(recipe, tables, summary, pictures))
+    write_text(page, build_page(recipe, tables, summary, pictures, words))
     summary["figures"] = {p.name: None if p.svg else p.reason for p in pictures}
     write_json(run / "summary.json", summary)  # last: whoever finds it finds the rest
     tell("done", total, total)

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import gc
 import io
+import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from PIL import Image
 
 from kvdistill.core.files import write_bytes
 from kvdistill.stages.report.text import make_visible
@@ -33,11 +37,15 @@ LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h")
 HATCHES = ("", "////", "..", "xxx", "\\\\\\\\", "---", "o", "+++", "|||", "*")
 _CJK = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei", "PingFang SC", "SimHei")
+_CJK_FILE = re.compile(r"(NotoSansCJK-|SourceHanSansSC-)Regular|wqy-zenhei|simhei", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure as bytes, or (`svg` empty) the reason why it was not drawn."""
+    """A figure as bytes, or (`svg` empty) the reason why it was not drawn.
+
+    alt: what it shows, for whoever does not see it; empty: the caption says it.
+    """
 
     name: str
     title: str
@@ -45,6 +53,7 @@ class Picture:
     svg: bytes = b""
     png: bytes = b""
     reason: str = ""
+    alt: str = ""
 
     def save(self, folder: Path) -> list[Path]:
         """Write NAME.svg and NAME.png; what was not drawn is removed, since an older picture would contradict it."""
@@ -62,9 +71,8 @@ class Picture:
 @contextmanager
 def figure_rules() -> Iterator[None]:
     """Our look inside, the caller's outside. A glyph that no font has is drawn as a box, without a warning."""
-    fonts = font_manager.fontManager.get_font_names()
     rules: Any = {
-        "font.family": ["DejaVu Sans", *[name for name in _CJK if name in fonts]],
+        "font.family": ["DejaVu Sans", *chinese_fonts()],
         "font.size": 9, "axes.titlesize": 9.5, "axes.labelsize": 9, "legend.fontsize": 8.5,
         "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
         "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": SOFT,
@@ -74,15 +82,33 @@ def figure_rules() -> Iterator[None]:
         "text.parse_math": False, "svg.fonttype": "path", "svg.hashsalt": "kvdistill", "figure.dpi": 150,
         "axes.titley": 1.0,  # where it comes to stand anyway, without being looked for
     }  # fmt: skip
+    finding, collects = logging.getLogger("matplotlib.font_manager"), gc.isenabled()
+    before = finding.level
     with matplotlib.rc_context(rules), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        collects = gc.isenabled()
+        finding.setLevel(logging.ERROR)  # a font without a bold weight is no news
         gc.disable()  # it would look through a figure's many small objects again and again
         try:
             yield
         finally:
+            finding.setLevel(before)
             if collects:
                 gc.enable()
+
+
+@cache
+def chinese_fonts() -> tuple[str, ...]:
+    """Names of the fonts here that have Chinese characters, the best first; () where there are none.
+
+    Matplotlib remembers what was installed when it was first used; fonts that came later are looked for on the disk.
+    """
+    manager = font_manager.fontManager
+    if not set(_CJK) & set(manager.get_font_names()):
+        for path in sorted(font_manager.findSystemFonts()):
+            if _CJK_FILE.search(path):
+                manager.addfont(path)
+    there = set(manager.get_font_names())
+    return tuple(name for name in _CJK if name in there)
 
 
 def new_grid(num_panels: int, *, columns: int = 3, height: float = 2.4, **shared: Any) -> tuple[Figure, list[Axes]]:
@@ -96,7 +122,7 @@ def new_grid(num_panels: int, *, columns: int = 3, height: float = 2.4, **shared
     return figure, axes[:num_panels]
 
 
-def render(name: str, title: str, caption: str, draw: Callable[[], Figure | str]) -> Picture:
+def render(name: str, title: str, caption: str, draw: Callable[[], Figure | str], alt: str = "") -> Picture:
     """Draw under our rules and save twice; `draw` returns the reason instead when there is nothing to draw."""
     with figure_rules():
         drawn = draw()
@@ -105,7 +131,7 @@ def render(name: str, title: str, caption: str, draw: Callable[[], Figure | str]
         if engine := drawn.get_layout_engine():  # lay out once; savefig would do it, and a draw to nowhere, per file
             engine.execute(drawn)
             drawn.set_layout_engine("none")
-        return Picture(name, title, caption, *printed(drawn))
+        return Picture(name, title, caption, *printed(drawn), alt=alt)
 
 
 def printed(figure: Figure) -> tuple[bytes, bytes]:
@@ -114,6 +140,13 @@ def printed(figure: Figure) -> tuple[bytes, bytes]:
     FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})  # type: ignore[dict-item]
     FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None, "Creator": None})
     return svg.getvalue(), png.getvalue()
+
+
+def small_png(png: bytes) -> bytes:
+    """The picture with at most 64 colours: a figure of lines and flat areas looks the same at a third of the bytes."""
+    picture, out = Image.open(io.BytesIO(png)).convert("RGB"), io.BytesIO()
+    picture.quantize(64, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    return out.getvalue()
 
 
 def label(text: object, limit: int = 26) -> str:

@@ -25,14 +25,17 @@ from kvdistill.core.layout import (
     layers_folder,
     replicate_folder,
     teacher_folder,
+    teacher_texts_folder,
     trained_mark,
 )
 from kvdistill.core.marks import check_marked, read_mark, read_sealed
 from kvdistill.core.recipe import Recipe
 from kvdistill.core.records import Record, read_records
 from kvdistill.stages.report.compare import SeedRun
+from kvdistill.stages.report.models import read_models
 
 Row = dict[str, Any]
+Alike = dict[tuple[Any, ...], tuple[Any, ...]]
 
 
 @dataclass
@@ -49,6 +52,10 @@ class RunTables:
     logs: dict[str, dict[int, list[Row]]] = field(default_factory=dict)
     matches: dict[str, dict[int, Row]] = field(default_factory=dict)
     teachers: dict[str, Row] = field(default_factory=dict)
+    models: dict[str, Row] = field(default_factory=dict)  # teachers by name, the student as "": what they are
+    tokenizers: dict[str, Row] = field(default_factory=dict)  # manifests of teachers that read texts of their own
+    layers: dict[str, Row] = field(default_factory=dict)  # by teacher: similarity [student layer][teacher layer], map
+    samples: dict[str, dict[str, Record]] = field(default_factory=dict)  # arm -> task -> first answer of its first seed
     manifest: Row = field(default_factory=dict)
     validation: Row = field(default_factory=dict)
     leaks_of_seeds: int = 0  # in training problems that each seed has of its own
@@ -73,6 +80,7 @@ def collect_tables(recipe: Recipe, run: Path) -> RunTables:
     shown = [arm for arm in recipe.every_arm if arm in recipe.arms or arm in compared]
     tables = RunTables(run, shown, list(recipe.seeds))
     unmarked: list[str] = []
+    alike: Alike = {}
     for arm in recipe.every_arm:
         tables.runs[arm], tables.logs[arm], tables.matches[arm] = {}, {}, {}
         for seed in tables.seeds:
@@ -93,7 +101,10 @@ def collect_tables(recipe: Recipe, run: Path) -> RunTables:
             if marks["train"].exists() and (match := _read_object(folder / "match.json")):
                 tables.matches[arm][seed] = match
             if not unvouched:
-                tables.runs[arm][seed] = read_run(folder, arm, seed)
+                records = run_records(folder, arm, seed)
+                tables.runs[arm][seed] = as_run(records, folder, alike)
+                if arm not in tables.samples:
+                    tables.samples[arm] = {one.task: one for one in reversed(records)}
                 continue
             tables.missing.append((arm, seed))
             if (folder / "records.jsonl").is_file():
@@ -111,6 +122,15 @@ def collect_tables(recipe: Recipe, run: Path) -> RunTables:
             check_marked(trained_mark(folder), fix=f"delete {folder} and teach it again")
             if trained_mark(folder).exists() and (found := _read_object(folder / "report.json")):
                 tables.teachers[name] = found
+    # where seeds have data or teachers of their own, the first seed's are looked at
+    varies = recipe.varies_data or recipe.varies_teachers
+    place = replicate_folder(run, recipe.seeds[0]) if varies else run
+    tables.models = read_models(recipe, run, place if recipe.varies_teachers else run)
+    tables.layers = _read_layers(recipe, place)
+    for teacher in recipe.teachers:
+        for where in (run, place):
+            if found := _read_object(teacher_texts_folder(where, teacher.name) / "manifest.json"):
+                tables.tokenizers[teacher.name] = found
     tables.notes += _layer_notes(recipe, run)
     manifest = run / "data" / "manifest.json"
     tables.manifest = read_sealed(manifest, fix="run `kvdistill prepare` again") if manifest.is_file() else {}
@@ -132,6 +152,17 @@ def collect_tables(recipe: Recipe, run: Path) -> RunTables:
     if strays:
         tables.notes.append("In the folder but not in the recipe, and left out: " + ", ".join(strays) + ".")
     return tables
+
+
+def _read_layers(recipe: Recipe, run: Path) -> dict[str, Row]:
+    """By teacher what `map-layers` measured, of what the recipe compares layers by."""
+    found, kind = {}, recipe.align.cka_on
+    for teacher in recipe.teachers:
+        measured = _read_object(layers_folder(run) / f"{teacher.name}.json")
+        if similarity := (measured.get("similarity") or {}).get(kind):
+            layer_map = (measured.get("layer_map") or {}).get(kind) or {}
+            found[teacher.name] = {"similarity": similarity, "map": layer_map, "kind": kind}
+    return found
 
 
 def _collect_data_of_seeds(recipe: Recipe, run: Path, tables: RunTables) -> None:
@@ -254,14 +285,21 @@ def run_records(folder: Path, arm: str, seed: int) -> list[Record]:
     return [found[key] for key in sorted(found)]
 
 
-def read_run(folder: Path, arm: str, seed: int) -> SeedRun:
-    records = run_records(folder, arm, seed)
+def _once(alike: Alike, column: tuple[Any, ...]) -> tuple[Any, ...]:
+    return alike.setdefault(column, column)
+
+
+def as_run(records: list[Record], folder: Path, alike: Alike) -> SeedRun:
+    """One run's records as columns, with the ledger that lies beside them.
+
+    alike: questions and hashes of earlier runs, so that runs with the same ones hold them once.
+    """
     if not records:
         raise RunFolderError("no records in it", place=str(folder / "records.jsonl"), fix="evaluate again")
     return SeedRun(
-        keys=tuple(one.question for one in records),
-        doc_hashes=tuple(one.doc_hash for one in records),
-        prompt_hashes=tuple(one.prompt_hash for one in records),
+        keys=_once(alike, tuple(one.question for one in records)),
+        doc_hashes=_once(alike, tuple(one.doc_hash for one in records)),
+        prompt_hashes=_once(alike, tuple(one.prompt_hash for one in records)),
         correct_Q=np.array([one.score for one in records], dtype=np.float64),  # a score may be a share
         nll_Q=np.array([one.nll for one in records], dtype=np.float64),  # None: NaN
         tokens_out_Q=np.array([one.tokens_out for one in records], dtype=np.float64),
@@ -270,13 +308,14 @@ def read_run(folder: Path, arm: str, seed: int) -> SeedRun:
     )
 
 
-def read_questions(run: Path) -> dict[tuple[str, str, str], str]:
-    """(task, id, style) -> prompt of the test split; {} if the prepared data are not there."""
+def read_questions(run: Path) -> dict[tuple[str, str, str], Row]:
+    """(task, id, style) -> prompt, reasoning and answer of the test split; {} if the prepared data are not there."""
     path = run / "data" / "test.parquet"
     if not path.is_file():
         return {}
-    rows = pq_rows(path, "task", "id", "style", "prompt")
-    return {(r["task"], r["id"], str(r["style"] or "")): r["prompt"] for r in rows}
+    parts = ("prompt", "reasoning", "answer")
+    rows = pq_rows(path, "task", "id", "style", *parts)
+    return {(r["task"], r["id"], str(r["style"] or "")): {part: r[part] or "" for part in parts} for r in rows}
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -53,9 +54,15 @@ class SeedRun:
     nll_reasoning_Q: np.ndarray | None = None
     costs: Mapping[str, float] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def tasks_Q(self) -> list[str]:
         return [task for task, _, _ in self.keys]
+
+    @cached_property
+    def _places(self) -> dict[str, np.ndarray]:
+        """Task -> where its questions stand."""
+        tasks = np.asarray(self.tasks_Q)
+        return {task: np.flatnonzero(tasks == task) for task in sorted(set(self.tasks_Q))}
 
     def column(self, figure: str) -> np.ndarray:
         if figure == "nll_reasoning":
@@ -64,8 +71,8 @@ class SeedRun:
 
     def by_task(self, figure: str) -> dict[str, float]:
         """Mean of the figure over each task's questions."""
-        tasks, values = np.asarray(self.tasks_Q), self.column(figure)
-        return {task: float(values[tasks == task].mean()) for task in sorted(set(self.tasks_Q))}
+        values = self.column(figure)
+        return {task: float(values[places].mean()) for task, places in self._places.items()}
 
     def macro(self, figure: str) -> float:
         """Mean over tasks: every task counts the same, however many questions it has."""

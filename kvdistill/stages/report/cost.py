@@ -16,6 +16,7 @@ from kvdistill.core.recipe import CurvesRecipe, Recipe
 from kvdistill.stages.report.canvas import label, line_style, new_grid, percent_axis
 from kvdistill.stages.report.collect import Row, RunTables
 from kvdistill.stages.report.factor import ceiling_difference, cost_factor
+from kvdistill.stages.report.language import ENGLISH, Words
 from kvdistill.stages.report.text import number, signed
 from kvdistill.stats import NAN
 
@@ -173,17 +174,17 @@ def _ceiling_words(ceiling: Row, arm: str, baseline: str, figure: str) -> str:
     return f"which of the two reaches further is not shown ({amount}; each at its best budget, {at})"
 
 
-def draw_cost_curves(summary: Row) -> Figure | str:
+def draw_cost_curves(summary: Row, words: Words = ENGLISH) -> Figure | str:
     """The score against steps, problems and FLOPs, one line per arm, bands of one standard deviation over seeds."""
     curves = summary.get("curves")
     if not curves:
-        return "the recipe asks for no curves of cost (report.curves)"
+        return words("reasons.no_curves")
     rows = [row for row in curves["rows"] if np.isfinite(row["mean"])]
     if not rows:
-        return "no arm of report.curves was evaluated"
+        return words("reasons.no_curve_arm")
     figure, grid = new_grid(len(DRAWN), height=3.0, sharey=True)
     for cost, axes in zip(DRAWN, grid, strict=True):
-        axes.set(xlabel=COSTS[cost].split(",")[0].split(" (")[0], xscale="log")
+        axes.set(xlabel=words(f"labels.cost_{cost}"), xscale="log")
         for index, arm in enumerate(dict.fromkeys(row["arm"] for row in rows)):
             points = [row for row in rows if row["arm"] == arm and np.isfinite(row[cost])]
             x, mean = (np.array([row[key] for row in points]) for key in (cost, "mean"))
@@ -194,7 +195,7 @@ def draw_cost_curves(summary: Row) -> Figure | str:
         if curves["figure"] == "accuracy":
             axes.set_ylim(-0.02, 1.02)
             percent_axis(axes)
-    grid[0].set_ylabel("accuracy" if curves["figure"] == "accuracy" else "nats per answer token")
+    grid[0].set_ylabel(words("labels.accuracy" if curves["figure"] == "accuracy" else "labels.nats_per_token"))
     handles, names = grid[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)))
     return figure

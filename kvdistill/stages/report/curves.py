@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from kvdistill.core.files import write_bytes
-from kvdistill.stages.report.canvas import Picture, label, line_style, new_grid, percent_axis, render
+from kvdistill.stages.report.canvas import GRID, Picture, label, line_style, new_grid, percent_axis, render
 from kvdistill.stages.report.collect import Row, read_log
+from kvdistill.stages.report.language import ENGLISH, Words
 
 Logs = Mapping[str, Mapping[int, Sequence[Row]]]
 Pick = Callable[[Row], Any]
-NO_LOG = "no validation points were logged"
+MAX_ARMS = 8  # on one axis: more lines cannot be told apart
+MAX_PANELS = 12
 
 
 def val(key: str) -> Pick:
@@ -78,11 +81,11 @@ def _legend_below(figure: Figure, axes: Axes) -> None:
     figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)))
 
 
-def draw_dual_axis(logs: Logs) -> Figure | str:
+def draw_dual_axis(logs: Logs, words: Words = ENGLISH) -> Figure | str:
     """One panel per arm: held-out KV loss (left, solid) and accuracy (right, dashed)."""
     arms = [arm for arm in logs if _has(logs[arm], val("accuracy"))]
     if not arms:
-        return NO_LOG
+        return words("reasons.no_log")
     figure, panels = new_grid(len(arms), height=2.3)
     losses = np.concatenate([band(logs[arm], val("kv_loss"))[1] for arm in arms])
     limits = (losses.min() * 0.9, losses.max() * 1.1) if len(losses) and losses.max() > 0 else None
@@ -92,34 +95,36 @@ def draw_dual_axis(logs: Logs) -> Figure | str:
         right.spines["right"].set_visible(True)
         right.grid(False)
         axes.set_title(label(arm))
-        axes.set_xlabel("optimiser step")
+        axes.set_xlabel(words("labels.step"))
         if _draw_band(axes, logs[arm], val("kv_loss"), loss_style) and limits:
             axes.set_ylim(*limits)
-            axes.set_ylabel("held-out KV loss")
+            axes.set_ylabel(words("labels.kv_loss_held_out"))
         else:
             axes.set_yticks([])
-            axes.text(0.98, 0.04, "no KV term", transform=axes.transAxes, ha="right", fontsize=8, style="italic")
+            axes.text(
+                0.98, 0.04, words("labels.no_kv_term"), transform=axes.transAxes, ha="right", fontsize=8, style="italic"
+            )
         _draw_band(right, logs[arm], val("accuracy"), accuracy_style)
         right.set_ylim(-0.02, 1.02)
         percent_axis(right)
-        right.set_ylabel("accuracy")
+        right.set_ylabel(words("labels.accuracy"))
         axes.yaxis.label.set_color(loss_style["color"])
         right.yaxis.label.set_color(accuracy_style["color"])
-    lines = [panels[0].plot([], [], label=name, **style)[0] for name, style in
-             (("KV loss (left axis)", loss_style), ("accuracy (right axis)", accuracy_style))]  # fmt: skip
+    styles = {"kv_loss_left": loss_style, "accuracy_right": accuracy_style}
+    lines = [panels[0].plot([], [], label=words(f"labels.{key}"), **style)[0] for key, style in styles.items()]
     figure.legend(handles=lines, loc="outside lower center", ncols=2)
     return figure
 
 
-def draw_kv_loss(logs: Logs) -> Figure | str:
+def draw_kv_loss(logs: Logs, words: Words = ENGLISH) -> Figure | str:
     """KV loss of every arm: training batches beside held-out examples."""
-    panels = [("training batches", train_kv), ("held-out examples", val("kv_loss"))]
+    panels = [(words("labels.training_batches"), train_kv), (words("labels.held_out_examples"), val("kv_loss"))]
     panels = [(title, pick) for title, pick in panels if any(_has(rows, pick) for rows in logs.values())]
     if not panels:
-        return "no arm logged a KV loss"
+        return words("reasons.no_kv_loss")
     figure, grid = new_grid(len(panels), columns=2, height=3.4)
     for (title, pick), axes in zip(panels, grid, strict=True):
-        axes.set(title=title, xlabel="optimiser step", ylabel="KV loss, raw (no unit)")
+        axes.set(title=title, xlabel=words("labels.step"), ylabel=words("labels.kv_loss_raw"))
         for index, (arm, rows) in enumerate(logs.items()):
             _draw_band(axes, rows, pick, line_style(index), label=label(arm))
         lows = [line.get_ydata().min() for line in axes.get_lines()]  # type: ignore[union-attr]
@@ -136,56 +141,94 @@ def draw_kv_loss(logs: Logs) -> Figure | str:
     return figure
 
 
-def draw_task_accuracy(logs: Logs) -> Figure | str:
+def draw_task_accuracy(logs: Logs, words: Words = ENGLISH) -> Figure | str:
     """Validation accuracy over steps: macro mean, then one panel per task, one line per arm."""
     rows_of_all = [row for seeds in logs.values() for rows in seeds.values() for row in rows]
     tasks = sorted({t for row in rows_of_all for t in (row.get("val") or {}).get("accuracy_by_task") or {}})
-    panels = [("mean over tasks", val("accuracy")), *[(label(task), val_task(task)) for task in tasks]]
+    panels = [(words("labels.mean_over_tasks"), val("accuracy")), *[(label(task), val_task(task)) for task in tasks]]
     panels = [(title, pick) for title, pick in panels if any(_has(rows, pick) for rows in logs.values())]
     if not panels:
-        return NO_LOG
+        return words("reasons.no_log")
     figure, grid = new_grid(len(panels), height=2.7, sharey=True)
     for (title, pick), axes in zip(panels, grid, strict=True):
-        axes.set(title=title, xlabel="optimiser step", ylim=(-0.02, 1.02))
+        axes.set(title=title, xlabel=words("labels.step"), ylim=(-0.02, 1.02))
         for index, (arm, rows) in enumerate(logs.items()):
             _draw_band(axes, rows, pick, line_style(index), label=label(arm))
         percent_axis(axes)
-    grid[0].set_ylabel("validation accuracy")
+    grid[0].set_ylabel(words("labels.validation_accuracy"))
     _legend_below(figure, grid[0])
     return figure
 
 
-def draw_overfitting(logs: Logs) -> Figure | str:
+def draw_overfitting(logs: Logs, words: Words = ENGLISH) -> Figure | str:
     """Cross-entropy (CE) on training and held-out text, one panel per arm: the gap is the overfitting."""
     arms = [arm for arm in logs if _has(logs[arm], val("ce")) and _has(logs[arm], train("ce"))]
     if not arms:
-        return "no training cross-entropy was logged beside the validation points"
+        return words("reasons.no_train_ce")
     figure, panels = new_grid(len(arms), height=2.2, sharey=True)
     for arm, axes in zip(arms, panels, strict=True):
-        axes.set(title=label(arm), xlabel="optimiser step")
-        _draw_band(axes, logs[arm], train("ce"), line_style(0), label="training text")
-        _draw_band(axes, logs[arm], val("ce"), line_style(1), label="held-out text")
-    panels[0].set_ylabel("CE (nats per token)")
+        axes.set(title=label(arm), xlabel=words("labels.step"))
+        _draw_band(axes, logs[arm], train("ce"), line_style(0), label=words("labels.training_text"))
+        _draw_band(axes, logs[arm], val("ce"), line_style(1), label=words("labels.held_out_text"))
+    panels[0].set_ylabel(words("labels.ce"))
     _legend_below(figure, panels[0])
     return figure
 
 
-BAND = "Lines are means over seeds, bands ± one standard deviation."
+def gap(row: Row) -> float | None:
+    """Held-out minus training cross-entropy at a validation point."""
+    held_out, trained = val("ce")(row), train("ce")(row)
+    return None if held_out is None or trained is None else held_out - trained
 
 
-def draw_curves(logs: Logs) -> list[Picture]:
-    """The four learning-curve figures of arms -> seeds -> log rows."""
-    return [
-        render("dual_axis_curve", "KV loss and accuracy while learning", "Held-out KV loss (left axis) and validation "
-               "accuracy (right axis) per arm. A falling KV loss with flat accuracy means a match that does not help. "
-               f"{BAND}", lambda: draw_dual_axis(logs)),
-        render("kv_loss_curves", "KV loss", "Raw KV loss, before weighting. Arms whose losses or teachers differ are "
-               f"not on one scale. {BAND}", lambda: draw_kv_loss(logs)),
-        render("task_accuracy_curves", "Accuracy while learning", f"On the validation split. {BAND}",
-               lambda: draw_task_accuracy(logs)),
-        render("overfitting_analysis", "Training text against held-out text", "Cross-entropy (CE); the distance "
-               f"between the two lines is the overfitting. {BAND}", lambda: draw_overfitting(logs)),
-    ]  # fmt: skip
+def draw_compared(logs: Logs, words: Words = ENGLISH) -> Figure | str:
+    """Validation accuracy and NLL, training cross-entropy and the gap to held-out text: all arms on one axis each."""
+    panels: list[tuple[str, Pick]] = [
+        ("labels.validation_accuracy", val("accuracy")),
+        ("labels.nll_validation", val("nll")),
+        ("labels.ce_training", train("ce")),
+        ("labels.gap", gap),
+    ]
+    panels = [(title, pick) for title, pick in panels if any(_has(rows, pick) for rows in logs.values())]
+    if not panels:
+        return words("reasons.no_log")
+    figure, grid = new_grid(len(panels), columns=2, height=2.9)
+    for (title, pick), axes in zip(panels, grid, strict=True):
+        axes.set(title=words(title), xlabel=words("labels.step"))
+        for index, (arm, rows) in enumerate(logs.items()):
+            _draw_band(axes, rows, pick, line_style(index), label=label(arm))
+        if title == "labels.validation_accuracy":
+            axes.set_ylim(-0.02, 1.02)
+            percent_axis(axes)
+        elif title == "labels.gap":
+            axes.axhline(0, color=GRID, linewidth=1.2, zorder=0)
+    _legend_below(figure, max(grid, key=lambda axes: len(axes.get_legend_handles_labels()[0])))
+    return figure
+
+
+def draw_curves(
+    logs: Logs, words: Words = ENGLISH, labels: Words = ENGLISH, first: Sequence[str] = ()
+) -> list[Picture]:
+    """The five learning-curve figures of arms -> seeds -> log rows. words: of the page; labels: inside figures.
+
+    first: arms that go before the others where not all fit on one axis.
+    """
+    figures: list[tuple[str, Callable[[Logs, Words], Figure | str], int]] = [
+        ("learning_curves", draw_compared, MAX_ARMS),
+        ("dual_axis_curve", draw_dual_axis, MAX_PANELS),
+        ("kv_loss_curves", draw_kv_loss, MAX_ARMS),
+        ("task_accuracy_curves", draw_task_accuracy, MAX_ARMS),
+        ("overfitting_analysis", draw_overfitting, MAX_PANELS),
+    ]
+    pictures = []
+    for name, draw, most in figures:
+        chosen = sorted(logs, key=lambda arm: arm not in first)[:most]
+        shown = {arm: logs[arm] for arm in logs if arm in chosen}
+        title, caption = words(f"figures.{name}.title"), words(f"figures.{name}.caption")
+        if left := [arm for arm in logs if arm not in shown]:
+            caption += " " + words("figures.left_out", arms=words("page.comma").join(left))
+        pictures.append(render(name, title, caption, partial(draw, shown, labels)))
+    return pictures
 
 
 class LearningCurveTracker:

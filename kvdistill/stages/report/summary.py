@@ -21,6 +21,7 @@ from kvdistill.stages.report.collect import RunTables
 from kvdistill.stages.report.compare import Comparison, compare_family, describe_comparison
 from kvdistill.stages.report.controls import describe_controls
 from kvdistill.stages.report.cost import curve_summary
+from kvdistill.stages.report.language import ENGLISH, Words
 from kvdistill.stages.report.text import CONTROLS
 from kvdistill.stats import NAN
 
@@ -124,7 +125,7 @@ def _figure(tables: RunTables, arm: str, name: str) -> dict[str, Any]:
     }
 
 
-def describe_arm(recipe: Recipe, arm: str) -> str:
+def describe_arm(recipe: Recipe, arm: str, words: Words = ENGLISH) -> str:
     """What an arm does, in words, from the recipe: `KV of 2 teachers (a, b), weighted by competence`."""
     spec = recipe.every_arm[arm]
 
@@ -132,27 +133,31 @@ def describe_arm(recipe: Recipe, arm: str) -> str:
         changes = spec.get(section)
         return changes[key] if isinstance(changes, dict) and key in changes else getattr(getattr(recipe, section), key)
 
-    longer = f", {spec['times']:g} times its steps" if spec.get("times", 1) != 1 else ""
+    longer = words("describe.longer", times=f"{spec['times']:g}") if spec.get("times", 1) != 1 else ""
     teachers = spec.get("teachers")
     names = [t.name for t in recipe.teachers] if teachers is None else list(teachers)
     kv = bool(names) and setting("loss", "kv_weight") > 0
     logits = bool(names) and setting("loss", "logit_weight") > 0
     if not kv and not logits:
         texts = spec.get("texts")
-        plain = CONTROLS[texts][0] if texts in CONTROLS else "plain fine-tuning on the same texts, no teacher"
+        plain = words.message(CONTROLS[texts][0]) if texts in CONTROLS else words("describe.no_teacher")
         return plain + longer
-    what = " and ".join(["KV"] * kv + ["logits"] * logits)
-    words = f"{what} of {'one teacher' if len(names) == 1 else f'{len(names)} teachers'} ({', '.join(map(str, names))})"
+    what = words("describe.and").join([words("describe.kv")] * kv + [words("describe.logits")] * logits)
+    said = words("describe.teachers", n=len(names), what=what, teachers=words("page.comma").join(map(str, names)))
     if len(names) > 1:
-        weights = {
-            "fixed": "fixed weights",
-            "competence": "weighted by competence",
-            "similarity": "weighted by similarity",
-        }
         strategy = setting("fuse", "fusion_strategy")
-        words += f", {weights.get(strategy, strategy)}"
-    control = spec.get("control")
-    return words + longer + (f"; {control}: {CONTROLS[control][0]}" if control in CONTROLS else "")
+        said += words.get(f"describe.{strategy}") or words("describe.other", strategy=strategy)
+    changes = [(f"{part}.{key}", value) for part, changed in spec.items() if isinstance(changed, dict)
+               for key, value in changed.items() if part != "match"]  # fmt: skip
+    told = [
+        ("loss.kv_weight", 0),
+        ("loss.logit_weight", 0),
+        ("fuse.fusion_strategy", setting("fuse", "fusion_strategy")),
+    ]
+    more = [f"{key} = {value}" for key, value in changes if (key, value) not in told]
+    if (control := spec.get("control")) in CONTROLS:
+        more.insert(0, words("describe.control", control=control, what=words.message(CONTROLS[control][0])))
+    return words("page.semicolon").join([said + longer, *more])
 
 
 def dead_channels(tables: RunTables, arm: str) -> dict[str, dict[str, int]]:
@@ -212,7 +217,9 @@ def reference_arm(recipe: Recipe) -> str:
     return named.most_common(1)[0][0] if named else next(iter(recipe.arms))
 
 
-def summarise(recipe: Recipe, tables: RunTables, family: dict[str, list[Comparison]]) -> dict[str, Any]:
+def summarise(
+    recipe: Recipe, tables: RunTables, family: dict[str, list[Comparison]], words: Words = ENGLISH
+) -> dict[str, Any]:
     """What `summary.json` holds. Accuracies are shares (0 to 1), nll nats per answer token, per_seed in seed order."""
     arms = {}
     for arm in tables.arms:
@@ -221,7 +228,7 @@ def summarise(recipe: Recipe, tables: RunTables, family: dict[str, list[Comparis
             **_figure(tables, arm, "accuracy"), "nll": nll, "tokens_out": tokens,
             "questions": max((len(run.keys) for run in tables.runs[arm].values()), default=0),
             "missing_seeds": [s for s in tables.seeds if s not in tables.runs[arm]],
-            "description": describe_arm(recipe, arm),
+            "description": describe_arm(recipe, arm, words),
             "nll_reasoning": _spread(tables, arm, "nll_reasoning"), "dead_channels": dead_channels(tables, arm),
         }  # fmt: skip
     known = [a["mean"] for a in arms.values() if not math.isnan(a["mean"])]
@@ -322,7 +329,7 @@ def statistics_document(recipe: Recipe, summary: dict[str, Any]) -> dict[str, An
     rules = recipe.report
     return {
         "schema": 1, "primary": rules.primary, "alpha": rules.alpha, "margin": rules.margin,
-        "seeds": list(recipe.seeds),
+        "seeds": list(recipe.seeds), "language": rules.language,
         "family": [list(pair) for pair in family_of(recipe).pairs], "method": METHOD, "includes": INCLUDES,
         "best_single": summary["best_single"], "family_notes": summary["family_notes"],
         "variance": summary["variance"], "declared": summary["declared"], "comparisons": summary["comparisons"],

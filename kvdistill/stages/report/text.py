@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 from kvdistill.core.family import BEST_SINGLE
+from kvdistill.stages.report.language import ENGLISH, Words
 
 DASH = "–"
 _INVISIBLE = {0x00AD, 0x034F, 0x061C, 0x115F, 0x1160, 0x180E, 0x2028, 0x2029, 0x3164, 0xFEFF, 0xFFA0}
@@ -73,13 +74,15 @@ def size(num_bytes: float | None) -> str:
     return f"{num_bytes:.0f} bytes"
 
 
-def duration(seconds: float | None) -> str:
+def duration(seconds: float | None, words: Words = ENGLISH) -> str:
     if not is_known(seconds):
         return DASH
     if seconds < 120:
-        return f"{seconds:.3g} s"
+        return words("units.seconds", seconds=f"{seconds:.3g}")
     minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+    if minutes < 120:
+        return words("units.minutes", minutes=minutes)
+    return words("units.hours", hours=minutes // 60, minutes=f"{minutes % 60:02d}")
 
 
 def _minus(text: str) -> str:
@@ -145,85 +148,79 @@ def write_texts(said: Mapping[str, Any]) -> str:
 # -- what was found, in words that a newcomer understands -----------------------------------------------
 
 
-def write_headline(summary: dict[str, Any]) -> str:
+def write_headline(summary: dict[str, Any], words: Words = ENGLISH) -> str:
     """The verdict on the first declared comparison. With every accuracy near zero, NLL leads."""
     if not summary["accuracy_near_zero"]:
-        return _lead(summary, summary["comparisons"], summary["primary"])
+        return _lead(summary, summary["comparisons"], summary["primary"], words)
     listed = summary["comparisons"] if summary["primary"] == "nll" else summary["secondary_comparisons"]
     best = max(arm["mean"] for arm in summary["arms"].values() if not math.isnan(arm["mean"]))
-    return (
-        f"Accuracy says nothing here: no arm answers more than {percent(best)} of the held-out questions correctly. "
-        f"What can be compared is how surprised each student is by the right answer (NLL, lower is better). "
-        f"{_lead(summary, listed, 'nll')}"
-    )
+    return words("verdict.accuracy_says_nothing", best=percent(best), lead=_lead(summary, listed, "nll", words))
 
 
-def _lead(summary: dict[str, Any], comparisons: list[dict[str, Any]], figure: str) -> str:
+def _lead(summary: dict[str, Any], comparisons: list[dict[str, Any]], figure: str, words: Words) -> str:
     if not comparisons:
         arms = {name: arm if figure == "accuracy" else arm["nll"] for name, arm in summary["arms"].items()}
         known = {name: arm for name, arm in arms.items() if not math.isnan(arm["mean"])}
         if not known:
-            return "No arm could be scored."
+            return words("verdict.none_scored")
         best = (max if figure == "accuracy" else min)(known, key=lambda name: known[name]["mean"])
-        return (f"The best mean is that of {best}: {amount(known[best], figure)}. The recipe declares no comparison, "
-                "so there is no verdict.")  # fmt: skip
+        return words("verdict.best_mean", arm=best, amount=amount(known[best], figure, words))
     first = comparisons[0]
-    shown = {side: amount(found if figure == "accuracy" else found["nll"], figure)
+    shown = {side: amount(found if figure == "accuracy" else found["nll"], figure, words)
              for side in ("arm", "baseline") if (found := summary["arms"].get(first[side]))}  # fmt: skip
+    names = {"arm": first["arm"], "baseline": side_name(first, 1, words)}
     if first["refused"]:
-        scores = "; ".join(f"{first[side]}: {score}" for side, score in shown.items())
-        reasons = "; ".join(first["refused"])
-        return (
-            f"No verdict on {side_name(first, 0)} against {side_name(first, 1)}. {scores}. "
-            f"The comparison is refused: {reasons}."
-        )
-    right = " of the held-out questions right" if figure == "accuracy" else " per answer token (NLL)"
-    return (f"{first['arm']}: {shown['arm']}{right}, {difference(first, figure)} over {side_name(first, 1)}; "
-            f"{outcome(first, len(comparisons))}.")  # fmt: skip
+        names["arm"] = side_name(first, 0, words)
+        scores = [words("verdict.score", arm=first[side], amount=score) for side, score in shown.items()]
+        reasons = [words.message(reason) for reason in first["refused"]]
+        parted = words("page.semicolon")
+        return words("verdict.no_verdict", **names, scores=parted.join(scores), reasons=parted.join(reasons))
+    found = {"amount": shown["arm"], "difference": difference(first, figure, words)}
+    return words(f"verdict.lead_{figure}", **names, **found, outcome=outcome(first, len(comparisons), words))
 
 
-def side_name(comparison: dict[str, Any], side: int) -> str:
+def side_name(comparison: dict[str, Any], side: int, words: Words = ENGLISH) -> str:
     """The arm (0) or baseline (1) by name; of `best-single` also that it was chosen, if one was."""
-    name = comparison["baseline" if side else "arm"]
+    name: str = comparison["baseline" if side else "arm"]
     chosen = comparison["declared"][side] == BEST_SINGLE != name
-    return f"{name} (best single teacher on validation)" if chosen else name
+    return words("verdict.best_single", arm=name) if chosen else name
 
 
-def outcome(comparison: dict[str, Any], family_size: int) -> str:
+def outcome(comparison: dict[str, Any], family_size: int, words: Words = ENGLISH) -> str:
     """`better (p = 0.002, Holm-adjusted for 4 comparisons)`; for equivalence the p-value is the TOST's."""
     word = comparison["verdict"]
     name, p = ("TOST p", comparison["tost_p_holm"]) if word == "equivalent" else ("p", comparison["p_holm"])
-    adjusted = f", Holm-adjusted for {family_size} comparisons" if family_size > 1 else ""
-    text = word if word in ("better", "worse") else comparison["sentence"]
-    late = "; chosen after the results" if comparison.get("after_results") else ""
-    caution = f"; {comparison['caution']}" if comparison.get("caution") else ""
-    return f"{text} ({name} {p_value(p)}{adjusted}{late}){caution}"
+    text = words(f"verdicts.{word}") if word in ("better", "worse") else words.message(comparison["sentence"])
+    late = words("verdict.late") if comparison.get("after_results") else ""
+    adjusted = words("verdict.holm", n=family_size)
+    said = words("verdict.outcome", text=text, name=name, p=p_value(p), adjusted=adjusted, late=late)
+    caution = comparison.get("caution")
+    return said + (words("page.semicolon") + words.message(caution) if caution else "")
 
 
-def amount(found: dict[str, Any], figure: str) -> str:
+def amount(found: dict[str, Any], figure: str, words: Words = ENGLISH) -> str:
     """`80.8 % ± 1.5` or `0.412 ± 0.020 nats`."""
     if math.isnan(found["mean"]):
-        return "not measured"
+        return words("verdict.not_measured")
     known = not math.isnan(found["std"])
     if figure == "accuracy":
         return percent(found["mean"]) + (f" ± {100 * found['std']:.1f}" if known else "")
-    return number(found["mean"]) + (f" ± {number(found['std'])}" if known else "") + " nats"
+    return words("verdict.nats", value=number(found["mean"]) + (f" ± {number(found['std'])}" if known else ""))
 
 
-def difference(comparison: dict[str, Any], figure: str) -> str:
+def difference(comparison: dict[str, Any], figure: str, words: Words = ENGLISH) -> str:
     if figure == "accuracy":
-        return f"{signed(100 * comparison['difference'])} points"
-    return f"{signed(comparison['difference'], 3)} nats"
+        return words("verdict.points", value=signed(100 * comparison["difference"]))
+    return words("verdict.nats", value=signed(comparison["difference"], 3))
 
 
-def list_warnings(summary: dict[str, Any]) -> list[str]:
+def list_warnings(summary: dict[str, Any], words: Words = ENGLISH) -> list[str]:
     """What a reader must know before believing anything else on the page."""
     found = []
     if summary["leaks_allowed"]:
         number_found = summary["leaks_found"]
-        what = "were not counted" if number_found is None else f"{number_found} found"
-        found.append(f"Leaks were allowed (data.leaks=allow; {what}): test problems may be in the training set. "
-                     "Nothing on this page is a result.")  # fmt: skip
-    if len(summary["seeds"]) < 3:
-        found.append(f"Only {len(summary['seeds'])} seed(s): a comparison needs at least 3, 5 are better.")
-    return found + summary["notes"]
+        counted = "verdict.leaks_uncounted" if number_found is None else "verdict.leaks"
+        found.append(words(counted, found=number_found))
+    if (seeds := len(summary["seeds"])) < 3:
+        found.append(words("verdict.few_seeds", n=seeds))
+    return found + [words.message(note) for note in summary["notes"]]
