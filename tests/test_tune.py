@@ -33,6 +33,8 @@ from kvdistill.core.layout import evaluated_mark, trained_mark
 from kvdistill.core.marks import read_mark
 from kvdistill.core.recipe import ArmRecipe, TuneRecipe
 from kvdistill.core.tuning import RATE, denser, edges, read_tuned, search, searched, tuned_path, with_values
+from kvdistill.stages.report.collect import collect_tables
+from kvdistill.stages.report.summary import budgets
 from kvdistill.stages.report.tuning import tuning_rows
 from kvdistill.stages.tune import choose, choose_values
 from kvdistill.study.folder import difference
@@ -218,6 +220,8 @@ def test_an_arm_that_is_tuned_is_to_the_bit_the_arm_with_those_values_in_its_rec
 
 def test_every_trial_is_in_the_cost_of_the_arm_and_divided_among_its_runs(tuned):
     _, run = tuned
+    recipe = tiny_recipe(run, **STUDY)
+    tables = collect_tables(recipe, run)
     for name in ("ce", "fixed"):
         ledgers = {seed: read_json(run / f"arms/{name}/seed-{seed}/ledger.json") for seed in SEEDS}
         trials = [read_json(file) for file in run.glob(f"arms/{name}@tune*/seed-*/ledger.json")]
@@ -228,9 +232,9 @@ def test_every_trial_is_in_the_cost_of_the_arm_and_divided_among_its_runs(tuned)
             assert ledger["flops"]["tuning"] == {name: spent} and ledger["shared"]["tuning"] == {name: name}
         planned = read_budgets(run)[name]
         assert apart(planned["parts"]["tuning"][name], spent) < 1e-9
-        summary = read_json(run / "summary.json")
-        assert summary["arms"][name]["budget"]["tuning_flops"] == spent
-        total, amortised = (summary["arms"][name]["budget"][key] for key in ("total_flops", "amortised_flops"))
+        costs = budgets(recipe, tables)[name]
+        assert costs["tuning_flops"] == spent
+        total, amortised = costs["total_flops"], costs["amortised_flops"]
         assert total - amortised >= spent * 2 / 3 * (1 - 1e-9)
         assert apart(planned["total_flops"], total) < 0.02
 
@@ -358,8 +362,8 @@ def test_a_matched_arm_is_tuned_at_its_own_steps_and_the_search_is_in_what_it_sp
         recipe = tiny_recipe(run, **study, **changes)
         made_ready(recipe, run, "prepare", "check")
         controller = TrainingBudgetController(Experiment(recipe, run))
-        steps[name], budgets = controller.steps("more"), [controller.budget(arm) for arm in arms]
-        assert apart(*(one["amortised_flops"] for one in budgets)) < 0.01
+        steps[name], planned = controller.steps("more"), [controller.budget(arm) for arm in arms]
+        assert apart(*(one["amortised_flops"] for one in planned)) < 0.01
     assert 60 < steps["tuned"] < steps["plain"]  # the search costs both almost alike, the teachers one alone
     trial = Experiment(recipe, run).arm("more@tune1", 5)
     assert trial.recipe.train.steps == steps["tuned"]
