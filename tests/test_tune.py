@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_recipe import (
@@ -316,7 +317,7 @@ def test_an_altered_trial_and_a_missing_one_are_refused_by_name(tuned, tmp_path)
     experiment = Experiment(tiny_recipe(copy, **STUDY), copy)
     with pytest.raises(RunFolderError, match="not chosen yet") as refused:
         (shutil.rmtree(copy / "arms/ce/seed-7"), train(experiment, "ce"))
-    assert "kvdistill train" in refused.value.fix
+    assert "kvdistill tune" in refused.value.fix
     log = copy / "arms/ce@tune1/seed-5/log.jsonl"
     log.write_text(log.read_text().replace('"accuracy": 0.0', '"accuracy": 1.0'))
     with pytest.raises(RunFolderError, match="checksum differs"):
@@ -330,6 +331,23 @@ def train(experiment: Experiment, arm: str, seed: int = 7) -> None:
     from kvdistill.stages.train import train_student
 
     train_student(experiment.arm(arm, seed))
+
+
+def test_the_search_by_itself_says_what_it_chose_and_trains_no_student(tuned, tmp_path, monkeypatch):
+    path = write_recipe(tmp_path, **{**STUDY, "arms": {"ce": ARMS["ce"]}, "tune": {**TUNE, "seeds": [5]}}, loss={})
+    tree = yaml.safe_load(path.read_text())
+    tree["tune"]["grid"] = {"train": GRID["train"]}
+    path.write_text(yaml.safe_dump(tree))
+    answer = invoke(monkeypatch, "tune", path)
+    assert answer.code == 0 and "learning_rate 0.004 (trial 2 of 2); at the edge" in answer.out, answer
+    assert {folder.name for folder in (tmp_path / "run/arms").iterdir()} == {"ce@tune1", "ce@tune2"}
+    assert invoke(monkeypatch, "tune", path).code == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (tmp_path / "run/tuned.json").unlink()
+    answer = invoke(monkeypatch, "train", path, "--arm", "ce", "--seed", 7, work=no_work)
+    assert_one_message(answer, "torchrun", "kvdistill tune RECIPE")
+    monkeypatch.delenv("WORLD_SIZE")
+    assert_one_message(invoke(monkeypatch, "tune", path, "tune=null", work=no_work), "tunes nothing")
 
 
 def test_values_that_diverge_are_tried_and_not_chosen(tmp_path, monkeypatch):
@@ -417,8 +435,6 @@ def test_tuning_may_draw_its_own_data_and_teachers_where_seeds_do(tmp_path, monk
 def test_a_search_that_makes_no_sense_is_refused_before_anything_runs(tmp_path, monkeypatch, tune, parts):
     path = write_recipe(tmp_path, **{**STUDY, "tune": {**TUNE, **tune}} if "grid" not in tune else STUDY)
     if "grid" in tune:  # in place of the grid, not merged into it
-        import yaml
-
         tree = yaml.safe_load(path.read_text())
         path.write_text(yaml.safe_dump({**tree, "tune": {**TUNE, **tune}}))
     answer = invoke(monkeypatch, "run", path, work=no_work)

@@ -81,7 +81,7 @@ def plan(
         "train": [{"arm": arm, "seed": seed} for arm, seed in runs],
     }
     about["evaluate"] = about["train"]
-    tunes = {"try", "tune"} if "train" in goals else {*()}
+    tunes = {"try", "tune"} if {"train", "tune"} & {*goals} else {*()}
     allowed = STAGES if before else {*goals, *tunes, "check", "map-layers"}
     jobs: dict[str, Job] = {}
     for verb, stage in STAGES.items():

@@ -50,6 +50,20 @@ def tuning_table(recipe: Recipe, run: Path) -> dict[str, Any] | None:
     }
 
 
+def chosen_words(table: dict[str, Any] | None) -> dict[str, str]:
+    """By arm what was chosen, in a line: `learning_rate 0.004 (trial 4 of 4), at the edge: learning_rate`."""
+    found = {}
+    for row in (table or {"rows": []})["rows"]:
+        if row["chosen"]:
+            one = table["chosen"][row["arm"]] if table else {}
+            values = ", ".join(f"{key.partition('.')[2]} {value:g}" for key, value in row["values"].items())
+            edge = ", ".join(key.partition(".")[2] for key in one["at_edge"])
+            found[row["arm"]] = f"{values} (trial {row['trial']} of {one['trials']})" + (
+                f"; at the edge of what was tried: {edge}" if edge else ""
+            )
+    return found
+
+
 def tuning_rows(table: dict[str, Any], *, chosen_only: bool = False) -> tuple[list[str], list[list[str]]]:
     """Head and cells of the table, for a page: arm, trial, a column a key (`–`: it does nothing for the arm), accuracy
     in %, NLL, and whether it was chosen."""

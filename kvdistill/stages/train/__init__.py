@@ -60,7 +60,7 @@ def train_student(arm: Arm, progress: Progress = silent) -> None:
             raise RunFolderError(
                 f"the values of arm {arm.name!r}, which is tuned, are not chosen yet",
                 place=str(tuned_path(arm.experiment.run)),
-                fix="run `kvdistill train RECIPE`, which chooses them first",
+                fix="run `kvdistill tune RECIPE`, which chooses them",
             )
         is_trial = arm.name in arm.experiment.trials
         declare(arm.experiment.recipe, arm.experiment.run)
