@@ -37,6 +37,7 @@ from kvdistill.core.tuning import RATE, denser, edges, read_tuned, search, searc
 from kvdistill.stages.report.collect import collect_tables
 from kvdistill.stages.report.summary import budgets
 from kvdistill.stages.report.tuning import tuning_rows
+from kvdistill.stages.train import train_student
 from kvdistill.stages.tune import choose, choose_values
 from kvdistill.study.folder import difference
 from kvdistill.study.plan import plan
@@ -315,8 +316,9 @@ def test_an_altered_trial_and_a_missing_one_are_refused_by_name(tuned, tmp_path)
     shutil.copytree(run, copy)
     tuned_path(copy).unlink()
     experiment = Experiment(tiny_recipe(copy, **STUDY), copy)
+    shutil.rmtree(copy / "arms/ce/seed-7")
     with pytest.raises(RunFolderError, match="not chosen yet") as refused:
-        (shutil.rmtree(copy / "arms/ce/seed-7"), train(experiment, "ce"))
+        train_student(experiment.arm("ce", 7))
     assert "kvdistill tune" in refused.value.fix
     log = copy / "arms/ce@tune1/seed-5/log.jsonl"
     log.write_text(log.read_text().replace('"accuracy": 0.0', '"accuracy": 1.0'))
@@ -325,12 +327,6 @@ def test_an_altered_trial_and_a_missing_one_are_refused_by_name(tuned, tmp_path)
     trained_mark(log.parent).unlink()
     with pytest.raises(RunFolderError, match="not trained"):
         choose_values(experiment)
-
-
-def train(experiment: Experiment, arm: str, seed: int = 7) -> None:
-    from kvdistill.stages.train import train_student
-
-    train_student(experiment.arm(arm, seed))
 
 
 def test_the_search_by_itself_says_what_it_chose_and_trains_no_student(tuned, tmp_path, monkeypatch):
