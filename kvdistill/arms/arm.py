@@ -276,13 +276,15 @@ class Arm:
         own = self.recipe.texts == "own"
         return self.experiment.train_lengths if own else [len(example.input_ids) for example in self.lessons]
 
-    def calibration_numbers(self, most: int | None = None) -> list[list[int]]:
-        """The training examples that aligners are fitted on, or the first `most` of them, in batches."""
+    def calibration_rows(self, most: int | None = None) -> list[int]:
+        """Numbers of the training examples that aligners are fitted on, or the first `most` of them."""
         generator = torch.Generator().manual_seed(derive_seed(self.experiment.recipe.data.seed, "calibration"))
         order = torch.randperm(len(self.experiment.split("train")), generator=generator).tolist()
-        return self._in_batches(
-            self.experiment.examples("train"), order[: self.recipe.align.calibration_examples][:most]
-        )
+        return order[: self.recipe.align.calibration_examples][:most]
+
+    def calibration_numbers(self, most: int | None = None) -> list[list[int]]:
+        """The same in batches."""
+        return self._in_batches(self.experiment.examples("train"), self.calibration_rows(most))
 
     def held_out_numbers(self, most: int) -> list[list[int]]:
         """Of `batches("val")`, evenly over the tasks, in batches."""

@@ -150,7 +150,7 @@ def aligner_flops(arm: Arm, name: str, tokens: int, squares: int) -> int:
 def fit_flops(arm: Arm, name: str) -> int:
     """Statistics and closed forms on the calibration texts: the passes of both models, and sums of products."""
     aligner, recipe = arm.outline_of_aligner(name), arm.recipe
-    numbers = [i for batch in arm.calibration_numbers() for i in batch]
+    numbers = arm.calibration_rows()
     lengths = arm.experiment.train_lengths
     tokens, squares = batch_geometry(lengths[i] for i in numbers)
     similarity, total = recipe.fuse.fusion_strategy == "similarity", 0
