@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvdistill.arms.arm import Arm
-from kvdistill.arms.costs import all_sharers, reads_similarity, run_flops, shared_keys
+from kvdistill.arms.costs import all_sharers, reads_similarity, run_flops, shared_keys, trial_sharers
 from kvdistill.arms.experiment import Experiment
 from kvdistill.core.budgets import WORDS, budget_path, figure_of, read_budgets
-from kvdistill.core.costs import TOLERANCE, apart, student_flops, total_flops
+from kvdistill.core.costs import TOLERANCE, apart, student_flops, total_flops, trial_flops
 from kvdistill.core.errors import KVDistillError, RecipeError
 from kvdistill.core.files import sha256_of, write_json
 from kvdistill.core.layout import data_folder
@@ -35,9 +35,10 @@ class TrainingBudgetController:
             s for s in experiment.recipe.seeds if (data_folder(experiment.of(s).data_run) / "manifest.json").exists()
         ]
         self.seeds = there or list(experiment.recipe.seeds)
-        self._sharers = all_sharers(experiment)
+        self._sharers, self._trial_sharers = all_sharers(experiment), trial_sharers(experiment)
         self._arms: dict[tuple[str, int], Arm] = {}
         self._costs: dict[tuple[str, int, int], dict[str, Any]] = {}  # arm, seed, steps
+        self._tunings: dict[tuple[str, int], float] = {}
         self._steps: dict[str, int] = {}
         self._known: dict[str, bool] = {}
 
@@ -126,7 +127,8 @@ class TrainingBudgetController:
             lengths = arm.lesson_lengths if known else self.experiment.train_lengths
             order = arm.order_of(len(lengths), arm.num_batches(steps))
             flops = run_flops(arm, order, None if known else lengths)
-            shared = shared_keys(arm.recipe, seed, self.experiment.recipe)
+            flops["tuning"] = self._tuning(name, steps)
+            shared = shared_keys(arm.recipe, seed, self.experiment.recipe, name)
             self._costs[key] = {
                 "steps": steps,
                 "data": len(order),
@@ -138,6 +140,27 @@ class TrainingBudgetController:
                 "flops": flops,
             }
         return self._costs[key]
+
+    def _tuning(self, name: str, steps: int) -> dict[str, float]:
+        """What all trials of a tuned arm will spend, where it is trained for so many steps; one costs what another
+        does."""
+        recipe, base = self.experiment.recipe, self.experiment.recipe.tuned_as(name)
+        if base is None or recipe.tune is None:
+            return {}
+        key = base, steps if name == base else self.steps(base)
+        if key not in self._tunings:
+            names = [trial for trial, one in self.experiment.trials.items() if one.arm == base]
+            total = 0.0
+            for seed in recipe.tune.seeds:
+                arm = self._arm(names[0], seed)
+                known = self.is_known(base)
+                lengths = arm.lesson_lengths if known else self.experiment.train_lengths
+                order = arm.order_of(len(lengths), arm.num_batches(key[1]))
+                flops = run_flops(arm, order, None if known else lengths)
+                shared = shared_keys(arm.recipe, seed, recipe)
+                total += len(names) * trial_flops(flops, shared, self._sharers, self._trial_sharers)
+            self._tunings[key] = total
+        return {base: self._tunings[key]}
 
     # -- arms that are matched ----------------------------------------------------------------------------
 

@@ -45,12 +45,15 @@ def run_flops(arm: Arm, order: Sequence[int], lengths: Sequence[int] | None = No
         },
         # what they wrote, whether it was kept or not
         "generation": {} if planned else {name: writing_facts(arm.experiment, name)["flops"] for name in arm.writers},
-        "tuning": 0,
+        "tuning": {},  # the arm's trials know it: `predicted_tuning`, and `tuned.json` what they spent
     }
 
 
-def shared_keys(arm: ArmRecipe, seed: int, recipe: Recipe) -> dict[str, dict[str, str]]:
-    """What runs that share a part of the cost have alike: part -> teacher -> key (`core.costs.Keys`)."""
+def shared_keys(arm: ArmRecipe, seed: int, recipe: Recipe, name: str = "") -> dict[str, dict[str, str]]:
+    """What runs that share a part of the cost have alike: part -> teacher -> key (`core.costs.Keys`).
+
+    name: the arm's, for what was spent on tuning it.
+    """
     names = arm.teachers if arm.needs_kv or arm.needs_logits else []
     scratch = {teacher.name for teacher in recipe.teachers if teacher.scratch is not None}
 
@@ -74,13 +77,21 @@ def shared_keys(arm: ArmRecipe, seed: int, recipe: Recipe) -> dict[str, dict[str
         found["fit"] = {name: sha256_of([read(name), options])[:16] for name in names}
     if reads_similarity(arm):
         found["layer_maps"] = by_name
+    if (tuned := recipe.tuned_as(name)) is not None:
+        found["tuning"] = {tuned: tuned}
     return found
 
 
 def all_sharers(experiment: Setting) -> Sharers:
     """Of every run that the recipe asks for."""
     recipe = experiment.recipe
-    return count_sharers(shared_keys(a, s, recipe) for a in experiment.arms.values() for s in recipe.seeds)
+    return count_sharers(shared_keys(a, s, recipe, n) for n, a in experiment.arms.items() for s in recipe.seeds)
+
+
+def trial_sharers(experiment: Setting) -> Sharers:
+    """Of every trial that the recipe asks for, the study's runs left out."""
+    recipe, seeds = experiment.recipe, experiment.recipe.tune.seeds if experiment.recipe.tune else []
+    return count_sharers(shared_keys(t.recipe, s, recipe) for t in experiment.trials.values() for s in seeds)
 
 
 def teacher_flops(arm: Arm, teacher: Teacher, order: Sequence[int]) -> int:

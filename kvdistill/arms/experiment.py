@@ -9,6 +9,7 @@ from kvdistill.arms.setting import Setting
 from kvdistill.arms.teacher import Teacher
 from kvdistill.core.config import arm_recipe
 from kvdistill.core.recipe import UNTRAINED
+from kvdistill.core.tuning import with_values
 
 
 class Experiment(Setting):
@@ -41,9 +42,11 @@ class Experiment(Setting):
         return (self.teachers if name == stored_as else self.untrained)[name]
 
     def arm(self, name: str, seed: int) -> Arm:
-        """One arm with one seed, with the steps it is trained for as far as they are known. RecipeError with the
-        nearest name."""
-        mine, recipe = self.of(seed), arm_recipe(self.recipe, name)
+        """One arm (or trial) with one seed, with the steps it is trained for and the values that were chosen for it as
+        far as they are known. RecipeError with the nearest name."""
+        mine = self.of(seed)
+        recipe = self.trials[name].recipe if name in self.trials else arm_recipe(self.recipe, name)
+        recipe = with_values(recipe, self.chosen_values(name) or {})
         steps = self.matched_steps(name) if recipe.match is not None else None
         if steps is not None:
             recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": steps})})

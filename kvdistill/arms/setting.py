@@ -13,10 +13,11 @@ from kvdistill.arms.pairing import shape_of
 from kvdistill.arms.student import CausalStudent
 from kvdistill.arms.texts import load_tokenizer_of, spread
 from kvdistill.core.budgets import read_budgets
-from kvdistill.core.config import arm_recipe, replicate_recipe
+from kvdistill.core.config import arm_recipe, replicate_recipe, trials_of
 from kvdistill.core.layout import replicate_folder
 from kvdistill.core.recipe import ArmRecipe, Recipe
 from kvdistill.core.runtime import derive_seed, pick_device
+from kvdistill.core.tuning import Trial, read_tuned
 from kvdistill.data.encode import Example
 from kvdistill.data.tables import read_split
 from kvdistill.data.tokenizers import as_read
@@ -52,8 +53,21 @@ class Setting:
 
     def matched_steps(self, name: str) -> int | None:
         """Steps that were computed for an arm that is matched to another; None: not yet (`arms/budget.py` does)."""
-        planned = read_budgets(self.run).get(name)
+        planned = read_budgets(self.run).get(name.rpartition("@tune")[0] if name in self.trials else name)
         return None if planned is None else int(planned["steps"])
+
+    @cached_property
+    def trials(self) -> dict[str, Trial]:
+        """The trials of arms that are tuned, by their names."""
+        return trials_of(self.recipe)
+
+    def chosen_values(self, name: str) -> dict[str, float] | None:
+        """What was chosen for an arm that is tuned; nothing for others. None: not yet (`stages/tune.py` does)."""
+        base = self.study.tuned_as(name)
+        if base is None:
+            return {}
+        found = read_tuned(self.run).get(base)
+        return None if found is None else dict(found["values"])
 
     # -- the student --------------------------------------------------------------------------------------
 
@@ -102,7 +116,8 @@ class Setting:
         """Rows of a split whose targets are captured: all of train, those of val that curves and match figures use."""
         if split == "train":
             return range(len(self.split(split)))
-        most = max(arm.train.eval_examples for arm in self.arms.values())
+        arms = [*self.arms.values(), *(trial.recipe for trial in self.trials.values())]
+        most = max(arm.train.eval_examples for arm in arms)
         return spread(self.split(split), max(most, self.recipe.evaluate.match_examples))
 
     def examples(self, split: str) -> Sequence[Example]:

@@ -146,6 +146,15 @@ def fit(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = Fal
     _with_recipe(recipe, overrides, as_json, "run.run_study", verb="fit")
 
 
+@app.command()
+def tune(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
+    """The same small search for every arm (section `tune`), on validation problems; `run` and `train` do it too.
+
+    Prepares, teaches, captures and fits first where that is not done. What is chosen stands in tuned.json.
+    """
+    _with_recipe(recipe, overrides, as_json, "run.tune_arms")
+
+
 @app.command("profile-alignment")
 def profile_alignment(
     recipe: RecipeArgument,

@@ -34,6 +34,7 @@ from kvdistill.core.recipe import (
     TrainRecipe,
 )
 from kvdistill.core.reference import sections_in
+from kvdistill.core.tuning import Trial, as_trial, search, trial_name, tune_mistakes
 
 Options = TypeVar("Options", bound=BaseModel)
 ARM_SECTIONS: dict[str, type[BaseModel]] = {
@@ -229,6 +230,11 @@ def _cross_mistakes(recipe: Recipe, place: str, wrong: Collection[str]) -> Itera
     if "report" not in wrong:
         yield from _curve_mistakes(recipe, place)
     yield from _parity_mistakes(recipe, made, place)
+    if recipe.tune is not None and len(made) == len(recipe.arms) and not {"tune", "data", "train"} & {*wrong}:
+        found = [*tune_mistakes(recipe, recipe.tune, made, _nearest)]
+        yield from (RecipeError(what, place=f"{place}: tune.{key}".rstrip("."), fix=fix) for key, what, fix in found)
+        if not found:
+            yield from _trial_mistakes(recipe, place)
 
 
 def _curve_mistakes(recipe: Recipe, place: str) -> Iterator[RecipeError]:
@@ -294,6 +300,30 @@ def _parity_mistakes(recipe: Recipe, arms: Mapping[str, ArmRecipe], place: str) 
             yield RecipeError(unpriced.format(teacher), place=where, fix=mend)
 
 
+def _trial_mistakes(recipe: Recipe, place: str) -> Iterator[RecipeError]:
+    """Values of the grid that an arm cannot have."""
+    try:
+        trials_of(recipe)
+    except ValidationError as error:
+        for one in error.errors(include_url=False):
+            key = ".".join(map(str, one["loc"])) or "train"
+            what = f"{key}: {one['msg'].removeprefix('Value error, ')} (given: {one.get('input')!r})"
+            yield RecipeError(what, place=f"{place}: tune.grid", fix="see docs/recipe.md for this key")
+
+
+def trials_of(recipe: Recipe) -> dict[str, Trial]:
+    """The trials of every tuned arm, by their names; none where nothing is tuned."""
+    tune = recipe.tune
+    if tune is None:
+        return {}
+    arms = {name: arm_recipe(recipe, name) for name in recipe.arms if recipe.tuned_as(name) == name}
+    return {
+        trial_name(name, number): Trial(name, values, as_trial(tune, arms[name], values))
+        for name, listed in search(tune, arms).items()
+        for number, values in enumerate(listed, start=1)
+    }
+
+
 def _replicate_mistakes(recipe: Recipe, place: str) -> Iterator[RecipeError]:
     """What cannot vary with the seed as the recipe asks."""
     if recipe.varies_teachers and not any(teacher.scratch is not None for teacher in recipe.teachers):
@@ -351,7 +381,8 @@ def _data_mistakes(data: DataRecipe, place: str) -> Iterator[RecipeError]:
 def arm_recipe(recipe: Recipe, arm: str, place: str = "recipe") -> ArmRecipe:
     """The complete recipe of one arm: the study's sections with the arm's own changes over them.
 
-    Of an arm that is matched, `train.steps` are not known yet: `arms.budget` computes them.
+    Of an arm that is matched, `train.steps` are not known yet: `arms.budget` computes them. Of one that is tuned, the
+    values are the recipe's: `Experiment.arm` fills in what was chosen.
     """
     if arm not in recipe.every_arm:
         raise RecipeError(f"there is no arm {arm!r}", place=f"{place}: arms", fix=_nearest(arm, list(recipe.every_arm)))

@@ -10,7 +10,7 @@ the optimiser's own arithmetic are not counted. A part is a number, or numbers b
     fit, layer_maps                      what is computed once before training, of both models
     teacher_training                     of teachers that are trained on the spot; of others nobody knows it here
     generation                           texts that teachers write for an arm
-    tuning                               trainings that were spent on choosing the arm's own values
+    tuning                               trainings that were spent on choosing the arm's own values, all of them
     measuring                            learning curves: apart, in no total
 
 Knows no models and no torch: `arms/costs.py` finds the numbers.
@@ -23,8 +23,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 STUDENT = ("student_forward", "student_backward")
-OWN = (*STUDENT, "aligner", "tuning")
-SHARED = ("teachers", "fit", "layer_maps", "teacher_training", "generation")
+OWN = (*STUDENT, "aligner")
+SHARED = ("teachers", "fit", "layer_maps", "teacher_training", "generation", "tuning")
 TOLERANCE = 0.01  # how far two budgets that are called equal may be apart
 Flops = Mapping[str, Any]
 Keys = Mapping[str, Mapping[str, str]]  # part -> teacher -> what runs that share it have alike (a ledger's `shared`)
@@ -54,6 +54,17 @@ def total_flops(flops: Flops, shared: Keys | None = None, sharers: Sharers | Non
     own = float(sum(flops.get(part) or 0 for part in OWN))
     parts = [amortised(part, flops, shared or {}, sharers if sharers is not None else Counter()) for part in SHARED]
     return own + sum(amount for part in parts for amount in part.values())
+
+
+def trial_flops(flops: Flops, shared: Keys, study: Sharers, trials: Sharers) -> float:
+    """What a trial of tuning adds to the study: its own parts, and of the shared ones those that no run of the study
+    has alike (of the tuning seed), divided among the trials that do."""
+    added = float(sum(flops.get(part) or 0 for part in OWN))
+    for part in SHARED:
+        for name, amount in amortised(part, flops, shared, trials).items():
+            key = shared.get(part, {}).get(name)
+            added += 0.0 if key is not None and study[part, key] else amount
+    return added
 
 
 def apart(x: float, y: float) -> float:

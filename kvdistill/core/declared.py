@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvdistill.core.config import arm_recipe
+from kvdistill.core.config import arm_recipe, trials_of
 from kvdistill.core.errors import RunFolderError
 from kvdistill.core.family import BEST_SINGLE, Family, best_single_rule, make_family
 from kvdistill.core.files import as_json, read_json, sha256_of, write_json
 from kvdistill.core.layout import file_lock, locks_folder
 from kvdistill.core.recipe import ParityRecipe, Recipe
+from kvdistill.core.tuning import judged_by, rule_of
 
 _RULES = ("primary", "alpha", "margin")
 
@@ -58,6 +59,9 @@ def compare_declared(recipe: Recipe, run: Path) -> dict[str, Any]:
     if then.get("best_single") not in (None, best_single_rule(then["primary"])):
         changed.append("best-single is chosen by another rule")
         late = [pair for pair in now["comparisons"] if pair in late or BEST_SINGLE in pair]
+    if _searched_otherwise(then.get("tuning"), now.get("tuning")):
+        changed.append("how arms are tuned differs")
+        late = now["comparisons"]
     if then["seeds"] != now["seeds"]:
         changed.append(f"seeds were {then['seeds']}, are {now['seeds']}")
         late = now["comparisons"]
@@ -77,7 +81,21 @@ def _family(recipe: Recipe) -> dict[str, Any]:
     found["parities"] = {name: str(one) for name, one in parities.items() if one.parity != "steps"}
     if any(BEST_SINGLE in pair for pair in family.pairs):
         found["best_single"] = best_single_rule(rules.primary)
+    if recipe.tune is not None:
+        trials: dict[str, list[Any]] = {}
+        for trial in trials_of(recipe).values():
+            trials.setdefault(trial.arm, []).append(trial.values)
+        said = {"rule": rule_of(judged_by(recipe)), "seeds": recipe.tune.seeds, "examples": recipe.tune.examples}
+        found["tuning"] = {**said, "trials": trials}
     return as_json(found | {rule: getattr(rules, rule) for rule in _RULES})
+
+
+def _searched_otherwise(then: dict[str, Any] | None, now: dict[str, Any] | None) -> bool:
+    """Whether arms are tuned in another way; arms that are tuned in the same one may have come."""
+    if then is None or now is None:
+        return then is not now
+    trials = [{arm: one["trials"][arm] for arm in then["trials"] if arm in one["trials"]} for one in (then, now)]
+    return {**then, "trials": trials[0]} != {**now, "trials": trials[1]}
 
 
 def _named(pair: Sequence[str]) -> str:

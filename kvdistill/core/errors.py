@@ -69,6 +69,10 @@ class TrainingStopped(KVDistillError):
     """Training stopped on purpose, with the last good checkpoint kept: NaN in a loss term, a full disk."""
 
 
+class Diverged(TrainingStopped):
+    """A loss, a weight or every validation figure is no number any more."""
+
+
 class StatisticsRefused(KVDistillError):
     """A comparison that would not mean anything: unpaired, too few seeds, budgets apart."""
 

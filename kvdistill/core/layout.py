@@ -3,6 +3,7 @@
 runs/NAME/
   recipe.json  provenance.json  study.json  declared.json
   training_budget_config.json    what every arm will spend, and the steps of those that are matched
+  tuned.json                     values chosen for arms that are tuned, and all trials (`arms/ARM@tuneN/`)
   tokenizer/   data/{train,val,test,teach}.parquet  data/manifest.json  data/validation_report.json
   data/teachers/NAME/            what a teacher with its own tokenizer or chains reads, and a manifest
   layers/NAME.{json,png,svg}     similarity of the student's layers to a teacher's

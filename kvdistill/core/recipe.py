@@ -627,6 +627,32 @@ class ReportRecipe(Section):
         return next((ParityRecipe(parity=one.parity, amortised=one.amortised) for one in said), ParityRecipe())
 
 
+class TuneRecipe(Section):
+    """A small search before the study, of as many trials for every arm: values chosen on validation problems."""
+
+    arms: Literal["all"] | list[str] = Field("all", description="which arms are tuned")
+    grid: dict[Literal["train", "loss", "fuse"], dict[str, list[NonNegative]]] = Field(
+        min_length=1,
+        description="values to try, e.g. {train: {learning_rate: [1e-3, 4e-3]}, loss: {kv_weight: [5, 20]}}. "
+        "A key that does nothing for an arm is left out for it, and its learning rates are spaced more densely: as "
+        "many trials for each (docs/statistics.md)",
+    )
+    seeds: list[Seed] = Field(min_length=1, max_length=1000, description="of the trials; none of the study's")
+    by: Literal["accuracy", "nll"] | None = Field(
+        None, description="the validation figure that chooses; unset: report.primary"
+    )
+    examples: Positive | None = Field(
+        None, description="validation problems that trials are judged on; unset: train.eval_examples"
+    )
+
+    @field_validator("seeds")
+    @classmethod
+    def _once(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"a seed is given twice: {seeds}")
+        return seeds
+
+
 class HardwareRecipe(Section):
     """Where runs happen. Changes no result."""
 
@@ -745,6 +771,9 @@ class Recipe(Section):
     train: TrainRecipe = Field(TrainRecipe(), description="training of the student")
     evaluate: EvaluateRecipe = Field(EvaluateRecipe(), description="what trained students are asked")
     write: WriteRecipe = Field(WriteRecipe(), description="what teachers write, for arms with `texts: written`")
+    tune: TuneRecipe | None = Field(
+        None, description="a search for each arm's own values before the study; unset: none"
+    )
     report: ReportRecipe = Field(ReportRecipe(), description="comparisons and margins, declared beforehand")
     hardware: HardwareRecipe = Field(HardwareRecipe(), description="where runs happen; changes no result")
     arms: dict[str, dict[str, Any]] = Field(
@@ -762,6 +791,20 @@ class Recipe(Section):
     def varies_teachers(self) -> bool:
         """Whether each seed trains scratch teachers of its own."""
         return self.replicate in ("teacher", "all")
+
+    @property
+    def every_seed(self) -> list[int]:
+        """The study's, and behind them those of tuning."""
+        return [*self.seeds, *(self.tune.seeds if self.tune else ())]
+
+    def tuned_as(self, arm: str) -> str | None:
+        """The arm whose chosen values this one takes: itself, or the one of whose curve it is; None: it is not
+        tuned."""
+        curves = self.report.curves
+        bases = {name: base for base in (curves.arms if curves else ()) if curves for name in curves.of(base).values()}
+        base = bases.get(arm, arm)
+        chosen = self.tune is not None and (base in self.arms if self.tune.arms == "all" else base in self.tune.arms)
+        return base if chosen else None
 
     @property
     def every_arm(self) -> dict[str, dict[str, Any]]:

@@ -3,6 +3,9 @@
     prepare ─▶ check ─▶ teach ─▶ map-layers ─▶ capture ─▶ fit ─▶ train ─▶ evaluate ─▶ report
                           └───────────────────▶ write ──────────────┘
 
+Where arms are tuned, `try` (a training under other values, with a tuning seed) and `tune` (the choice) come before
+train.
+
 A study is a graph of `Job`s (`study/plan.py`). Whoever does one, a pool of workers, a rehearsal or a launcher, calls
 `perform`. Importing this loads no stage and no torch; a job's stage is imported when it is done.
 """
@@ -31,7 +34,8 @@ from kvdistill.core.layout import (
 )
 from kvdistill.core.marks import read_mark
 from kvdistill.core.progress import Progress, silent
-from kvdistill.core.recipe import Recipe
+from kvdistill.core.recipe import ArmRecipe, Recipe
+from kvdistill.core.tuning import read_tuned, tuned_path
 
 
 @dataclass(frozen=True)
@@ -122,14 +126,25 @@ STAGES: dict[str, Stage] = {
         takes="arm",
         alone=True,  # arms and seeds that align alike share a fit
     ),
+    "try": Stage(
+        "kvdistill.stages.tune:try_values",
+        ("check", "write", "fit"),
+        lambda recipe, arm, seed: _training_cost(recipe, arm),
+        about=ARM,
+        takes="arm",
+        mark=lambda run, arm, seed: trained_mark(arm_folder(run, arm, seed)),
+    ),
+    "tune": Stage(
+        "kvdistill.stages.tune:choose_values",
+        ("check", "try"),
+        lambda recipe: 1.0,
+        takes="experiment",
+        mark=tuned_path,
+    ),
     "train": Stage(
         "kvdistill.stages.train:train_student",
-        ("check", "write", "fit"),
-        lambda recipe, arm, seed: (
-            arm.train.steps
-            * (arm.train.batch_size * arm.train.accumulation / (recipe.train.batch_size * recipe.train.accumulation))
-            * (1 + 0.25 * len(arm.teachers) if arm.needs_kv or arm.needs_logits else 1.0)
-        ),
+        ("check", "write", "fit", "tune"),
+        lambda recipe, arm, seed: _training_cost(recipe, arm),
         about=ARM,
         takes="arm",
         mark=lambda run, arm, seed: trained_mark(arm_folder(run, arm, seed)),
@@ -146,6 +161,15 @@ STAGES: dict[str, Stage] = {
 }
 
 
+def _training_cost(recipe: Recipe, arm: ArmRecipe) -> float:
+    """Of a student, in steps of the recipe's size without teachers."""
+    return (
+        arm.train.steps
+        * (arm.train.batch_size * arm.train.accumulation / (recipe.train.batch_size * recipe.train.accumulation))
+        * (1 + 0.25 * len(arm.teachers) if arm.needs_kv or arm.needs_logits else 1.0)
+    )
+
+
 def _num_asked(recipe: Recipe) -> int:
     """About how many questions a teacher is asked for solutions."""
     counts = (getattr(task, recipe.write.questions) for task in recipe.data.tasks)
@@ -153,9 +177,19 @@ def _num_asked(recipe: Recipe) -> int:
 
 
 def is_done(job: Job, recipe: Recipe) -> bool:
-    """Whether a job's mark is there; of an evaluation, whether it asked what the recipe asks now."""
-    mark = None if job.mark is None else read_mark(Path(str(job.arguments["run"])) / job.mark)
-    return mark is not None and (job.verb != "evaluate" or mark.get("asked") == asked_hash(recipe))
+    """Whether a job's mark is there; of an evaluation, whether it asked what the recipe asks now; of tuning, whether
+    the values of all arms are chosen."""
+    run = Path(str(job.arguments["run"]))
+    mark = None if job.mark is None else read_mark(run / job.mark)
+    if mark is None or job.verb not in ("evaluate", "tune"):
+        return mark is not None
+    return is_tuned(recipe, run) if job.verb == "tune" else mark.get("asked") == asked_hash(recipe)
+
+
+def is_tuned(recipe: Recipe, run: Path) -> bool:
+    """Whether values are chosen for every arm that is to be tuned."""
+    chosen = read_tuned(run)
+    return all(name in chosen for name in recipe.arms if recipe.tuned_as(name) == name)
 
 
 def perform(job: Job, recipe: Recipe, progress: Progress = silent) -> None:

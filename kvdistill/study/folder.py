@@ -10,7 +10,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from kvdistill.core.config import arm_recipe, recipe_hash
+from kvdistill.core.config import arm_recipe, recipe_hash, trials_of
 from kvdistill.core.declared import family_of
 from kvdistill.core.errors import RecipeError, RunFolderError
 from kvdistill.core.files import read_json, sha256_of, write_json
@@ -114,21 +114,30 @@ def difference(theirs: Any, recipe: Recipe, run: Path, *, planned: bool = False)
     differing = first_difference({s: old_base[s] for s in sections}, {s: new_base[s] for s in sections})
     if differing is not None:
         return differing
-    there = [arm for arm in recipe.every_arm if planned or list((run / "arms" / arm).glob("seed-*"))]
-    if not there:
+    if not planned and not list(run.glob("arms/*/seed-*")):
         return None
     try:
         old = Recipe.model_validate(theirs)
-    except ValueError:
+        before = trials_of(old)
+    except (ValueError, RecipeError):
         return "its form (it was written by another version of kvdistill)"
-    for arm in there:
-        if arm not in old.every_arm:
+    searches = (one.tune and one.tune.model_dump(mode="json", exclude={"arms", "by"}) for one in (old, recipe))
+    differing = first_difference(next(searches), next(searches), "tune")
+    if differing is not None:
+        return differing
+    trials = trials_of(recipe)
+    for arm in (*recipe.every_arm, *trials):
+        there = planned or list((run / "arms" / arm).glob("seed-*"))
+        if not there or arm not in (*old.every_arm, *before):
             continue
+        if old.tuned_as(arm) != recipe.tuned_as(arm):
+            return f"whether {arm!r} is tuned (tune.arms)"
         try:
-            then = arm_recipe(old, arm).model_dump(mode="json")
+            was = before[arm].recipe if arm in before else arm_recipe(old, arm)
         except RecipeError:
             return f"arms.{arm} (it was written by another version of kvdistill)"
-        now = arm_recipe(recipe, arm).model_dump(mode="json")
+        then = was.model_dump(mode="json")
+        now = (trials[arm].recipe if arm in trials else arm_recipe(recipe, arm)).model_dump(mode="json")
         if then != now:
             return first_difference(then, now, f"arms.{arm}")
     return None

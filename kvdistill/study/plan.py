@@ -3,6 +3,7 @@
     prepare ─▶ check ─▶ teach:T ─▶ map-layers ─▶ capture:T ─▶ fit:A:S ─▶ train:A:S ─▶ evaluate:A:S ─▶ report
                            └─────────────────▶ write:T ──────────────────────┘
 
+Where arms are tuned, try:A@tuneN:S of every trial, with fits of its own, and tune come before every train.
 Where each seed has data of its own (`replicate`), there are prepare:S, check:S, map-layers:S and capture:T:S; where it
 has teachers of its own, teach:T:S, map-layers:S and capture:T:S.
 
@@ -18,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from kvdistill.core.budgets import continued, read_budgets
-from kvdistill.core.config import arm_recipe, asked_hash
+from kvdistill.core.config import arm_recipe, asked_hash, trials_of
 from kvdistill.core.layout import arm_folder, evaluated_mark
 from kvdistill.core.marks import read_mark
 from kvdistill.core.recipe import UNTRAINED, Recipe
-from kvdistill.stages.table import STAGES, Job, is_done
+from kvdistill.stages.table import STAGES, Job, is_done, is_tuned
 
 STUDY = ("teach", "evaluate", "report")  # what a whole study is after; everything else only comes before it
 Runs = Sequence[tuple[str, int]]
@@ -47,10 +48,15 @@ def plan(
         if name in arms and arms[name].match is not None:
             train = arms[name].train.model_copy(update={"steps": planned["steps"]})
             arms[name] = arms[name].model_copy(update={"train": train})
-    used = {name for arm, _ in runs for name in arms[arm].reads}
-    writers = {name for arm, _ in runs for name in arms[arm].writers}
+    trying: list[tuple[str, int]] = []  # trials of arms that are tuned, until values are chosen
+    if recipe.tune is not None and runs and not is_tuned(recipe, run):
+        arms |= {name: trial.recipe for name, trial in trials_of(recipe).items()}
+        trying = [(name, seed) for seed in recipe.tune.seeds for name in arms if name not in recipe.every_arm]
+    used = {name for arm, _ in [*runs, *trying] for name in arms[arm].reads}
+    writers = {name for arm, _ in [*runs, *trying] for name in arms[arm].writers}
     maps = any(a.needs_kv and a.align.layers == "cka" and a.align.layer_map is None for a in arms.values())
-    seeds: list[dict[str, Any]] = [{"seed": s} for s in (recipe.seeds if whole else dict.fromkeys(s for _, s in runs))]
+    of_runs = recipe.seeds if whole else dict.fromkeys(s for _, s in runs)
+    seeds: list[dict[str, Any]] = [{"seed": s} for s in dict.fromkeys([*of_runs, *(s for _, s in trying)])]
     # what there is once for all seeds, or for each
     of_data = seeds if recipe.varies_data else [{}]
     of_teachers = seeds if recipe.varies_teachers else [{}]
@@ -69,11 +75,14 @@ def plan(
             for name in (t.name, t.name + UNTRAINED)
             if name in used
         ],
-        "fit": [{"arm": arm, "seed": seed} for arm, seed in runs if arms[arm].teachers],
+        "fit": [{"arm": arm, "seed": seed} for arm, seed in [*trying, *runs] if arms[arm].teachers],
+        "try": [{"arm": arm, "seed": seed} for arm, seed in trying],
+        "tune": [{}] if trying else [],
         "train": [{"arm": arm, "seed": seed} for arm, seed in runs],
     }
     about["evaluate"] = about["train"]
-    allowed = STAGES if before else {*goals, "check", "map-layers"}
+    tunes = {"try", "tune"} if {"train", "tune"} & {*goals} else {*()}
+    allowed = STAGES if before else {*goals, *tunes, "check", "map-layers"}
     jobs: dict[str, Job] = {}
     for verb, stage in STAGES.items():
         for mine in about.get(verb, [{}]) if verb in allowed else []:

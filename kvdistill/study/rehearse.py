@@ -89,6 +89,7 @@ def _prepared(recipe: Recipe, folder: Path, notes: list[str], progress: Progress
         arm.pop("match", None)  # a few steps match nothing
         arm["train"] = {key: value for key, value in (arm.get("train") or {}).items() if key not in SHORT}
     tree["report"] |= {"comparisons": [], "curves": None}
+    tree["tune"] = None  # trials are the arms once more
     for teacher in tree["teachers"]:
         teacher["optimiser"] |= {"steps": 2, "batch_size": 2}
         teacher["traces"] = None  # of real questions; a rehearsal asks others

@@ -6,16 +6,18 @@ Stages meet on disk only; nothing here touches a tensor (nor imports torch).
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
 from kvdistill.core.config import arm_recipe, recipe_hash, run_folder
-from kvdistill.core.errors import JobsFailed, RecipeError
+from kvdistill.core.errors import JobsFailed, RecipeError, RunFolderError
 from kvdistill.core.files import write_json
 from kvdistill.core.layout import data_folder, file_lock, locks_folder, profile_folder, replicate_folder
 from kvdistill.core.marks import sealed
 from kvdistill.core.progress import Progress
 from kvdistill.core.recipe import Recipe
+from kvdistill.core.tuning import tuned_path
 from kvdistill.study.early import refuse_early
 from kvdistill.study.folder import (
     add_provenance,
@@ -41,10 +43,10 @@ def run_study(recipe: Recipe, progress: Progress, *, verb: str | None = None, he
     begun_wall, begun_cpu = time.time(), time.process_time()
     if verb != "report" and not (verb is None and is_finished(recipe, run)):
         refuse_early(recipe)
-    with claimed(recipe, run, begins=verb in (None, "prepare", "map-layers")):
+    with claimed(recipe, run, begins=verb in (None, "prepare", "map-layers", "tune")):
         if verb is None and is_finished(recipe, run):
             return {**result_of(run), "already_finished": True}
-        jobs = plan(recipe, run, STUDY if verb is None else (verb,), before=verb in (None, "map-layers"))
+        jobs = plan(recipe, run, STUDY if verb is None else (verb,), before=verb in (None, "map-layers", "tune"))
         try:
             what = recipe.name if verb is None else f"{recipe.name}: {verb}"
             run_jobs(recipe, [job for job in jobs if job.verb != "report"], progress, what=what, here=here)
@@ -56,6 +58,10 @@ def run_study(recipe: Recipe, progress: Progress, *, verb: str | None = None, he
             write_json(run / "study.json", sealed({"recipe": recipe_hash(recipe), "finished": True}))
         if verb == "map-layers":
             return {"run": str(run), "layers": layer_maps(recipe, run)}
+        if verb == "tune":
+            from kvdistill.stages.report.tuning import chosen_words, tuning_table
+
+            return {"run": str(run), "file": str(tuned_path(run)), "chosen": chosen_words(tuning_table(recipe, run))}
         if verb == "write":
             return {"run": str(run), "written": written_table(run)}
         return result_of(run) | (data_table(run) if verb == "prepare" else {})
@@ -76,6 +82,14 @@ def write_solutions(recipe: Recipe, progress: Progress) -> dict[str, Any]:
     return run_study(recipe, progress, verb="write")
 
 
+def tune_arms(recipe: Recipe, progress: Progress) -> dict[str, Any]:
+    """`kvdistill tune`: the search of every arm that is tuned, after all that this needs, and what it chose."""
+    if recipe.tune is None:
+        fix = "add a section `tune` with a grid and seeds (docs/statistics.md)"
+        raise RecipeError("this recipe tunes nothing", place="tune", fix=fix)
+    return run_study(recipe, progress, verb="tune")
+
+
 def validate_data(recipe: Recipe, progress: Progress, *, fix: bool) -> dict[str, Any]:
     """`kvdistill validate`: the leak report of the recipe's data, and the table of what is prepared."""
     from kvdistill.stages.prepare import REPORT, validate
@@ -84,7 +98,7 @@ def validate_data(recipe: Recipe, progress: Progress, *, fix: bool) -> dict[str,
     with claimed(recipe, run), file_lock(locks_folder(run) / "prepare", wait=True):
         found = validate(recipe, run, progress, fix=fix)
         for seed in (
-            recipe.seeds if recipe.varies_data else ()
+            recipe.every_seed if recipe.varies_data else ()
         ):  # what each learns from, against the same held-out problems
             of_seed = validate(recipe, run, progress, fix=fix, seed=seed)
             found.setdefault("seeds", {})[str(seed)] = of_seed
@@ -99,7 +113,7 @@ def export_data(recipe: Recipe, progress: Progress, *, form: str) -> dict[str, A
     from kvdistill.stages.prepare.export import export
 
     run = run_folder(recipe)
-    folders = [run, *(replicate_folder(run, seed) for seed in (recipe.seeds if recipe.varies_data else ()))]
+    folders = [run, *(replicate_folder(run, seed) for seed in (recipe.every_seed if recipe.varies_data else ()))]
     if not all((data_folder(folder) / "manifest.json").exists() for folder in folders):
         run_study(recipe, progress, verb="prepare")
     with file_lock(locks_folder(run) / "prepare", wait=True):
@@ -132,6 +146,9 @@ def run_arms(
     refuse_early(recipe)
     with claimed(recipe, run, begins=before):
         jobs = plan(recipe, run, (verb,), before=before, runs=chosen)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and any(job.verb == "tune" for job in jobs):
+            what = "values are still to be chosen, which the processes of a torchrun cannot do together"
+            raise RunFolderError(what, place=str(run), fix="run `kvdistill tune RECIPE` first, without torchrun")
         if here:
             prepare_process(recipe.hardware.threads)  # as a worker would be, for the same numbers
         run_jobs(recipe, jobs, progress, what=f"{recipe.name}: {verb}", here=here)

@@ -194,7 +194,7 @@ def _splits_of_seeds(recipe: Recipe, run: Path, progress: Progress) -> list[Spli
     """The problems of every seed, where the tokenizer is made of texts: one serves them all."""
     if recipe.data.tokenizer != CHARACTERS and not recipe.data.trim_vocabulary:
         return []
-    return [fitted_splits(replicate_recipe(recipe, seed).data, progress, beside=run) for seed in recipe.seeds]
+    return [fitted_splits(replicate_recipe(recipe, seed).data, progress, beside=run) for seed in recipe.every_seed]
 
 
 def _require_held_out(fingerprints: Mapping[str, str], shared: Path) -> None:

@@ -19,6 +19,7 @@ from kvdistill.stages.report.language import words_of
 from kvdistill.stages.report.page import build_page
 from kvdistill.stages.report.summary import compare_all, statistics_document, summarise
 from kvdistill.stages.report.text import write_headline
+from kvdistill.stages.report.tuning import tuning_table
 
 __all__ = ["LearningCurveTracker", "report"]
 
@@ -35,6 +36,8 @@ def report(recipe: Recipe, run: Path, progress: Progress | None = None) -> Path:
     family = compare_all(recipe, tables)
     words = words_of(recipe.report.language)
     summary = summarise(recipe, tables, family, words)
+    if (tuning := tuning_table(recipe, run)) is not None:
+        summary["tuning"] = tuning
     summary["headline"] = write_headline(summary, words)
     write_json(run / "statistical_results.json", statistics_document(recipe, summary))
     tell("figures", 2, total)

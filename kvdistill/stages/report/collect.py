@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from kvdistill.core.budgets import differences, read_budgets
-from kvdistill.core.config import asked_hash
+from kvdistill.core.config import asked_hash, trials_of
 from kvdistill.core.costs import count_sharers, student_flops, total_flops
 from kvdistill.core.declared import family_of
 from kvdistill.core.errors import RunFolderError
@@ -147,7 +147,8 @@ def collect_tables(recipe: Recipe, run: Path) -> RunTables:
         tables.notes.append(
             "Not evaluated yet: " + ", ".join(f"{arm} seed {seed}" for arm, seed in tables.missing) + "."
         )
-    strays = sorted(p.name for p in (run / "arms").iterdir() if p.is_dir() and p.name not in tables.runs)
+    known = {*tables.runs, *trials_of(recipe)}
+    strays = sorted(p.name for p in (run / "arms").iterdir() if p.is_dir() and p.name not in known)
     if strays:
         tables.notes.append("In the folder but not in the recipe, and left out: " + ", ".join(strays) + ".")
     return tables

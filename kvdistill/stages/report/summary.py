@@ -183,9 +183,8 @@ def mean_ledger(tables: RunTables, arm: str) -> dict[str, Any]:
     out["student_flops"] = _mean([student_flops(f) for f in flops])
     out["aligner_flops"] = _mean([f.get("aligner") or 0 for f in flops])
     out["teacher_flops"] = {name: _mean([(f.get("teachers") or {}).get(name, 0) for f in flops]) for name in teachers}
-    for part in ("teacher_training", "fit", "layer_maps", "generation"):
+    for part in ("teacher_training", "fit", "layer_maps", "generation", "tuning"):
         out[f"{part}_flops"] = _mean([sum((f.get(part) or {}).values()) for f in flops])
-    out["tuning_flops"] = _mean([f.get("tuning") or 0 for f in flops])
     for key in ("total_flops", "amortised_flops"):
         out[key] = _mean([run.costs.get(key) for run in tables.runs[arm].values() if run.ledger])
     return out

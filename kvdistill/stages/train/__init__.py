@@ -28,6 +28,7 @@ from kvdistill.core.layout import CHECKPOINTS, data_folder, folder_lock, trained
 from kvdistill.core.marks import read_mark, write_mark
 from kvdistill.core.progress import Progress, silent
 from kvdistill.core.runtime import Stopwatch, derive_seed, seed_everything
+from kvdistill.core.tuning import tuned_path
 from kvdistill.match import TeacherMatch
 from kvdistill.models import fingerprint_model, load_model
 from kvdistill.stages.train.curves import LearningCurve, accuracy_by_task, answers_to
@@ -54,6 +55,14 @@ def train_student(arm: Arm, progress: Progress = silent) -> None:
                 place=str(budget_path(arm.experiment.run)),
                 fix="run `kvdistill train RECIPE`, which computes them first",
             )
+        chosen = arm.experiment.chosen_values(arm.name)
+        if chosen is None:
+            raise RunFolderError(
+                f"the values of arm {arm.name!r}, which is tuned, are not chosen yet",
+                place=str(tuned_path(arm.experiment.run)),
+                fix="run `kvdistill tune RECIPE`, which chooses them",
+            )
+        is_trial = arm.name in arm.experiment.trials
         declare(arm.experiment.recipe, arm.experiment.run)
         seed_everything(derive_seed(arm.seed, "training"))
         init_fingerprint = fingerprint_model(arm.initial_model)
@@ -80,7 +89,8 @@ def train_student(arm: Arm, progress: Progress = silent) -> None:
         distiller = trainer.accelerator.unwrap_model(trainer.model)
         if selection is not None:
             selection.put_back(distiller)
-        write_json(folder / "match.json", match_on_held_out(arm, distiller) if arm.recipe.needs_kv else {})
+        matches = arm.recipe.needs_kv and not is_trial
+        write_json(folder / "match.json", match_on_held_out(arm, distiller) if matches else {})
         steps = trainer.state.global_step
         trained_on = order[: steps * len(order) // recipe.train.steps]
         ledger = training_ledger(arm, trained_on, steps, trainer.seen, watch) | {
@@ -98,12 +108,18 @@ def train_student(arm: Arm, progress: Progress = silent) -> None:
             facts["selection"] = ledger["selection"] = selection.facts()
             if recipe.train.select == "best":
                 ledger["checkpoint_chosen_on"] = "validation"
+        if chosen:
+            facts["tuned"] = ledger["tuned"] = chosen
         write_json(folder / "ledger.json", ledger)
         tensors = {
             f"{name}/{part}": tensor
             for name in (distiller.teachers if arm.recipe.needs_kv else ())
             for part, tensor in distiller.aligner(name).state_dict().items()
         }
+        if is_trial:  # nobody will ask it anything: log, ledger and mark are all of it
+            write_mark(trained_mark(folder), facts, MADE)
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+            return
         if tensors:
             write_tensors(folder / "adapters.safetensors", tensors, {"teachers": ",".join(distiller.teachers)})
         distiller.student.save(folder / "model", arm.experiment.as_read(arm.experiment.tokenizer))

@@ -19,6 +19,7 @@ from kvdistill.arms.lessons import writing_facts
 from kvdistill.core.costs import amortised
 from kvdistill.core.files import read_json_lines
 from kvdistill.core.runtime import Stopwatch
+from kvdistill.core.tuning import read_tuned
 
 
 def training_ledger(arm: Arm, order: Sequence[int], steps: int, seen: Tensor, watch: Stopwatch) -> dict[str, Any]:
@@ -29,7 +30,10 @@ def training_ledger(arm: Arm, order: Sequence[int], steps: int, seen: Tensor, wa
         steps: that were trained, whichever's weights are kept.
         seen: real tokens and loss tokens.
     """
-    flops, shared = run_flops(arm, order), shared_keys(arm.recipe, arm.seed, arm.experiment.recipe)
+    recipe = arm.experiment.recipe
+    flops, shared = run_flops(arm, order), shared_keys(arm.recipe, arm.seed, recipe, arm.name)
+    if (tuned := recipe.tuned_as(arm.name)) is not None:
+        flops["tuning"] = {tuned: read_tuned(arm.experiment.run)[tuned]["flops"]}
     flops["teachers_amortised"] = amortised("teachers", flops, shared, all_sharers(arm.experiment))
     flops["measuring"] = measured_flops(arm.folder / "log.jsonl")
     texts: dict[str, Any] = {}

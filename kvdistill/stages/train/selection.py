@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvdistill.core.errors import TrainingStopped
+from kvdistill.core.errors import Diverged
 from kvdistill.core.files import open_tensors
 from kvdistill.core.recipe import TrainRecipe
 from kvdistill.stages.train.checkpoint import trainable
@@ -55,11 +55,11 @@ class Selection:
                     self.weights[name].copy_(parameter)
 
     def put_back(self, model: nn.Module) -> None:
-        """Give the model the weights that are kept. TrainingStopped where no point has a finite NLL."""
+        """Give the model the weights that are kept. Diverged where no point has a finite NLL."""
         if self._train.select == "last":
             return
         if self._best is None:
-            raise TrainingStopped(
+            raise Diverged(
                 "no validation point has a finite NLL, so there are no best weights to keep",
                 place="train.select",
                 fix="lower train.learning_rate, or look at the validation problems; then run in a new run_dir",

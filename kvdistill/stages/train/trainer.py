@@ -28,7 +28,7 @@ from transformers.integrations import TensorBoardCallback
 from kvdistill.arms.batches import Batch, BatchMaker, ExampleNumbers, FixedOrder, token_counts
 from kvdistill.arms.distiller import Distiller, DistillOutput
 from kvdistill.arms.shares import gradient_shares
-from kvdistill.core.errors import TrainingStopped
+from kvdistill.core.errors import Diverged
 from kvdistill.core.files import append_json_line, keep_json_lines, read_json_lines, write_json_lines
 from kvdistill.core.recipe import ArmRecipe, OptimiserRecipe, TrainRecipe
 from kvdistill.core.runtime import Stopwatch
@@ -224,7 +224,7 @@ class DistillTrainer(Trainer):
         for (name, (_, weight, _)), (value, entered) in zip(out.terms.items(), values, strict=True):
             if not (math.isfinite(value) and math.isfinite(entered)):  # entered: with the router's weights
                 broken = value if not math.isfinite(value) else entered
-                raise TrainingStopped(
+                raise Diverged(
                     f"loss term {name!r} became {broken} at step {self.state.global_step + 1}; "
                     "the last good checkpoint is kept",
                     place=str(self._log_file.parent),
@@ -406,7 +406,7 @@ class DistillTrainer(Trainer):
         """A gradient that is no number ruins weights under a loss that is one: no checkpoint of those."""
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and not bool(parameter.detach().isfinite().all()):
-                raise TrainingStopped(
+                raise Diverged(
                     f"weight {name!r} is no longer finite after step {self.state.global_step}; "
                     "the last good checkpoint is kept",
                     place=str(self._log_file.parent),
