@@ -801,7 +801,8 @@ class Recipe(Section):
         """The arm whose chosen values this one takes: itself, or the one of whose curve it is; None: it is not
         tuned."""
         curves = self.report.curves
-        bases = {name: base for base in (curves.arms if curves else ()) if curves for name in curves.of(base).values()}
+        pairs = [(name, base) for base in curves.arms for name in curves.names(base).values()] if curves else []
+        bases = dict(pairs)
         base = bases.get(arm, arm)
         chosen = self.tune is not None and (base in self.arms if self.tune.arms == "all" else base in self.tune.arms)
         return base if chosen else None
