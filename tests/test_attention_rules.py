@@ -233,7 +233,9 @@ def test_a_fused_cache_is_averaged_over_the_tokens_it_has() -> None:
 
     def arm(weights: list[float] | None = None) -> ArmRecipe:
         fuse = {"fuse_at": "kv", "weights": weights}
-        return ArmRecipe.model_validate({"teachers": ["a", "b"], "fuse": fuse, "align": {}, "compress": {}, "loss": {}})
+        return ArmRecipe.model_validate(
+            {"teachers": ["a", "b"], "fuse": fuse, "align": {}, "compress": {}, "loss": {}, "train": {}}
+        )
 
     assert token_counts(batch, arm()).tolist() == [4, 2, 3, 5]
     target = torch.ones(1, 1, 5, 2)

@@ -306,7 +306,7 @@ def test_a_fit_that_fails_of_nan_names_the_teacher(profiled, tmp_path, monkeypat
     path = taught_run(profiled[0], tmp_path, {"right": ARMS["right"]})
     answer = invoke(monkeypatch, "profile-alignment", path)
     assert_one_message(
-        answer, "teacher one: its keys, as captured, are not all finite: 6 values in layer 1", "capture.dtype"
+        answer, "teachers.0 (one)", "NaN or infinity as keys or values of text 0 of train", "its weights and its dtype"
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import tiny_model
@@ -35,13 +36,14 @@ from kvdistill.core.files import read_json_lines, sha256_file
 from kvdistill.core.layout import written_folder, written_mark
 from kvdistill.core.marks import check_marked, read_mark
 from kvdistill.core.progress import silent
+from kvdistill.core.recipe import ParityRecipe
 from kvdistill.data.encode import Example
 from kvdistill.data.grading import is_correct
 from kvdistill.data.tables import read_table
 from kvdistill.models import batch_geometry, forward_flops
 from kvdistill.models.generate import Answer, Rows, Sampled, generate_greedy
 from kvdistill.stages import write as stage
-from kvdistill.stages.report.compare import _ledger_refusals
+from kvdistill.stages.report.compare import SeedRun, _ledger_refusals
 from kvdistill.stages.train import train_student
 from kvdistill.stages.write import ANSWERS, asked_numbers, solution_row, write
 from kvdistill.study.folder import claimed, difference
@@ -154,9 +156,14 @@ def test_such_an_arm_costs_as_many_steps_and_may_be_compared_with_plain_training
     assert ledgers["ce"]["optimiser_steps"] == ledgers["data"]["optimiser_steps"]
     assert ledgers["ce"]["order_fingerprint"] != ledgers["data"]["order_fingerprint"]
     far = {**ledgers["data"], "tokens_nonpadding": 2 * ledgers["ce"]["tokens_nonpadding"]}
-    assert _ledger_refusals(ledgers["ce"], far) == []
-    assert any("data order" in why for why in _ledger_refusals(ledgers["ce"], {**far, "texts": None}))
-    assert any("steps" in why for why in _ledger_refusals(ledgers["ce"], {**far, "optimiser_steps": 12}))
+
+    def reasons(other):
+        runs = [SeedRun((), (), (), *(np.zeros(0) for _ in range(3)), ledger=one) for one in (ledgers["ce"], other)]
+        return _ledger_refusals(*runs, ParityRecipe())
+
+    assert reasons(far) == []
+    assert any("data order" in why for why in reasons({**far, "texts": None}))
+    assert any("steps" in why for why in reasons({**far, "optimiser_steps": 12}))
 
 
 # -- what teachers write ----------------------------------------------------------------------------------
@@ -236,9 +243,9 @@ def test_what_several_write_alike_is_read_once_and_the_arm_counts_what_it_cost(r
     spoken(monkeypatch, setting, gold)
     for name in ("one", "two"):
         write(setting.teachers[name])
-    rows = written_beside(setting, ["one", "two"])
+    rows = written_beside(setting, ["one", "two"], range(48))
     assert [*rows] == [*setting.split("teach")], "right to the letter: what the data says"
-    assert len(written_beside(setting, ["one", "one"])) == 20
+    assert len(written_beside(setting, ["one", "one"], range(48))) == 20
     arm = setting.arm("seq-kd", SEED)
     train_student(arm)
     ledger = json.loads((arm.folder / "ledger.json").read_text())
@@ -252,7 +259,7 @@ def test_what_several_write_alike_is_read_once_and_the_arm_counts_what_it_cost(r
     spoken(monkeypatch, other, gold)
     shutil.rmtree(run / "written")
     write(other.teachers["one"])
-    assert len(written_beside(other, ["one"])) == 0, "it stands in the training problems already"
+    assert len(written_beside(other, ["one"], range(48))) == 0, "it stands in the training problems already"
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.3])

@@ -16,9 +16,9 @@ from kvdistill.arms.experiment import Experiment
 from kvdistill.core.budgets import WORDS, budget_path, figure_of, read_budgets
 from kvdistill.core.costs import TOLERANCE, apart, student_flops, total_flops, trial_flops
 from kvdistill.core.errors import KVDistillError, RecipeError
-from kvdistill.core.files import sha256_of, write_json
+from kvdistill.core.files import as_json, sha256_of, write_json
 from kvdistill.core.layout import data_folder
-from kvdistill.core.marks import sealed
+from kvdistill.core.marks import read_mark, sealed
 from kvdistill.core.recipe import MAX_EXAMPLES_SEEN, ParityRecipe
 
 
@@ -109,7 +109,9 @@ class TrainingBudgetController:
         content["comparisons"] = [
             self._compared(*pair) for pair in recipe.report.pairs if {*pair} <= self.experiment.arms.keys()
         ]
-        write_json(budget_path(self.experiment.run), sealed(content))
+        path = budget_path(self.experiment.run)
+        if as_json(content) != read_mark(path):
+            write_json(path, sealed(content))
         return content
 
     # -- what a run costs ---------------------------------------------------------------------------------
