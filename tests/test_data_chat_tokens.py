@@ -144,6 +144,7 @@ class Parrot:
         generation_config: Any,
         stopping_criteria: Any,
         past_key_values: None,
+        logits_processor: Any = None,
     ) -> torch.Tensor:
         rows = []
         for ids, mask in zip(input_ids, attention_mask, strict=True):
