@@ -51,7 +51,8 @@ class Arm:
         teachers: by name, among others those that it learns from.
         recipe: the arm's own, complete.
         name: in the study; empty for a made-up arm.
-        judges: by name, teachers whose NLL tells competence; unset: its own.
+        trained: by name, the teachers with their own weights, where those that it learns from have random ones: whose
+            NLL tells competence, and who wrote what it reads. Unset: `teachers`.
     """
 
     def __init__(
@@ -61,13 +62,12 @@ class Arm:
         recipe: ArmRecipe,
         seed: int,
         name: str = "",
-        judges: Mapping[str, Teacher] | None = None,
+        trained: Mapping[str, Teacher] | None = None,
     ) -> None:
         self.experiment, self.recipe, self.seed, self.name = experiment, recipe, seed, name
-        self._judges = {} if judges is None or recipe.control != "untrained" else judges
         self.teachers: dict[str, Teacher] = {teacher: teachers[teacher] for teacher in recipe.teachers}
-        everyone = teachers if judges is None else judges
-        self.writers = {teacher: everyone[teacher] for teacher in recipe.writers if teacher in everyone}
+        self.writers = {teacher: (trained or teachers)[teacher] for teacher in recipe.writers}
+        self._judges = trained if trained is not None and recipe.control == "untrained" else {}
         self.device = experiment.device
         self.uses_teachers = recipe.needs_kv or recipe.needs_logits
         self._readers: dict[str, dict[str, TargetReader]] = {}  # by split: checked once

@@ -51,4 +51,4 @@ class Experiment(Setting):
         if steps is not None:
             recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": steps})})
         teachers = mine.untrained if recipe.control == "untrained" else mine.teachers
-        return Arm(mine, teachers, recipe, seed, name, judges=mine.teachers)
+        return Arm(mine, teachers, recipe, seed, name, trained=mine.teachers)

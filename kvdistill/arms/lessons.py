@@ -10,7 +10,7 @@ as many examples as any other and sees some of each in every batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any
 
 from kvdistill.arms.setting import Setting
 from kvdistill.arms.texts import PickedRows
@@ -18,12 +18,12 @@ from kvdistill.core.errors import DataError, RunFolderError
 from kvdistill.core.layout import written_folder, written_mark
 from kvdistill.core.marks import read_mark
 from kvdistill.data.encode import Example
-from kvdistill.data.tables import read_table
+from kvdistill.data.tables import ExampleRows, read_table
 
 SOLUTIONS = "solutions.parquet"
 
 
-class RowsBehind(Sequence[Example]):
+class RowsBehind(ExampleRows):
     """Rows of two tables, one behind the other."""
 
     def __init__(self, first: Sequence[Example], second: Sequence[Example]) -> None:
@@ -32,17 +32,9 @@ class RowsBehind(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._first) + len(self._second)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        place, number = index % len(self), len(self._first)
-        return self._first[place] if place < number else self._second[place - number]
+    def row(self, number: int) -> Example:
+        behind = number - len(self._first)
+        return self._first[number] if behind < 0 else self._second[behind]
 
 
 def studied_beside(setting: Setting, names: Sequence[str]) -> Sequence[Example]:

@@ -19,7 +19,7 @@ from kvdistill.core.errors import RunFolderError
 from kvdistill.core.layout import teacher_texts_folder, tokenizer_folder
 from kvdistill.core.recipe import Recipe, TeacherRecipe
 from kvdistill.data.encode import Example
-from kvdistill.data.tables import check_file, read_manifest
+from kvdistill.data.tables import ExampleRows, check_file, read_manifest
 from kvdistill.data.tokenizers import fingerprint_tokenizer, load_tokenizer
 
 SPAN_NAMES = ("offsets", "spans", "roles")
@@ -68,8 +68,8 @@ class TeacherText:
         return self.students.row(self.numbers[number])
 
 
-class PickedRows(Sequence[Example]):
-    """Some rows of a table, made when they are asked for."""
+class PickedRows(ExampleRows):
+    """Some rows of a table."""
 
     def __init__(self, table: Sequence[Example], numbers: Sequence[int]) -> None:
         self._table, self._numbers = table, numbers
@@ -77,10 +77,8 @@ class PickedRows(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._numbers)
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self._table[i] for i in self._numbers[index]]
-        return self._table[self._numbers[index]]
+    def row(self, number: int) -> Example:
+        return self._table[self._numbers[number]]
 
 
 def load_tokenizer_of(run: Path) -> PreTrainedTokenizerFast:

@@ -24,8 +24,9 @@ app = typer.Typer(
 
     Your own: kvdistill run recipes/demo.yaml train.steps=200 seeds=[1,2,3]
 
-    The single stages, in the order of the data: prepare, teach, capture, fit, train, evaluate, report.
-    Each reads a recipe, works in its run folder, skips what is finished and resumes what was interrupted.""",
+    The single stages, in the order of the data: prepare, teach, capture, fit, train, evaluate, report; and where
+    a recipe asks for them write (solutions by teachers) and tune (the same search for every arm). Each reads a recipe,
+    works in its run folder, skips what is finished and resumes what was interrupted.""",
 )
 
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -112,7 +113,26 @@ def read_table(path: Path, sha256: str) -> Sequence[Example]:
     return _Examples(pq.read_table(path, schema=SCHEMA))
 
 
-class _Examples(Sequence[Example]):
+class ExampleRows(Sequence[Example]):
+    """Rows that are made when they are asked for: by number, from the end too, or several by a slice."""
+
+    @abstractmethod
+    def row(self, number: int) -> Example:
+        """The row of a number from 0 to the length."""
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self.row(i) for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self.row(index % len(self))
+
+
+class _Examples(ExampleRows):
     """Rows of a table as examples: token ids stay packed, 5 bytes a token and not 70, until asked for."""
 
     def __init__(self, table: pa.Table) -> None:
@@ -129,19 +149,10 @@ class _Examples(Sequence[Example]):
     def __len__(self) -> int:
         return self._num_rows
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        row = index % len(self)
-        columns: dict[str, Any] = {name: column[row].as_py() or "" for name, column in self._texts.items()}
+    def row(self, number: int) -> Example:
+        columns: dict[str, Any] = {name: column[number].as_py() or "" for name, column in self._texts.items()}
         for name, (starts, values) in self._lists.items():
-            columns[name] = values[starts[row] : starts[row + 1]].tolist()
+            columns[name] = values[starts[number] : starts[number + 1]].tolist()
         return Example(**columns)
 
     def __eq__(self, other: object) -> bool:

@@ -13,7 +13,7 @@ the same graph.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from kvdistill.core.budgets import continued, read_budgets
 from kvdistill.core.config import arm_recipe, asked_hash, trials_of
 from kvdistill.core.layout import arm_folder, evaluated_mark
 from kvdistill.core.marks import read_mark
-from kvdistill.core.recipe import UNTRAINED, Recipe
+from kvdistill.core.recipe import UNTRAINED, ArmRecipe, Recipe
 from kvdistill.stages.table import STAGES, Job, is_done, is_tuned
 
 STUDY = ("teach", "evaluate", "report")  # what a whole study is after; everything else only comes before it
@@ -86,23 +86,7 @@ def plan(
     jobs: dict[str, Job] = {}
     for verb, stage in STAGES.items():
         for mine in about.get(verb, [{}]) if verb in allowed else []:
-            reads = arms[mine["arm"]].reads if "arm" in mine else [mine.get("teacher")]
-            solved = arms[mine["arm"]].writers if "arm" in mine else reads
-            after = [
-                job.id
-                for job in jobs.values()
-                if job.verb in stage.needs
-                and (
-                    verb == "check"  # the data of all seeds is known to be good before anything is trained
-                    or all(
-                        mine.get(key, value) == value for key, value in job.arguments.items() if key in ("arm", "seed")
-                    )
-                )
-                and (
-                    not {"arm", "teacher"} & mine.keys()
-                    or job.arguments.get("teacher") in (None, *(solved if job.verb == "write" else reads))
-                )
-            ]
+            after = [job.id for job in jobs.values() if job.verb in stage.needs and _waits(verb, mine, job, arms)]
             shorter = goes_on_from.get(str(mine.get("arm")))
             if verb == "train" and shorter is not None:
                 after += [f"train:{shorter}:{mine['seed']}"] if f"train:{shorter}:{mine['seed']}" in jobs else []
@@ -113,6 +97,19 @@ def plan(
                 cost = max(0.0, cost - stage.cost(recipe, **mine | {"arm": arms[shorter]}))
             jobs[identity] = Job(identity, verb, {"run": str(run), **mine}, tuple(after), cost, mark)
     return _left_to_do(list(jobs.values()), recipe, goals)
+
+
+def _waits(verb: str, mine: Mapping[str, Any], job: Job, arms: Mapping[str, ArmRecipe]) -> bool:
+    """Whether a job of `verb` about `mine` (a teacher; an arm and a seed) waits for this one, of a verb that it needs:
+    of the same arm and seed, and of a teacher whose targets, or solutions, it reads."""
+    about = job.arguments
+    alike = all(mine.get(key, about[key]) == about[key] for key in ("arm", "seed") if key in about)
+    if not (alike or verb == "check"):  # the data of all seeds is known to be good before anything is trained
+        return False
+    if "arm" in mine:
+        arm = arms[mine["arm"]]
+        return about.get("teacher") in (None, *(arm.writers if job.verb == "write" else arm.reads))
+    return "teacher" not in mine or about.get("teacher") in (None, mine["teacher"])
 
 
 def is_evaluated(recipe: Recipe, run: Path, arm: str, seed: int) -> bool:

@@ -75,11 +75,42 @@ class RunTables:
 
 def collect_tables(recipe: Recipe, run: Path) -> RunTables:
     """All tables of a run folder. Raises RunFolderError if no run has records, or a file is damaged."""
-    now = asked_hash(recipe)
     compared = {arm for pair in family_of(recipe).pairs for arm in pair}
     shown = [arm for arm in recipe.every_arm if arm in recipe.arms or arm in compared]
     tables = RunTables(run, shown, list(recipe.seeds))
-    unmarked: list[str] = []
+    unmarked = _collect_runs(recipe, tables)
+    price(recipe, tables)
+    tables.notes += budget_notes(tables)
+    if not any(tables.runs.values()):
+        raise RunFolderError("no run has been evaluated", place=str(run / "arms"), fix="train and evaluate first")
+    _collect_models(recipe, run, tables)
+    tables.notes += _layer_notes(recipe, run)
+    manifest = run / "data" / "manifest.json"
+    tables.manifest = read_sealed(manifest, fix="run `kvdistill prepare` again") if manifest.is_file() else {}
+    validation = run / "data" / "validation_report.json"
+    tables.validation = read_sealed(validation, fix="run `kvdistill validate`") if validation.is_file() else {}
+    if recipe.varies_data:
+        _collect_data_of_seeds(recipe, run, tables)
+    tables.provenance = _read_object(run / "provenance.json")
+    if unmarked:
+        tables.notes.append(
+            "Not counted, since no mark vouches for these records: " + ", ".join(unmarked) + ". Run the study again."
+        )
+    if tables.missing:
+        tables.notes.append(
+            "Not evaluated yet: " + ", ".join(f"{arm} seed {seed}" for arm, seed in tables.missing) + "."
+        )
+    known = {*tables.runs, *trials_of(recipe)}
+    strays = sorted(p.name for p in (run / "arms").iterdir() if p.is_dir() and p.name not in known)
+    if strays:
+        tables.notes.append("In the folder but not in the recipe, and left out: " + ", ".join(strays) + ".")
+    return tables
+
+
+def _collect_runs(recipe: Recipe, tables: RunTables) -> list[str]:
+    """Records, logs and matches of all arms and seeds, held against their marks. Returns in words which records nobody
+    vouches for: these count as missing."""
+    now, unmarked = asked_hash(recipe), list[str]()
     alike: Alike = {}
     for arm in recipe.every_arm:
         tables.runs[arm], tables.logs[arm], tables.matches[arm] = {}, {}, {}
@@ -109,10 +140,11 @@ def collect_tables(recipe: Recipe, run: Path) -> RunTables:
             tables.missing.append((arm, seed))
             if (folder / "records.jsonl").is_file():
                 unmarked.append(f"{arm} seed {seed} (no {' and no '.join(unvouched)})")
-    price(recipe, tables)
-    tables.notes += budget_notes(tables)
-    if not any(tables.runs.values()):
-        raise RunFolderError("no run has been evaluated", place=str(run / "arms"), fix="train and evaluate first")
+    return unmarked
+
+
+def _collect_models(recipe: Recipe, run: Path, tables: RunTables) -> None:
+    """What is noted of teachers and student: sizes, accuracies, layers, tokenizers."""
     for teacher in recipe.teachers:
         folders = {teacher.name: teacher_folder(run, teacher.name)}
         if recipe.varies_teachers and teacher.scratch is not None:
@@ -131,27 +163,6 @@ def collect_tables(recipe: Recipe, run: Path) -> RunTables:
         for where in (run, place):
             if found := _read_object(teacher_texts_folder(where, teacher.name) / "manifest.json"):
                 tables.tokenizers[teacher.name] = found
-    tables.notes += _layer_notes(recipe, run)
-    manifest = run / "data" / "manifest.json"
-    tables.manifest = read_sealed(manifest, fix="run `kvdistill prepare` again") if manifest.is_file() else {}
-    validation = run / "data" / "validation_report.json"
-    tables.validation = read_sealed(validation, fix="run `kvdistill validate`") if validation.is_file() else {}
-    if recipe.varies_data:
-        _collect_data_of_seeds(recipe, run, tables)
-    tables.provenance = _read_object(run / "provenance.json")
-    if unmarked:
-        tables.notes.append(
-            "Not counted, since no mark vouches for these records: " + ", ".join(unmarked) + ". Run the study again."
-        )
-    if tables.missing:
-        tables.notes.append(
-            "Not evaluated yet: " + ", ".join(f"{arm} seed {seed}" for arm, seed in tables.missing) + "."
-        )
-    known = {*tables.runs, *trials_of(recipe)}
-    strays = sorted(p.name for p in (run / "arms").iterdir() if p.is_dir() and p.name not in known)
-    if strays:
-        tables.notes.append("In the folder but not in the recipe, and left out: " + ", ".join(strays) + ".")
-    return tables
 
 
 def _read_layers(recipe: Recipe, run: Path) -> dict[str, Row]:

@@ -49,19 +49,7 @@ def train_student(arm: Arm, progress: Progress = silent) -> None:
     with folder_lock(folder, wait=True) if os.environ.get("RANK", "0") == "0" else nullcontext():
         if read_mark(trained_mark(folder)) is not None:
             return
-        if recipe.match is not None and arm.experiment.matched_steps(arm.name) is None:
-            raise RunFolderError(
-                f"the steps of arm {arm.name!r}, which is matched to {recipe.match.arm!r}, are not computed yet",
-                place=str(budget_path(arm.experiment.run)),
-                fix="run `kvdistill train RECIPE`, which computes them first",
-            )
-        chosen = arm.experiment.chosen_values(arm.name)
-        if chosen is None:
-            raise RunFolderError(
-                f"the values of arm {arm.name!r}, which is tuned, are not chosen yet",
-                place=str(tuned_path(arm.experiment.run)),
-                fix="run `kvdistill tune RECIPE`, which chooses them",
-            )
+        chosen = settled_values(arm)
         is_trial = arm.name in arm.experiment.trials
         declare(arm.experiment.recipe, arm.experiment.run)
         seed_everything(derive_seed(arm.seed, "training"))
@@ -111,21 +99,43 @@ def train_student(arm: Arm, progress: Progress = silent) -> None:
         if chosen:
             facts["tuned"] = ledger["tuned"] = chosen
         write_json(folder / "ledger.json", ledger)
-        tensors = {
-            f"{name}/{part}": tensor
-            for name in (distiller.teachers if arm.recipe.needs_kv else ())
-            for part, tensor in distiller.aligner(name).state_dict().items()
-        }
-        if is_trial:  # nobody will ask it anything: log, ledger and mark are all of it
-            write_mark(trained_mark(folder), facts, MADE)
-            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-            return
-        if tensors:
-            write_tensors(folder / "adapters.safetensors", tensors, {"teachers": ",".join(distiller.teachers)})
-        distiller.student.save(folder / "model", arm.experiment.as_read(arm.experiment.tokenizer))
-        hand_over(arm)
+        if not is_trial:  # of which nobody will ask anything: log, ledger and mark are all of it
+            save_student(arm, distiller)
+            hand_over(arm)
         write_mark(trained_mark(folder), facts, MADE)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+
+def settled_values(arm: Arm) -> dict[str, Any]:
+    """What tuning chose for the arm, empty for one that is not tuned. RunFolderError where that, or the steps of an arm
+    that is matched to another, is still to be found out."""
+    experiment, match = arm.experiment, arm.recipe.match
+    if match is not None and experiment.matched_steps(arm.name) is None:
+        raise RunFolderError(
+            f"the steps of arm {arm.name!r}, which is matched to {match.arm!r}, are not computed yet",
+            place=str(budget_path(experiment.run)),
+            fix="run `kvdistill train RECIPE`, which computes them first",
+        )
+    chosen = experiment.chosen_values(arm.name)
+    if chosen is None:
+        raise RunFolderError(
+            f"the values of arm {arm.name!r}, which is tuned, are not chosen yet",
+            place=str(tuned_path(experiment.run)),
+            fix="run `kvdistill tune RECIPE`, which chooses them",
+        )
+    return chosen
+
+
+def save_student(arm: Arm, distiller: Distiller) -> None:
+    """The projectors to each teacher, and the student as plain transformers loads it."""
+    tensors = {
+        f"{name}/{part}": tensor
+        for name in (distiller.teachers if arm.recipe.needs_kv else ())
+        for part, tensor in distiller.aligner(name).state_dict().items()
+    }
+    if tensors:
+        write_tensors(arm.folder / "adapters.safetensors", tensors, {"teachers": ",".join(distiller.teachers)})
+    distiller.student.save(arm.folder / "model", arm.experiment.as_read(arm.experiment.tokenizer))
 
 
 @torch.no_grad()
