@@ -358,3 +358,14 @@ def test_kv_weight_warm_up() -> None:
     assert kv_weight_at(0, 100, 20.0, 0) == 20 and kv_weight_at(0, 100, 20.0, 1) == 20
     assert kv_weight_at(50, 100, 0.0, 0.1) == 0
     assert all(kv_weight_at(s, 10, 1.0, 1000) < 0.011 for s in range(10))  # longer than the run: never full
+
+
+def test_the_kv_weight_fades_out_as_it_rose() -> None:
+    steps = range(10)
+    faded = [kv_weight_at(s, 10, 20.0, 0, 0.4) for s in steps]
+    assert faded == pytest.approx([20, 20, 20, 20, 20, 20, 20, 15, 10, 5])
+    assert faded == [kv_weight_at(s, 10, 20.0, 0, 4) for s in steps]
+    assert faded == pytest.approx([kv_weight_at(9 - s, 10, 20.0, 4) for s in steps])
+    both = [kv_weight_at(s, 6, 12.0, 6, 6) for s in range(6)]
+    assert both == pytest.approx([2, 4, 6, 6, 4, 2])  # where they meet the smaller holds
+    assert all(kv_weight_at(s, 10, 7.0, 0, 0) == 7.0 for s in steps)

@@ -60,6 +60,20 @@ def test_the_factor_and_the_ceiling_are_said_in_words(shown):
     )
 
 
+def test_an_arm_at_its_own_budget_is_a_point_beside_the_curve(tmp_path, shown):
+    _, whole, _ = shown
+    arms = {name: ARMS[name][0] for name in ("competence", "ce")}
+    recipe = make_recipe(arms, report={"curves": {"arms": ["ce"], "points": ["competence"], "budgets": [1, 2, 4]}})
+    assert {*recipe.every_arm} == {"competence", "ce", "ce@x2", "ce@x4"}
+    write_run(tmp_path / "run", recipe, questions=400, accuracy=ACCURACY)
+    report(recipe, tmp_path / "run")
+    curves = read_json(tmp_path / "run/summary.json")["curves"]
+    assert [row["name"] for row in curves["rows"]] == ["ce", "ce@x2", "ce@x4", "competence"]
+    [point], [curve] = curves["against"], whole["curves"]["against"]
+    assert point["factors"]["steps"] == curve["factors"]["steps"], "the factor is of the arm at its own budget"
+    assert point["ceiling"]["budget"] == 1 and point["ceiling"]["difference"] < curve["ceiling"]["difference"]
+
+
 def test_only_compared_arms_of_a_curve_stand_among_the_arms(shown):
     run, summary, _ = shown
     assert list(summary["arms"]) == ["competence", "ce", "placebo", "ce@x2"]

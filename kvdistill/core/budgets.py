@@ -50,7 +50,7 @@ def continued(recipe: Recipe, arms: Mapping[str, ArmRecipe]) -> dict[str, str]:
     for base in recipe.report.curves.arms if recipe.report.curves else ():
         assert recipe.report.curves is not None
         arm = arms[base]
-        shares = arm.needs_kv and 0 < arm.loss.kv_warmup < 1
+        shares = arm.needs_kv and (0 < arm.loss.kv_warmup < 1 or arm.loss.kv_fade > 0)
         same_problems = recipe.report.curves.of_steps
         goes_on = arm.train.schedule == "constant" and not shares and not arm.train.asks_validation and same_problems
         names = list(recipe.report.curves.names(base).values()) if goes_on else []

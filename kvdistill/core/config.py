@@ -241,10 +241,11 @@ def _curve_mistakes(recipe: Recipe, place: str) -> Iterator[RecipeError]:
     curves, where = recipe.report.curves, f"{place}: report.curves"
     if curves is None:
         return
-    for arm in curves.arms:
+    for arm in (*curves.arms, *curves.points):
         if arm not in recipe.arms:
             what = f"a curve of an arm that is not there: {arm!r}"
-            yield RecipeError(what, place=f"{where}.arms", fix=_nearest(arm, list(recipe.arms)))
+            key = "arms" if arm in curves.arms else "points"
+            yield RecipeError(what, place=f"{where}.{key}", fix=_nearest(arm, list(recipe.arms)))
             continue
         for budget, name in curves.names(arm).items():
             if name != arm and name in recipe.arms:

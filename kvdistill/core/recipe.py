@@ -403,6 +403,9 @@ class LossRecipe(Section):
     kv_warmup: NonNegative = Field(
         0.1, description="below 1: share of the steps; else steps; the KV weight rises linearly"
     )
+    kv_fade: NonNegative = Field(
+        0.0, description="the last steps, counted alike, in which the KV weight falls to 0; 0: it stays"
+    )
     distill_layers: str = Field("all", description="student layers, `0-12` (inclusive), `3,5`, or `all`")
     smooth_l1_beta: AboveZero = Field(1.0, description="smooth_l1: below it squares, above it absolute values")
     mercator_alpha: NonNegative = Field(1.0, description="mercator: weight of 1 - cos")
@@ -556,7 +559,10 @@ class CurvesRecipe(Section):
     or how many more problems must one have, to reach the other?"""
 
     arms: list[str] = Field(
-        min_length=2, max_length=100, description="each at every budget; `ce` at twice its steps is the arm `ce@x2`"
+        min_length=1, max_length=100, description="each at every budget; `ce` at twice its steps is the arm `ce@x2`"
+    )
+    points: list[str] = Field(
+        [], max_length=100, description="arms at their own budget alone, held against the curves of the others"
     )
     budgets: list[Annotated[float, Field(gt=0, le=1000)]] = Field(
         min_length=2, max_length=20, description="multiples of an arm's steps (or problems), rising, 1 among them"
@@ -578,19 +584,23 @@ class CurvesRecipe(Section):
             raise ValueError(f"budgets of problems are shares of them, 1 the largest; these are {self.budgets}")
         return self
 
-    @field_validator("arms")
-    @classmethod
-    def _once(cls, arms: list[str]) -> list[str]:
-        if len(set(arms)) < len(arms):
-            raise ValueError(f"an arm is named twice: {arms}")
-        return arms
+    @model_validator(mode="after")
+    def _two_arms_once(self) -> CurvesRecipe:
+        named = [*self.arms, *self.points]
+        if len(set(named)) < len(named):
+            raise ValueError(f"an arm is named twice: {named}")
+        if len(named) < 2:
+            raise ValueError("a curve is held against another arm: name one more in arms, or in points")
+        return self
 
     @property
     def of_steps(self) -> bool:
         return self.of == "steps"
 
     def names(self, arm: str) -> dict[float, str]:
-        """Budget -> the arm that is trained with it, cheapest first."""
+        """Budget -> the arm that is trained with it, cheapest first; of a point itself alone."""
+        if arm in self.points:
+            return {1: arm}
         mark = "x" if self.of == "steps" else "p"
         return {budget: arm if budget == 1 else f"{arm}@{mark}{budget:g}" for budget in self.budgets}
 

@@ -26,6 +26,7 @@ TUNABLE: dict[str, Callable[[ArmRecipe], bool]] = {
     "train.projector_lr_scale": lambda arm: arm.needs_kv,
     "loss.kv_weight": lambda arm: arm.needs_kv,
     "loss.kv_warmup": lambda arm: arm.needs_kv,
+    "loss.kv_fade": lambda arm: arm.needs_kv,
     "loss.logit_weight": lambda arm: arm.needs_logits,
     "loss.logit_temperature": lambda arm: arm.needs_logits,
     "fuse.temperature": lambda arm: len(arm.teachers) > 1 and arm.fuse.fusion_strategy != "fixed",

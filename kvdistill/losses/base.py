@@ -67,11 +67,17 @@ def masked_token_mean(
     return (distance_LBT * share).sum() / distance_LBT.shape[0] / at_least_one(num_tokens)
 
 
-def kv_weight_at(step: int, total_steps: int, kv_weight: int | float, kv_warmup: int | float) -> float:
-    """Weight of the KV term in optimiser step `step` (from 0): a linear rise to `kv_weight`, then constant.
+def kv_weight_at(
+    step: int, total_steps: int, kv_weight: int | float, kv_warmup: int | float, kv_fade: int | float = 0
+) -> float:
+    """Weight of the KV term in optimiser step `step` (from 0): a linear rise to `kv_weight`, constant, a linear fall.
 
-    kv_warmup: below 1 a share of `total_steps`, else a number of steps; 0: no rise. With w warm-up steps
-    the weight is kv_weight * (step + 1) / w, full from step w - 1 on, and never 0 while kv_weight is not.
+    kv_warmup, kv_fade: below 1 a share of `total_steps`, else a number of steps; 0: none. With w warm-up steps the
+    weight is kv_weight * (step + 1) / w, full from step w - 1 on; the fall mirrors it: with f steps of fading,
+    kv_weight * (total_steps - step) / f. Where the two meet the smaller holds. Never 0 while kv_weight is not.
     """
-    warm_steps = kv_warmup * total_steps if kv_warmup < 1 else kv_warmup
-    return kv_weight * min(1.0, (step + 1) / warm_steps) if warm_steps > 0 else kv_weight
+    share = 1.0
+    for steps, done in ((kv_warmup, step + 1), (kv_fade, total_steps - step)):
+        length = steps * total_steps if steps < 1 else steps
+        share = min(share, done / length) if length > 0 else share
+    return kv_weight * share

@@ -47,9 +47,10 @@ def curve_summary(recipe: Recipe, tables: RunTables, figure: str, baseline: str)
         "of": curves.of,
         "costs": {cost: COSTS[cost] for cost in (OF_STEPS if curves.of_steps else OF_PROBLEMS)},
     }
-    found["rows"] = [row for arm in curves.arms for row in _rows(curves, tables, arm, figure)]
-    against = [_against(curves, tables, arm, baseline, figure, recipe.report.alpha)
-               for arm in curves.arms if arm != baseline]  # fmt: skip
+    arms = [*curves.arms, *curves.points]
+    found["rows"] = [row for arm in arms for row in _rows(curves, tables, arm, figure)]
+    alpha = recipe.report.alpha
+    against = [_against(curves, tables, arm, baseline, figure, alpha) for arm in arms if arm != baseline]
     return found | {"against": against, "sentences": [one["sentence"] for one in against]}
 
 
@@ -91,7 +92,8 @@ def _against(curves: CurvesRecipe, tables: RunTables, arm: str, baseline: str, f
     if len(seeds) < 2:
         return found | {"sentence": f"{arm} against {baseline}: no curve, since runs are missing."}
     mine, theirs = (_curve(curves, tables, one, figure, seeds) for one in (arm, baseline))
-    here = curves.budgets.index(1) if curves.of_steps else 0  # what it does with the fewest problems
+    my_budgets, their_budgets = (list(curves.names(one)) for one in (arm, baseline))
+    here = my_budgets.index(1) if curves.of_steps else 0  # what it does with the fewest problems
     for cost in OF_STEPS if curves.of_steps else OF_PROBLEMS:
         given = mine[cost][:, here], mine["scores"][:, here], theirs[cost], theirs["scores"]
         if all(np.isfinite(x).all() for x in given):
@@ -105,7 +107,7 @@ def _against(curves: CurvesRecipe, tables: RunTables, arm: str, baseline: str, f
         low, high = sorted((sign * t.low, sign * t.high))
         found["ceiling"] = {"difference": sign * t.difference, "low": low, "high": high, "p": t.p, "reason": t.reason,
                             "further": t.low > 0, "less": t.high < 0,
-                            "budget": curves.budgets[at], "baseline_budget": curves.budgets[other_at]}  # fmt: skip
+                            "budget": my_budgets[at], "baseline_budget": their_budgets[other_at]}  # fmt: skip
     return found | {"sentence": cost_sentence(found, figure, len(seeds))}
 
 
@@ -138,12 +140,17 @@ def _times(factor: Row) -> str:
     return f"{factor['bound']} {number(factor['factor'], 1)}".strip()
 
 
+def _missed(factor: Row, num_seeds: int) -> str:
+    """Who does not get there: `any seed`, `2 of 5 seeds`."""
+    return f"{factor['num_beyond']} of {num_seeds} seeds" if factor["num_beyond"] < num_seeds else "any seed"
+
+
 def _faster(factor: Row, arm: str, baseline: str, what: str, num_seeds: int) -> str:
     if factor["bound"] == "more than" and factor["factor"] > 1:
-        missed = f"{factor['num_beyond']} of {num_seeds} seeds" if factor["num_beyond"] < num_seeds else "any seed"
         return (
             f"learns more than {number(factor['factor'], 1)} times faster than {baseline}, which does not reach it "
-            f"within {number(factor['most'], 1)} times the {what} (not reached within the range by {missed})"
+            f"within {number(factor['most'], 1)} times the {what} "
+            f"(not reached within the range by {_missed(factor, num_seeds)})"
         )
     if factor["low"] > 1:
         return f"learns {number(factor['factor'], 1)} times faster than {baseline} ({_range(factor)} the {what})"
@@ -158,10 +165,10 @@ def _faster(factor: Row, arm: str, baseline: str, what: str, num_seeds: int) -> 
 def _fewer(factor: Row, arm: str, baseline: str, num_seeds: int) -> str:
     """Of the problems that are at hand, counted at the smallest number of them."""
     if factor["bound"] == "more than" and factor["factor"] > 1:
-        missed = f"{factor['num_beyond']} of {num_seeds} seeds" if factor["num_beyond"] < num_seeds else "any seed"
         return (
             f"{arm} needs more than {number(factor['factor'], 1)} times fewer problems than {baseline}, which does not "
-            f"reach it with {number(factor['most'], 1)} times as many (not reached within the range by {missed})"
+            f"reach it with {number(factor['most'], 1)} times as many "
+            f"(not reached within the range by {_missed(factor, num_seeds)})"
         )
     if factor["low"] > 1:
         return (

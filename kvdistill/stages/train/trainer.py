@@ -206,10 +206,8 @@ class DistillTrainer(Trainer):
         batch: Batch = inputs if self._run_teachers is None else self._run_teachers(inputs)
         kv_weight = 0.0
         if self._arm is not None and self._arm.needs_kv:
-            loss_recipe = self._arm.loss
-            kv_weight = kv_weight_at(
-                self.state.global_step, self.args.max_steps, loss_recipe.kv_weight, loss_recipe.kv_warmup
-            )
+            asked, steps = self._arm.loss, (self.state.global_step, self.args.max_steps)
+            kv_weight = kv_weight_at(*steps, asked.kv_weight, asked.kv_warmup, asked.kv_fade)
         out: DistillOutput = model(batch, counts=num_items_in_batch, kv_weight=kv_weight)
         self._watch(out)
         self._note_shares(out)
