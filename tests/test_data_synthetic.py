@@ -9,10 +9,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvdistill.core.errors import DataError
-from kvdistill.data.sets.generated import AbstractFamily, ChainFamily, ProductFamily
+from kvdistill.data.sets.generated import (
+    AbstractFamily,
+    ChainFamily,
+    DigitsFamily,
+    ProductFamily,
+    QuotientFamily,
+)
 
 CHAIN, PRODUCT = ChainFamily(), ProductFamily()  # the sizes that the built-in study uses
-SMALL = [ChainFamily(num_steps=2, max_value=5, max_step=3), ProductFamily(min_factor=2, max_factor=4)]
+DIGITS, QUOTIENT = DigitsFamily(), QuotientFamily()
+SMALL = [
+    ChainFamily(num_steps=2, max_value=5, max_step=3),
+    ProductFamily(min_factor=2, max_factor=4),
+    DigitsFamily(num_digits=3),
+    QuotientFamily(max_quotient=4, max_divisor=3, max_term=5),
+]
 
 
 def _chains_slowly(num_steps: int, max_value: int, max_step: int) -> set[tuple[str, str, str]]:
@@ -43,7 +55,35 @@ def test_product_family_is_exactly_the_products_there_are() -> None:
     assert written == expected and len(written) == 81
 
 
-@pytest.mark.parametrize("family", [CHAIN, PRODUCT], ids=lambda family: family.name)
+def test_digits_family_is_exactly_the_numbers_without_a_zero() -> None:
+    written = {SMALL[2].write(number) for number in range(SMALL[2].count())}
+    expected = {
+        (str(n), str(sum(map(int, str(n)[:2]))), str(sum(map(int, str(n)))))
+        for n in range(111, 1000)
+        if "0" not in str(n)
+    }
+    assert written == expected and len(written) == 729
+
+
+def test_quotient_family_is_exactly_the_quotients_there_are() -> None:
+    written = {SMALL[3].write(number) for number in range(SMALL[3].count())}
+    expected = {
+        (f"({whole}-{taken})/{divisor}+{last}", f"{whole - taken},{(whole - taken) // divisor}",
+         str((whole - taken) // divisor + last))
+        for whole in range(1, 50)
+        for divisor in (2, 3)
+        for taken, last in itertools.product(range(1, 6), repeat=2)
+        if (whole - taken) % divisor == 0 and 2 <= (whole - taken) // divisor <= 4
+    }  # fmt: skip
+    assert written == expected and len(written) == SMALL[3].count() == 150
+
+
+def test_a_number_and_its_digits_in_another_order_are_kin() -> None:
+    of = {DIGITS.write(number)[0]: DIGITS.kin(number) for number in range(0, DIGITS.count(), 97)}
+    assert all((sorted(a) == sorted(b)) == (of[a] == of[b]) for a in list(of)[:60] for b in of)
+
+
+@pytest.mark.parametrize("family", [CHAIN, PRODUCT, DIGITS, QUOTIENT], ids=lambda family: family.name)
 @given(number=st.integers(min_value=0))
 def test_answers_and_intermediate_results_are_right(family: AbstractFamily, number: int) -> None:
     question, reasoning, answer = family.write(number % family.count())
@@ -52,6 +92,15 @@ def test_answers_and_intermediate_results_are_right(family: AbstractFamily, numb
         values = list(itertools.accumulate(map(int, terms)))[1:]
         assert [*map(int, reasoning.split(",")), int(answer)] == values
         assert all(0 <= value <= CHAIN.max_value for value in values)
+    elif family is DIGITS:
+        sums = list(itertools.accumulate(map(int, question)))[1:]
+        assert len(question) == 6 and "0" not in question and [*map(int, reasoning.split(",")), int(answer)] == sums
+    elif family is QUOTIENT:
+        inner, last = question.removeprefix("(").split("+")
+        difference, divisor = inner.split(")/")
+        whole = int(difference.split("-")[0]) - int(difference.split("-")[1])
+        assert whole % int(divisor) == 0 and reasoning == f"{whole},{whole // int(divisor)}"
+        assert int(answer) == whole // int(divisor) + int(last)
     else:
         products = [int(a) * int(b) for a, b in (term.split("*") for term in question.split("+"))]
         assert [*map(int, reasoning.split(","))] == products and int(answer) == sum(products)

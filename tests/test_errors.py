@@ -27,9 +27,10 @@ from tiny_recipe import (
     write_recipe,
 )
 
+from kvdistill.arms.batches import data_order
 from kvdistill.arms.checks import check_saved_tokenizer
 from kvdistill.arms.experiment import Experiment
-from kvdistill.core.errors import KVDistillError, RunFolderError, TrainingStopped
+from kvdistill.core.errors import DataError, KVDistillError, RunFolderError, TrainingStopped
 from kvdistill.core.files import write_json
 from kvdistill.core.layout import refuse_foreign
 from kvdistill.core.marks import sealed
@@ -236,7 +237,12 @@ def test_empty_splits_files_and_tasks(tmp_path, monkeypatch):
     assert_one_message(invoke(monkeypatch, "run", recipe, work=no_training), "'chian'", "did you mean 'chain'?")
     recipe = write_recipe(tmp_path, data={"tasks": tasks(train=0)})
     answer = invoke(monkeypatch, "run", recipe)
-    assert_one_message(answer, "no training examples of chain", "teachers.0 (one)")
+    assert_one_message(answer, "no training examples of chain", "teachers.0 (one)", "`train`")
+    (other := tmp_path / "other").mkdir()
+    recipe = write_recipe(other, data={"tasks": tasks(train=0, teach=9), "disjoint_teachers": True})
+    assert_one_message(invoke(monkeypatch, "run", recipe), "no training examples of product", "(two)", "`teach`")
+    with pytest.raises(DataError, match="no examples to learn from"):  # and not permutations of nothing without end
+        data_order(0, 4, seed=1)
 
 
 # -- the store --------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from kvdistill.arms.controls import (
 )
 from kvdistill.arms.texts import TeacherText
 from kvdistill.compress import kept_tokens
+from kvdistill.core.errors import DataError
 from kvdistill.core.maps import SparseMap
 from kvdistill.core.recipe import ArmRecipe
 from kvdistill.core.runtime import derive_seed
@@ -60,7 +61,9 @@ def in_segments(segments: Tensor, codes: Sequence[int]) -> Tensor:
 
 
 def data_order(num_examples: int, num_needed: int, seed: int) -> list[int]:
-    """Seeded permutations one after another, cut to `num_needed` example numbers."""
+    """Seeded permutations one after another, cut to `num_needed` example numbers. DataError where there is none."""
+    if num_examples < 1:
+        raise DataError("no examples to learn from", place="data.tasks", fix="give a task a `train` count above 0")
     order: list[int] = []
     epoch = 0
     while len(order) < num_needed:

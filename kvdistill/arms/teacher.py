@@ -32,7 +32,7 @@ from kvdistill.arms.texts import (
     teacher_place,
 )
 from kvdistill.compress import rkv_layer_scores
-from kvdistill.core.errors import RecipeError, RunFolderError
+from kvdistill.core.errors import DataError, RecipeError, RunFolderError
 from kvdistill.core.files import open_tensors, read_json, sha256_file, sha256_of, write_json
 from kvdistill.core.kv import KV
 from kvdistill.core.layout import (
@@ -134,10 +134,17 @@ class Teacher:
         beside them.
 
         `data.disjoint_teachers`: only the latter, so that no student sees a text that its teacher was trained on.
+        DataError where there are none.
         """
         splits = ("teach",) if self.experiment.recipe.data.disjoint_teachers else ("train", "teach")
         lessons = (example for split in splits for example in self.lessons(split))
-        return [example for example in lessons if example.task in self.recipe.train_on]
+        if found := [example for example in lessons if example.task in self.recipe.train_on]:
+            return found
+        raise DataError(
+            f"no training examples of {', '.join(self.recipe.train_on)}",
+            place=self.place,
+            fix=f"give these tasks a `{splits[0]}` count above 0",
+        )
 
     def training_order(self, num_examples: int) -> list[int]:
         """Example numbers for the whole training of a scratch teacher, of all ranks."""

@@ -20,7 +20,7 @@ from kvdistill.data.leaks import question_hash
 from kvdistill.data.sets.arc_challenge import ARC_CHALLENGE
 from kvdistill.data.sets.base import DataSet, Evaluation, Task
 from kvdistill.data.sets.bbh import BBH
-from kvdistill.data.sets.generated import CHAIN, PRODUCT
+from kvdistill.data.sets.generated import CHAIN, DIGITS, PRODUCT, QUOTIENT
 from kvdistill.data.sets.gpqa import GPQA, GPQA_DIAMOND
 from kvdistill.data.sets.gsm8k import GSM8K
 from kvdistill.data.sets.hotpotqa import HOTPOTQA
@@ -36,7 +36,24 @@ from kvdistill.data.sets.svamp import SVAMP
 from kvdistill.data.sets.truthfulqa import TRUTHFULQA
 
 _SETS: tuple[DataSet, ...] = (
-    *(CHAIN, PRODUCT, GSM8K, JSONL, CSV, PARQUET, SVAMP, STRATEGYQA, MATH23K, MATH, MATH500, BBH, GPQA, GPQA_DIAMOND),
+    *(
+        CHAIN,
+        PRODUCT,
+        DIGITS,
+        QUOTIENT,
+        GSM8K,
+        JSONL,
+        CSV,
+        PARQUET,
+        SVAMP,
+        STRATEGYQA,
+        MATH23K,
+        MATH,
+        MATH500,
+        BBH,
+        GPQA,
+        GPQA_DIAMOND,
+    ),
     *(TRUTHFULQA, CMMLU, CEVAL, ARC_CHALLENGE, HOTPOTQA),
 )
 TASKS: dict[str, Task] = {one.task.name: one.task for one in _SETS if one.task is not None}

@@ -1,11 +1,13 @@
-"""The built-in tasks `chain` (sums and differences) and `product` (two products): made from the seed, not downloaded.
+"""The built-in tasks `chain`, `product`, `digits` and `quotient`: made from the seed, not downloaded.
 
 Every family numbers its problems 0 … count()-1 and can write down any of them. Drawing numbers without replacement
 makes problems that are unique by construction and uniform over the family. Rearrangements of one problem (3*4+5*6 and
 6*5+4*3) never stand on both sides of a split. Written `3*4+5*6:12,30=42`; style direct asks with `?` in place of `:`.
 
-    chain    question 12+7-5      reasoning 19      answer 14
-    product  question 3*4+5*6     reasoning 12,30   answer 42
+    chain     question 12+7-5        reasoning 19             answer 14
+    product   question 3*4+5*6       reasoning 12,30          answer 42
+    digits    question 493817        reasoning 13,16,24,25    answer 32
+    quotient  question (79-7)/8+5    reasoning 72,9           answer 14
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import accumulate
 from typing import final
 
 from kvdistill.core.errors import DataError
@@ -147,6 +150,51 @@ class ProductFamily(AbstractFamily):
         return [number // size**place % size for place in range(4)]
 
 
+@final
+@dataclass(frozen=True)
+class DigitsFamily(AbstractFamily):
+    """The sum of the digits of a number of `num_digits` digits, none of them 0; the reasoning is the running sum."""
+
+    num_digits: int = 6
+    name: str = "digits"
+
+    def count(self) -> int:
+        return 9**self.num_digits
+
+    def write(self, number: int) -> tuple[str, str, str]:
+        digits = self._digits(number)
+        sums = list(accumulate(digits))
+        return "".join(map(str, digits)), ",".join(map(str, sums[1:-1])), str(sums[-1])
+
+    def kin(self, number: int) -> int:
+        return int("".join(map(str, sorted(self._digits(number)))))
+
+    def _digits(self, number: int) -> list[int]:
+        return [1 + number // 9**place % 9 for place in range(self.num_digits)]
+
+
+@final
+@dataclass(frozen=True)
+class QuotientFamily(AbstractFamily):
+    """(a - b)/c + d, where the quotient is 2 … max_quotient, c is 2 … max_divisor and b, d are 1 … max_term."""
+
+    max_quotient: int = 12
+    max_divisor: int = 12
+    max_term: int = 20
+    name: str = "quotient"
+
+    def count(self) -> int:
+        return (self.max_quotient - 1) * (self.max_divisor - 1) * self.max_term**2
+
+    def write(self, number: int) -> tuple[str, str, str]:
+        number, quotient = divmod(number, self.max_quotient - 1)
+        number, divisor = divmod(number, self.max_divisor - 1)
+        last, taken = divmod(number, self.max_term)
+        quotient, divisor, last, taken = quotient + 2, divisor + 2, last + 1, taken + 1
+        whole = quotient * divisor
+        return f"({whole + taken}-{taken})/{divisor}+{last}", f"{whole},{quotient}", str(quotient + last)
+
+
 def _draw_numbers(total: int, count: int, seed: int) -> Iterator[int]:
     """`count` different numbers below `total`: a Fisher–Yates shuffle that remembers only what it moved."""
     stream = random.Random(seed)
@@ -185,3 +233,4 @@ def _generated(family: AbstractFamily) -> DataSet:
 
 # The sizes that the built-in study uses.
 CHAIN, PRODUCT = _generated(ChainFamily()), _generated(ProductFamily())
+DIGITS, QUOTIENT = _generated(DigitsFamily()), _generated(QuotientFamily())

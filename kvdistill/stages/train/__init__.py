@@ -22,7 +22,7 @@ from kvdistill.arms.teacher import Teacher
 from kvdistill.arms.texts import spread
 from kvdistill.core.budgets import budget_path
 from kvdistill.core.declared import declare
-from kvdistill.core.errors import DataError, RunFolderError
+from kvdistill.core.errors import RunFolderError
 from kvdistill.core.files import read_json, write_json, write_tensors
 from kvdistill.core.layout import CHECKPOINTS, data_folder, folder_lock, trained_mark
 from kvdistill.core.marks import read_mark, write_mark
@@ -169,12 +169,6 @@ def train_teacher(teacher: Teacher, progress: Progress = silent) -> None:
         seed = teacher.recipe.seed
         seed_everything(derive_seed(seed, "teacher", name))
         examples = teacher.studied()
-        if not examples:
-            raise DataError(
-                f"no training examples of {', '.join(teacher.recipe.train_on)}",
-                place=teacher.place,
-                fix="give these tasks a `train` count above 0",
-            )
         tokenizer = teacher.tokenizer
         model = load_model(teacher.recipe, vocab_size=len(tokenizer), seed=teacher.initial_seed, place=teacher.place)
         student = CausalStudent(model)
