@@ -226,8 +226,8 @@ class Arm:
 
     @cached_property
     def _moments(self) -> dict[str, Moments]:
-        """Of every teacher's channels, as its fit noted them."""
-        return {name: Moments.from_tensors(self.fitted(name).shards[0]) for name in self.teachers}
+        """Of every teacher's channels, as its fit noted them: on the device, where noise is drawn."""
+        return {name: Moments.from_tensors(self.fitted(name).shards[0]).to(self.device) for name in self.teachers}
 
     def load(self, batches: BatchMaker, numbers: Sequence[int]) -> Batch:
         """One batch on the device, with targets."""
