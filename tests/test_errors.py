@@ -38,6 +38,8 @@ from kvdistill.core.recipe import ScratchRecipe
 from kvdistill.stages.table import Job
 from kvdistill.study.folder import claimed
 
+pytestmark = pytest.mark.slow
+
 
 def tasks(**changes: Any) -> list[dict[str, Any]]:
     first, second = tiny_tree()["data"]["tasks"]
@@ -392,7 +394,8 @@ def test_a_folder_in_which_another_command_has_just_begun_is_welcome(tmp_path, m
         return listed(folder)
 
     monkeypatch.setattr(Path, "iterdir", meanwhile)
-    refuse_foreign(tmp_path, "recipe.json", fix="none")
+    refuse_foreign(tmp_path, "recipe.json", fix="none")  # raises nothing
+    assert (tmp_path / "recipe.json").exists() and (tmp_path / "data").is_dir(), "or nothing was tried"
 
 
 def test_what_a_kill_leaves_of_the_first_file_is_nobodys(tmp_path):
