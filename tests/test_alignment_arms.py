@@ -102,7 +102,11 @@ ARMS: dict[str, dict[str, Any]] = {
         "control": "noise",
     },
 }
-NOTED_ONLY = {"r-kv", "attention-weighted", "r-kv-weighted"}  # need what was noted when the teacher ran: no online teachers
+NOTED_ONLY = {
+    "r-kv",
+    "attention-weighted",
+    "r-kv-weighted",
+}  # need what was noted when the teacher ran: no online teachers
 FROZEN = {"structural-in-student", "shared", "shared-trained", "shared-fused", "shared-fused-noise"}
 
 
