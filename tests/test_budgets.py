@@ -18,8 +18,9 @@ from tiny_recipe import (
 
 from kvdistill.arms.budget import TrainingBudgetController
 from kvdistill.arms.experiment import Experiment
+from kvdistill.core.arms import arm_recipe
 from kvdistill.core.budgets import FILE, differences, figure_of, read_budgets
-from kvdistill.core.config import arm_recipe, make_recipe
+from kvdistill.core.config import make_recipe
 from kvdistill.core.costs import apart
 from kvdistill.core.declared import compare_declared, declare
 from kvdistill.core.errors import KVDistillError, RecipeError

@@ -16,7 +16,8 @@ from kvdistill.arms.batches import BatchMaker
 from kvdistill.arms.checks import check_models
 from kvdistill.arms.experiment import Experiment
 from kvdistill.arms.texts import load_tokenizer_of
-from kvdistill.core.config import arm_recipe, make_recipe
+from kvdistill.core.arms import arm_recipe
+from kvdistill.core.config import make_recipe
 from kvdistill.core.errors import AlignmentError, DataError, KVDistillError, RecipeError
 from kvdistill.core.recipe import Recipe
 from kvdistill.core.segments import ANSWER, END, REASONING, START, TEXT, TURN

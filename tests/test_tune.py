@@ -24,8 +24,9 @@ from tiny_recipe import (
 
 from kvdistill.arms.budget import TrainingBudgetController
 from kvdistill.arms.experiment import Experiment
+from kvdistill.core.arms import arm_recipe
 from kvdistill.core.budgets import read_budgets
-from kvdistill.core.config import arm_recipe, make_recipe, trials_of
+from kvdistill.core.config import make_recipe
 from kvdistill.core.costs import OWN, apart
 from kvdistill.core.declared import compare_declared
 from kvdistill.core.errors import RunFolderError
@@ -33,7 +34,7 @@ from kvdistill.core.files import read_json
 from kvdistill.core.layout import evaluated_mark, trained_mark
 from kvdistill.core.marks import read_mark
 from kvdistill.core.recipe import ArmRecipe, TuneRecipe
-from kvdistill.core.tuning import RATE, denser, edges, read_tuned, search, searched, tuned_path, with_values
+from kvdistill.core.tuning import RATE, denser, edges, read_tuned, search, searched, trials_of, tuned_path, with_values
 from kvdistill.stages.report.collect import collect_tables
 from kvdistill.stages.report.summary import budgets
 from kvdistill.stages.report.tuning import tuning_rows
