@@ -43,6 +43,8 @@ from kvdistill.models import describe_model
 from kvdistill.stages.fit import fit
 from kvdistill.stages.prepare import prepare
 
+pytestmark = pytest.mark.slow
+
 quiet_libraries()
 set_threads(1)  # as the driver of killed trainings: same sums, same bits
 
@@ -102,11 +104,7 @@ ARMS: dict[str, dict[str, Any]] = {
         "control": "noise",
     },
 }
-NOTED_ONLY = {
-    "r-kv",
-    "attention-weighted",
-    "r-kv-weighted",
-}  # need what was noted when the teacher ran: no online teachers
+NOTED_ONLY = {"r-kv", "attention-weighted", "r-kv-weighted"}  # of scores noted when a teacher ran: not online
 FROZEN = {"structural-in-student", "shared", "shared-trained", "shared-fused", "shared-fused-noise"}
 
 

@@ -32,6 +32,8 @@ from kvdistill.stages.report.compare import find_refusals
 from kvdistill.stages.train import MADE
 from kvdistill.study.verbs import train
 
+pytestmark = pytest.mark.slow
+
 SEEDS = [7, 8, 9]
 STEPS = 60  # whole steps come within 1 %
 TOTAL = {"arm": "fixed", "parity": "total_flops"}

@@ -14,6 +14,8 @@ from kvdistill.core.budgets import continued
 from kvdistill.core.files import read_json
 from kvdistill.study.plan import plan
 
+pytestmark = pytest.mark.slow
+
 CURVES = {"arms": ["fixed", "ce"], "budgets": [1, 2, 3]}
 STUDY = {
     "seeds": [7, 8, 9],

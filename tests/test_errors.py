@@ -436,18 +436,18 @@ def small_disk(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
     made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True, timeout=60, check=False
     )
     if made.returncode:
         pytest.skip("mounting a small disk needs root; the faked full disk below runs everywhere")
 
     def resize(size: str) -> None:
-        subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True)
+        subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], timeout=60, check=True)
 
     try:
         yield folder, resize
     finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
+        subprocess.run(["umount", "-l", str(folder)], timeout=60, check=True)
 
 
 def test_a_disk_that_fills_up_stops_cleanly_and_the_same_command_goes_on(tmp_path, monkeypatch, small_disk):

@@ -26,6 +26,8 @@ from kvdistill.data.encode import Example
 from kvdistill.data.tables import read_split
 from kvdistill.stages.prepare import prepare
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"architecture": "llama", "hidden_size": 16, "num_layers": 2, "num_heads": 2}
 
 
