@@ -32,7 +32,7 @@ from kvdistill.arms.arm import Arm
 from kvdistill.arms.batches import Batch, BatchMaker, token_counts
 from kvdistill.arms.distiller import Distiller, DistillOutput
 from kvdistill.arms.experiment import Experiment
-from kvdistill.arms.teacher import run_teacher
+from kvdistill.arms.teacher_pass import run_teacher
 from kvdistill.core.files import sha256_file
 from kvdistill.core.layout import store_root
 from kvdistill.core.recipe import Recipe

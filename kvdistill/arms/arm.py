@@ -24,7 +24,8 @@ from kvdistill.arms.lessons import RowsBehind, studied_beside, written_beside
 from kvdistill.arms.pairing import Pairing
 from kvdistill.arms.setting import Setting
 from kvdistill.arms.student import CausalStudent, Student
-from kvdistill.arms.teacher import Teacher, run_teacher
+from kvdistill.arms.teacher import Teacher
+from kvdistill.arms.teacher_pass import run_teacher
 from kvdistill.arms.texts import first_share, spread
 from kvdistill.core.errors import AlignmentError
 from kvdistill.core.kv import KV
