@@ -62,7 +62,7 @@ def test_the_verbs_do_nothing_twice_and_keep_quiet_when_asked(beside_a_demo, cap
     from kvdistill.core.progress import silent
 
     words = ["run_dir=runs/quiet", *(f"data.tasks.{i}.{split}=8" for i in (0, 1) for split in ("train", "val", "test"))]
-    recipe = load_recipe("recipes/demo.yaml", [*words, "data.tasks.0.teach=0", "data.tasks.1.teach=0"])
+    recipe = load_recipe("recipes/demo.yaml", [*words, "data.tasks.0.teach=8", "data.tasks.1.teach=8"])
     first = prepare(recipe, progress=silent)
     stamp = Path("runs/quiet/data/train.parquet").stat().st_mtime_ns
     assert prepare(recipe, progress=silent) == first
