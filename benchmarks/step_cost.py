@@ -30,7 +30,7 @@ from kvdistill.align import MapProjectionAligner, layer_map, needed_teacher_laye
 from kvdistill.arms.batches import Batch, BatchMaker
 from kvdistill.arms.distiller import Distiller
 from kvdistill.arms.student import CausalStudent
-from kvdistill.arms.teacher import run_teacher
+from kvdistill.arms.teacher_pass import run_teacher
 from kvdistill.core.recipe import AlignRecipe, ArmRecipe, CompressRecipe, FuseRecipe, LossRecipe, TrainRecipe
 from kvdistill.core.runtime import pick_device, quiet_libraries
 from kvdistill.core.segments import PROMPT

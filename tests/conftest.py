@@ -39,3 +39,19 @@ def data_root() -> Path:
     if not (folder / "gsm8k").is_dir():
         skip_or_fail("data", "there is no real data (set KVDISTILL_DATA)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def gsm8k_root(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real data as if GSM8K (with the tokenizers) were all of it: 20,000 questions of other evaluations take
+    20 seconds to be read and held against what is learned, in every study anew."""
+    folder = tmp_path_factory.mktemp("gsm8k_root")
+    for name in ("gsm8k", "tokenizers"):
+        (folder / name).symlink_to(data_root / name)
+    return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that no core waits at the end for another's long file (`--dist loadfile`)."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

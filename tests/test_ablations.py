@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from tiny_recipe import invoke
 
-from kvdistill.core.config import arm_recipe, load_recipe, recipes_folder
+from kvdistill.core.arms import arm_recipe
+from kvdistill.core.config import load_recipe, recipes_folder
 from kvdistill.core.family import BEST_SINGLE
 from kvdistill.core.progress import silent
 from kvdistill.stages.report.ablations import find_ablations

@@ -95,7 +95,7 @@ def slow_map(source: Batch, target: Batch) -> Tensor:
     return dense
 
 
-def check(source: Batch, target: Batch) -> SparseMap:
+def assert_map_is_the_loop(source: Batch, target: Batch) -> SparseMap:
     mapping = mapped(source, target)
     torch.testing.assert_close(mapping.to_dense(), slow_map(source, target), atol=1e-6, rtol=0)
     torch.testing.assert_close(mapping.weight.sum(-1), mapping.mask().float())
@@ -136,7 +136,7 @@ def pairs(draw, *, only_text: bool = False) -> tuple[Batch, Batch]:
 @EXAMPLES
 @given(pair=pairs())
 def test_token_map_is_the_loop(pair: tuple[Batch, Batch]) -> None:
-    check(*pair)
+    assert_map_is_the_loop(*pair)
 
 
 @EXAMPLES
@@ -146,7 +146,7 @@ def test_token_map_is_the_loop(pair: tuple[Batch, Batch]) -> None:
 )
 def test_spans_in_any_order_and_on_top_of_each_other(source: list[Token], target: list[Token]) -> None:
     sides = [[(role, float(a), float(a + n)) for role, a, n in side] for side in (source, target)]
-    check(padded([sides[0]]), padded([sides[1]]))
+    assert_map_is_the_loop(padded([sides[0]]), padded([sides[1]]))
 
 
 @EXAMPLES
@@ -241,7 +241,7 @@ def test_a_known_case_by_hand() -> None:
     first, second = 2 / 3, 1 / 6  # of [0, 3) with [0, 2) and with [2, 6)
     expected[0, 1], expected[0, 2] = first / (first + second), second / (first + second)
     expected[1, 2] = expected[2, 3] = expected[4, 4] = expected[5, 0] = 1
-    torch.testing.assert_close(check(source, target).to_dense()[0], expected)
+    torch.testing.assert_close(assert_map_is_the_loop(source, target).to_dense()[0], expected)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_a_known_case_by_hand() -> None:
 def test_special_tokens_by_role(role: int, num_source: int, num_target: int, expected: list[int]) -> None:
     text = (TEXT, 0.0, 1.0)
     source, target = ([(role, 0.0, 0.0)] * n + [text] for n in (num_source, num_target))
-    mapping = check(padded([source], [2], 2), padded([target], [1], 3))
+    mapping = assert_map_is_the_loop(padded([source], [2], 2), padded([target], [1], 3))
     rows = mapping.index[0, 1 : 1 + num_target, 0] - 2
     assert rows[mapping.mask()[0, 1 : 1 + num_target]].tolist() == expected
 
@@ -268,9 +268,9 @@ def test_special_tokens_by_role(role: int, num_source: int, num_target: int, exp
 def test_only_unknown_tokens_read_unknown_text() -> None:
     source = padded([[(TEXT, 0, 2), (UNKNOWN, 2, 5)]])
     target = padded([[(TEXT, 0, 3), (TEXT, 3, 4), (UNKNOWN, 4, 5)]])
-    assert torch.equal(check(source, target).to_dense()[0], torch.tensor([[1.0, 0], [0, 0], [0, 1]]))
+    assert torch.equal(assert_map_is_the_loop(source, target).to_dense()[0], torch.tensor([[1.0, 0], [0, 0], [0, 1]]))
     as_text = Batch(source.spans, torch.full_like(source.roles, TEXT))
-    assert check(as_text, target).to_dense()[0, 1].tolist() == [0, 1]
+    assert assert_map_is_the_loop(as_text, target).to_dense()[0, 1].tolist() == [0, 1]
     lost_B = token_coverage(source.spans, target.spans, source.roles, target.roles).lost_characters_B
     assert lost_B.tolist() == [2], "[2, 4) is there, but nobody tells it"
 
@@ -354,7 +354,7 @@ def batch_of(root: Path, name: str, each: int, side: int = 0) -> Batch:
 @pytest.mark.parametrize("teacher,student", list(permutations(NAMES, 2)))
 def test_every_pair_of_tokenizers_is_the_loop(data_root: Path, teacher: str, student: str) -> None:
     source, target = batch_of(data_root, teacher, 3), batch_of(data_root, student, 3, side=7)
-    mapping = check(source, target)
+    mapping = assert_map_is_the_loop(source, target)
     require_common_text(mapping, target.roles)
     is_text = (target.roles == TEXT) & (target.spans[..., 1] > target.spans[..., 0])
     if teacher in WHOLE:

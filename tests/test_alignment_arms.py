@@ -32,7 +32,7 @@ from kvdistill.arms.arm import Arm
 from kvdistill.arms.batches import Batch, BatchMaker, token_counts
 from kvdistill.arms.distiller import Distiller, DistillOutput
 from kvdistill.arms.experiment import Experiment
-from kvdistill.arms.teacher import run_teacher
+from kvdistill.arms.teacher_pass import run_teacher
 from kvdistill.core.files import sha256_file
 from kvdistill.core.layout import store_root
 from kvdistill.core.recipe import Recipe
@@ -42,6 +42,8 @@ from kvdistill.data.tables import read_split
 from kvdistill.models import describe_model
 from kvdistill.stages.fit import fit
 from kvdistill.stages.prepare import prepare
+
+pytestmark = pytest.mark.slow
 
 quiet_libraries()
 set_threads(1)  # as the driver of killed trainings: same sums, same bits
@@ -62,6 +64,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "uniform": {"teachers": ["gpt2"], "compress": {"kv_compression": "uniform", "keep": 4}},
     "none": {"teachers": ["gpt2"], "compress": {"kv_compression": "none"}},
     "attention-weighted": {"teachers": ["llama"], "loss": {"attention_weighted": True}},
+    "r-kv-weighted": {  # each layer keeps tokens of its own, and weighs those
+        "teachers": ["qwen", "llama"],
+        "compress": {"kv_compression": "r-kv", "keep": 2},
+        "loss": {"attention_weighted": True},
+    },
     "elastic": {"teachers": ["llama"], "align": {"projection": "elastic"}},
     "low-rank": {"teachers": ["gpt2"], "align": {"rank": 4}},
     "residual": {"teachers": ["llama"], "align": {"residual": True, "init": "ridge"}},
@@ -97,7 +104,7 @@ ARMS: dict[str, dict[str, Any]] = {
         "control": "noise",
     },
 }
-NOTED_ONLY = {"r-kv", "attention-weighted"}  # need what was noted when the teacher ran: no online teachers
+NOTED_ONLY = {"r-kv", "attention-weighted", "r-kv-weighted"}  # of scores noted when a teacher ran: not online
 FROZEN = {"structural-in-student", "shared", "shared-trained", "shared-fused", "shared-fused-noise"}
 
 
@@ -239,6 +246,20 @@ def test_a_loss_is_finite_falls_and_its_gradient_reaches_what_learns(study, name
         out.loss.backward()
         losses.append(float(out.loss.detach()))
     assert torch.tensor(losses).isfinite().all() and losses[-1] < 0.97 * losses[0], losses
+
+
+def test_weights_are_shared_out_among_the_tokens_that_each_layer_keeps(study):
+    """By an explicit loop: mean 1 over them in every layer and text, in proportion to what the answer pays."""
+    made, plain = (study.batches(name)(study.by_length()[-3:]) for name in ("r-kv-weighted", "r-kv"))
+    masks = made.kv_masks["qwen"]
+    assert masks.ndim == 3 and not torch.equal(masks[0], masks[1]), "or nothing is tried"
+    paid_MBS = plain.targets["qwen"].scores_BSMRG[..., ATTENTION, :].mean(-1).permute(2, 0, 1)
+    for layer, row in enumerate(study.batches("r-kv-weighted")._places("qwen", made.targets["qwen"])):
+        for b, kept in enumerate(masks[layer]):
+            paid = sum(share * paid_MBS[place, b] for place, share in row)[kept]
+            found = made.token_weights["qwen"][layer, b]
+            torch.testing.assert_close(found[kept], paid * len(paid) / paid.sum())
+            assert not found[~kept].any()
 
 
 @pytest.mark.parametrize("name", [name for name in ARMS if name not in NOTED_ONLY])

@@ -69,7 +69,7 @@ def encoder(folder: Path, name: str) -> list[dict[str, Any]]:
     return teachers({"path": str(folder / name), "tokenizer": str(folder / name)})
 
 
-def refused(monkeypatch: Any, folder: Path, *parts: str, work: Any = no_training, **changes: Any) -> None:
+def assert_refused(monkeypatch: Any, folder: Path, *parts: str, work: Any = no_training, **changes: Any) -> None:
     assert_one_message(invoke(monkeypatch, "run", write_recipe(folder, **changes), work=work), *parts)
 
 
@@ -85,7 +85,9 @@ def test_no_common_text(tmp_path, monkeypatch):
     PreTrainedTokenizerFast(tokenizer_object=backend, **roles).save_pretrained(tmp_path / "tokenizer")
     one = {**tiny_tree()["teachers"][0], "tokenizer": str(tmp_path / "tokenizer")}
     one["scratch"] = {**one["scratch"], "architecture": "llama"}
-    refused(monkeypatch, tmp_path, "teachers.0 (one).tokenizer", "cannot spell the answer", teachers=teachers(one))
+    assert_refused(
+        monkeypatch, tmp_path, "teachers.0 (one).tokenizer", "cannot spell the answer", teachers=teachers(one)
+    )
 
 
 def test_a_tokenizer_that_is_not_fast(tmp_path, monkeypatch):
@@ -98,7 +100,7 @@ def test_a_tokenizer_that_is_not_fast(tmp_path, monkeypatch):
     slow = CTRLTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
     slow.save_pretrained(tmp_path / "model")
     assert not AutoTokenizer.from_pretrained(tmp_path / "model").is_fast
-    refused(
+    assert_refused(
         monkeypatch,
         tmp_path,
         "teachers.0 (one)",
@@ -107,7 +109,7 @@ def test_a_tokenizer_that_is_not_fast(tmp_path, monkeypatch):
         teachers=teachers({"path": str(tmp_path / "model")}),
     )
     named = {**tiny_tree()["teachers"][0], "tokenizer": str(tmp_path / "model")}
-    refused(monkeypatch, tmp_path, "teachers.0 (one).tokenizer", "tokenizer.json", teachers=teachers(named))
+    assert_refused(monkeypatch, tmp_path, "teachers.0 (one).tokenizer", "tokenizer.json", teachers=teachers(named))
 
 
 # -- layers ----------------------------------------------------------------------------------------------------
@@ -136,7 +138,7 @@ def test_a_layer_map_of_other_models(tmp_path, monkeypatch, side, change, parts)
     write_json(tmp_path / "layers.json", found)
     align = {"layers": "cka", "layer_map": str(tmp_path / "layers.json")}
     arms = {"mapped": {"teachers": ["one"], "align": align}}
-    refused(monkeypatch, tmp_path, "layers.json", "arms.mapped with teacher 'one'", *parts, arms=arms)
+    assert_refused(monkeypatch, tmp_path, "layers.json", "arms.mapped with teacher 'one'", *parts, arms=arms)
 
 
 def test_a_layer_map_of_models_with_other_weights(tmp_path, monkeypatch):
@@ -163,7 +165,7 @@ def test_a_layer_map_of_models_with_other_weights(tmp_path, monkeypatch):
     ],
 )
 def test_what_the_models_are_too_small_for(tmp_path, monkeypatch, align, parts):
-    refused(monkeypatch, tmp_path, "arms.large", *parts, arms={"large": {"teachers": ["one"], "align": align}})
+    assert_refused(monkeypatch, tmp_path, "arms.large", *parts, arms={"large": {"teachers": ["one"], "align": align}})
 
 
 # -- heads -----------------------------------------------------------------------------------------------------
@@ -171,7 +173,7 @@ def test_what_the_models_are_too_small_for(tmp_path, monkeypatch, align, parts):
 
 def test_heads_that_do_not_divide(tmp_path, monkeypatch):
     """Inside a model they cannot be; between models they may be: three heads meet two in every form of projector."""
-    refused(
+    assert_refused(
         monkeypatch,
         tmp_path,
         "4 heads cannot share 3 key/value heads",
@@ -218,7 +220,7 @@ def test_a_model_whose_keys_cannot_be_recorded(tmp_path, monkeypatch, model, par
     folder = tmp_path / "model"
     model(len(letters)).save_pretrained(folder)
     letters.save_pretrained(folder)
-    refused(monkeypatch, tmp_path, "one", *parts, teachers=teachers({"path": str(folder)}))
+    assert_refused(monkeypatch, tmp_path, "one", *parts, teachers=teachers({"path": str(folder)}))
 
 
 WINDOWED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6}
@@ -242,13 +244,13 @@ def test_a_model_whose_keys_cannot_be_unrotated_is_named_before_capture(tmp_path
     """HunYuan has a norm after the rotation: its unrotated keys were silently wrong."""
     folder = saved(tmp_path, "hunyuan_v1_dense")
     says = ["arms.fixed: teachers.0 (one)", "hunyuan_v1_dense", "cannot be unrotated exactly", "docs/models.md"]
-    refused(monkeypatch, tmp_path, *says, teachers=teachers({"path": folder}))
+    assert_refused(monkeypatch, tmp_path, *says, teachers=teachers({"path": folder}))
 
 
 def test_a_soft_cap_under_an_attention_that_has_none_names_the_one_that_has(tmp_path, monkeypatch):
     folder = saved(tmp_path, "gemma2", **WINDOWED)
     says = ["arms.fixed: teachers.0 (one)", "gemma2", "does not support", "attention: eager"]
-    refused(monkeypatch, tmp_path, *says, teachers=teachers({"path": folder}))
+    assert_refused(monkeypatch, tmp_path, *says, teachers=teachers({"path": folder}))
 
 
 @pytest.mark.parametrize(
@@ -266,7 +268,7 @@ def test_attention_that_cannot_be_made_again_is_refused_where_an_arm_looks_at_it
     """T5 adds to q.k by the distance of two tokens; its weights were made again as if it did not."""
     t5 = [{"name": "one", "path": str(encoders / "t5"), "tokenizer": str(encoders / "t5")}]
     says = [f"arms.looks: teachers.0 (one): {key}", "t5", "attention weights cannot be made again", "distance"]
-    refused(monkeypatch, tmp_path, *says, teachers=t5, arms={"looks": arm})
+    assert_refused(monkeypatch, tmp_path, *says, teachers=t5, arms={"looks": arm})
 
 
 @pytest.mark.parametrize(
@@ -293,14 +295,14 @@ def test_families_with_windows_and_layers_of_two_kinds_teach(tmp_path, monkeypat
 def test_a_scratch_teacher_that_is_not_causal(tmp_path, monkeypatch, architecture, kind):
     sizes = scratch(architecture=architecture, hidden_size=16, num_layers=2, num_heads=2)
     says = [f"{architecture} is {kind}", "cannot be trained on the spot", "teachers.0 (one).scratch.architecture"]
-    refused(monkeypatch, tmp_path, *says, "`path`", teachers=sizes)
+    assert_refused(monkeypatch, tmp_path, *says, "`path`", teachers=sizes)
 
 
 @pytest.mark.parametrize("where", ["folder", "scratch"])
 def test_an_encoder_as_student(tmp_path, monkeypatch, encoders, where):
     sizes = {"scratch": {"architecture": "bert", "hidden_size": 16, "num_layers": 2, "num_heads": 2}}
     student = {"path": str(encoders / "bert"), "scratch": None} if where == "folder" else sizes
-    refused(monkeypatch, tmp_path, "bert is an encoder", "student", "can be teachers", student=student)
+    assert_refused(monkeypatch, tmp_path, "bert is an encoder", "student", "can be teachers", student=student)
 
 
 @pytest.mark.parametrize("name", ["bert", "t5"])
@@ -312,7 +314,7 @@ def test_an_encoder_as_student(tmp_path, monkeypatch, encoders, where):
     ],
 )
 def test_an_encoder_predicts_nothing(tmp_path, monkeypatch, encoders, name, arm, parts):
-    refused(
+    assert_refused(
         monkeypatch,
         tmp_path,
         "arms.wrong with teacher 'one'",
@@ -327,7 +329,7 @@ def test_an_encoder_predicts_nothing(tmp_path, monkeypatch, encoders, name, arm,
     [{"compress": {"kv_compression": "r-kv", "keep": 4}}, {"loss": {"attention_weighted": True}}],
 )
 def test_what_is_noted_while_the_teacher_runs_needs_a_store(tmp_path, monkeypatch, changes):
-    refused(
+    assert_refused(
         monkeypatch,
         tmp_path,
         "capture.source: store",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvdistill.align.attention import attention_rows
 from kvdistill.arms.batches import Batch, token_counts
-from kvdistill.arms.teacher import token_scores
+from kvdistill.arms.teacher_pass import token_scores
 from kvdistill.compress import rkv_layer_scores
 from kvdistill.core.errors import AlignmentError
 from kvdistill.core.kv import KV, AttentionRule

@@ -10,8 +10,9 @@ import pytest
 import yaml
 from tiny_recipe import assert_one_message, invoke, no_work, run_jobs_here, tiny_tree
 
+from kvdistill.core.arms import arm_recipe
 from kvdistill.core.bases import laid_over
-from kvdistill.core.config import arm_recipe, load_recipe, recipe_hash
+from kvdistill.core.config import load_recipe, recipe_hash
 from kvdistill.core.errors import RecipeError
 
 

@@ -18,8 +18,9 @@ from tiny_recipe import (
 
 from kvdistill.arms.budget import TrainingBudgetController
 from kvdistill.arms.experiment import Experiment
+from kvdistill.core.arms import arm_recipe
 from kvdistill.core.budgets import FILE, differences, figure_of, read_budgets
-from kvdistill.core.config import arm_recipe, make_recipe
+from kvdistill.core.config import make_recipe
 from kvdistill.core.costs import apart
 from kvdistill.core.declared import compare_declared, declare
 from kvdistill.core.errors import KVDistillError, RecipeError
@@ -30,6 +31,8 @@ from kvdistill.core.recipe import ParityRecipe
 from kvdistill.stages.report.compare import find_refusals
 from kvdistill.stages.train import MADE
 from kvdistill.study.verbs import train
+
+pytestmark = pytest.mark.slow
 
 SEEDS = [7, 8, 9]
 STEPS = 60  # whole steps come within 1 %

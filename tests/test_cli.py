@@ -29,6 +29,8 @@ from kvdistill.core.config import load_recipe
 from kvdistill.core.files import sha256_file
 from kvdistill.stages.table import Job
 
+pytestmark = pytest.mark.slow
+
 VERBS = ["demo", "run", "prepare", "teach", "capture", "fit", "train", "evaluate", "report", "doctor"]
 
 
@@ -48,7 +50,7 @@ def test_help_names_every_verb_and_imports_nothing_heavy():
         "r = CliRunner().invoke(app, ['--help'])\nprint(r.output)\n"
         "heavy = [m for m in ('torch', 'transformers', 'numpy', 'pydantic') if m in sys.modules]\nassert not heavy\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert all(verb in done.stdout for verb in VERBS)
 
@@ -74,7 +76,7 @@ def test_the_parent_of_a_study_does_not_import_torch(studied):
         f"kvdistill.study.folder.check_run_folder(__import__('pathlib').Path({str(studied / 'run')!r}), begins=False)\n"
         "assert 'torch' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -9,16 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_recipe import tiny_tree, write_recipe
 
-from kvdistill.core.config import (
-    FORMER_KEYS,
-    arm_recipe,
-    load_recipe,
-    make_recipe,
-    recipe_hash,
-    recipes_folder,
-    run_folder,
-)
+from kvdistill.core.arms import arm_recipe
+from kvdistill.core.config import load_recipe, make_recipe, recipe_hash, recipes_folder, run_folder
 from kvdistill.core.errors import RecipeError
+from kvdistill.core.mistakes import FORMER_KEYS
 
 
 def refusal(tree: dict) -> RecipeError:

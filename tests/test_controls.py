@@ -175,6 +175,21 @@ def test_noise_has_these_moments_and_is_the_examples_own():
     alone = noisy(replace(kv, keys=tuple(x[1:2] for x in zeros), values=tuple(x[1:2] for x in zeros),
                           mask_BT=mask_BS[1:2], positions_BT=torch.zeros(1, S)), moments, [12])  # fmt: skip
     assert torch.equal(alone.keys[1], made.keys[1][1:2]) and not torch.equal(made.keys[0][0], made.keys[0][2])
+    drawn = torch.randn(
+        400, M, 2, G, E, generator=torch.Generator().manual_seed(12)
+    )  # what it has been since the first
+    drawn = drawn * moments.std_M2GE + moments.mean_M2GE
+    assert torch.equal(made.values[0][1, :, :400].transpose(0, 1), drawn[:, 0, 1].double())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is one device")
+def test_noise_is_drawn_where_the_moments_are_also_for_targets_that_wait_in_memory():
+    moments = Moments(torch.zeros(2, 2, 3, 5), torch.ones(2, 2, 3, 5)).to("cuda")
+    zeros = tuple(torch.zeros(2, 3, 70, 5) for _ in range(2))
+    kv = KV(zeros, zeros, torch.ones(2, 70).bool(), torch.zeros(2, 70), "unrotated")
+    waiting, running = noisy(kv, moments, [11, 12]), noisy(kv.to("cuda"), moments, [11, 12])
+    assert waiting.keys[0].is_cuda and not waiting.mask_BT.is_cuda
+    assert all(torch.equal(x, y) for x, y in zip(waiting.keys, running.keys, strict=True))
 
 
 @pytest.mark.parametrize(("num", "size"), [(4, 4), (3, 11), (5, 90_000)])

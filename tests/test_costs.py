@@ -20,7 +20,7 @@ from kvdistill.arms.costs import (
     teacher_flops,
 )
 from kvdistill.arms.experiment import Experiment
-from kvdistill.arms.teacher import run_teacher
+from kvdistill.arms.teacher_pass import run_teacher
 from kvdistill.core.costs import SHARED, apart, count_sharers, student_flops, total_flops
 from kvdistill.core.files import read_json
 from kvdistill.core.recipe import LoraRecipe

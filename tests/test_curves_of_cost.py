@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import load_file
 from tiny_recipe import invoke, tiny_recipe, write_recipe
 
+from kvdistill.core.arms import arm_recipe
 from kvdistill.core.budgets import continued
-from kvdistill.core.config import arm_recipe
 from kvdistill.core.files import read_json
 from kvdistill.study.plan import plan
+
+pytestmark = pytest.mark.slow
 
 CURVES = {"arms": ["fixed", "ce"], "budgets": [1, 2, 3]}
 STUDY = {

@@ -384,9 +384,14 @@ def test_a_strange_file_name_is_shown_harmlessly(tmp_path: Path) -> None:
     for name in ("\x1b[2Jrows.jsonl", "rows\n.jsonl", os.fsdecode(b"r\xff.jsonl")):
         file = tmp_path / name
         file.write_bytes(b"{oops\n")
-        error_of("jsonl", file)
+        broken = error_of("jsonl", file)
         file.unlink()
-        error_of("jsonl", file)
+        missing = error_of("jsonl", file)
+        assert "broken JSON" in broken.what and "not found" in missing.what
+        for error in (broken, missing):
+            shown = str(error)
+            assert "rows" in shown or "r\\udcff" in shown, "its name is still there"
+            assert all(line.isprintable() for line in shown.splitlines()) and len(shown.splitlines()) <= 2
 
 
 def test_a_text_without_an_end_is_not_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

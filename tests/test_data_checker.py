@@ -108,7 +108,7 @@ def test_a_child_that_is_killed_at_work_is_asked_once_more(checker: Checker) -> 
     killer = threading.Thread(target=kill)
     killer.start()
     assert ask(checker, [HANGS, RIGHT]) == ["timeout", "equal"]
-    killer.join()
+    killer.join(60)
 
 
 def test_a_child_that_dies_of_every_question_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_threads_get_their_own_answers(checker: Checker) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(120)
     assert found == {number: ["equal", "different"] * 50 for number in range(4)}
     assert checker.counts["started"] == 1
 
@@ -170,7 +170,7 @@ def test_a_thread_reaches_the_verdicts_of_the_main_thread() -> None:
     found: list[str] = []
     thread = threading.Thread(target=lambda: found.extend(compare_latex_pairs(pairs)))
     thread.start()
-    thread.join()
+    thread.join(120)
     assert found == compare_latex_pairs(pairs) == ["equal", "different", "equal", "equal", "equal"]
 
 
@@ -292,7 +292,7 @@ def test_a_child_does_not_outlive_a_parent_that_is_killed(busy: bool, forked: bo
     time.sleep(0.3)
     assert _is_there(pid)
     parent.kill()
-    parent.wait()
+    parent.wait(60)
     parent.stdout.close()
     assert _wait_until(lambda: not _is_there(pid))
     if forked:

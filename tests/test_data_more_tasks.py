@@ -27,6 +27,8 @@ from kvdistill.data.splits import load_splits
 from kvdistill.data.tables import read_manifest, read_split
 from kvdistill.stages.prepare import prepare
 
+pytestmark = pytest.mark.slow
+
 NEW = ("svamp", "strategyqa", "math23k", "math", "arc_challenge", "hotpotqa")
 # file -> reader, rows. No row of any of them is refused.
 FILES: dict[str, tuple[Callable[[RawRow, str], Problem], int]] = {

@@ -140,10 +140,10 @@ def test_real_rows_byte_by_byte(data_root: Path, name: str) -> None:
     ],
 )
 def test_qwen_composes_and_splits(data_root: Path, text: str, expected: list[Any]) -> None:
-    compare(spans_of(load("root:qwen2.5", str(data_root)), text), expected)
+    assert_spans(spans_of(load("root:qwen2.5", str(data_root)), text), expected)
 
 
-def compare(found: list[Any], expected: list[Any]) -> None:
+def assert_spans(found: list[Any], expected: list[Any]) -> None:
     assert [piece for piece, _, _ in found] == [piece for piece, _, _ in expected]
     np.testing.assert_allclose([span for _, *span in found], [span for _, *span in expected], atol=1e-9)
 
@@ -166,7 +166,7 @@ def compare(found: list[Any], expected: list[Any]) -> None:
     ],
 )
 def test_t5(data_root: Path, text: str, expected: list[Any]) -> None:
-    compare(spans_of(load("root:t5-small", str(data_root)), text), expected)
+    assert_spans(spans_of(load("root:t5-small", str(data_root)), text), expected)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_t5(data_root: Path, text: str, expected: list[Any]) -> None:
     ],
 )
 def test_bert(data_root: Path, text: str, expected: list[Any]) -> None:
-    compare(spans_of(load("root:bert-base-uncased", str(data_root)), text), expected)
+    assert_spans(spans_of(load("root:bert-base-uncased", str(data_root)), text), expected)
 
 
 def test_real_rows_piece_by_piece(data_root: Path) -> None:
@@ -237,12 +237,14 @@ def test_a_space_put_in_front_has_no_characters(data_root: Path) -> None:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     backend.post_processor = processors.ByteLevel(trim_offsets=True)  # RoBERTa: offsets without the spaces
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    compare(spans_of(tokenizer, "I have"), [("ĠI", 0, 1), ("Ġhave", 1, 6)])
-    compare(spans_of(tokenizer, " I\n"), [("ĠI", 0, 2), ("Ċ", 2, 3)])
-    compare(spans_of(tokenizer, "个"), [("Ġ", 0, 0), ("ä¸", 0, 2 / 3), ("ª", 2 / 3, 1)])
+    assert_spans(spans_of(tokenizer, "I have"), [("ĠI", 0, 1), ("Ġhave", 1, 6)])
+    assert_spans(spans_of(tokenizer, " I\n"), [("ĠI", 0, 2), ("Ċ", 2, 3)])
+    assert_spans(spans_of(tokenizer, "个"), [("Ġ", 0, 0), ("ä¸", 0, 2 / 3), ("ª", 2 / 3, 1)])
     backend.normalizer = normalizers.Lowercase()  # now the offsets are all there is
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    compare(spans_of(tokenizer, "A B 小"), [("Ġa", 0, 1), ("Ġb", 1, 3), ("Âł", 3, 4), ("å°", 4, 4.5), ("ı", 4.5, 5)])
+    assert_spans(
+        spans_of(tokenizer, "A B 小"), [("Ġa", 0, 1), ("Ġb", 1, 3), ("Âł", 3, 4), ("å°", 4, 4.5), ("ı", 4.5, 5)]
+    )
 
 
 def test_bytes_for_want_of_a_piece() -> None:
@@ -254,14 +256,14 @@ def test_bytes_for_want_of_a_piece() -> None:
     )
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
-    compare(spans_of(tokenizer, "a b  a"), [("▁a", 0, 1), ("▁b", 1, 3), ("▁", 3, 4), ("▁a", 4, 6)])
-    compare(spans_of(tokenizer, "▁a"), [("▁", 0, 0), ("▁a", 0, 2)])  # one put in front, one the text's own
+    assert_spans(spans_of(tokenizer, "a b  a"), [("▁a", 0, 1), ("▁b", 1, 3), ("▁", 3, 4), ("▁a", 4, 6)])
+    assert_spans(spans_of(tokenizer, "▁a"), [("▁", 0, 0), ("▁a", 0, 2)])  # one put in front, one the text's own
     thirds = [("<0xE5>", 0, 1 / 3), ("<0xB0>", 1 / 3, 2 / 3), ("<0x8F>", 2 / 3, 1)]
-    compare(spans_of(tokenizer, "小a "), [("▁", 0, 0), *thirds, ("a", 1, 2), ("▁", 2, 3)])
+    assert_spans(spans_of(tokenizer, "小a "), [("▁", 0, 0), *thirds, ("a", 1, 2), ("▁", 2, 3)])
 
 
 def test_letters_the_character_tokenizer_lacks() -> None:
-    compare(
+    assert_spans(
         spans_of(character_tokenizer("x"), "1q个x"),
         [("1", 0, 1), ("?", 1, 2), *[("?", 2 + i / 3, 2 + (i + 1) / 3) for i in range(3)], ("x", 3, 4)],
     )
@@ -271,7 +273,7 @@ def test_tokens_added_later_are_noticed() -> None:
     tokenizer = character_tokenizer("think<>é")
     assert len(spans_of(tokenizer, "1<think>é2")) == 11
     tokenizer.add_tokens([AddedToken("<think>", special=False, normalized=False)])
-    compare(spans_of(tokenizer, "1<think>é")[:2], [("1", 0, 1), ("<think>", 1, 8)])
+    assert_spans(spans_of(tokenizer, "1<think>é")[:2], [("1", 0, 1), ("<think>", 1, 8)])
 
 
 def test_a_slow_tokenizer_is_refused() -> None:

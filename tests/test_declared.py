@@ -10,6 +10,8 @@ from tiny_recipe import SEED, assert_one_message, copy_base, invoke, tiny_recipe
 from kvdistill.core.declared import compare_declared, declare
 from kvdistill.core.files import read_json, sha256_of
 
+pytestmark = pytest.mark.slow
+
 FAMILY = {"report": {"comparisons": [["fixed", "ce"]]}}
 SEEDS = {"seeds": [SEED, 8, 9]}
 ARMS = {"ce": {"teachers": []}, "fixed": {}, "single": {"teachers": ["one"]}}

@@ -38,6 +38,8 @@ from kvdistill.core.recipe import ScratchRecipe
 from kvdistill.stages.table import Job
 from kvdistill.study.folder import claimed
 
+pytestmark = pytest.mark.slow
+
 
 def tasks(**changes: Any) -> list[dict[str, Any]]:
     first, second = tiny_tree()["data"]["tasks"]
@@ -392,7 +394,8 @@ def test_a_folder_in_which_another_command_has_just_begun_is_welcome(tmp_path, m
         return listed(folder)
 
     monkeypatch.setattr(Path, "iterdir", meanwhile)
-    refuse_foreign(tmp_path, "recipe.json", fix="none")
+    refuse_foreign(tmp_path, "recipe.json", fix="none")  # raises nothing
+    assert (tmp_path / "recipe.json").exists() and (tmp_path / "data").is_dir(), "or nothing was tried"
 
 
 def test_what_a_kill_leaves_of_the_first_file_is_nobodys(tmp_path):
@@ -433,18 +436,18 @@ def small_disk(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
     made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True, timeout=60, check=False
     )
     if made.returncode:
         pytest.skip("mounting a small disk needs root; the faked full disk below runs everywhere")
 
     def resize(size: str) -> None:
-        subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True)
+        subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], timeout=60, check=True)
 
     try:
         yield folder, resize
     finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
+        subprocess.run(["umount", "-l", str(folder)], timeout=60, check=True)
 
 
 def test_a_disk_that_fills_up_stops_cleanly_and_the_same_command_goes_on(tmp_path, monkeypatch, small_disk):

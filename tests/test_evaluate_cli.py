@@ -147,7 +147,7 @@ def test_a_killed_command_goes_on(model, data_root, tmp_path, monkeypatch):
     whole, out = tmp_path / "whole", tmp_path / "killed"
     assert invoke(monkeypatch, "evaluate", model, *asked, "--out", whole).code == 0
     command = [sys.executable, "-c", KILLED, "evaluate", str(model), *asked, "--out", str(out)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (out / "results.json").exists() and 0 < len((out / "records.jsonl").read_text().splitlines()) < 36
     assert invoke(monkeypatch, "evaluate", model, *asked, "--out", out).code == 0

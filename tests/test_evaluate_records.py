@@ -130,5 +130,6 @@ def test_a_study_that_is_killed_while_it_evaluates_asks_the_rest_only(tmp_path: 
 def test_a_run_is_evaluated_without_lm_eval() -> None:
     code = "import sys, kvdistill.stages.evaluate.stage, kvdistill.stages.evaluate.command\n"
     code += "assert 'lm_eval' not in sys.modules and 'datasets' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False)
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

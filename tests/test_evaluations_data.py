@@ -23,6 +23,8 @@ from kvdistill.data.sets import (
 from kvdistill.data.sets.bbh import KINDS
 from kvdistill.data.sets.held_out import HeldOut
 
+pytestmark = pytest.mark.slow
+
 # Rows of ../shared/data by member (BBH below: 250 each but three).
 COUNTS = {
     "gsm8k": {"gsm8k": 1319},

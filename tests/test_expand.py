@@ -8,8 +8,8 @@ import json
 import pytest
 from tiny_recipe import assert_one_message, invoke, made_ready, run_jobs_here, tiny_recipe, write_recipe
 
+from kvdistill.core.arms import arm_recipe
 from kvdistill.core.budgets import read_budgets
-from kvdistill.core.config import arm_recipe
 from kvdistill.core.files import read_json
 from kvdistill.study.expand import COSTS, expand
 

@@ -75,7 +75,7 @@ def test_what_the_arms_cannot_give_is_said() -> None:
 
 
 def test_which_arms_are_which() -> None:
-    from kvdistill.core.config import arm_recipe
+    from kvdistill.core.arms import arm_recipe
 
     recipe = tiny_recipe(
         Path("unused"),

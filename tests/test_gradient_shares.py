@@ -15,7 +15,7 @@ from kvdistill.arms.arm import Arm
 from kvdistill.arms.batches import token_counts
 from kvdistill.arms.experiment import Experiment
 from kvdistill.arms.shares import WANTED, gradient_shares, proposed_weight
-from kvdistill.cli.tables import profile_lines
+from kvdistill.cli.profiles import profile_lines
 from kvdistill.stages.train import train_student
 from kvdistill.study.profile import profile_alignment
 from kvdistill.study.profile.matching import FIT_TEXTS, HELD_OUT_TEXTS, num_texts

@@ -90,7 +90,7 @@ def test_no_file_imports_itself_by_way_of_others() -> None:
 
 def loaded_after(code: str) -> set[str]:
     program = f"{code}\nimport sys\nprint('\\n'.join(sys.modules))"
-    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
     return set(out.stdout.split())
 
 

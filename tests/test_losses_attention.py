@@ -473,6 +473,9 @@ def test_answer_attention_is_the_loop(rows: int, causal: bool, chunk_bytes: int)
     assert (weight[1, 1] == mask[1]).all() and not weight.requires_grad
     moved = normalise_token_weights(weight * 3, mask)
     torch.testing.assert_close(moved, weight)
+    each_LBT = mask & (torch.rand(L, B, T) < 0.7)  # every layer keeps tokens of its own
+    apart = torch.stack([normalise_token_weights(weight[l : l + 1], each_LBT[l])[0] for l in range(L)])
+    torch.testing.assert_close(normalise_token_weights(weight, each_LBT), apart, rtol=0, atol=0)
 
 
 def test_no_real_token_gives_no_weight() -> None:

@@ -13,6 +13,8 @@ from kvdistill.core.errors import RunFolderError
 from kvdistill.core.marks import check_marked, read_mark, write_mark
 from kvdistill.study.plan import plan
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def marked(tmp_path: Path) -> Path:

@@ -30,7 +30,7 @@ from kvdistill.models import add_lora, capture_kv, positions_from_mask, unrotate
 from kvdistill.models.capture import _BORROWED, _LISTENERS
 
 
-def close(a, b, tolerance=1e-5):
+def assert_close(a, b, tolerance=1e-5):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
@@ -62,13 +62,13 @@ def test_recorded_tensors_are_the_projections_rotated(family, attention):
     plain = unrotate_keys(kv, model)
     positions = positions_from_mask(mask)
     for layer, (q, k, v) in enumerate(slow_projections(model, ids, mask)):
-        close(kv.values[layer], v)
-        close(plain.keys[layer], k)
-        close(plain.queries[layer], q)
+        assert_close(kv.values[layer], v)
+        assert_close(plain.keys[layer], k)
+        assert_close(plain.queries[layer], q)
         if family != "gpt2":
             inv_freq = model.model.rotary_emb.inv_freq
-            close(kv.keys[layer], slow_rotation(k, positions, inv_freq))
-            close(kv.queries[layer], slow_rotation(q, positions, inv_freq))
+            assert_close(kv.keys[layer], slow_rotation(k, positions, inv_freq))
+            assert_close(kv.queries[layer], slow_rotation(q, positions, inv_freq))
 
 
 PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.4}
@@ -90,7 +90,7 @@ def test_other_families_unrotate_to_what_their_rotation_inverts(family):
     for layer in range(LAYERS):
         kind = getattr(model.config, "layer_types", [None] * LAYERS)[layer] if family == "gemma3" else None
         inv_freq = getattr(rotary, f"{kind}_inv_freq") if kind else rotary.inv_freq
-        close(slow_rotation(plain.keys[layer], kv.positions_BT, inv_freq), kv.keys[layer])
+        assert_close(slow_rotation(plain.keys[layer], kv.positions_BT, inv_freq), kv.keys[layer])
         assert (plain.keys[layer] - kv.keys[layer]).abs().max() > 0.05
 
 
@@ -121,8 +121,8 @@ def test_padding_changes_nothing_at_real_tokens(family):
         alone = unrotate_keys(captured(model, row, torch.ones_like(row).bool()), model)
         for kv in kvs.values():
             for layer in range(LAYERS):
-                close(kv.keys[layer][b, :, kv.mask_BT[b]], alone.keys[layer][0])
-                close(kv.values[layer][b, :, kv.mask_BT[b]], alone.values[layer][0])
+                assert_close(kv.keys[layer][b, :, kv.mask_BT[b]], alone.keys[layer][0])
+                assert_close(kv.values[layer][b, :, kv.mask_BT[b]], alone.values[layer][0])
 
 
 def weighted_sum(kv, mask):
@@ -140,7 +140,7 @@ def gradients(model):
     return found
 
 
-def compare(a, b, tolerance):
+def assert_gradients_close(a, b, tolerance):
     assert a.keys() == b.keys() and len(a) > 5
     for name in a:
         scale = max(float(b[name].abs().max()), 1e-3)
@@ -157,7 +157,7 @@ def test_gradient_is_that_of_an_explicit_recomputation(family):
     slow = slow_projections(model, ids, mask)
     recomputed = SimpleNamespace(keys=[k for _, k, _ in slow], values=[v for _, _, v in slow])
     weighted_sum(recomputed, mask).backward()
-    compare(fast, gradients(model), 2e-5)
+    assert_gradients_close(fast, gradients(model), 2e-5)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -184,8 +184,8 @@ def test_gradient_checkpointing_changes_nothing(family, inside, attention):
     checkpoint_layers(model)
     assert any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     loss_checkpointed, checkpointed = run()
-    close(loss_checkpointed, loss, 1e-6)
-    compare(checkpointed, plain, 1e-6)
+    assert_close(loss_checkpointed, loss, 1e-6)
+    assert_gradients_close(checkpointed, plain, 1e-6)
 
 
 def test_reentrant_checkpointing_is_refused():

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_models_capture import compare, gradients, weighted_sum
+from test_models_capture import assert_gradients_close, gradients, weighted_sum
 from test_models_describe import count
 from tiny_models import (
     BERT_HEADS,
@@ -48,7 +48,7 @@ needs_t5 = pytest.mark.skipif(not HAS_T5, reason="this transformers' T5 bypasses
 STACKS = ["bert", pytest.param("t5", marks=needs_t5)]
 
 
-def close(a, b, tolerance=1e-5):
+def assert_close(a, b, tolerance=1e-5):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
@@ -90,9 +90,9 @@ def test_recorded_tensors_are_the_projections(family, stack, attention):
     assert kv.scaling == ((1.0,) * layers if family == "t5" else (pytest.approx(12**-0.5),) * layers)
     for layer, (q, k, v) in enumerate(slow_encoder_projections(model, hidden, stack)):
         assert k.shape[1::2] == ((T5_HEADS, T5_HEAD) if family == "t5" else (BERT_HEADS, 12))
-        close(kv.queries[layer], q)
-        close(kv.keys[layer], k)
-        close(kv.values[layer], v)
+        assert_close(kv.queries[layer], q)
+        assert_close(kv.keys[layer], k)
+        assert_close(kv.values[layer], v)
     assert unrotate_keys(kv, model) is kv and rotate_keys(kv, model) is kv
 
 
@@ -125,7 +125,7 @@ def test_an_encoder_sees_what_comes_after_and_a_decoder_does_not(family):
             model(encoder_outputs=encoded, decoder_input_ids=ids, use_cache=False)
         with capture_kv(model, stack="decoder") as b, torch.no_grad():
             model(encoder_outputs=encoded, decoder_input_ids=other, use_cache=False)
-        close(a.kv(mask).keys[1][:, :, :-1], b.kv(mask).keys[1][:, :, :-1], 1e-6)
+        assert_close(a.kv(mask).keys[1][:, :, :-1], b.kv(mask).keys[1][:, :, :-1], 1e-6)
 
 
 @pytest.mark.parametrize("family", ["bert", "modernbert", pytest.param("t5", marks=needs_t5)])
@@ -141,8 +141,8 @@ def test_padding_changes_nothing_at_real_tokens(family):
         alone = teacher_forward(model, row, torch.ones_like(row).bool(), torch.ones_like(row)).kv
         for kv in kvs:
             for layer in range(LAYERS):
-                close(kv.keys[layer][b, :, kv.mask_BT[b]], alone.keys[layer][0])
-                close(kv.values[layer][b, :, kv.mask_BT[b]], alone.values[layer][0])
+                assert_close(kv.keys[layer][b, :, kv.mask_BT[b]], alone.keys[layer][0])
+                assert_close(kv.values[layer][b, :, kv.mask_BT[b]], alone.values[layer][0])
 
 
 def test_an_encoder_that_numbers_its_tokens_itself_is_left_to_it():
@@ -151,7 +151,7 @@ def test_an_encoder_that_numbers_its_tokens_itself_is_left_to_it():
     hidden = model.roberta(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True).hidden_states
     kv = teacher_forward(model, ids, mask, mask.long()).kv
     for layer, (_, k, _) in enumerate(slow_encoder_projections(model, hidden)):
-        close(kv.keys[layer] * mask[:, None, :, None], k.detach() * mask[:, None, :, None])
+        assert_close(kv.keys[layer] * mask[:, None, :, None], k.detach() * mask[:, None, :, None])
 
 
 def test_an_encoder_with_rotary_positions():
@@ -162,7 +162,7 @@ def test_an_encoder_with_rotary_positions():
     assert (kv.rope, plain.rope) == ("rotated", "unrotated")
     for layer, kind in enumerate(model.config.layer_types):
         inv_freq = getattr(model.model.rotary_emb, f"{kind}_inv_freq")
-        close(slow_rotation(plain.keys[layer], plain.positions_BT, inv_freq), kv.keys[layer])
+        assert_close(slow_rotation(plain.keys[layer], plain.positions_BT, inv_freq), kv.keys[layer])
     assert len(set(model.config.layer_types)) == 2
 
 
@@ -176,7 +176,7 @@ def test_gradient_is_that_of_an_explicit_recomputation(family, stack):
     hidden = states.decoder_hidden_states if stack == "decoder" else states.hidden_states
     slow = slow_encoder_projections(model, hidden, stack)
     weighted_sum(SimpleNamespace(keys=[k for _, k, _ in slow], values=[v for _, _, v in slow]), mask).backward()
-    compare(fast, gradients(model), 2e-5)
+    assert_gradients_close(fast, gradients(model), 2e-5)
 
 
 # -- sizes ----------------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ def test_stop_early_skips_everything_above(family):
         run(model, ids, mask)
         after.append("reached")
     assert runs == [0, 1] and not after
-    close(capture.kv(mask).keys[0], full.keys[1], 1e-6)  # without a gradient sdpa takes another kernel
+    assert_close(capture.kv(mask).keys[0], full.keys[1], 1e-6)  # without a gradient sdpa takes another kernel
 
 
 # -- as teachers ----------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_models_capture import compare, gradients
+from test_models_capture import assert_gradients_close, gradients
 from test_models_encoders import HAS_T5, needs_t5, run
 from test_models_forward import batch
 from tiny_models import LAYERS, T5_DECODER_LAYERS, checkpoint_layers, inputs, padded_batch, tiny_encoder, tiny_model
@@ -25,7 +25,7 @@ def nothing_left_behind():
     assert not _BORROWED and not _LISTENERS
 
 
-def close(a, b, tolerance=1e-5):
+def assert_close(a, b, tolerance=1e-5):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
@@ -42,13 +42,13 @@ def test_hidden_states_are_the_outputs_of_the_layers(family):
     with capture_kv(model, layers=[2, 0], hidden=True) as capture:
         run(model, ids, mask) if encoder else model(**inputs(ids, mask))
     first, last = capture.hidden()
-    close(first, states.hidden_states[1], 1e-6)  # transformers' entry 0 is the embedding
+    assert_close(first, states.hidden_states[1], 1e-6)  # transformers' entry 0 is the embedding
     assert last.shape == first.shape == (*ids.shape, model.config.hidden_size) and capture.kv(mask).layers == (0, 2)
     norm = {"qwen2": "model.norm", "gpt2": "transformer.ln_f", "neox": "gpt_neox.final_layer_norm"} | {
         "t5": "encoder.final_layer_norm"
     }
     normed = model.get_submodule(norm[family])(last) if family in norm else last
-    close(normed, states.hidden_states[LAYERS], 1e-5)
+    assert_close(normed, states.hidden_states[LAYERS], 1e-5)
 
 
 @needs_t5
@@ -59,7 +59,7 @@ def test_hidden_states_of_the_decoder_stack():
     with capture_kv(model, hidden=True, stack="decoder") as capture:
         run(model, ids, mask, "decoder")
     assert len(capture.hidden()) == T5_DECODER_LAYERS
-    close(capture.hidden()[0], states[1])
+    assert_close(capture.hidden()[0], states[1])
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -77,7 +77,7 @@ def test_an_early_stop_waits_for_the_last_hidden_state(family):
         after.append("reached")
     assert runs == [0, 1] and not after and capture.kv(mask).layers == (0, 1)
     for n in (0, 1):
-        close(capture.hidden()[n], states[n + 1], 1e-6)
+        assert_close(capture.hidden()[n], states[n + 1], 1e-6)
     assert [dict(m._forward_hooks) for m in layer_modules(model)] == hooks
 
 
@@ -102,9 +102,9 @@ def test_hidden_states_carry_the_gradient_with_and_without_checkpointing():
     model(**inputs(ids, mask))
     for hook in hooks:
         hook.remove()
-    compare(plain, loss_of(outputs), 1e-6)
+    assert_gradients_close(plain, loss_of(outputs), 1e-6)
     checkpoint_layers(model)
-    compare(recorded(), plain, 1e-6)
+    assert_gradients_close(recorded(), plain, 1e-6)
 
 
 def test_hidden_states_that_were_not_asked_for():
@@ -160,7 +160,7 @@ def test_what_was_recorded_is_all_that_attention_needs(family):
         k, v = (x.repeat_interleave(group, dim=1).double() for x in (k, v))
         logits = (q.double() @ k.transpose(2, 3) * kv.scaling[layer] + bias).masked_fill(~allowed, -1e30)
         output = (logits.softmax(-1) @ v).transpose(1, 2).flatten(2)
-        close(given[layer].double()[mask], output[mask], 1e-4)
+        assert_close(given[layer].double()[mask], output[mask], 1e-4)
     wanted = {"gemma3": [17**-0.5] * 3, "gpt2": [12**-0.5, 12**-0.5 / 2, 12**-0.5 / 3], "t5": [1.0] * 3}
     assert list(kv.scaling) == pytest.approx(wanted.get(family, [kv.keys[0].shape[-1] ** -0.5] * 3))
 

@@ -77,7 +77,7 @@ def captured(model, ids, positions, **options):
     return capture.kv(mask, positions)
 
 
-def near(a, b, tolerance):
+def assert_near(a, b, tolerance):
     assert float((a - b).detach().abs().max()) <= tolerance * float(b.detach().abs().max())
 
 
@@ -95,17 +95,17 @@ def test_unrotate_and_rotate_far_beyond_the_original_length(name, family):
     drift = FURTHEST[name] * 2**-23
     assert model.model.rotary_emb.attention_scaling == pytest.approx(factor)
     for layer in range(LAYERS):
-        near(back.keys[layer], kv.keys[layer], 2e-6)
-        near(back.queries[layer], kv.queries[layer], 2e-6)
-        near(kv.keys[layer], slow_rotation(plain.keys[layer], positions, inv_freq, factor), 2e-6 + drift)
-        near(kv.queries[layer], slow_rotation(plain.queries[layer], positions, inv_freq, factor), 2e-6 + drift)
+        assert_near(back.keys[layer], kv.keys[layer], 2e-6)
+        assert_near(back.queries[layer], kv.queries[layer], 2e-6)
+        assert_near(kv.keys[layer], slow_rotation(plain.keys[layer], positions, inv_freq, factor), 2e-6 + drift)
+        assert_near(kv.queries[layer], slow_rotation(plain.queries[layer], positions, inv_freq, factor), 2e-6 + drift)
         norms = plain.keys[layer].norm(dim=-1) * factor  # a turn keeps the length, but for YaRN's and longrope's factor
-        near(kv.keys[layer].norm(dim=-1), norms, 2e-6)
+        assert_near(kv.keys[layer].norm(dim=-1), norms, 2e-6)
     # the first layer's keys are those of the words: nothing of the positions is left in them
     hidden = model.model.embed_tokens(ids)
     attention, normed = model.model.layers[0].self_attn, model.model.layers[0].input_layernorm(hidden)
-    near(plain.keys[0], attention.k_proj(normed).unflatten(-1, (-1, SIZE)).transpose(1, 2), 2e-6)
-    near(plain.queries[0], attention.q_proj(normed).unflatten(-1, (-1, SIZE)).transpose(1, 2), 2e-6)
+    assert_near(plain.keys[0], attention.k_proj(normed).unflatten(-1, (-1, SIZE)).transpose(1, 2), 2e-6)
+    assert_near(plain.queries[0], attention.q_proj(normed).unflatten(-1, (-1, SIZE)).transpose(1, 2), 2e-6)
 
 
 def test_the_scalings_turn_by_different_angles():
@@ -125,8 +125,8 @@ def test_proportional_scaling_leaves_channels_alone():
     kv = captured(model, padded_batch((9, 9, 9))[0], positions)
     plain = unrotate_keys(kv, model)
     inv_freq = torch.tensor([1e4 ** (-2 * i / SIZE) for i in range(SIZE // 4)] + [0.0] * (SIZE // 4))
-    near(kv.keys[1], slow_rotation(plain.keys[1], positions, inv_freq), 2e-6 + 2700 * 2**-23)
-    near(rotate_keys(plain, model).keys[1], kv.keys[1], 2e-6)
+    assert_near(kv.keys[1], slow_rotation(plain.keys[1], positions, inv_freq), 2e-6 + 2700 * 2**-23)
+    assert_near(rotate_keys(plain, model).keys[1], kv.keys[1], 2e-6)
 
 
 def cosines(keys_BHTD):
@@ -162,7 +162,7 @@ def test_there_and_back_at_any_two_places(here, there, seed):
     plain = KV((keys,), (keys,), torch.ones(2, 5, dtype=torch.bool), start, "unrotated")
     turned = rotate_keys(plain, model, start + here)
     again = rotate_keys(unrotate_keys(turned, model), model, start + there)
-    near(unrotate_keys(again, model).keys[0], keys, 4e-6)
+    assert_near(unrotate_keys(again, model).keys[0], keys, 4e-6)
 
 
 STILL = scaled_model("llama3")
@@ -196,7 +196,7 @@ def test_dynamic_scaling_by_layer_type_forgets_what_ran_before():
         assert keys[1].keys[layer].equal(expected.keys[layer]) and keys[2].keys[layer].equal(expected.keys[layer])
     plain = unrotate_keys(keys[0], model)
     inv_freq, _ = slow_inv_freq(rope["full_attention"], HEAD, 30, 8)
-    near(keys[0].keys[1], slow_rotation(plain.keys[1], keys[0].positions_BT, inv_freq), 1e-5)
+    assert_near(keys[0].keys[1], slow_rotation(plain.keys[1], keys[0].positions_BT, inv_freq), 1e-5)
 
 
 PARTIAL = {
@@ -230,11 +230,11 @@ def test_partial_rotary_turns_the_first_channels_only(name, attention):
         if name == "phi-norm":
             attention_module = model.model.layers[layer].self_attn
             q, k = attention_module.q_layernorm(q), attention_module.k_layernorm(k)
-        near(kv.values[layer], v, 1e-5)
-        near(plain.keys[layer], k, 1e-5)
-        near(plain.queries[layer], q, 1e-5)
-        near(kv.keys[layer], slow_rotation(k.detach(), kv.positions_BT, inv_freq), 1e-5)
-        near(back.keys[layer], kv.keys[layer], 2e-6)
+        assert_near(kv.values[layer], v, 1e-5)
+        assert_near(plain.keys[layer], k, 1e-5)
+        assert_near(plain.queries[layer], q, 1e-5)
+        assert_near(kv.keys[layer], slow_rotation(k.detach(), kv.positions_BT, inv_freq), 1e-5)
+        assert_near(back.keys[layer], kv.keys[layer], 2e-6)
         assert kv.keys[layer][..., turned:].equal(plain.keys[layer][..., turned:])
         assert float((kv.keys[layer] - plain.keys[layer])[..., :turned].abs().max()) > 0.05
 

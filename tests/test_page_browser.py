@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -71,6 +72,7 @@ class Browser:
 
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
+            assert select.select([self._in], [], [], 60)[0], "chromium says nothing for a minute"
             chunk = os.read(self._in, 1 << 16)
             assert chunk, "chromium went away"
             self._rest += chunk

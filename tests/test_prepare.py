@@ -17,6 +17,8 @@ from kvdistill.data.tables import read_manifest, read_split
 from kvdistill.data.tokenizers import fingerprint_tokenizer
 from kvdistill.stages.prepare import prepare, validate
 
+pytestmark = pytest.mark.slow
+
 SMALL = [{"name": "chain", "train": 23, "val": 5, "test": 7}, {"name": "product", "train": 19, "val": 3, "test": 4}]
 
 
@@ -241,13 +243,13 @@ def test_fewer_rows_than_asked_are_recorded(tmp_path: Path) -> None:
     }
 
 
-def test_gsm8k_with_a_trimmed_tokenizer(data_root: Path, tmp_path: Path) -> None:
+def test_gsm8k_with_a_trimmed_tokenizer(gsm8k_root: Path, tmp_path: Path) -> None:
     task = {"name": "gsm8k", "train": 60, "val": 11, "test": 13}
-    section = {"tasks": [task], "tokenizer": "root:gpt2", "trim_vocabulary": True, "root": str(data_root)}
+    section = {"tasks": [task], "tokenizer": "root:gpt2", "trim_vocabulary": True, "root": str(gsm8k_root)}
     seen: list[tuple[str, float, float]] = []
     prepare(_recipe(**section), tmp_path, progress=lambda *report: seen.append(report))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
-    full = AutoTokenizer.from_pretrained(data_root / "tokenizers/gpt2")
+    full = AutoTokenizer.from_pretrained(gsm8k_root / "tokenizers/gpt2")
     id_map = json.loads((tmp_path / "tokenizer/id_map.json").read_text())
     old_of = {new: int(old) for old, new in id_map.items()}
     assert sorted(old_of) == list(range(len(tokenizer))) and len(tokenizer) < 5000
@@ -256,5 +258,5 @@ def test_gsm8k_with_a_trimmed_tokenizer(data_root: Path, tmp_path: Path) -> None
         assert row.doc_hash == question_hash(row.prompt.removeprefix("Question: ").removesuffix("\nAnswer:"))
     assert seen[0] == ("loading tasks", 0, 1) and seen[-1] == ("encoding test", 13, 13)
     manifest = read_manifest(tmp_path)
-    assert str(data_root) not in json.dumps(manifest)
+    assert str(gsm8k_root) not in json.dumps(manifest)
     prepare(_recipe(**section | {"root": None}), tmp_path)  # where the copy lay makes no difference

@@ -15,7 +15,8 @@ from tiny_recipe import SEED, assert_one_message, invoke, no_work, write_recipe
 from kvdistill.arms.arm import Arm
 from kvdistill.arms.distiller import Distiller
 from kvdistill.arms.experiment import Experiment
-from kvdistill.cli.tables import as_text, layer_lines, profile_lines
+from kvdistill.cli.profiles import layer_lines, profile_lines
+from kvdistill.cli.tables import as_text
 from kvdistill.core.config import load_recipe
 from kvdistill.core.files import write_json
 from kvdistill.stages.train import match_on_held_out

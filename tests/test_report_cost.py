@@ -10,6 +10,8 @@ from kvdistill.core.files import read_json
 from kvdistill.stages.report import report
 from kvdistill.stages.report.cost import cost_sentence, draw_cost_curves
 
+pytestmark = pytest.mark.slow
+
 CURVES = {"arms": ["competence", "ce"], "budgets": [1, 2, 4]}
 ACCURACY = {
     "competence": (0.80, 0.60), "competence@x2": (0.86, 0.70), "competence@x4": (0.90, 0.80),

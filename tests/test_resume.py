@@ -40,6 +40,8 @@ from kvdistill.stages.fit import fit
 from kvdistill.stages.train import train_student
 from kvdistill.stages.train.checkpoint import newest_checkpoint
 
+pytestmark = pytest.mark.slow
+
 quiet_libraries()
 set_threads(1)
 
@@ -115,16 +117,16 @@ def assert_same_end(folder: Path, undisturbed: Path) -> None:
     assert not (folder / "checkpoints").exists()
 
 
-def test_killed_at_ten_random_moments_it_ends_in_the_same_bits(tmp_path):
+def test_killed_at_six_random_moments_it_ends_in_the_same_bits(tmp_path):
     run, _ = prepared(tmp_path, CHANGES)
     changes = tmp_path / "changes.json"
     changes.write_text(json.dumps(CHANGES))
     driver = Path(__file__).with_name("killed_training.py")
-    words = [sys.executable, str(driver), str(run), ARM, str(SEED), "10", str(changes)]
+    words = [sys.executable, str(driver), str(run), ARM, str(SEED), "6", str(changes)]
     done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     killed_at = json.loads(done.stdout.splitlines()[-1])
-    assert len(killed_at) == 10 and killed_at[-1] > killed_at[0], killed_at  # it came on between the kills
+    assert len(killed_at) == 6 and killed_at[-1] > killed_at[0], killed_at  # it came on between the kills
     assert_same_end(arm_folder(run), trained_whole(tmp_path / "whole", CHANGES))
 
 
@@ -329,7 +331,7 @@ def test_a_whole_study_stopped_by_ctrl_c_and_by_kill_9_ends_in_the_same_bits(tmp
     assert workers
     os.kill(study.pid, signal.SIGKILL)  # the parent alone
     wait_for(lambda: not any(map(is_alive, workers)), "workers outlived their parent", 10)
-    study.communicate()
+    study.communicate(timeout=60)
     assert not (run / "report.html").exists()
 
     study = start(path)

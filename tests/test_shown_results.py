@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from kvdistill.align.layers import cka_map, map_notes
-from kvdistill.cli.tables import as_text, layer_lines
+from kvdistill.cli.profiles import layer_lines
+from kvdistill.cli.tables import as_text
 
 
 def arm(accuracy: float, nll: float, reasoning: float | None = None) -> dict[str, object]:

@@ -42,6 +42,8 @@ from kvdistill.stages.train.checkpoint import newest_checkpoint
 from kvdistill.stages.train.curves import LearningCurve
 from kvdistill.stages.train.trainer import DistillTrainer
 
+pytestmark = pytest.mark.slow
+
 quiet_libraries()
 set_threads(1)
 
@@ -161,7 +163,7 @@ def test_a_thread_cannot_listen_and_works_all_the_same():
 
     thread = threading.Thread(target=work)
     thread.start()
-    thread.join()
+    thread.join(60)
     assert done == [1]
 
 

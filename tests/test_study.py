@@ -40,6 +40,8 @@ from kvdistill.study.folder import claimed
 from kvdistill.study.local import run_jobs
 from kvdistill.study.plan import plan
 
+pytestmark = pytest.mark.slow
+
 set_threads(1)  # as in the processes
 THREE: dict[str, Any] = {"seeds": [1, 2], "arms": {"ce": {"teachers": []}, "one": {"teachers": ["one"]}, "both": {}}}
 
@@ -236,9 +238,8 @@ def test_in_worker_processes_neighbours_of_a_failing_arm_finish(tmp_path):
     arms = {"ce": {"teachers": []}, "kv": {"loss": {"kv_weight": 1e39}}}
     arms |= {"logit": {"loss": {"kv_weight": 0, "logit_weight": 1e39}}}
     path = write_recipe(tmp_path, arms=arms, teachers=[tiny_recipe(tmp_path).teachers[0].model_dump(mode="json")])
-    ended = subprocess.run(
-        command("run", path, "hardware.workers=2"), capture_output=True, text=True, env=environment(), check=False
-    )
+    words = command("run", path, "hardware.workers=2")
+    ended = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=300, check=False)
     lines = [line for line in ended.stderr.splitlines() if not PROGRESS.match(line)]
     assert ended.returncode == 2 and ended.stdout == "" and lines[0].startswith("kvdistill: 2 of "), ended.stderr
     assert any(line.startswith(f"  train:kv:{SEED}: ") for line in lines), ended.stderr

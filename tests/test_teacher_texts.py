@@ -16,7 +16,8 @@ from kvdistill.arms.batches import BatchMaker
 from kvdistill.arms.checks import check_models
 from kvdistill.arms.experiment import Experiment
 from kvdistill.arms.texts import load_tokenizer_of
-from kvdistill.core.config import arm_recipe, make_recipe
+from kvdistill.core.arms import arm_recipe
+from kvdistill.core.config import make_recipe
 from kvdistill.core.errors import AlignmentError, DataError, KVDistillError, RecipeError
 from kvdistill.core.recipe import Recipe
 from kvdistill.core.segments import ANSWER, END, REASONING, START, TEXT, TURN
@@ -24,6 +25,8 @@ from kvdistill.data import load_multi_task_dataset
 from kvdistill.data.encode import Example
 from kvdistill.data.tables import read_split
 from kvdistill.stages.prepare import prepare
+
+pytestmark = pytest.mark.slow
 
 SIZES = {"architecture": "llama", "hidden_size": 16, "num_layers": 2, "num_heads": 2}
 

@@ -29,7 +29,8 @@ from tiny_recipe import (
 from kvdistill.arms.costs import all_sharers
 from kvdistill.arms.experiment import Experiment
 from kvdistill.arms.lessons import SOLUTIONS, RowsBehind, written_beside
-from kvdistill.core.config import arm_recipe, make_recipe
+from kvdistill.core.arms import arm_recipe
+from kvdistill.core.config import make_recipe
 from kvdistill.core.costs import amortised
 from kvdistill.core.errors import DataError, RecipeError, RunFolderError
 from kvdistill.core.files import read_json_lines, sha256_file

@@ -24,7 +24,8 @@ from kvdistill.arms.lessons import RowsBehind, studied_beside, written_beside
 from kvdistill.arms.pairing import Pairing
 from kvdistill.arms.setting import Setting
 from kvdistill.arms.student import CausalStudent, Student
-from kvdistill.arms.teacher import Teacher, run_teacher
+from kvdistill.arms.teacher import Teacher
+from kvdistill.arms.teacher_pass import run_teacher
 from kvdistill.arms.texts import first_share, spread
 from kvdistill.core.errors import AlignmentError
 from kvdistill.core.kv import KV
@@ -226,8 +227,8 @@ class Arm:
 
     @cached_property
     def _moments(self) -> dict[str, Moments]:
-        """Of every teacher's channels, as its fit noted them."""
-        return {name: Moments.from_tensors(self.fitted(name).shards[0]) for name in self.teachers}
+        """Of every teacher's channels, as its fit noted them: on the device, where noise is drawn."""
+        return {name: Moments.from_tensors(self.fitted(name).shards[0]).to(self.device) for name in self.teachers}
 
     def load(self, batches: BatchMaker, numbers: Sequence[int]) -> Batch:
         """One batch on the device, with targets."""

@@ -178,26 +178,29 @@ def _rows(x_BT: Tensor) -> Tensor:
 
 def noisy(kv: KV, moments: Moments, seeds: Sequence[int]) -> KV:
     """Keys and values (and queries, where there are any) drawn anew: each example's from its seed, whatever stands
-    beside it and on whatever device; 0 at padding, as it was in the frame that it was."""
-    moments, queried = moments.to("cpu"), bool(kv.queries)
-    kept = torch.zeros(len(seeds), kv.mask_BT.shape[1], *moments.mean_M2GE.shape)
-    asked = torch.zeros(*kept.shape[:2], *moments.query_mean_MHE.shape) if moments.query_mean_MHE is not None else None
-    for b, (seed, mask) in enumerate(zip(seeds, kv.mask_BT.cpu(), strict=True)):
-        places, generator = mask.nonzero().squeeze(1), torch.Generator().manual_seed(seed)
-        drawn = torch.randn(len(places), *moments.mean_M2GE.shape, generator=generator)
+    beside it; 0 at padding, as it was in the frame that it was.
+
+    Drawn where the moments are, wherever `kv` is: stored targets wait in memory, and a step would wait for that much
+    noise to be made there and brought to the device. One seed is other noise on another kind of device."""
+    queried, device = bool(kv.queries), moments.mean_M2GE.device
+    kept = torch.zeros(len(seeds), kv.mask_BT.shape[1], *moments.mean_M2GE.shape, device=device)
+    asked: Tensor | None = None
+    if moments.query_mean_MHE is not None:
+        asked = torch.zeros(*kept.shape[:2], *moments.query_mean_MHE.shape, device=device)
+    for b, (seed, mask) in enumerate(zip(seeds, kv.mask_BT, strict=True)):
+        places, generator = mask.nonzero().squeeze(1).to(device), torch.Generator(device).manual_seed(seed)
+        drawn = torch.randn(len(places), *moments.mean_M2GE.shape, generator=generator, device=device)
         kept[b, places] = drawn * moments.std_M2GE + moments.mean_M2GE
         if asked is not None:
             assert moments.query_std_MHE is not None and moments.query_mean_MHE is not None
-            drawn = torch.randn(len(places), *moments.query_mean_MHE.shape, generator=generator)
+            drawn = torch.randn(len(places), *moments.query_mean_MHE.shape, generator=generator, device=device)
             asked[b, places] = drawn * moments.query_std_MHE + moments.query_mean_MHE
-    like, layers = kv.keys[0], range(kv.num_layers)
-    keys, values = (
-        tuple(kept[:, :, m, side].transpose(1, 2).to(like.device, like.dtype) for m in layers) for side in (0, 1)
-    )
+    dtype, layers = kv.keys[0].dtype, range(kv.num_layers)
+    keys, values = (tuple(kept[:, :, m, side].transpose(1, 2).to(dtype) for m in layers) for side in (0, 1))
     queries: tuple[Tensor, ...] = ()
     if queried:
         assert asked is not None
-        queries = tuple(asked[:, :, m].transpose(1, 2).to(like.device, like.dtype) for m in layers)
+        queries = tuple(asked[:, :, m].transpose(1, 2).to(dtype) for m in layers)
     return replace(kv, keys=keys, values=values, queries=queries)
 
 

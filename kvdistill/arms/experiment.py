@@ -7,7 +7,7 @@ from functools import cached_property
 from kvdistill.arms.arm import Arm
 from kvdistill.arms.setting import Setting
 from kvdistill.arms.teacher import Teacher
-from kvdistill.core.config import arm_recipe
+from kvdistill.core.arms import arm_recipe
 from kvdistill.core.recipe import UNTRAINED
 from kvdistill.core.tuning import with_values
 

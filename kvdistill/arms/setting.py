@@ -12,12 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from kvdistill.arms.pairing import shape_of
 from kvdistill.arms.student import CausalStudent
 from kvdistill.arms.texts import load_tokenizer_of, spread
+from kvdistill.core.arms import arm_recipe
 from kvdistill.core.budgets import read_budgets
-from kvdistill.core.config import arm_recipe, replicate_recipe, trials_of
+from kvdistill.core.config import replicate_recipe
 from kvdistill.core.layout import replicate_folder
 from kvdistill.core.recipe import ArmRecipe, Recipe
 from kvdistill.core.runtime import derive_seed, pick_device
-from kvdistill.core.tuning import Trial, read_tuned
+from kvdistill.core.tuning import Trial, read_tuned, trials_of
 from kvdistill.data.encode import Example
 from kvdistill.data.tables import read_split
 from kvdistill.data.tokenizers import as_read

@@ -1,16 +1,14 @@
-"""A teacher of a study: what it is, what it reads, what the arms want of it, what it gave, and how it is run."""
+"""A teacher of a study: what it is, what it reads, what the arms want of it, and what it gave."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -19,6 +17,7 @@ from kvdistill.align.layers import read_layer_similarity
 from kvdistill.arms.batches import data_order
 from kvdistill.arms.pairing import Pairing, shape_of
 from kvdistill.arms.setting import Setting
+from kvdistill.arms.teacher_pass import run_teacher
 from kvdistill.arms.texts import (
     SPAN_NAMES,
     PickedRows,
@@ -31,7 +30,6 @@ from kvdistill.arms.texts import (
     spans_path,
     teacher_place,
 )
-from kvdistill.compress import rkv_layer_scores
 from kvdistill.core.errors import DataError, RecipeError, RunFolderError
 from kvdistill.core.files import open_tensors, read_json, sha256_file, sha256_of, write_json
 from kvdistill.core.kv import KV
@@ -45,13 +43,11 @@ from kvdistill.core.layout import (
 )
 from kvdistill.core.marks import check_marked, read_mark, read_sealed, sealed
 from kvdistill.core.recipe import UNTRAINED, ArmRecipe, ModelRecipe, TeacherRecipe
-from kvdistill.core.runtime import DTYPES, derive_seed
-from kvdistill.core.segments import ANSWER
-from kvdistill.core.targets import ChannelMeans, TeacherTargets
+from kvdistill.core.runtime import derive_seed
+from kvdistill.core.targets import ChannelMeans
 from kvdistill.data.encode import Example
 from kvdistill.data.pieces import tell_pieces
 from kvdistill.data.tables import check_file, read_table
-from kvdistill.losses import answer_attention
 from kvdistill.models import (
     ModelShape,
     batch_geometry,
@@ -60,7 +56,6 @@ from kvdistill.models import (
     model_config,
     rotary_only,
     rotate_keys,
-    teacher_forward,
 )
 from kvdistill.models.generate import right_padded
 from kvdistill.store.packed import TargetReader
@@ -415,56 +410,3 @@ class Teacher:
         """Keys and queries turned as it turns them, at the positions that the KV carries; without its weights."""
         model = rotary_only(model_config(self.recipe, 1, self.place), self.experiment.device)
         return lambda kv: rotate_keys(kv, model)
-
-
-def run_teacher(
-    model: PreTrainedModel,
-    input_ids_BS: Tensor,
-    segments_BS: Tensor,
-    *,
-    layers: Sequence[int],
-    dtype: str,
-    want_nll: bool = True,
-    top_k: int = 0,
-    queries: bool = False,
-    scores: bool = False,
-    means: ChannelMeans | None = None,
-) -> TeacherTargets:
-    """Targets of one batch straight from the model, rounded to `dtype` as the store would (around `means`).
-
-    queries: with the KV. scores: what the teacher's attention says of each token (`token_scores`).
-    """
-    out = teacher_forward(
-        model,
-        input_ids_BS,
-        segments_BS > 0,
-        segments_BS,
-        layers=list(layers) or None,
-        want_kv=bool(layers),
-        want_nll=want_nll,
-        want_logits_top_k=top_k,
-        want_queries=queries,
-        scorer=token_scores if scores else None,
-    )
-    if out.kv is not None and means is not None:
-        return replace(out, kv=means.rounded(out.kv, DTYPES[dtype]))
-    if out.kv is not None and out.kv.keys[0].dtype != DTYPES[dtype]:
-        return replace(out, kv=out.kv.map_layers(lambda x: x.to(DTYPES[dtype])))
-    return out
-
-
-def token_scores(kv: KV, segments_BS: Tensor) -> Tensor:
-    """Of every token, in every layer and KV head [B, S, M, 3, G]: importance and redundancy (R-KV, over the reasoning
-    tokens), and the attention that the answer pays to it (mean over query heads; over all tokens).
-
-    kv: as attention sees it, with queries.
-    """
-    queries = list(kv.queries)
-    if kv.scaling is not None:  # both functions divide by sqrt(size), as most models do
-        factors = [one * key.shape[-1] ** 0.5 for one, key in zip(kv.scaling, kv.keys, strict=True)]
-        queries = [q * factor for q, factor in zip(queries, factors, strict=True)]
-    rkv_MB2GS = rkv_layer_scores(queries, kv.keys, segments_BS, rules=kv.rules)
-    q, k = (torch.stack([x.transpose(1, 2) for x in side]) for side in (queries, kv.keys))
-    paid_MBS = answer_attention(q, k, segments_BS == ANSWER, kv.mask_BT, rules=kv.rules)
-    paid_MB1GS = paid_MBS[:, :, None, None].expand(-1, -1, 1, kv.keys[0].shape[1], -1)
-    return torch.cat([rkv_MB2GS, paid_MB1GS], dim=2).permute(1, 4, 0, 2, 3)

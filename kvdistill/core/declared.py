@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvdistill.core.config import arm_recipe, trials_of
+from kvdistill.core.arms import arm_recipe
 from kvdistill.core.errors import RunFolderError
 from kvdistill.core.family import BEST_SINGLE, Family, best_single_rule, make_family
 from kvdistill.core.files import as_json, read_json, sha256_of, write_json
 from kvdistill.core.layout import file_lock, locks_folder
 from kvdistill.core.recipe import ParityRecipe, Recipe
-from kvdistill.core.tuning import judged_by, rule_of
+from kvdistill.core.tuning import judged_by, rule_of, trials_of
 
 _RULES = ("primary", "alpha", "margin")
 

@@ -13,6 +13,7 @@ from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kvdistill.core.arms import arm_recipe
 from kvdistill.core.marks import read_mark
 from kvdistill.core.recipe import ArmRecipe, Recipe, TuneRecipe
 
@@ -213,3 +214,16 @@ def edges(trials: Sequence[Values], chosen: Mapping[str, float]) -> list[str]:
     """The keys of which the lowest or highest value was chosen: the best may lie beyond it."""
     found = {key: [values[key] for values in trials] for key in chosen}
     return [key for key, values in found.items() if chosen[key] in (min(values), max(values))]
+
+
+def trials_of(recipe: Recipe) -> dict[str, Trial]:
+    """The trials of every tuned arm, by their names; none where nothing is tuned."""
+    tune = recipe.tune
+    if tune is None:
+        return {}
+    arms = {name: arm_recipe(recipe, name) for name in recipe.arms if recipe.tuned_as(name) == name}
+    return {
+        trial_name(name, number): Trial(name, values, as_trial(tune, arms[name], values))
+        for name, listed in search(tune, arms).items()
+        for number, values in enumerate(listed, start=1)
+    }

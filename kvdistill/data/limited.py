@@ -19,6 +19,7 @@ import sys
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter
+from contextlib import suppress
 from multiprocessing.connection import Pipe
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,10 @@ class AbstractLimited(ABC):
         said = self._heard(_STARTUP_LIMIT_S)
         if said != "ready":
             reason = f"nothing heard for {_STARTUP_LIMIT_S:.0f} s" if said == TIMEOUT else said
-            reason = reason or f"exit code {self._child.wait()}"
+            if reason is None:  # it has closed the channel, so it ends now, or it never will
+                with suppress(subprocess.TimeoutExpired):
+                    self._child.wait(10.0)
+                reason = f"exit code {self._child.returncode}"
             self._stop()
             raise self.not_started(reason)
 

@@ -288,13 +288,16 @@ def answer_attention(
     return normalise_token_weights(paid_NT.view(key.shape[:3]), mask_BT)
 
 
-def normalise_token_weights(weight_LBT: Float[Tensor, "L B T"], mask_BT: Bool[Tensor, "B T"]) -> Float[Tensor, "L B T"]:
+def normalise_token_weights(
+    weight_LBT: Float[Tensor, "L B T"], mask: Bool[Tensor, "B T"] | Bool[Tensor, "L B T"]
+) -> Float[Tensor, "L B T"]:
     """Scaled to mean 1 over the real tokens of each sample and layer; 0 elsewhere; 1 where all weights are 0.
 
-    For weights that were brought to other tokens (a time map) after `answer_attention`.
+    For weights that were brought to other tokens (a time map) after `answer_attention`. mask: True at the tokens that
+    take part, [B, T], or [L, B, T] where layers keep different tokens (r-kv).
     """
-    weight_LBT = torch.where(mask_BT, weight_LBT, 0.0)
+    weight_LBT = torch.where(mask, weight_LBT, 0.0)
     total_LB1 = weight_LBT.sum(-1, keepdim=True)
-    count_B1 = mask_BT.sum(-1, keepdim=True)
-    scaled_LBT = weight_LBT * (count_B1 / total_LB1)
-    return torch.where(total_LB1 > 0, scaled_LBT, mask_BT.to(weight_LBT.dtype))
+    count = mask.sum(-1, keepdim=True)
+    scaled_LBT = weight_LBT * (count / total_LB1)
+    return torch.where(total_LB1 > 0, scaled_LBT, mask.to(weight_LBT.dtype))

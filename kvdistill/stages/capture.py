@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvdistill.arms.costs import pass_flops
-from kvdistill.arms.teacher import Teacher, run_teacher
+from kvdistill.arms.teacher import Teacher
+from kvdistill.arms.teacher_pass import run_teacher
 from kvdistill.core.errors import ModelError
 from kvdistill.core.files import open_tensors
 from kvdistill.core.layout import store_root

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from kvdistill.core.config import arm_recipe
+from kvdistill.core.arms import arm_recipe
 from kvdistill.core.errors import ModelError, RecipeError
 from kvdistill.core.family import MIN_SEEDS
 from kvdistill.core.provenance import machine_facts

@@ -16,8 +16,9 @@ from typing import Any
 from kvdistill.arms.budget import TrainingBudgetController
 from kvdistill.arms.experiment import Experiment
 from kvdistill.arms.student import CausalStudent
+from kvdistill.core.arms import arm_recipe
 from kvdistill.core.budgets import FILE, read_budgets
-from kvdistill.core.config import arm_recipe, run_folder
+from kvdistill.core.config import run_folder
 from kvdistill.core.errors import KVDistillError, ModelError, RunFolderError
 from kvdistill.core.files import read_json
 from kvdistill.core.layout import data_folder, replicate_folder

@@ -10,7 +10,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from kvdistill.core.config import arm_recipe, recipe_hash, trials_of
+from kvdistill.core.arms import arm_recipe
+from kvdistill.core.config import recipe_hash
 from kvdistill.core.declared import family_of
 from kvdistill.core.errors import RecipeError, RunFolderError
 from kvdistill.core.files import read_json, sha256_of, write_json
@@ -28,6 +29,7 @@ from kvdistill.core.marks import read_mark, sealed
 from kvdistill.core.provenance import machine_facts, package_versions
 from kvdistill.core.quoting import first_difference
 from kvdistill.core.recipe import Recipe
+from kvdistill.core.tuning import trials_of
 from kvdistill.study.plan import is_evaluated
 
 # sections a finished model depends on: a run folder made with others is refused

@@ -236,6 +236,7 @@ def _start_worker(queue: Any, numbers: Any, tree: dict[str, Any], parent: int) -
     _LISTENING.enter_context(listening(limit_s=ALWAYS))  # between jobs there is nothing to interrupt
     global _QUEUE, _RECIPE
     _QUEUE, _RECIPE = queue, Recipe.model_validate(tree)
+    queue.cancel_join_thread()  # whoever was killed while it told may hold the pipe for ever: nobody waits to tell
     gpus = visible_gpus()
     if len(gpus) > 1:  # before torch is imported: a worker sees one GPU, its own
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[numbers.get() % len(gpus)]

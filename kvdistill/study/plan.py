@@ -18,11 +18,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kvdistill.core.arms import arm_recipe
 from kvdistill.core.budgets import continued, read_budgets
-from kvdistill.core.config import arm_recipe, asked_hash, trials_of
+from kvdistill.core.config import asked_hash
 from kvdistill.core.layout import arm_folder, evaluated_mark
 from kvdistill.core.marks import read_mark
 from kvdistill.core.recipe import UNTRAINED, ArmRecipe, Recipe
+from kvdistill.core.tuning import trials_of
 from kvdistill.stages.table import STAGES, Job, is_done, is_tuned
 
 STUDY = ("teach", "evaluate", "report")  # what a whole study is after; everything else only comes before it

@@ -17,7 +17,8 @@ from transformers import PreTrainedConfig
 
 from kvdistill.align import parse_layer_range
 from kvdistill.arms.experiment import Experiment
-from kvdistill.core.config import arm_recipe, make_recipe, run_folder
+from kvdistill.core.arms import arm_recipe
+from kvdistill.core.config import make_recipe, run_folder
 from kvdistill.core.errors import DataError
 from kvdistill.core.layout import DRY_RUN, folder_lock
 from kvdistill.core.progress import Progress

@@ -10,7 +10,8 @@ import os
 import time
 from typing import Any
 
-from kvdistill.core.config import arm_recipe, recipe_hash, run_folder
+from kvdistill.core.arms import arm_recipe
+from kvdistill.core.config import recipe_hash, run_folder
 from kvdistill.core.errors import JobsFailed, RecipeError, RunFolderError
 from kvdistill.core.files import write_json
 from kvdistill.core.layout import data_folder, file_lock, locks_folder, profile_folder, replicate_folder

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats as distributions
 
-from kvdistill.core.config import arm_recipe
+from kvdistill.core.arms import arm_recipe
 from kvdistill.core.files import sha256_of
 from kvdistill.core.recipe import Recipe
 from kvdistill.stages.report.bars import draw_bars

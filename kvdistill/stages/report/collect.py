@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from kvdistill.core.budgets import differences, read_budgets
-from kvdistill.core.config import asked_hash, trials_of
+from kvdistill.core.config import asked_hash
 from kvdistill.core.costs import count_sharers, student_flops, total_flops
 from kvdistill.core.declared import family_of
 from kvdistill.core.errors import RunFolderError
@@ -31,6 +31,7 @@ from kvdistill.core.layout import (
 from kvdistill.core.marks import check_marked, read_mark, read_sealed
 from kvdistill.core.recipe import Recipe
 from kvdistill.core.records import Record, read_records
+from kvdistill.core.tuning import trials_of
 from kvdistill.stages.report.compare import SeedRun
 from kvdistill.stages.report.models import read_models
 

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from kvdistill.core.config import arm_recipe
+from kvdistill.core.arms import arm_recipe
 from kvdistill.core.recipe import Recipe
 from kvdistill.stages.report.compare import MIN_SEEDS
 from kvdistill.stages.report.text import CONTROLS, is_known, write_harm, write_texts

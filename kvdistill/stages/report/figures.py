@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib.figure import Figure
 
-from kvdistill.core.config import arm_recipe
+from kvdistill.core.arms import arm_recipe
 from kvdistill.core.recipe import Recipe
 from kvdistill.stages.report.ablations import draw_ablations
 from kvdistill.stages.report.bars import draw_bars

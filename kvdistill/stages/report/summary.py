@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvdistill import stats
-from kvdistill.core.config import arm_recipe
+from kvdistill.core.arms import arm_recipe
 from kvdistill.core.costs import student_flops
 from kvdistill.core.declared import compare_declared, family_of
 from kvdistill.core.family import BEST_SINGLE, best_single_rule, single_arms
