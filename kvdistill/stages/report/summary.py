@@ -13,7 +13,7 @@ from typing import Any
 from kvdistill import stats
 from kvdistill.core.config import arm_recipe
 from kvdistill.core.costs import student_flops
-from kvdistill.core.declared import compare_declared, family_of
+from kvdistill.core.declared import compare_declared, family_of, parities_of
 from kvdistill.core.family import BEST_SINGLE, best_single_rule, single_arms
 from kvdistill.core.recipe import Recipe
 from kvdistill.stages.report.best_single import Choice, choose_best_single
@@ -78,6 +78,7 @@ def compare_all(recipe: Recipe, tables: RunTables) -> dict[str, list[Comparison]
     rules, other = recipe.report, "nll" if recipe.report.primary == "accuracy" else "accuracy"
     declared, choice = family_of(recipe).pairs, best_single(recipe, tables)
     pairs = declared if choice is None else [choice.stands_in(pair) for pair in declared]
+    parities = list(parities_of(recipe, tables.path).values())
     found = {
         "primary": compare_family(
             tables.runs,
@@ -86,10 +87,10 @@ def compare_all(recipe: Recipe, tables: RunTables) -> dict[str, list[Comparison]
             figure=rules.primary,
             alpha=rules.alpha,
             margin=rules.margin,
-            parity=rules.parity,
+            parities=parities,
         ),
         "secondary": compare_family(
-            tables.runs, pairs, tables.seeds, figure=other, alpha=rules.alpha, parity=rules.parity
+            tables.runs, pairs, tables.seeds, figure=other, alpha=rules.alpha, parities=parities
         ),
     }
     for comparisons in found.values():

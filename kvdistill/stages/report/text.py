@@ -186,6 +186,11 @@ def side_name(comparison: dict[str, Any], side: int, words: Words = ENGLISH) -> 
     return words("verdict.best_single", arm=name) if chosen else name
 
 
+def at_equal(comparison: dict[str, Any], words: Words = ENGLISH) -> str:
+    """`at equal total FLOPs, amortised`: what both sides spent alike."""
+    return words("verdict.at_equal", parity=words.message(comparison["at_equal"]))
+
+
 def outcome(comparison: dict[str, Any], family_size: int, words: Words = ENGLISH) -> str:
     """`better (p = 0.002, Holm-adjusted for 4 comparisons)`; for equivalence the p-value is the TOST's."""
     word = comparison["verdict"]
