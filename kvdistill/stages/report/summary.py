@@ -240,6 +240,9 @@ def summarise(
     for one in (*comparisons["primary"], *comparisons["secondary"]):
         one["after_results"] = one["declared"] in declared["late"]
         one["by_rule"] = tuple(one["declared"]) in rule.by_rule
+        if one["parity"] == "steps" and one["arm"] in recipe.arms:  # each as many as its validation asks for
+            ended = arm_recipe(recipe, one["arm"]).train.patience is not None
+            one["at_equal"] = "problems at hand" if ended else one["at_equal"]
     summary = {
         "schema": 1, "declared": declared, "name": recipe.name,
         "title": recipe.title or recipe.name, "primary": recipe.report.primary,
@@ -250,7 +253,7 @@ def summarise(
         "family_notes": rule.notes,
         "accuracy_near_zero": near_zero,
         "curves": curve_summary(
-            recipe, tables, "nll" if near_zero else recipe.report.primary, reference_arm(recipe)
+            recipe, tables, "nll" if near_zero else recipe.report.primary, reference_arm(recipe), words
         ),
         "seconds": _total([tables.provenance], "seconds"), "cpu_seconds": _total([tables.provenance], "cpu_seconds"),
         "student_seconds": _total(ledgers, "seconds") - sum(
@@ -269,7 +272,7 @@ def summarise(
     texts = {
         arm: one.ledger["texts"] for arm, runs in tables.runs.items() for one in runs.values() if "texts" in one.ledger
     }
-    return summary | {"controls": describe_controls(recipe, summary, reference_arm(recipe), texts)}
+    return summary | {"controls": describe_controls(recipe, summary, reference_arm(recipe), texts, words)}
 
 
 def variance(recipe: Recipe) -> str:
