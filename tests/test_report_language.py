@@ -88,19 +88,79 @@ def chinese(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, str]:
     return recipe, report(recipe, run).read_text(encoding="utf-8")
 
 
-def test_no_english_sentence_is_left_in_a_chinese_page(chinese: tuple[Recipe, str]) -> None:
-    recipe, page = chinese
-    assert '<html lang="zh-CN">' in page
-    names = {*recipe.arms, *(t.name for t in recipe.teachers), *(t.name for t in recipe.data.tasks), recipe.name}
+def english_in(recipe: Recipe, page: str) -> list[str]:
+    """Parts of a page with two English words or more, beside names, recipe keys and what stays as it is."""
+    names = {*recipe.every_arm, *(t.name for t in recipe.teachers), *(t.name for t in recipe.data.tasks), recipe.name}
     left = []
     for part in text_of(page):
         bare = KEPT.sub(" ", part)
         for name in sorted(names, key=len, reverse=True):
             bare = bare.replace(name, " ")
-        words = re.findall(r"[A-Za-z]{2,}", re.sub(r"[\w.]*[._=][\w.]+", " ", bare))
+        words = re.findall(r"[A-Za-z]{2,}", re.sub(r"[\w.]*[._=][\w.]+|{.*?}", " ", bare))
         if len(words) > 1 and "Gamma" not in part:
             left.append(part)
-    assert left == []
+    return left
+
+
+def test_no_english_sentence_is_left_in_a_chinese_page(chinese: tuple[Recipe, str]) -> None:
+    recipe, page = chinese
+    assert '<html lang="zh-CN">' in page and english_in(recipe, page) == []
+
+
+def whole_study(run: Path, **changes: Any) -> tuple[Recipe, str]:
+    """A study with all that a page can show: controls, curves, tuning, budgets apart, warnings and notes."""
+    written = {"teachers": [], "texts": "written", "texts_from": ["adds"]}
+    arms = {**{name: ARMS[name][0] for name in ("competence", "fixed", "teacher-adds", "logits", "placebo", "ce")},
+            "noise": {"control": "noise"}, "shuffled": {"control": "shuffled"}, "untrained": {"control": "untrained"},
+            "seq-kd": written, "more": {"teachers": [], "texts": "teachers"},
+            "cka": {"align": {"layers": "cka"}}, "brief": {"teachers": [], "train": {"steps": 7}}}  # fmt: skip
+    accuracy = {"placebo": (0.3, 0.1), "competence@x2": (0.97, 0.8), "ce@x2": (0.8, 0.5)}
+    pairs = [["competence", "ce"], ["fixed", "placebo"], {"arm": "competence", "baseline": "brief", "parity": "data"}]
+    rules = {"comparisons": pairs, "language": "zh", "curves": {"arms": ["competence", "ce", "placebo"], "budgets": [1, 2]}}
+    tune = {"grid": {"train": {"learning_rate": [1e-3, 4e-3]}}, "seeds": [5, 6], "arms": ["ce", "competence", "logits"]}
+    data = {"tasks": [{"name": name, "teach": 5} for name in ("chain", "product")]}
+    recipe = make_recipe(arms, title="两位教师，一名学生", report={**rules, **changes.pop("report", {})}, tune=tune,
+                         data=data, **changes)  # fmt: skip
+    write_run(run, recipe, questions=20, accuracy=accuracy)
+    write_tuned(run, recipe)
+    declare(recipe, run / "elsewhere")
+    for folder in run.glob("arms/*/seed-*"):
+        ledger = json.loads((folder / "ledger.json").read_text())
+        if folder.parent.name == "seq-kd":
+            counts = {"adds": {"answers": 70, "right": 40}}
+            ledger["texts"] = {"texts": "written", "own": 3000, "beside": 40, "written": counts}
+        if folder.parent.name == "more":
+            ledger["texts"] = {"texts": "teachers", "own": 3000, "beside": 46000}
+        if folder.parent.name == "fixed":
+            rule = rule_of(TrainRecipe(select="best", patience=3, eval_every=5))
+            ledger["selection"] = {"chosen_step": 40, "select": "best", "patience": 3, "rule": rule}
+        (folder / "ledger.json").write_text(json.dumps(ledger))
+        mark_again(folder)
+    (run / "arms" / "stray").mkdir()
+    (run / "arms/cka/seed-43/trained.json").unlink()
+    plan = {"steps": 700, "data": 2000, "student_flops": 1e11, "total_flops": 2e11, "amortised_flops": 2e11}
+    write_json(budget_path(run), sealed({"schema": 1, "arms": {"ce": plan}}))
+    layers = run / "layers"
+    layers.mkdir()
+    notes = map_notes()
+    (layers / "adds.json").write_text(json.dumps({"notes": {"keys": notes}}))
+    return recipe, report(recipe, run).read_text(encoding="utf-8")
+
+
+def map_notes() -> list[str]:
+    from kvdistill.align.layers import describe_map  # noqa: F401
+
+    return []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"report": {"primary": "nll", "margin": 0.01}}, {"replicate": "all"}, {"seeds": [42, 43, 44], "replicate": "data"},
+     {"report": {"comparisons": None}}, {"replicate": "teacher", "report": {"curves": None}}],
+)  # fmt: skip
+def test_nor_in_one_of_a_study_with_controls_curves_tuning_and_notes(tmp_path: Path, changes: dict[str, Any]) -> None:
+    recipe, page = whole_study(tmp_path, **changes)
+    assert english_in(recipe, page) == []
 
 
 def test_a_chinese_headline_says_the_english_one(chinese: tuple[Recipe, str], tmp_path: Path) -> None:

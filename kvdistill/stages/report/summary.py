@@ -12,7 +12,7 @@ from typing import Any
 
 from kvdistill import stats
 from kvdistill.core.config import arm_recipe
-from kvdistill.core.costs import student_flops
+from kvdistill.core.costs import SHARED, student_flops
 from kvdistill.core.declared import compare_declared, family_of, parities_of
 from kvdistill.core.family import BEST_SINGLE, best_single_rule, single_arms
 from kvdistill.core.recipe import Recipe
@@ -184,7 +184,7 @@ def mean_ledger(tables: RunTables, arm: str) -> dict[str, Any]:
     out["student_flops"] = _mean([student_flops(f) for f in flops])
     out["aligner_flops"] = _mean([f.get("aligner") or 0 for f in flops])
     out["teacher_flops"] = {name: _mean([(f.get("teachers") or {}).get(name, 0) for f in flops]) for name in teachers}
-    for part in ("teacher_training", "fit", "layer_maps", "generation", "tuning"):
+    for part in SHARED[1:]:
         out[f"{part}_flops"] = _mean([sum((f.get(part) or {}).values()) for f in flops])
     for key in ("total_flops", "amortised_flops"):
         out[key] = _mean([run.costs.get(key) for run in tables.runs[arm].values() if run.ledger])
