@@ -167,6 +167,7 @@ def test_the_verdict_leads_with_the_curve_and_then_compares_at_the_declared_pari
     [against], headline = summary["curves"]["against"], summary["headline"]
     steps, at_cost = against["factors"]["steps"], against["factors"]["amortised_flops"]
     lead, _, rest = headline.partition(" At equal steps, ")
+    assert lead.endswith("(Intervals of curves: 95 %, not adjusted for the 2 comparisons.)")
     assert lead.startswith(f"competence learns {steps['factor']:.1f} times faster than ce ({steps['low']:.1f} to ")
     assert "reaches further" in lead and f"ce needs {at_cost['factor']:.1f} times" in lead
     assert rest.startswith("competence: ") and "points over ce; " in rest and "Holm-adjusted" in rest

@@ -101,8 +101,11 @@ def find_refusals(
     if not shared:
         return reasons
     reasons += _question_refusals(arm, baseline, shared)
+    of_seeds: dict[str, list[int]] = {}
     for seed in shared:
-        reasons += [f"seed {seed}: {why}" for why in _ledger_refusals(arm[seed], baseline[seed], parity)]
+        for why in _ledger_refusals(arm[seed], baseline[seed], parity):
+            of_seeds.setdefault(why, []).append(seed)
+    reasons += [f"seed {_words(seeds)}: {why}" for why, seeds in of_seeds.items()]
     if not any("question" in r for r in reasons):
         a, b = ([runs[s].macro(figure) for s in shared] for runs in (arm, baseline))
         if not np.isfinite(a + b).all():

@@ -42,8 +42,8 @@ def describe_controls(
         if kind is None:
             continue
         what, rules_out = CONTROLS[kind]
-        said = {"what": words.message(what), "rules_out": words.message(rules_out)}
-        row: dict[str, Any] = {"arm": name, "kind": kind, **said}
+        row: dict[str, Any] = {"arm": name, "kind": kind}
+        row |= {"what": words.message(what), "rules_out": words.message(rules_out)}
         if arm.control is not None:
             row |= _harm(recipe, summary, name, plain)
             row["said"] = write_harm(row, summary["primary"], words)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from kvdistill import stats
 from kvdistill.core.costs import TOLERANCE
@@ -18,7 +19,7 @@ from kvdistill.stages.report.canvas import label, line_style, new_grid, percent_
 from kvdistill.stages.report.collect import Row, RunTables
 from kvdistill.stages.report.factor import ceiling_difference, cost_factor
 from kvdistill.stages.report.language import ENGLISH, Words
-from kvdistill.stages.report.text import number, signed
+from kvdistill.stages.report.text import number, signed, with_prefix
 from kvdistill.stats import NAN
 
 COSTS = {
@@ -46,6 +47,7 @@ def curve_summary(recipe: Recipe, tables: RunTables, figure: str, baseline: str,
         "baseline": baseline,
         "budgets": curves.budgets,
         "of": curves.of,
+        "percent": f"{100 * (1 - recipe.report.alpha):.4g}",  # of all intervals here
         "costs": {cost: COSTS[cost] for cost in (OF_STEPS if curves.of_steps else OF_PROBLEMS)},
     }
     arms = [*curves.arms, *curves.points]
@@ -231,6 +233,16 @@ def _ceiling_words(ceiling: Row, arm: str, baseline: str, figure: str, words: Wo
     return words(f"curve.{key}", ahead=ahead, amount=amount, at=at[0], other=at[1])
 
 
+def _ticks(costs: Sequence[float], most: int = 4) -> list[float]:
+    """Costs that were drawn, far enough apart for their labels: the smallest, the largest, and what fits between."""
+    wide = math.log(max(costs) / min(costs)) / most if costs else 0.0
+    found: list[float] = []
+    for cost in sorted({*costs}):
+        if not found or (math.log(cost / found[-1]) > wide and math.log(cost / found[-1]) > 0.2):
+            found.append(cost)
+    return found
+
+
 def draw_cost_curves(summary: Row, words: Words = ENGLISH) -> Figure | str:
     """The score against steps, problems and FLOPs, one line per arm, bands of one standard deviation over seeds."""
     curves = summary.get("curves")
@@ -243,6 +255,9 @@ def draw_cost_curves(summary: Row, words: Words = ENGLISH) -> Figure | str:
     figure, grid = new_grid(len(drawn), height=3.0, sharey=True)
     for cost, axes in zip(drawn, grid, strict=True):
         axes.set(xlabel=words(f"labels.cost_{cost}"), xscale="log")
+        ticks = _ticks([row[cost] for row in rows if np.isfinite(row[cost])])
+        axes.set_xticks(ticks, [with_prefix(tick, "").strip() for tick in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
         for index, arm in enumerate(dict.fromkeys(row["arm"] for row in rows)):
             points = [row for row in rows if row["arm"] == arm and np.isfinite(row[cost])]
             x, mean = (np.array([row[key] for row in points]) for key in (cost, "mean"))

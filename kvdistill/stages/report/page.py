@@ -116,6 +116,7 @@ def _environment(study: Study) -> jinja2.Environment:
         duration=lambda seconds: text.duration(seconds, words),
         amount=lambda found, figure: text.amount(found, figure, words),
         difference=lambda found, figure: text.difference(found, figure, words),
+        sentence=lambda comparison: text.sentence(comparison, words),
         at_equal=lambda comparison: text.at_equal(comparison, words),
         side_name=lambda comparison, side: text.side_name(comparison, side, words),
         pictures={name: _embed(p) for name, p in study.pictures.items()},

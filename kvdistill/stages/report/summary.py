@@ -298,7 +298,7 @@ def selection_notes(tables: RunTables) -> list[str]:
             continue
         facts = [ledger["selection"] for ledger in chosen.values()]
         is_data |= any(one["patience"] is not None for one in facts)
-        steps = ", ".join(f"{one['chosen_step']} of {ledger['optimiser_steps']}" for one, ledger in
+        steps = ", ".join(f"{one['chosen_step']}/{ledger['optimiser_steps']}" for one, ledger in
                           zip(facts, chosen.values(), strict=True))  # fmt: skip
         found.setdefault(facts[0]["rule"], []).append(f"{arm} {steps}")
     notes = [

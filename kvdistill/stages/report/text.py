@@ -157,14 +157,14 @@ def write_headline(summary: dict[str, Any], words: Words = ENGLISH) -> str:
 
 def _lead(summary: dict[str, Any], comparisons: list[dict[str, Any]], figure: str, words: Words) -> str:
     lead, first = _compared(summary, comparisons, figure, words), next(iter(comparisons), None)
-    if not (curve := _curve_of(summary, first)):
+    if not (curve := _curve_of(summary, first, words)):
         return lead
     if first is None or first["refused"]:
         return words("verdict.after_curve_alone", curve=curve, lead=lead)
     return words("verdict.after_curve", curve=curve, parity=words.message(first["at_equal"]), lead=lead)
 
 
-def _curve_of(summary: dict[str, Any], first: dict[str, Any] | None) -> str:
+def _curve_of(summary: dict[str, Any], first: dict[str, Any] | None, words: Words) -> str:
     """What the curve of the first comparison's arm shows; of an arm without one that of its baseline, else the first
     that there is: the recipe decides, not the results."""
     curves = summary.get("curves")
@@ -174,7 +174,10 @@ def _curve_of(summary: dict[str, Any], first: dict[str, Any] | None) -> str:
     asked = [bases.get(first[side]) for side in ("arm", "baseline")] if first else []
     by_arm = {one["arm"]: one for one in curves["against"]}
     lead: str = next((by_arm[name] for name in asked if name in by_arm), curves["against"][0])["lead"]
-    return lead
+    family = len(summary["comparisons"])
+    if not lead or family < 2:
+        return lead
+    return lead + words("curve.unadjusted", n=family, percent=curves["percent"])
 
 
 def _compared(summary: dict[str, Any], comparisons: list[dict[str, Any]], figure: str, words: Words) -> str:
@@ -204,6 +207,14 @@ def side_name(comparison: dict[str, Any], side: int, words: Words = ENGLISH) -> 
     name: str = comparison["baseline" if side else "arm"]
     chosen = comparison["declared"][side] == BEST_SINGLE != name
     return words("verdict.best_single", arm=name) if chosen else name
+
+
+def sentence(comparison: dict[str, Any], words: Words = ENGLISH) -> str:
+    """What was found, or every reason why nothing could be."""
+    if comparison["refused"]:
+        reasons = words("page.semicolon").join(words.message(reason) for reason in comparison["refused"])
+        return words("verdict.refused", reasons=reasons)
+    return words.message(comparison["sentence"])
 
 
 def at_equal(comparison: dict[str, Any], words: Words = ENGLISH) -> str:
