@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_factory import make_recipe, write_lines, write_run
+from run_factory import make_recipe, write_lines, write_run, write_tuned
 
 from kvdistill.stages.report import report
 
@@ -181,9 +181,12 @@ def study(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     run = tmp_path_factory.mktemp(f"study-{request.param}")
     arms = {"ce": {"teachers": []}, "competence": {"fuse": {"fusion_strategy": "competence"}},
             "keys": {"loss": {"v_weight": 0.0}}, "both": {}, "placebo": {"control": "placebo"}}  # fmt: skip
-    rules = {"comparisons": [["competence", "ce"], ["placebo", "ce"]], "language": request.param}
-    recipe = make_recipe(arms, report=rules)
+    curves = {"arms": ["competence", "ce"], "budgets": [1, 2]}
+    rules = {"comparisons": [["competence", "ce"], ["placebo", "ce"]], "language": request.param, "curves": curves}
+    tune = {"grid": {"train": {"learning_rate": [1e-3, 4e-3]}, "loss": {"kv_weight": [5, 20]}}, "seeds": [5]}
+    recipe = make_recipe(arms, report=rules, tune=tune)
     write_run(run, recipe, questions=12)
+    write_tuned(run, recipe)
     return report(recipe, run)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from run_factory import ARMS, make_recipe, write_run
 
@@ -214,3 +216,14 @@ def test_fewer_problems_are_said_only_where_every_seed_shows_them():
     )
     open_still = {"distinct": factor(**BEYOND, factor=3.0, num_beyond=2, per_seed=[0.8, 3.0, 3.0])}
     assert cost_sentence({**found, "factors": open_still}, "accuracy", 3).startswith("kv is not shown to need fewer")
+
+
+def test_the_figure_of_costs_has_labels_that_can_be_read_and_do_not_overlap(shown):
+    _, summary, _ = shown
+    figure = draw_cost_curves(summary)
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        labels = [label for label in axes.get_xticklabels(which="both") if label.get_text()]
+        assert 2 <= len(labels) <= 5 and not any("$" in label.get_text() for label in labels)
+        boxes = sorted((label.get_window_extent() for label in labels), key=lambda box: box.x0)
+        assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))

@@ -107,7 +107,8 @@ def english_in(recipe: Recipe, page: str) -> list[str]:
         bare = KEPT.sub(" ", part)
         for name in sorted(names, key=len, reverse=True):
             bare = bare.replace(name, " ")
-        words = re.findall(r"[A-Za-z]{2,}", re.sub(r"[\w.]*[._=][\w.]+|{.*?}", " ", bare))
+        coded = r"[\w.]*[._=][\w.]+|{.*?}|\b[0-9a-f]{12}\b|[\d-]+T[\d:]+Z"  # keys, recipes, hashes, times
+        words = re.findall(r"[A-Za-z]{2,}", re.sub(coded, " ", bare))
         if len(words) > 1 and "Gamma" not in part:
             left.append(part)
     return left

@@ -135,8 +135,8 @@ def cost_sentence(found: Row, figure: str, num_seeds: int, words: Words = ENGLIS
     """`competence learns 3.1 times faster than ce (2.2 to 4.3 times the steps); it needs … fewer problems …; …`."""
     arm, baseline, factors = found["arm"], found["baseline"], found["factors"]
     said = _learned(found, num_seeds, words)
-    if (data := factors.get("data")) is not None and "steps" in factors and _is_faster(data):
-        said.append(words("curve.fewer_seen", times=_times(data, words)))
+    if (data := factors.get("data")) is not None and "steps" in factors and data["low"] > 1:
+        said.append(words("curve.fewer_seen", k=number(data["factor"], 1)))
     said += [
         words(f"curve.{cost}", baseline=baseline, amount=_amount(factors[cost], words))
         for cost in ("amortised_flops", "total_flops")
@@ -203,13 +203,15 @@ def _factor_words(key: str, factor: Row, arm: str, baseline: str, num_seeds: int
 
 
 def _times(factor: Row, words: Words) -> str:
-    return f"{words.message(factor['bound'])} {number(factor['factor'], 1)}".strip()
+    """`3.1 times`, `more than 4.0 times`."""
+    bound = {"": "times", "more than": "times_more", "less than": "times_less"}[factor["bound"]]
+    return words(f"curve.{bound}", k=number(factor["factor"], 1))
 
 
 def _range(factor: Row, words: Words) -> str:
     """`2.2 to 4.3 times`, where the factor itself is said before it."""
     if math.isnan(factor["low"]):
-        return words("curve.times", k=_times(factor, words))
+        return _times(factor, words)
     return words("curve.range", low=number(factor["low"], 1), high=number(factor["high"], 1))
 
 
@@ -217,8 +219,8 @@ def _amount(factor: Row, words: Words) -> str:
     """`3.1 times (2.2 to 4.3 times)`, `more than 4.0 times`."""
     if math.isnan(factor["factor"]):
         return words("curve.no_number", why=words.message(factor["reason"]))
-    times = words("curve.times", k=_times(factor, words))
-    return times if math.isnan(factor["low"]) else f"{times} ({_range(factor, words)})"
+    times = _times(factor, words)
+    return times if math.isnan(factor["low"]) else words("curve.with_range", times=times, range=_range(factor, words))
 
 
 def _ceiling_words(ceiling: Row, arm: str, baseline: str, figure: str, words: Words) -> str:
