@@ -10,6 +10,7 @@ import pytest
 from run_factory import make_recipe, mark_again, write_run
 from tiny_recipe import assert_one_message, invoke, no_work, tiny_recipe, tiny_tree, write_recipe
 
+from kvdistill.cli.tables import as_text
 from kvdistill.core.budgets import budget_path
 from kvdistill.core.config import make_recipe as checked_recipe
 from kvdistill.core.declared import compare_declared, declare, family_of, parities_of
@@ -313,6 +314,10 @@ def test_a_page_compares_unlike_budgets_at_what_they_have_in_common_or_says_why_
     first, second = json.loads((tmp_path / "summary.json").read_text())["comparisons"]
     assert (first["at_equal"], second["at_equal"]) == ("steps", "problems seen") and not second["refused"]
     assert "at equal problems seen" in page and page.count("at equal steps") >= 1
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert f"competence against ce: {second['sentence']} (at equal problems seen)" in " ".join(
+        as_text({"summary": summary}).split()
+    )
     write_plan(tmp_path, **{**plan, "ce": budget(1600)})
     page = report(recipe, tmp_path).read_text()
     [reason] = json.loads((tmp_path / "summary.json").read_text())["comparisons"][1]["refused"]

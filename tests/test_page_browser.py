@@ -246,6 +246,19 @@ def test_on_paper_what_is_folded_is_open_and_nothing_is_cut(browser: Browser, st
         browser.call("Emulation.setEmulatedMedia", media="")
 
 
+def test_on_paper_every_table_is_as_wide_as_the_paper_and_names_are_not_broken(browser: Browser, study: Path) -> None:
+    wide = 688  # A4 less its margins, in pixels of CSS
+    browser.open(study, wide)
+    browser.call("Emulation.setEmulatedMedia", media="print")
+    try:
+        over = f"[...document.querySelectorAll('table')].filter(t => t.getBoundingClientRect().right > {wide} + 1)"
+        assert browser.evaluate(f"{over}.map(t => t.parentElement.getAttribute('aria-label'))") == []
+        narrow = "[...document.querySelectorAll('tbody th')].filter(t => t.getBoundingClientRect().width < 70).length"
+        assert browser.evaluate(narrow) == 0
+    finally:
+        browser.call("Emulation.setEmulatedMedia", media="")
+
+
 def test_pictures_have_words_and_the_page_its_landmarks(browser: Browser, study: Path) -> None:
     browser.open(study, 900)
     alts = browser.evaluate("[...document.images].map(i => i.alt)")

@@ -260,6 +260,7 @@ def draw_cost_curves(summary: Row, words: Words = ENGLISH) -> Figure | str:
         ticks = _ticks([row[cost] for row in rows if np.isfinite(row[cost])])
         axes.set_xticks(ticks, [with_prefix(tick, "").strip() for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
+        axes.margins(x=0.12)  # the last label of a panel stays clear of the next one's first
         for index, arm in enumerate(dict.fromkeys(row["arm"] for row in rows)):
             points = [row for row in rows if row["arm"] == arm and np.isfinite(row[cost])]
             x, mean = (np.array([row[key] for row in points]) for key in (cost, "mean"))
