@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from kvdistill.core.marks import write_mark
+from kvdistill.core.files import write_json
+from kvdistill.core.marks import sealed, write_mark
 from kvdistill.core.recipe import Recipe
 from kvdistill.core.records import Record
+from kvdistill.core.tuning import edges, judged_by, rule_of, trials_of, tuned_path
 
 TASKS = ("chain", "product")
 TEACHERS = ("adds", "multiplies")
@@ -120,6 +122,28 @@ def make_ledger(seed: int, spec: dict[str, Any]) -> dict[str, Any]:
         "seconds": 41.2 + 9 * len(teachers), "cpu_seconds": 40.9 + 9 * len(teachers), "peak_memory_bytes": 512 * 2**20,
         "data_fingerprint": "d0", "init_fingerprint": f"i{seed}", "order_fingerprint": f"o{seed}",
     }  # fmt: skip
+
+
+def write_tuned(run: Path, recipe: Recipe) -> None:
+    """`tuned.json` as the search leaves it: the second trial of each arm is the best, its first one diverges."""
+    assert recipe.tune is not None
+    trials: dict[str, list[dict[str, Any]]] = {}
+    for one in trials_of(recipe).values():
+        trials.setdefault(one.arm, []).append(one.values)
+    arms = {}
+    for arm, values in trials.items():
+        rows = []
+        for number, value in enumerate(values, start=1):
+            figures = {"accuracy": 0.9 - 0.1 * number, "nll": 0.2 * number}
+            if number == 1:
+                figures = {"accuracy": None, "nll": None}
+            judged = {"step": 800, **figures, **({"diverged": "at step 3"} if number == 1 else {})}
+            seeds = {str(seed): judged for seed in recipe.tune.seeds}
+            rows.append({"trial": number, "values": value, **figures, "seeds": seeds})
+        arms[arm] = {"chosen": 2, "values": values[1], "at_edge": edges(values, values[1]), "flops": 1.26e12,
+                     "trials": rows}  # fmt: skip
+    said = {"schema": 1, "rule": rule_of(judged_by(recipe)), "by": judged_by(recipe), "seeds": recipe.tune.seeds}
+    write_json(tuned_path(run), sealed({**said, "arms": arms}))
 
 
 def make_match(spec: dict[str, Any]) -> dict[str, Any]:

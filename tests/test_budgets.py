@@ -22,7 +22,7 @@ from kvdistill.core.arms import arm_recipe
 from kvdistill.core.budgets import FILE, differences, figure_of, read_budgets
 from kvdistill.core.config import make_recipe
 from kvdistill.core.costs import apart
-from kvdistill.core.declared import compare_declared, declare
+from kvdistill.core.declared import compare_declared, declare, parities_of
 from kvdistill.core.errors import KVDistillError, RecipeError
 from kvdistill.core.files import read_json
 from kvdistill.core.layout import trained_mark
@@ -97,6 +97,16 @@ def test_matched_arms_spend_what_the_other_spends(prepared):
     assert {"teachers", "teacher_training", "aligner"} <= parts.keys() and not fixed["not_counted"]
     nearest = min(range(1, 400), key=lambda n: abs(mean_cost(controller, n) - fixed["amortised_flops"]))
     assert nearest == arms["ce-total"]["steps"], "a slow search finds the same steps"
+
+
+def test_what_is_compared_by_rule_is_so_at_the_parity_that_the_plan_holds(prepared):
+    arms = {"ce": {"teachers": [], "match": TOTAL}, "fixed": {}, "single": {"teachers": ["one"]}}
+    arms |= {"brief": {"teachers": ["two"], "train": {"steps": STEPS // 2}}}
+    recipe = study(prepared, arms=arms)
+    TrainingBudgetController(Experiment(recipe, prepared)).write()
+    found = parities_of(recipe, prepared)
+    assert str(found["fixed", "ce"]) == "total FLOPs, amortised"
+    assert str(found["fixed", "best-single"]).startswith("not comparable: fixed and brief are trained with unlike")
 
 
 def mean_cost(controller, steps):

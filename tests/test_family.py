@@ -10,10 +10,16 @@ import pytest
 from run_factory import make_recipe, mark_again, write_run
 from tiny_recipe import assert_one_message, invoke, no_work, tiny_recipe, tiny_tree, write_recipe
 
+from kvdistill.cli.tables import as_text
+from kvdistill.core.budgets import budget_path
 from kvdistill.core.config import make_recipe as checked_recipe
-from kvdistill.core.declared import family_of
+from kvdistill.core.declared import compare_declared, declare, family_of, parities_of
 from kvdistill.core.errors import RecipeError
 from kvdistill.core.family import best_single_rule, plain_arm, several_arms, single_arms
+from kvdistill.core.files import write_json
+from kvdistill.core.marks import sealed
+from kvdistill.core.recipe import ParityRecipe
+from kvdistill.stages.report import report
 from kvdistill.stages.report.best_single import choose_best_single
 from kvdistill.stages.report.collect import collect_tables
 from kvdistill.stages.report.summary import best_single, compare_all, reference_arm, summarise
@@ -211,3 +217,117 @@ def test_a_report_without_validation_figures_refuses_the_comparison_with_the_rea
         "best-single cannot be chosen: no validation accuracy of teacher-adds seed 43"
     ]
     assert not second.refused and second.p_holm == pytest.approx(min(1.0, 2 * second.t.p)), "still counted in Holm"
+
+
+# -- comparisons that are there by rule, between arms that are trained with unlike budgets -------------
+
+
+def write_plan(run: Path, **arms: dict[str, float]) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(budget_path(run), sealed({"schema": 1, "arms": arms}))
+
+
+def budget(steps: float, **changes: float) -> dict[str, float]:
+    return {"steps": steps, "data": 8 * steps, "tokens": 300 * steps, "student_flops": 7e6 * steps,
+            "total_flops": 9e6 * steps, "amortised_flops": 8e6 * steps, **changes}  # fmt: skip
+
+
+UNLIKE: dict[str, Any] = {"ce": {**CE, "train": {"steps": 11}}, "both": {}, "a": ONE}
+PAIRS = [("both", "best-single"), ("both", "ce")]
+
+
+@pytest.mark.parametrize(
+    ("ce", "words"),
+    [
+        (budget(100), "steps"),
+        (budget(100.9), "steps"),
+        (budget(150, data=800), "problems seen"),
+        (budget(150, student_flops=7e8), "student FLOPs"),
+        (budget(150, amortised_flops=8e8), "total FLOPs, amortised"),
+        (budget(100, tokens=99_000), "problems seen"),
+    ],
+)
+def test_what_is_compared_by_rule_is_compared_at_the_first_parity_that_holds(
+    tmp_path: Path, ce: dict[str, float], words: str
+) -> None:
+    write_plan(tmp_path, both=budget(100), ce=ce, a=budget(100))
+    found = parities_of(tiny_recipe(tmp_path, arms=UNLIKE, seeds=THREE), tmp_path)
+    assert [str(found[pair]) for pair in PAIRS] == ["steps", words]
+
+
+def test_where_nothing_holds_one_reason_says_what_to_declare(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, arms=UNLIKE, seeds=THREE)
+    write_plan(tmp_path, both=budget(100), ce=budget(150, tokens=1.0), a=budget(100))
+    reason = parities_of(recipe, tmp_path)["both", "ce"]
+    assert isinstance(reason, str) and reason.startswith("not comparable: both and ce are trained with unlike budgets")
+    assert "steps 100 against 150" in reason and "match: {arm: both, parity: total_flops}" in reason
+    (tmp_path / "bare").mkdir()
+    assert "steps 6 against 11, problems seen 48 against 88" in str(
+        parities_of(recipe, tmp_path / "bare")["both", "ce"]
+    )
+    other = {**UNLIKE, "ce": {**CE, "train": {"select": "best", "eval_every": 2}}}
+    reason = parities_of(tiny_recipe(tmp_path, arms=other, seeds=THREE), tmp_path)["both", "ce"]
+    assert "train.select and train.patience" in str(reason)
+
+
+def test_the_best_single_arm_has_a_parity_that_holds_whichever_is_chosen(tmp_path: Path) -> None:
+    arms = {**UNLIKE, "b": TWO}
+    recipe = tiny_recipe(tmp_path, arms=arms, seeds=THREE)
+    write_plan(tmp_path, both=budget(100), ce=budget(100), a=budget(100), b=budget(140, data=800))
+    assert str(parities_of(recipe, tmp_path)[PAIRS[0]]) == "problems seen"
+    write_plan(tmp_path, both=budget(100), ce=budget(100), a=budget(100), b=budget(140))
+    assert "both and b are" in str(parities_of(recipe, tmp_path)[PAIRS[0]])
+
+
+def test_what_one_is_matched_to_the_other_in_is_a_parity_without_a_plan(tmp_path: Path) -> None:
+    match = {"arm": "both", "parity": "total_flops", "amortised": False}
+    recipe = tiny_recipe(tmp_path, arms={**UNLIKE, "ce": {**CE, "match": match}}, seeds=THREE)
+    assert parities_of(recipe, tmp_path)["both", "ce"] == ParityRecipe(parity="total_flops", amortised=False)
+
+
+def test_the_parity_is_frozen_with_the_family_and_a_later_plan_changes_nothing(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, arms=UNLIKE, seeds=THREE)
+    write_plan(tmp_path, both=budget(100), ce=budget(150), a=budget(120, data=800))
+    declare(recipe, tmp_path)
+    frozen, then = json.loads((tmp_path / "declared.json").read_text()), parities_of(recipe, tmp_path)
+    assert frozen["parities"] == {"both against best-single": "problems seen"}
+    assert list(frozen["not_comparable"]) == ["both against ce"]
+    write_plan(tmp_path, both=budget(100), ce=budget(100), a=budget(100))
+    assert parities_of(recipe, tmp_path) == then and compare_declared(recipe, tmp_path)["late"] == []
+    listed = [{"arm": "both", "baseline": "ce", "parity": "student_flops"}]
+    later = tiny_recipe(tmp_path, arms=UNLIKE, seeds=THREE, report={"comparisons": listed})
+    assert compare_declared(later, tmp_path)["late"] == [["both", "ce"]], "chosen after the results"
+
+
+def test_a_page_compares_unlike_budgets_at_what_they_have_in_common_or_says_why_not(tmp_path: Path) -> None:
+    arms: dict[str, Any] = {"competence": {"fuse": {"fusion_strategy": "competence"}},
+                            "teacher-adds": {"teachers": ["adds"]}, "ce": {"teachers": [], "times": 2}}  # fmt: skip
+    recipe = write_run(tmp_path, make_recipe(arms, report={}), questions=30)
+    for path in tmp_path.glob("arms/*/seed-*/ledger.json"):
+        ledger = json.loads(path.read_text())
+        order = {"problems_seen": 25_600, "order_prefixes": {"25600": "same"}}
+        path.write_text(json.dumps({**ledger, **order}))
+        mark_again(path.parent)
+    plan = {name: budget(800) for name in arms}
+    write_plan(tmp_path, **{**plan, "ce": budget(1600, data=6400)})
+    page = report(recipe, tmp_path).read_text()
+    first, second = json.loads((tmp_path / "summary.json").read_text())["comparisons"]
+    assert (first["at_equal"], second["at_equal"]) == ("steps", "problems seen") and not second["refused"]
+    assert "at equal problems seen" in page and page.count("at equal steps") >= 1
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert f"competence against ce: {second['sentence']} (at equal problems seen)" in " ".join(
+        as_text({"summary": summary}).split()
+    )
+    write_plan(tmp_path, **{**plan, "ce": budget(1600)})
+    page = report(recipe, tmp_path).read_text()
+    [reason] = json.loads((tmp_path / "summary.json").read_text())["comparisons"][1]["refused"]
+    assert reason.startswith("not comparable: competence and ce") and reason in page
+
+
+def test_a_declared_parity_against_the_best_single_arm_is_kept_when_it_is_chosen(tmp_path: Path) -> None:
+    arms: dict[str, Any] = {"competence": {"fuse": {"fusion_strategy": "competence"}},
+                            "teacher-adds": {"teachers": ["adds"]}, "ce": {"teachers": []}}  # fmt: skip
+    listed = [{"arm": "competence", "baseline": "best-single", "parity": "data"}]
+    recipe = write_run(tmp_path, make_recipe(arms, report={"comparisons": listed}), questions=8)
+    first = compare_all(recipe, collect_tables(recipe, tmp_path))["primary"][0]
+    assert first.baseline == "teacher-adds" and str(first.parity) == "problems seen"

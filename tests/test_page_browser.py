@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_factory import make_recipe, write_lines, write_run
+from run_factory import make_recipe, write_lines, write_run, write_tuned
 
 from kvdistill.stages.report import report
 
@@ -183,9 +183,12 @@ def study(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     run = tmp_path_factory.mktemp(f"study-{request.param}")
     arms = {"ce": {"teachers": []}, "competence": {"fuse": {"fusion_strategy": "competence"}},
             "keys": {"loss": {"v_weight": 0.0}}, "both": {}, "placebo": {"control": "placebo"}}  # fmt: skip
-    rules = {"comparisons": [["competence", "ce"], ["placebo", "ce"]], "language": request.param}
-    recipe = make_recipe(arms, report=rules)
+    curves = {"arms": ["competence", "ce"], "budgets": [1, 2]}
+    rules = {"comparisons": [["competence", "ce"], ["placebo", "ce"]], "language": request.param, "curves": curves}
+    tune = {"grid": {"train": {"learning_rate": [1e-3, 4e-3]}, "loss": {"kv_weight": [5, 20]}}, "seeds": [5]}
+    recipe = make_recipe(arms, report=rules, tune=tune)
     write_run(run, recipe, questions=12)
+    write_tuned(run, recipe)
     return report(recipe, run)
 
 
@@ -241,6 +244,19 @@ def test_on_paper_what_is_folded_is_open_and_nothing_is_cut(browser: Browser, st
         assert browser.evaluate("getComputedStyle(document.querySelector('nav')).display") == "none"
         kept = "[...document.querySelectorAll('h2, h3')].every(h => getComputedStyle(h).breakAfter === 'avoid')"
         assert browser.evaluate(kept)
+    finally:
+        browser.call("Emulation.setEmulatedMedia", media="")
+
+
+def test_on_paper_every_table_is_as_wide_as_the_paper_and_names_are_not_broken(browser: Browser, study: Path) -> None:
+    wide = 688  # A4 less its margins, in pixels of CSS
+    browser.open(study, wide)
+    browser.call("Emulation.setEmulatedMedia", media="print")
+    try:
+        over = f"[...document.querySelectorAll('table')].filter(t => t.getBoundingClientRect().right > {wide} + 1)"
+        assert browser.evaluate(f"{over}.map(t => t.parentElement.getAttribute('aria-label'))") == []
+        narrow = "[...document.querySelectorAll('tbody th')].filter(t => t.getBoundingClientRect().width < 70).length"
+        assert browser.evaluate(narrow) == 0
     finally:
         browser.call("Emulation.setEmulatedMedia", media="")
 

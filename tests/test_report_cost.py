@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from run_factory import ARMS, make_recipe, write_run
 
@@ -86,11 +88,14 @@ def test_only_compared_arms_of_a_curve_stand_among_the_arms(shown):
 
 
 def factor(**known):
-    return {"factor": 2.0, "low": 1.5, "high": 2.7, "bound": "", "num_beyond": 0, "num_before": 0, "reason": "",
-            "most": 4.0, **known}  # fmt: skip
+    given = {"factor": 2.0, "low": 1.5, "high": 2.7, "bound": "", "num_beyond": 0, "num_before": 0, "reason": "",
+             "most": 4.0, **known}  # fmt: skip
+    ahead = [0.1, 0.2] if given["factor"] > 1 else [-0.2, -0.1]
+    return {"per_seed": 3 * [given["factor"]], "at_equal_cost": ahead, **given}
 
 
 NAN = float("nan")
+BEYOND = {"low": NAN, "high": NAN, "bound": "more than"}
 
 
 @pytest.mark.parametrize(
@@ -109,7 +114,23 @@ NAN = float("nan")
         ({"factor": 0.5, "low": 0.4, "high": 0.6}, "kv learns 2.0 times slower than ce"),
         (
             {"factor": 0.5, "low": NAN, "high": NAN, "bound": "less than", "num_before": 2},
-            "kv learns more than 2.0 times slower than ce",
+            "kv learns slower than ce, which is there with the smallest budget already",
+        ),
+        (
+            {**BEYOND, "factor": 2.9, "num_beyond": 1, "per_seed": [2.0, 3.0, 4.0]},
+            "kv learns more than 2.9 times faster than ce (not reached within 4.0 times the steps by 1 of 3 seeds)",
+        ),
+        (
+            {**BEYOND, "factor": 2.5, "num_beyond": 2, "per_seed": [0.9, 4.0, 4.0]},
+            "kv is not shown to learn faster or slower than ce (not reached within the range by 2 of 3 seeds)",
+        ),
+        (
+            {**BEYOND, "factor": 4.0, "num_beyond": 3, "at_equal_cost": [-0.02, 0.3]},  # a difference of chance
+            "kv is not shown to learn faster or slower than ce (not reached within the range by 3 of 3 seeds)",
+        ),
+        (
+            {**BEYOND, "bound": "less than", "factor": 0.7, "num_before": 2, "per_seed": [0.5, 0.5, 1.4]},
+            "kv is not shown to learn faster or slower than ce (reached with the smallest budget by 2 of 3 seeds)",
         ),
         ({"factor": NAN, "low": NAN, "high": NAN, "reason": "1 seed(s)"}, "cannot be told apart in steps: 1 seed(s)"),
     ],
@@ -140,3 +161,71 @@ def test_without_curves_nothing_is_shown(tmp_path):
     page = report(recipe, tmp_path).read_text()
     assert read_json(tmp_path / "summary.json")["curves"] is None and "What it takes" not in page
     assert "asks for no curves" in str(draw_cost_curves({"curves": None}))
+
+
+# -- the verdict begins with what the curve shows ------------------------------------------------------
+
+
+def test_the_verdict_leads_with_the_curve_and_then_compares_at_the_declared_parity(shown):
+    _, summary, page = shown
+    [against], headline = summary["curves"]["against"], summary["headline"]
+    steps, at_cost = against["factors"]["steps"], against["factors"]["amortised_flops"]
+    lead, _, rest = headline.partition(" At equal steps, ")
+    assert lead.endswith("(Intervals of curves: 95 %, not adjusted for the 2 comparisons.)")
+    assert lead.startswith(f"competence learns {steps['factor']:.1f} times faster than ce ({steps['low']:.1f} to ")
+    assert "reaches further" in lead and f"ce needs {at_cost['factor']:.1f} times" in lead
+    assert rest.startswith("competence: ") and "points over ce; " in rest and "Holm-adjusted" in rest
+    assert f'id="verdict">{headline}<' in page
+    assert " ".join(as_text({"summary": summary}).split()).endswith(headline)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "curves", "begins"),
+    [
+        ([["placebo", "ce"]], CURVES, "competence learns"),  # of an arm without a curve: the first that there is
+        ([], CURVES, "ce learns slower than competence, which is there"),  # no baseline is declared: the first arm
+        ([["competence", "ce"]], {"arms": ["ce"], "points": ["competence", "placebo"], "budgets": [1, 2, 4]},
+         "competence learns"),
+        ([["placebo", "ce"]], {"arms": ["ce"], "points": ["competence", "placebo"], "budgets": [1, 2, 4]},
+         "placebo is not shown to learn faster or slower than ce"),
+    ],
+)  # fmt: skip
+def test_which_curve_a_verdict_begins_with_is_the_recipe_s_to_say(tmp_path, pairs, curves, begins):
+    arms = {name: ARMS[name][0] for name in ("competence", "ce", "placebo")}
+    recipe = make_recipe(arms, report={"comparisons": pairs, "curves": curves})
+    write_run(tmp_path, recipe, questions=200, accuracy={**ACCURACY, "placebo": (0.56, 0.31)})
+    report(recipe, tmp_path)
+    headline = read_json(tmp_path / "summary.json")["headline"]
+    assert headline.startswith(begins), headline
+    assert ("At equal steps, " in headline) == bool(pairs) and ("there is no verdict" in headline) == (not pairs)
+
+
+def test_with_every_accuracy_near_zero_the_curve_is_one_of_nll(tmp_path):
+    arms = {name: ARMS[name][0] for name in ("competence", "ce")}
+    recipe = make_recipe(arms, report={"comparisons": [["competence", "ce"]], "curves": CURVES})
+    write_run(tmp_path, recipe, questions=20, accuracy=dict.fromkeys(ACCURACY, (0.0, 0.0)))
+    report(recipe, tmp_path)
+    headline = read_json(tmp_path / "summary.json")["headline"]
+    assert headline.startswith("Accuracy says nothing here") and "nats" in headline and "At equal steps, " in headline
+    assert "learn" in headline and "points" not in headline
+
+
+def test_fewer_problems_are_said_only_where_every_seed_shows_them():
+    found = {"arm": "kv", "baseline": "ce", "ceiling": None}
+    shown = {"distinct": factor(**BEYOND, factor=3.0, num_beyond=3)}
+    assert cost_sentence({**found, "factors": shown}, "accuracy", 3).startswith(
+        "kv needs more than 3.0 times fewer problems than ce, which does not reach it with 4.0 times as many"
+    )
+    open_still = {"distinct": factor(**BEYOND, factor=3.0, num_beyond=2, per_seed=[0.8, 3.0, 3.0])}
+    assert cost_sentence({**found, "factors": open_still}, "accuracy", 3).startswith("kv is not shown to need fewer")
+
+
+def test_the_figure_of_costs_has_labels_that_can_be_read_and_do_not_overlap(shown):
+    _, summary, _ = shown
+    figure = draw_cost_curves(summary)
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        labels = [label for label in axes.get_xticklabels(which="both") if label.get_text()]
+        assert 2 <= len(labels) <= 5 and not any("$" in label.get_text() for label in labels)
+        boxes = sorted((label.get_window_extent() for label in labels), key=lambda box: box.x0)
+        assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import string
 from pathlib import Path
 from typing import Any
 
 import pytest
-from run_factory import make_recipe, write_run
+import torch
+from run_factory import ARMS, make_recipe, mark_again, write_run, write_tuned
 
+from kvdistill.align.layers import map_notes
 from kvdistill.cli.tables import as_text
-from kvdistill.core.recipe import Recipe
+from kvdistill.core.budgets import budget_path
+from kvdistill.core.declared import declare
+from kvdistill.core.files import write_json
+from kvdistill.core.maps import SparseMap
+from kvdistill.core.marks import sealed
+from kvdistill.core.recipe import Recipe, TrainRecipe
 from kvdistill.stages.report import canvas, report
 from kvdistill.stages.report.canvas import chinese_fonts
 from kvdistill.stages.report.collect import collect_tables
@@ -21,6 +30,7 @@ from kvdistill.stages.report.language import ENGLISH, LANGUAGES, words_of
 from kvdistill.stages.report.page import SECTIONS, glossary
 from kvdistill.stages.report.summary import METHOD, compare_all, summarise
 from kvdistill.stages.report.text import list_warnings, write_headline
+from kvdistill.stages.train.selection import selection_rule
 
 CHINESE = words_of("zh")
 SOURCES = Path(__file__).resolve().parent.parent / "kvdistill" / "stages" / "report"
@@ -67,7 +77,8 @@ def test_values_are_escaped_where_texts_are_html() -> None:
 
 # words that stay as they are in any language: names of arms, tasks, files, keys, units, methods
 KEPT = re.compile(
-    r"kvdistill|KV|NLL|CKA|CE|Holm|TOST|McNemar|Hedges|Cohen|FLOPs?|CPU|logits|nats?|df|tost_p_holm|p_holm|ddof|R²"
+    r"kvdistill|KV|NLL|CKA|CE|Holm|TOST|McNemar|Hedges|Cohen|FLOPs?|CPU|logits|nats?|df|tost_p_holm|p_holm|ddof|R²|"
+    r"cka_monotone: true|layers: ratio"
 )
 
 
@@ -88,19 +99,96 @@ def chinese(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, str]:
     return recipe, report(recipe, run).read_text(encoding="utf-8")
 
 
-def test_no_english_sentence_is_left_in_a_chinese_page(chinese: tuple[Recipe, str]) -> None:
-    recipe, page = chinese
-    assert '<html lang="zh-CN">' in page
-    names = {*recipe.arms, *(t.name for t in recipe.teachers), *(t.name for t in recipe.data.tasks), recipe.name}
+def english_in(recipe: Recipe, page: str) -> list[str]:
+    """Parts of a page with two English words or more, beside names, recipe keys and what stays as it is."""
+    names = {*recipe.every_arm, *(t.name for t in recipe.teachers), *(t.name for t in recipe.data.tasks), recipe.name}
     left = []
     for part in text_of(page):
         bare = KEPT.sub(" ", part)
         for name in sorted(names, key=len, reverse=True):
             bare = bare.replace(name, " ")
-        words = re.findall(r"[A-Za-z]{2,}", re.sub(r"[\w.]*[._=][\w.]+", " ", bare))
+        coded = r"[\w.]*[._=][\w.]+|{.*?}|\b[0-9a-f]{12}\b|[\d-]+T[\d:]+Z"  # keys, recipes, hashes, times
+        words = re.findall(r"[A-Za-z]{2,}", re.sub(coded, " ", bare))
         if len(words) > 1 and "Gamma" not in part:
             left.append(part)
-    assert left == []
+    return left
+
+
+def test_no_english_sentence_is_left_in_a_chinese_page(chinese: tuple[Recipe, str]) -> None:
+    recipe, page = chinese
+    assert '<html lang="zh-CN">' in page and english_in(recipe, page) == []
+
+
+def whole_study(run: Path, *, late: bool = False, **changes: Any) -> tuple[Recipe, str]:
+    """A study with all that a page can show: controls, curves, tuning, budgets apart, warnings and notes."""
+    written = {"teachers": [], "texts": "written", "texts_from": ["adds"]}
+    arms = {**{name: ARMS[name][0] for name in ("competence", "fixed", "teacher-adds", "logits", "placebo", "ce")},
+            "noise": {"control": "noise"}, "shuffled": {"control": "shuffled"}, "untrained": {"control": "untrained"},
+            "seq-kd": written, "more": {"teachers": [], "texts": "teachers"},
+            "cka": {"align": {"layers": "cka"}}, "brief": {"teachers": [], "train": {"steps": 7}}}  # fmt: skip
+    accuracy = {"placebo": (0.3, 0.1), "competence@x2": (0.97, 0.8), "ce@x2": (0.8, 0.5)}
+    pairs = [["competence", "ce"], ["fixed", "placebo"], {"arm": "competence", "baseline": "brief", "parity": "data"}]
+    rules = {
+        "comparisons": pairs,
+        "language": "zh",
+        "curves": {"arms": ["competence", "ce", "placebo"], "budgets": [1, 2]},
+    }
+    tune = {"grid": {"train": {"learning_rate": [1e-3, 4e-3]}}, "seeds": [5, 6], "arms": ["ce", "competence", "logits"]}
+    data = {"tasks": [{"name": name, "teach": 5} for name in ("chain", "product")]}
+    tree: dict[str, Any] = {"arms": arms, "title": "两位教师，一名学生", "tune": tune, "data": data, **changes,
+                            "report": {**rules, **changes.get("report", {})}}  # fmt: skip
+    recipe = make_recipe(**tree)
+    if late:
+        then = {
+            **tree["report"],
+            "alpha": 0.01,
+            "curves": None,
+            "comparisons": [["ce", "fixed"], {**pairs[2], "parity": "steps"}],
+        }
+        declare(make_recipe(**{**tree, "report": then, "tune": None, "seeds": [1, 2, 3]}), run)
+    write_run(run, recipe, questions=20, accuracy=accuracy)
+    write_tuned(run, recipe)
+    for folder in run.glob("arms/*/seed-*"):
+        ledger = json.loads((folder / "ledger.json").read_text())
+        if folder.parent.name == "seq-kd":
+            counts = {"adds": {"answers": 70, "right": 40}}
+            ledger["texts"] = {"texts": "written", "own": 3000, "beside": 40, "written": counts}
+        if folder.parent.name == "more":
+            ledger["texts"] = {"texts": "teachers", "own": 3000, "beside": 46000}
+        if folder.parent.name == "fixed":
+            rule = selection_rule(TrainRecipe(select="best", patience=3, eval_every=5))
+            ledger["selection"] = {"chosen_step": 40, "select": "best", "patience": 3, "rule": rule}
+        (folder / "ledger.json").write_text(json.dumps(ledger))
+        mark_again(folder)
+    (run / "arms" / "stray").mkdir()
+    (run / "arms/cka/seed-43/trained.json").unlink()
+    shutil.rmtree(run / "arms/cka/seed-44")
+    plan = {"steps": 700, "data": 2000, "student_flops": 1e11, "total_flops": 2e11, "amortised_flops": 2e11}
+    write_json(budget_path(run), sealed({"schema": 1, "arms": {"ce": plan}}))
+    layers = run / "layers"
+    layers.mkdir()
+    similarity = torch.tensor([[0.1, 0.2], [0.3, 0.1], [0.1, 0.2]])
+    notes = {"keys": map_notes(similarity, SparseMap(torch.tensor([[1], [0], [1]]), torch.ones(3, 1), 2))}
+    (layers / "adds.json").write_text(json.dumps({"notes": notes}))
+    return recipe, report(recipe, run).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"report": {"primary": "nll", "margin": 0.01}}, {"replicate": "all"}, {"replicate": "data"},
+     {"report": {"comparisons": None}}, {"replicate": "teacher", "report": {"curves": None}}],
+)  # fmt: skip
+def test_nor_in_one_of_a_study_with_controls_curves_tuning_and_notes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    from test_report import PICTURES
+
+    absent = [canvas.Picture(name, "图", "", reason="未测") for name in PICTURES]
+    monkeypatch.setattr("kvdistill.stages.report.draw_all", lambda *_: absent)  # takes longer than all else
+    recipe, page = whole_study(tmp_path, late=changes == {}, **changes)
+    for name in ("controls", "cost", "tuning"):
+        assert f'id="{name}"' in page or (name == "cost" and recipe.report.curves is None)
+    assert english_in(recipe, page) == []
 
 
 def test_a_chinese_headline_says_the_english_one(chinese: tuple[Recipe, str], tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """`training_budget_config.json`: what every arm will spend, written before the first training; and what was spent.
 
-`arms/budget.py` computes it; here is what is asked of it without torch: the steps of arms that are matched, and how far
-what was spent is from what was planned.
+`arms/budget.py` computes it; here is what is asked of it without torch: the steps of arms that are matched, in what two
+arms will have spent alike, and how far what was spent is from what was planned.
 """
 
 from __future__ import annotations
@@ -37,6 +37,68 @@ def read_budgets(run: Path) -> dict[str, Any]:
 def figure_of(parity: ParityRecipe) -> str:
     """The name of what is to be equal, in plans and in costs of runs."""
     return "amortised_flops" if parity.parity == "total_flops" and parity.amortised else parity.parity
+
+
+def planned_parities(
+    arm: str, baseline: str, arms: Mapping[str, ArmRecipe], planned: Mapping[str, Any]
+) -> list[ParityRecipe]:
+    """In what two arms will have spent alike (to 1 %), from the plan; what comes first says least about teachers.
+
+    steps (and tokens, where texts are the same); what one is matched to the other in; data; student FLOPs; all FLOPs,
+    amortised. Without a plan from the recipe, which knows steps and problems of arms that are not matched; where it
+    cannot tell, steps, and the ledgers decide. Arms that both end by validation have as many steps as each needs.
+    """
+    one, other = arms[arm], arms[baseline]
+    matched = [
+        ParityRecipe(parity=match.parity, amortised=match.amortised)
+        for match, name in ((one.match, baseline), (other.match, arm))
+        if match is not None and match.arm == name
+    ]
+    if one.train.patience is not None and other.train.patience is not None:
+        return [ParityRecipe()]
+    costs = [_known_costs(name, arms[name], planned) for name in (arm, baseline)]
+    if not all(costs):
+        return [*matched, ParityRecipe()]
+
+    def alike(figure: str) -> bool:
+        both = [cost[figure] for cost in costs if figure in cost]
+        return len(both) == 2 and apart(*both) <= TOLERANCE
+
+    same_texts = (one.texts, one.texts_from) == (other.texts, other.texts_from)
+    unlike_tokens = same_texts and all("tokens" in cost for cost in costs) and not alike("tokens")
+    found = [ParityRecipe()] if alike("steps") and not unlike_tokens else []
+    others = [ParityRecipe(parity=parity) for parity in ("data", "student_flops", "total_flops")]
+    return found + matched + [parity for parity in others if alike(figure_of(parity)) and parity not in matched]
+
+
+def _known_costs(name: str, arm: ArmRecipe, planned: Mapping[str, Any]) -> dict[str, float]:
+    """What is known of an arm's budget before it is trained; of texts that are still to be written only how many."""
+    if name in planned:
+        figures = ("steps", "data") if planned[name].get("estimated") else (*WORDS, "tokens")
+        return {key: planned[name][key] for key in figures if planned[name].get(key) is not None}
+    if arm.match is not None:
+        return {}
+    train = arm.train
+    return {"steps": train.steps, "data": train.steps * train.batch_size * train.accumulation}
+
+
+def not_comparable(arm: str, others: list[str], arms: Mapping[str, ArmRecipe], planned: Mapping[str, Any]) -> str:
+    """Why an arm and others have nothing in common that they could be compared at, and what to declare."""
+    baseline = others[0]
+    rules = [(arms[name].train.select, arms[name].train.patience) for name in (arm, baseline)]
+    if rules[0] != rules[1]:
+        return (
+            f"not comparable: {arm} and {baseline} differ in which weights are kept and when training ends; "
+            "give both the same train.select and train.patience"
+        )
+    costs = [_known_costs(name, arms[name], planned) for name in (arm, baseline)]
+    said = [f"{words} {costs[0][key]:.4g} against {costs[1][key]:.4g}" for key, words in WORDS.items()
+            if key != "total_flops" and all(key in cost for cost in costs)]  # fmt: skip
+    return (
+        f"not comparable: {arm} and {' or '.join(others)} are trained with unlike budgets ({', '.join(said)}); "
+        f"add an arm like {baseline} with match: {{arm: {arm}, parity: total_flops}} and list it in report.comparisons "
+        f"as {{arm: {arm}, baseline: ITS NAME, parity: total_flops}}"
+    )
 
 
 def continued(recipe: Recipe, arms: Mapping[str, ArmRecipe]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from kvdistill.core.recipe.base import (
     TIME_ALIASES,
     UNTRAINED,
     Control,
+    Parity,
     Section,
     TimeMode,
 )

@@ -229,9 +229,11 @@ def budget_notes(tables: RunTables) -> list[str]:
     """Where runs spent something else than was planned before training."""
     planned, notes = read_budgets(tables.path), []
     for arm, runs in tables.runs.items():
+        of_seeds: dict[str, list[int]] = {}
         for seed, run in runs.items():
             if found := differences(planned.get(arm, {}), run.costs):
-                notes.append(f"{arm} seed {seed}: {'; '.join(found)}.")
+                of_seeds.setdefault("; ".join(found), []).append(seed)
+        notes += [f"{arm} seed {', '.join(map(str, seeds))}: {said}." for said, seeds in of_seeds.items()]
     return notes
 
 

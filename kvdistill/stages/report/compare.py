@@ -6,7 +6,7 @@ A comparison that would not mean anything is not computed: its result carries `r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -101,8 +101,11 @@ def find_refusals(
     if not shared:
         return reasons
     reasons += _question_refusals(arm, baseline, shared)
+    of_seeds: dict[str, list[int]] = {}
     for seed in shared:
-        reasons += [f"seed {seed}: {why}" for why in _ledger_refusals(arm[seed], baseline[seed], parity)]
+        for why in _ledger_refusals(arm[seed], baseline[seed], parity):
+            of_seeds.setdefault(why, []).append(seed)
+    reasons += [f"seed {_words(seeds)}: {why}" for why, seeds in of_seeds.items()]
     if not any("question" in r for r in reasons):
         a, b = ([runs[s].macro(figure) for s in shared] for runs in (arm, baseline))
         if not np.isfinite(a + b).all():
@@ -218,15 +221,17 @@ def compare_family(
     figure: str = "accuracy",
     alpha: float = 0.05,
     margin: float = NAN,
-    parity: Callable[[str, str], ParityRecipe] = lambda arm, baseline: STEPS,
+    parities: Sequence[ParityRecipe | str] = (),
 ) -> list[Comparison]:
     """All declared comparisons of one figure, Holm-adjusted over the family (refused ones are counted in it).
 
     The difference tests and the equivalence tests are adjusted as one family each. The smallest detectable effect is
     and the seeds needed for the effect seen are for power .8 at alpha / family size, Holm's first step, so they are on
-    the careful side. margin: NaN = not declared. parity: what a pair is to have spent alike.
+    the careful side. margin: NaN = not declared. parities: of each pair what it is to have spent alike
+    (none: steps), or why there is nothing: it is refused then for that reason alone.
     """
-    family = [_compare(runs, pair, seeds, figure, alpha, margin, len(pairs), parity(*pair)) for pair in pairs]
+    at = zip(pairs, parities or [STEPS] * len(pairs), strict=True)
+    family = [_compare(runs, pair, seeds, figure, alpha, margin, len(pairs), parity) for pair, parity in at]
     p_holm = stats.adjust_holm([c.t.p for c in family])
     tost_holm = stats.adjust_holm([c.tost.p for c in family])
     for c, p, p_tost in zip(family, p_holm, tost_holm, strict=True):
@@ -243,10 +248,14 @@ def compare_family(
 
 def _compare(
     runs: Mapping[str, Runs], pair: tuple[str, str], seeds: Sequence[int],
-    figure: str, alpha: float, margin: float, family_size: int, parity: ParityRecipe,
+    figure: str, alpha: float, margin: float, family_size: int, parity: ParityRecipe | str,
 ) -> Comparison:  # fmt: skip
     arm, baseline = runs.get(pair[0], {}), runs.get(pair[1], {})
     shared = sorted(set(arm) & set(baseline))
+    if isinstance(parity, str):
+        out = Comparison(*pair, figure, shared, [])
+        out.refuse([parity])
+        return out
     out = Comparison(*pair, figure, shared, find_refusals(arm, baseline, seeds, figure, parity), parity)
     if out.refused:
         out.refuse(out.refused)

@@ -14,11 +14,16 @@ from typing import Any
 from kvdistill.core.arms import arm_recipe
 from kvdistill.core.recipe import Recipe
 from kvdistill.stages.report.compare import MIN_SEEDS
+from kvdistill.stages.report.language import ENGLISH, Words
 from kvdistill.stages.report.text import CONTROLS, is_known, write_harm, write_texts
 
 
 def describe_controls(
-    recipe: Recipe, summary: dict[str, Any], reference: str, texts: Mapping[str, Mapping[str, Any]]
+    recipe: Recipe,
+    summary: dict[str, Any],
+    reference: str,
+    texts: Mapping[str, Mapping[str, Any]],
+    words: Words = ENGLISH,
 ) -> list[dict[str, Any]]:
     """A row for each arm that is a control or reads other texts, in the recipe's order, and `caution` in comparisons.
 
@@ -37,12 +42,13 @@ def describe_controls(
         if kind is None:
             continue
         what, rules_out = CONTROLS[kind]
-        row: dict[str, Any] = {"arm": name, "kind": kind, "what": what, "rules_out": rules_out}
+        row: dict[str, Any] = {"arm": name, "kind": kind}
+        row |= {"what": words.message(what), "rules_out": words.message(rules_out)}
         if arm.control is not None:
             row |= _harm(recipe, summary, name, plain)
-            row["said"] = write_harm(row, summary["primary"])
+            row["said"] = write_harm(row, summary["primary"], words)
         else:
-            row["said"] = write_texts(texts.get(name) or {})
+            row["said"] = write_texts(texts.get(name) or {}, words)
         rows.append(row)
     harmful = {row["arm"]: row["said"] for row in rows if row.get("harm")}
     for one in (*summary["comparisons"], *summary["secondary_comparisons"]):

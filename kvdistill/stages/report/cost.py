@@ -10,14 +10,16 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from kvdistill import stats
+from kvdistill.core.costs import TOLERANCE
 from kvdistill.core.recipe import CurvesRecipe, Recipe
 from kvdistill.stages.report.canvas import label, line_style, new_grid, percent_axis
 from kvdistill.stages.report.collect import Row, RunTables
 from kvdistill.stages.report.factor import ceiling_difference, cost_factor
 from kvdistill.stages.report.language import ENGLISH, Words
-from kvdistill.stages.report.text import number, signed
+from kvdistill.stages.report.text import number, signed, with_prefix
 from kvdistill.stats import NAN
 
 COSTS = {
@@ -31,7 +33,7 @@ OF_STEPS, OF_PROBLEMS = ("steps", "data", "amortised_flops", "total_flops"), ("d
 DRAWN = ("steps", "data", "amortised_flops")
 
 
-def curve_summary(recipe: Recipe, tables: RunTables, figure: str, baseline: str) -> Row | None:
+def curve_summary(recipe: Recipe, tables: RunTables, figure: str, baseline: str, words: Words = ENGLISH) -> Row | None:
     """Rows per arm and budget, factors, ceilings and sentences; None where the recipe asks for no curves.
 
     figure: accuracy or nll. baseline: held against all others, if it has a curve; else the first that has one.
@@ -45,12 +47,13 @@ def curve_summary(recipe: Recipe, tables: RunTables, figure: str, baseline: str)
         "baseline": baseline,
         "budgets": curves.budgets,
         "of": curves.of,
+        "percent": f"{100 * (1 - recipe.report.alpha):.4g}",  # of all intervals here
         "costs": {cost: COSTS[cost] for cost in (OF_STEPS if curves.of_steps else OF_PROBLEMS)},
     }
     arms = [*curves.arms, *curves.points]
     found["rows"] = [row for arm in arms for row in _rows(curves, tables, arm, figure)]
     alpha = recipe.report.alpha
-    against = [_against(curves, tables, arm, baseline, figure, alpha) for arm in arms if arm != baseline]
+    against = [_against(curves, tables, arm, baseline, figure, alpha, words) for arm in arms if arm != baseline]
     return found | {"against": against, "sentences": [one["sentence"] for one in against]}
 
 
@@ -85,12 +88,15 @@ def _curve(curves: CurvesRecipe, tables: RunTables, arm: str, figure: str, seeds
     }
 
 
-def _against(curves: CurvesRecipe, tables: RunTables, arm: str, baseline: str, figure: str, alpha: float) -> Row:
-    found: Row = {"arm": arm, "baseline": baseline, "factors": {}, "ceiling": None}
+def _against(
+    curves: CurvesRecipe, tables: RunTables, arm: str, baseline: str, figure: str, alpha: float, words: Words
+) -> Row:
+    found: Row = {"arm": arm, "baseline": baseline, "factors": {}, "ceiling": None, "lead": ""}
     names = [name for one in (arm, baseline) for name in curves.names(one).values()]
     seeds = [seed for seed in tables.seeds if all(seed in tables.runs.get(name, {}) for name in names)]
     if len(seeds) < 2:
-        return found | {"sentence": f"{arm} against {baseline}: no curve, since runs are missing."}
+        missing = words("curve.missing", arm=arm, baseline=baseline)
+        return found | {"sentence": missing + words("page.stop")}
     mine, theirs = (_curve(curves, tables, one, figure, seeds) for one in (arm, baseline))
     my_budgets, their_budgets = (list(curves.names(one)) for one in (arm, baseline))
     here = my_budgets.index(1) if curves.of_steps else 0  # what it does with the fewest problems
@@ -98,7 +104,9 @@ def _against(curves: CurvesRecipe, tables: RunTables, arm: str, baseline: str, f
         given = mine[cost][:, here], mine["scores"][:, here], theirs[cost], theirs["scores"]
         if all(np.isfinite(x).all() for x in given):
             factor = cost_factor(given[0].tolist(), given[1].tolist(), given[2], given[3], alpha)
-            found["factors"][cost] = {**factor._asdict(), "most": float((theirs[cost][:, -1] / given[0]).mean())}
+            apart = _apart_at_equal_cost(given[0], given[1], theirs[cost], theirs["scores"], alpha)
+            most = float((theirs[cost][:, -1] / given[0]).mean())
+            found["factors"][cost] = {**factor._asdict(), "most": most, "at_equal_cost": apart}
     if np.isfinite(mine["scores"]).all() and np.isfinite(theirs["scores"]).all():
         at, other_at, t = ceiling_difference(
             mine["scores"], theirs["scores"], mine["validated"], theirs["validated"], alpha
@@ -108,106 +116,133 @@ def _against(curves: CurvesRecipe, tables: RunTables, arm: str, baseline: str, f
         found["ceiling"] = {"difference": sign * t.difference, "low": low, "high": high, "p": t.p, "reason": t.reason,
                             "further": t.low > 0, "less": t.high < 0,
                             "budget": my_budgets[at], "baseline_budget": their_budgets[other_at]}  # fmt: skip
-    return found | {"sentence": cost_sentence(found, figure, len(seeds))}
+    said = {"sentence": cost_sentence, "lead": curve_lead}
+    return found | {key: write(found, figure, len(seeds), words) for key, write in said.items()}
 
 
-def cost_sentence(found: Row, figure: str, num_seeds: int) -> str:
+def _apart_at_equal_cost(
+    costs_S: np.ndarray, scores_S: np.ndarray, curve_costs_SB: np.ndarray, curve_scores_SB: np.ndarray, alpha: float
+) -> list[float]:
+    """The t-interval of how far the arm is above the baseline at the largest budget that costs the baseline no more (at
+    its smallest one, where all cost more). It says whether there is a factor at all where seeds leave the range, so
+    that the factor itself has no interval."""
+    no_more = np.flatnonzero(curve_costs_SB.mean(axis=0) <= (1 + TOLERANCE) * costs_S.mean())
+    t = stats.paired_t(scores_S.tolist(), curve_scores_SB[:, no_more[-1] if len(no_more) else 0].tolist(), alpha)
+    return [t.low, t.high]
+
+
+def cost_sentence(found: Row, figure: str, num_seeds: int, words: Words = ENGLISH) -> str:
     """`competence learns 3.1 times faster than ce (2.2 to 4.3 times the steps); it needs … fewer problems …; …`."""
     arm, baseline, factors = found["arm"], found["baseline"], found["factors"]
-    said: list[str] = []
-    if (distinct := factors.get("distinct")) is not None:
-        said.append(_fewer(distinct, arm, baseline, num_seeds))
-    steps, data = factors.get("steps"), factors.get("data")
-    if steps is not None:
-        said.append(f"{arm} {_faster(steps, arm, baseline, 'steps', num_seeds)}")
-        if data is not None and _is_shown(data):
-            said.append(f"it needs {_times(data)} times fewer problems (repetitions counted)")
-    for cost, words in (("amortised_flops", "with what runs share divided among them"),
-                        ("total_flops", "with all its teachers cost counted in")):  # fmt: skip
-        if (flops := factors.get(cost)) is not None:
-            said.append(f"in FLOPs, {words}, {baseline} needs {_amount(flops)}")
-    if (ceiling := found["ceiling"]) is not None:
-        said.append(_ceiling_words(ceiling, arm, baseline, figure))
-    return ("; ".join(said) if said else f"{arm} against {baseline}: a score or a ledger is missing") + "."
+    said = _learned(found, num_seeds, words)
+    if (data := factors.get("data")) is not None and "steps" in factors and data["low"] > 1:
+        said.append(words("curve.fewer_seen", k=number(data["factor"], 1)))
+    said += [
+        words(f"curve.{cost}", baseline=baseline, amount=_amount(factors[cost], words))
+        for cost in ("amortised_flops", "total_flops")
+        if cost in factors
+    ]
+    if found["ceiling"] is not None:
+        said.append(_ceiling_words(found["ceiling"], arm, baseline, figure, words))
+    parts = said or [words("curve.nothing", arm=arm, baseline=baseline)]
+    return words("page.semicolon").join(parts) + words("page.stop")
 
 
-def _is_shown(factor: Row) -> bool:
-    """Whether the baseline needs more: the whole interval above 1, or not even the end of its range is enough."""
-    return factor["low"] > 1 or (factor["bound"] == "more than" and factor["factor"] > 1)
+def curve_lead(found: Row, figure: str, num_seeds: int, words: Words = ENGLISH) -> str:
+    """What a verdict begins with: how much faster (or from how many fewer problems) an arm learns than the other,
+    which of them reaches further, and the factor where teachers are paid for. Empty where a curve shows nothing."""
+    arm, baseline, factors = found["arm"], found["baseline"], found["factors"]
+    said = _learned(found, num_seeds, words)
+    if found["ceiling"] is not None:
+        said.append(_ceiling_words(found["ceiling"], arm, baseline, figure, words))
+    if "amortised_flops" in factors:
+        amount = _amount(factors["amortised_flops"], words)
+        said.append(words("curve.amortised_flops", baseline=baseline, amount=amount))
+    return words("page.semicolon").join(said) + words("page.stop") if said else ""
 
 
-def _times(factor: Row) -> str:
-    return f"{factor['bound']} {number(factor['factor'], 1)}".strip()
+def _learned(found: Row, num_seeds: int, words: Words) -> list[str]:
+    """Of problems at hand, counted at the smallest number of them; and of steps: what a factor shows, and no more."""
+    return [
+        _factor_words(key, found["factors"][cost], found["arm"], found["baseline"], num_seeds, words)
+        for cost, key in (("distinct", "problems"), ("steps", "steps"))
+        if cost in found["factors"]
+    ]
 
 
-def _missed(factor: Row, num_seeds: int) -> str:
-    """Who does not get there: `any seed`, `2 of 5 seeds`."""
-    return f"{factor['num_beyond']} of {num_seeds} seeds" if factor["num_beyond"] < num_seeds else "any seed"
+def _is_faster(factor: Row) -> bool:
+    """Whether the baseline needs more: the whole interval above 1. Where some seeds do not get there within the range,
+    so that there is no interval: every seed's own factor, and the arm is shown to be above at equal cost."""
+    beyond = factor["bound"] == "more than" and min(factor["per_seed"]) > 1 and factor["at_equal_cost"][0] > 0
+    return bool(factor["low"] > 1 or beyond)
 
 
-def _faster(factor: Row, arm: str, baseline: str, what: str, num_seeds: int) -> str:
-    if factor["bound"] == "more than" and factor["factor"] > 1:
-        return (
-            f"learns more than {number(factor['factor'], 1)} times faster than {baseline}, which does not reach it "
-            f"within {number(factor['most'], 1)} times the {what} "
-            f"(not reached within the range by {_missed(factor, num_seeds)})"
-        )
-    if factor["low"] > 1:
-        return f"learns {number(factor['factor'], 1)} times faster than {baseline} ({_range(factor)} the {what})"
-    if factor["high"] < 1 or (factor["bound"] == "less than" and factor["factor"] < 1):
-        more = "more than " if factor["bound"] else ""
-        return f"learns {more}{number(1 / factor['factor'], 1)} times slower than {baseline}"
+def _is_slower(factor: Row) -> bool:
+    """Whether the baseline needs less: the same, the other way round."""
+    before = factor["bound"] == "less than" and max(factor["per_seed"]) <= 1 and factor["at_equal_cost"][1] < 0
+    return bool(factor["high"] < 1 or before)
+
+
+def _factor_words(key: str, factor: Row, arm: str, baseline: str, num_seeds: int, words: Words) -> str:
+    """key: steps or problems. The words are used where the figures show them; else it says that nothing is shown."""
+    beyond, before = factor["num_beyond"], factor["num_before"]
+    at = {"arm": arm, "baseline": baseline, "most": number(factor["most"], 1), "seeds": num_seeds}
     if math.isnan(factor["factor"]):
-        return f"and {baseline} cannot be told apart in {what}: {factor['reason']}"
-    return f"is not shown to learn faster or slower than {baseline} ({_range(factor)} the {what})"
+        return words(f"curve.{key}_unknown", why=words.message(factor["reason"]), **at)
+    k, slower = number(factor["factor"], 1), number(1 / factor["factor"], 1)
+    if _is_faster(factor) and factor["bound"]:
+        every = "all" if beyond == num_seeds else "some"
+        return words(f"curve.{key}_beyond_{every}", k=k, beyond=beyond, **at)
+    if _is_faster(factor):
+        return words(f"curve.{key}_more", k=k, range=_range(factor, words), **at)
+    if _is_slower(factor):
+        return words(f"curve.{key}_less" + ("_before" if factor["bound"] else ""), k=slower, **at)
+    if factor["bound"]:
+        return words(f"curve.{key}_open_{'beyond' if beyond else 'before'}", some=beyond or before, **at)
+    return words(f"curve.{key}_open", range=_range(factor, words), **at)
 
 
-def _fewer(factor: Row, arm: str, baseline: str, num_seeds: int) -> str:
-    """Of the problems that are at hand, counted at the smallest number of them."""
-    if factor["bound"] == "more than" and factor["factor"] > 1:
-        return (
-            f"{arm} needs more than {number(factor['factor'], 1)} times fewer problems than {baseline}, which does not "
-            f"reach it with {number(factor['most'], 1)} times as many "
-            f"(not reached within the range by {_missed(factor, num_seeds)})"
-        )
-    if factor["low"] > 1:
-        return (
-            f"{arm} needs {number(factor['factor'], 1)} times fewer problems than {baseline} ({_range(factor)} as many)"
-        )
-    if factor["high"] < 1 or (factor["bound"] == "less than" and factor["factor"] <= 1):
-        return f"{baseline} with the fewest problems is at least where {arm} is with as many"
-    if math.isnan(factor["factor"]):
-        return f"{arm} and {baseline} cannot be told apart in problems: {factor['reason']}"
-    return f"{arm} is not shown to need fewer or more problems than {baseline} ({_range(factor)} as many)"
+def _times(factor: Row, words: Words) -> str:
+    """`3.1 times`, `more than 4.0 times`."""
+    bound = {"": "times", "more than": "times_more", "less than": "times_less"}[factor["bound"]]
+    return words(f"curve.{bound}", k=number(factor["factor"], 1))
 
 
-def _range(factor: Row) -> str:
+def _range(factor: Row, words: Words) -> str:
     """`2.2 to 4.3 times`, where the factor itself is said before it."""
     if math.isnan(factor["low"]):
-        return f"{_times(factor)} times"
-    return f"{number(factor['low'], 1)} to {number(factor['high'], 1)} times"
+        return _times(factor, words)
+    return words("curve.range", low=number(factor["low"], 1), high=number(factor["high"], 1))
 
 
-def _amount(factor: Row) -> str:
-    """`3.1 (2.2 to 4.3) times`, `more than 4.0 times`."""
+def _amount(factor: Row, words: Words) -> str:
+    """`3.1 times (2.2 to 4.3 times)`, `more than 4.0 times`."""
     if math.isnan(factor["factor"]):
-        return f"no one number of times ({factor['reason']})"
-    if math.isnan(factor["low"]):
-        return f"{_times(factor)} times"
-    return f"{number(factor['factor'], 1)} ({number(factor['low'], 1)} to {number(factor['high'], 1)}) times"
+        return words("curve.no_number", why=words.message(factor["reason"]))
+    times = _times(factor, words)
+    return times if math.isnan(factor["low"]) else words("curve.with_range", times=times, range=_range(factor, words))
 
 
-def _ceiling_words(ceiling: Row, arm: str, baseline: str, figure: str) -> str:
+def _ceiling_words(ceiling: Row, arm: str, baseline: str, figure: str, words: Words) -> str:
     scale, unit, digits = (100, "points", 1) if figure == "accuracy" else (1, "nats", 3)
-    amount = f"{signed(scale * ceiling['difference'], digits)} {unit}"
+    amount = words(f"verdict.{unit}", value=signed(scale * ceiling["difference"], digits))
     if not math.isnan(ceiling["low"]):
-        amount += f", {signed(scale * ceiling['low'], digits)} to {signed(scale * ceiling['high'], digits)}"
-    at = f"at ×{ceiling['budget']:g} against ×{ceiling['baseline_budget']:g}"
-    if ceiling["further"]:
-        return f"{arm} reaches further ({amount}; each at its best budget, {at})"
-    if ceiling["less"]:
-        return f"{baseline} reaches further ({amount}; each at its best budget, {at})"
-    return f"which of the two reaches further is not shown ({amount}; each at its best budget, {at})"
+        low, high = (signed(scale * ceiling[side], digits) for side in ("low", "high"))
+        amount = words("curve.amount", amount=amount, low=low, high=high)
+    at = f"×{ceiling['budget']:g}", f"×{ceiling['baseline_budget']:g}"
+    key = "further" if ceiling["further"] or ceiling["less"] else "further_open"
+    ahead = baseline if ceiling["less"] else arm
+    return words(f"curve.{key}", ahead=ahead, amount=amount, at=at[0], other=at[1])
+
+
+def _ticks(costs: Sequence[float], most: int = 4) -> list[float]:
+    """Costs that were drawn, far enough apart for their labels: the smallest, the largest, and what fits between."""
+    wide = math.log(max(costs) / min(costs)) / most if costs else 0.0
+    found: list[float] = []
+    for cost in sorted({*costs}):
+        if not found or (math.log(cost / found[-1]) > wide and math.log(cost / found[-1]) > 0.2):
+            found.append(cost)
+    return found
 
 
 def draw_cost_curves(summary: Row, words: Words = ENGLISH) -> Figure | str:
@@ -222,6 +257,10 @@ def draw_cost_curves(summary: Row, words: Words = ENGLISH) -> Figure | str:
     figure, grid = new_grid(len(drawn), height=3.0, sharey=True)
     for cost, axes in zip(drawn, grid, strict=True):
         axes.set(xlabel=words(f"labels.cost_{cost}"), xscale="log")
+        ticks = _ticks([row[cost] for row in rows if np.isfinite(row[cost])])
+        axes.set_xticks(ticks, [with_prefix(tick, "").strip() for tick in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.margins(x=0.12)  # the last label of a panel stays clear of the next one's first
         for index, arm in enumerate(dict.fromkeys(row["arm"] for row in rows)):
             points = [row for row in rows if row["arm"] == arm and np.isfinite(row[cost])]
             x, mean = (np.array([row[key] for row in points]) for key in (cost, "mean"))

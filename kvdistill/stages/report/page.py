@@ -29,7 +29,8 @@ from kvdistill.stages.report.collect import Row, RunTables, read_questions, run_
 from kvdistill.stages.report.figures import MATCH_FIGURES, match_table
 from kvdistill.stages.report.language import ENGLISH, Words
 from kvdistill.stages.report.models import STUDENT
-from kvdistill.stages.report.summary import METHOD, budgets, reference_arm
+from kvdistill.stages.report.summary import METHOD, budgets, mean_ledger, reference_arm
+from kvdistill.stages.report.tuning import tuning_rows
 
 SVG_LIMIT_BYTES = 250_000
 SPLITS = ("train", "val", "test", "teach")
@@ -115,6 +116,8 @@ def _environment(study: Study) -> jinja2.Environment:
         duration=lambda seconds: text.duration(seconds, words),
         amount=lambda found, figure: text.amount(found, figure, words),
         difference=lambda found, figure: text.difference(found, figure, words),
+        sentence=lambda comparison: text.sentence(comparison, words),
+        at_equal=lambda comparison: text.at_equal(comparison, words),
         side_name=lambda comparison, side: text.side_name(comparison, side, words),
         pictures={name: _embed(p) for name, p in study.pictures.items()},
     )  # fmt: skip
@@ -284,8 +287,37 @@ def _match(study: Study) -> Row:
     return {"match": match_table(study.recipe, study.tables), "match_figures": MATCH_FIGURES}
 
 
+# the columns of where FLOPs went; fits and layer maps are one
+FLOP_PARTS = ("student", "aligner", "teachers", "teacher_training", "fit", "generation", "tuning")
+ALWAYS_SHOWN = ("student", "teachers", "aligner", "teacher_training", "fit")
+
+
 def _budget(study: Study) -> Row:
-    return {"budgets": budgets(study.recipe, study.tables)}
+    """Per arm what it spent, and on what: the columns add up to all FLOPs."""
+    found = budgets(study.recipe, study.tables)
+    for ledger in found.values():
+        if ledger:
+            ledger |= {part: ledger.get(f"{part}_flops") for part in FLOP_PARTS}
+            ledger["teachers"] = sum(ledger["teacher_flops"].values())
+            ledger["fit"] += ledger["layer_maps_flops"]
+    spent = [part for part in FLOP_PARTS if any(ledger.get(part) for ledger in found.values())]
+    shown = [part for part in FLOP_PARTS if part in ALWAYS_SHOWN or part in spent]
+    unpriced = [teacher.name for teacher in study.recipe.teachers if teacher.scratch is None]
+    return {"budgets": found, "flop_parts": shown, "unpriced": unpriced}
+
+
+def _tuning(study: Study) -> Row:
+    """What the search of each arm tried and chose; `runs`: what one run of the arm took beside it."""
+    table = study.summary.get("tuning")
+    if table is None:
+        return {"tuning": None}
+    columns, trials = tuning_rows(table, words=study.words)
+    ledgers = {arm: mean_ledger(study.tables, arm) for arm in table["chosen"]}
+    runs = {arm: found["total_flops"] - found["tuning_flops"] for arm, found in ledgers.items() if found}
+    best = [row for row in trials if row[-1]]
+    keys = columns[2 : 2 + len(table["keys"])]
+    return {"tuning": table, "columns": columns, "keys": keys, "trials": trials, "best": best,
+            "runs": {arm: runs.get(arm) for arm in table["chosen"]}}  # fmt: skip
 
 
 def _data(study: Study) -> Row:
@@ -338,6 +370,7 @@ SECTIONS = (  # in the page's order
     Section("statistics"),
     Section("curves"),
     Section("cost"),
+    Section("tuning", _tuning),
     Section("ablations"),
     Section("routing"),
     Section("match", _match),

@@ -12,8 +12,8 @@ from typing import Any
 
 from kvdistill import stats
 from kvdistill.core.arms import arm_recipe
-from kvdistill.core.costs import student_flops
-from kvdistill.core.declared import compare_declared, family_of
+from kvdistill.core.costs import SHARED, student_flops
+from kvdistill.core.declared import compare_declared, family_of, parities_of
 from kvdistill.core.family import BEST_SINGLE, best_single_rule, single_arms
 from kvdistill.core.recipe import Recipe
 from kvdistill.stages.report.best_single import Choice, choose_best_single
@@ -78,6 +78,7 @@ def compare_all(recipe: Recipe, tables: RunTables) -> dict[str, list[Comparison]
     rules, other = recipe.report, "nll" if recipe.report.primary == "accuracy" else "accuracy"
     declared, choice = family_of(recipe).pairs, best_single(recipe, tables)
     pairs = declared if choice is None else [choice.stands_in(pair) for pair in declared]
+    parities = list(parities_of(recipe, tables.path).values())
     found = {
         "primary": compare_family(
             tables.runs,
@@ -86,10 +87,10 @@ def compare_all(recipe: Recipe, tables: RunTables) -> dict[str, list[Comparison]
             figure=rules.primary,
             alpha=rules.alpha,
             margin=rules.margin,
-            parity=rules.parity,
+            parities=parities,
         ),
         "secondary": compare_family(
-            tables.runs, pairs, tables.seeds, figure=other, alpha=rules.alpha, parity=rules.parity
+            tables.runs, pairs, tables.seeds, figure=other, alpha=rules.alpha, parities=parities
         ),
     }
     for comparisons in found.values():
@@ -183,7 +184,7 @@ def mean_ledger(tables: RunTables, arm: str) -> dict[str, Any]:
     out["student_flops"] = _mean([student_flops(f) for f in flops])
     out["aligner_flops"] = _mean([f.get("aligner") or 0 for f in flops])
     out["teacher_flops"] = {name: _mean([(f.get("teachers") or {}).get(name, 0) for f in flops]) for name in teachers}
-    for part in ("teacher_training", "fit", "layer_maps", "generation", "tuning"):
+    for part in SHARED[1:]:
         out[f"{part}_flops"] = _mean([sum((f.get(part) or {}).values()) for f in flops])
     for key in ("total_flops", "amortised_flops"):
         out[key] = _mean([run.costs.get(key) for run in tables.runs[arm].values() if run.ledger])
@@ -239,6 +240,9 @@ def summarise(
     for one in (*comparisons["primary"], *comparisons["secondary"]):
         one["after_results"] = one["declared"] in declared["late"]
         one["by_rule"] = tuple(one["declared"]) in rule.by_rule
+        if one["parity"] == "steps" and one["arm"] in recipe.arms:  # each as many as its validation asks for
+            ended = arm_recipe(recipe, one["arm"]).train.patience is not None
+            one["at_equal"] = "problems at hand" if ended else one["at_equal"]
     summary = {
         "schema": 1, "declared": declared, "name": recipe.name,
         "title": recipe.title or recipe.name, "primary": recipe.report.primary,
@@ -249,7 +253,7 @@ def summarise(
         "family_notes": rule.notes,
         "accuracy_near_zero": near_zero,
         "curves": curve_summary(
-            recipe, tables, "nll" if near_zero else recipe.report.primary, reference_arm(recipe)
+            recipe, tables, "nll" if near_zero else recipe.report.primary, reference_arm(recipe), words
         ),
         "seconds": _total([tables.provenance], "seconds"), "cpu_seconds": _total([tables.provenance], "cpu_seconds"),
         "student_seconds": _total(ledgers, "seconds") - sum(
@@ -268,7 +272,7 @@ def summarise(
     texts = {
         arm: one.ledger["texts"] for arm, runs in tables.runs.items() for one in runs.values() if "texts" in one.ledger
     }
-    return summary | {"controls": describe_controls(recipe, summary, reference_arm(recipe), texts)}
+    return summary | {"controls": describe_controls(recipe, summary, reference_arm(recipe), texts, words)}
 
 
 def variance(recipe: Recipe) -> str:
@@ -294,7 +298,7 @@ def selection_notes(tables: RunTables) -> list[str]:
             continue
         facts = [ledger["selection"] for ledger in chosen.values()]
         is_data |= any(one["patience"] is not None for one in facts)
-        steps = ", ".join(f"{one['chosen_step']} of {ledger['optimiser_steps']}" for one, ledger in
+        steps = ", ".join(f"{one['chosen_step']}/{ledger['optimiser_steps']}" for one, ledger in
                           zip(facts, chosen.values(), strict=True))  # fmt: skip
         found.setdefault(facts[0]["rule"], []).append(f"{arm} {steps}")
     notes = [

@@ -120,36 +120,34 @@ CONTROLS = {
 }
 
 
-def write_harm(row: dict[str, Any], figure: str) -> str:
+def write_harm(row: dict[str, Any], figure: str, words: Words = ENGLISH) -> str:
     """Whether a control did harm, from its row (`controls.describe_controls`)."""
     if row["harm"] is None:
-        return "whether it does harm is not known: there is no plain arm with three seeds to hold it against"
-    apart = difference({"difference": row["difference"]}, figure)
+        return words("controls.harm_unknown")
+    found = {"apart": difference({"difference": row["difference"]}, figure, words), "plain": row["plain"]}
     if not row["harm"]:
-        return f"{apart} beside {row['plain']}: no harm that shows"
-    p = f", Holm-adjusted p {p_value(row['p_holm'])}" if row["harm"] == "significantly" else ", worse in every seed"
-    return f"does harm ({apart} beside {row['plain']}{p}): beating it proves little"
+        return words("controls.no_harm", **found)
+    return words(f"controls.harm_{row['harm']}", p=p_value(row["p_holm"]), **found)
 
 
-def write_texts(said: Mapping[str, Any]) -> str:
+def write_texts(said: Mapping[str, Any], words: Words = ENGLISH) -> str:
     """What an arm read beside its own texts, from its ledger."""
     if not said:
-        return "not trained yet"
-    written = said.get("written") or {}
-    how = ""
-    if written:
+        return words("controls.not_trained")
+    key = "beside" if said["beside"] else "nothing_beside"
+    parts = [words(f"controls.{key}", beside=count(said["beside"]), own=count(said["own"]))]
+    if written := said.get("written") or {}:
         answers, right = (sum(one[key] for one in written.values()) for key in ("answers", "right"))
-        how = f"; {count(right)} of {count(answers)} written solutions are right"
-    if not said["beside"]:
-        return f"nothing beside its own texts{how}: this is plain fine-tuning"
-    return f"{count(said['beside'])} texts beside {count(said['own'])} of its own{how}"
+        parts.append(words("controls.written", right=count(right), answers=count(answers)))
+    return words("page.semicolon").join(parts)
 
 
 # -- what was found, in words that a newcomer understands -----------------------------------------------
 
 
 def write_headline(summary: dict[str, Any], words: Words = ENGLISH) -> str:
-    """The verdict on the first declared comparison. With every accuracy near zero, NLL leads."""
+    """The verdict on the first declared comparison: first what the curve of its arm shows, if there is one, then how
+    far the two are apart at equal budgets. With every accuracy near zero, NLL leads."""
     if not summary["accuracy_near_zero"]:
         return _lead(summary, summary["comparisons"], summary["primary"], words)
     listed = summary["comparisons"] if summary["primary"] == "nll" else summary["secondary_comparisons"]
@@ -158,6 +156,31 @@ def write_headline(summary: dict[str, Any], words: Words = ENGLISH) -> str:
 
 
 def _lead(summary: dict[str, Any], comparisons: list[dict[str, Any]], figure: str, words: Words) -> str:
+    lead, first = _compared(summary, comparisons, figure, words), next(iter(comparisons), None)
+    if not (curve := _curve_of(summary, first, words)):
+        return lead
+    if first is None or first["refused"]:
+        return words("verdict.after_curve_alone", curve=curve, lead=lead)
+    return words("verdict.after_curve", curve=curve, parity=words.message(first["at_equal"]), lead=lead)
+
+
+def _curve_of(summary: dict[str, Any], first: dict[str, Any] | None, words: Words) -> str:
+    """What the curve of the first comparison's arm shows; of an arm without one that of its baseline, else the first
+    that there is: the recipe decides, not the results."""
+    curves = summary.get("curves")
+    if not curves or not curves["against"]:
+        return ""
+    bases = {row["name"]: row["arm"] for row in curves["rows"]}  # `ce@x2` is a point of the curve of `ce`
+    asked = [bases.get(first[side]) for side in ("arm", "baseline")] if first else []
+    by_arm = {one["arm"]: one for one in curves["against"]}
+    lead: str = next((by_arm[name] for name in asked if name in by_arm), curves["against"][0])["lead"]
+    family = len(summary["comparisons"])
+    if not lead or family < 2:
+        return lead
+    return lead + words("curve.unadjusted", n=family, percent=curves["percent"])
+
+
+def _compared(summary: dict[str, Any], comparisons: list[dict[str, Any]], figure: str, words: Words) -> str:
     if not comparisons:
         arms = {name: arm if figure == "accuracy" else arm["nll"] for name, arm in summary["arms"].items()}
         known = {name: arm for name, arm in arms.items() if not math.isnan(arm["mean"])}
@@ -186,6 +209,19 @@ def side_name(comparison: dict[str, Any], side: int, words: Words = ENGLISH) -> 
     return words("verdict.best_single", arm=name) if chosen else name
 
 
+def sentence(comparison: dict[str, Any], words: Words = ENGLISH) -> str:
+    """What was found, or every reason why nothing could be."""
+    if comparison["refused"]:
+        reasons = words("page.semicolon").join(words.message(reason) for reason in comparison["refused"])
+        return words("verdict.refused", reasons=reasons)
+    return words.message(comparison["sentence"])
+
+
+def at_equal(comparison: dict[str, Any], words: Words = ENGLISH) -> str:
+    """`at equal total FLOPs, amortised`: what both sides spent alike."""
+    return words("verdict.at_equal", parity=words.message(comparison["at_equal"]))
+
+
 def outcome(comparison: dict[str, Any], family_size: int, words: Words = ENGLISH) -> str:
     """`better (p = 0.002, Holm-adjusted for 4 comparisons)`; for equivalence the p-value is the TOST's."""
     word = comparison["verdict"]
@@ -195,7 +231,7 @@ def outcome(comparison: dict[str, Any], family_size: int, words: Words = ENGLISH
     adjusted = words("verdict.holm", n=family_size)
     said = words("verdict.outcome", text=text, name=name, p=p_value(p), adjusted=adjusted, late=late)
     caution = comparison.get("caution")
-    return said + (words("page.semicolon") + words.message(caution) if caution else "")
+    return said + (words("page.semicolon") + caution if caution else "")
 
 
 def amount(found: dict[str, Any], figure: str, words: Words = ENGLISH) -> str:

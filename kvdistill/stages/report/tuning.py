@@ -8,6 +8,7 @@ from typing import Any
 from kvdistill.core.marks import read_sealed
 from kvdistill.core.recipe import Recipe
 from kvdistill.core.tuning import TUNABLE, tuned_path
+from kvdistill.stages.report.language import ENGLISH, Words
 
 
 def tuning_table(recipe: Recipe, run: Path) -> dict[str, Any] | None:
@@ -64,19 +65,23 @@ def chosen_words(table: dict[str, Any] | None) -> dict[str, str]:
     return found
 
 
-def tuning_rows(table: dict[str, Any], *, chosen_only: bool = False) -> tuple[list[str], list[list[str]]]:
+def tuning_rows(
+    table: dict[str, Any], *, chosen_only: bool = False, words: Words = ENGLISH
+) -> tuple[list[str], list[list[str]]]:
     """Head and cells of the table, for a page: arm, trial, a column a key (`–`: it does nothing for the arm), accuracy
     in %, NLL, and whether it was chosen."""
-    head = ["arm", "trial", *(key.partition(".")[2] for key in table["keys"]), "accuracy, %", "NLL", "chosen"]
+    names = [key.partition(".")[2] for key in table["keys"]]
+    figures = [words("arms.accuracy"), words("tuning.nll")]
+    head = [words("page.arm"), words("tuning.trial"), *names, *figures, words("tuning.chosen")]
     rows = []
     for row in table["rows"]:
         if chosen_only and not row["chosen"]:
             continue
-        of = f"{row['trial']} of {table['chosen'][row['arm']]['trials']}"
+        of = words("tuning.of", trial=row["trial"], trials=table["chosen"][row["arm"]]["trials"])
         values = [f"{row['values'][key]:g}" if key in row["values"] else "–" for key in table["keys"]]
-        figures = ["diverged" if row["diverged"] else "–"] * 2
+        figures = [words("tuning.diverged")] * 2
         if not row["diverged"]:
             accuracy, nll = row["accuracy"], row["nll"]
             figures = ["–" if accuracy is None else f"{100 * accuracy:.1f}", "–" if nll is None else f"{nll:.4g}"]
-        rows.append([row["arm"], of, *values, *figures, "chosen" if row["chosen"] else ""])
+        rows.append([row["arm"], of, *values, *figures, words("tuning.chosen") if row["chosen"] else ""])
     return head, rows

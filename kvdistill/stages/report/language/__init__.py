@@ -42,12 +42,17 @@ class Words:
         return text if isinstance(text, str) else default
 
     def message(self, english: str) -> str:
-        """A sentence that another part wrote in English, in this language; its parts `{rest…}` are looked up too."""
+        """A sentence that another part wrote in English, in this language; its parts `{rest…}` are looked up too, of
+        `{each…}` what stands between commas."""
+
+        def part(name: str, value: str) -> str:
+            if name.startswith("each"):
+                return self("page.comma").join(map(self.message, value.split(", ")))
+            return self.message(value) if name.startswith("rest") else value
+
         for form, text in self._forms:
             if found := form.fullmatch(english):
-                return text.format(
-                    **{k: self.message(v) if k.startswith("rest") else v for k, v in found.groupdict().items()}
-                )
+                return text.format(**{name: part(name, value) for name, value in found.groupdict().items()})
         return english
 
     def labels(self) -> Words:
@@ -61,11 +66,13 @@ class Words:
 
     @cached_property
     def _forms(self) -> list[tuple[re.Pattern[str], str]]:
-        kinds = {"n": r"[\d,]+"}  # a number; all else may be anything
-        forms = [
-            (_PLACE.sub(lambda name: f"(?P<{name[1]}>{kinds.get(name[1], '.+?')})", re.escape(m["english"])), m["text"])
-            for m in self._messages
-        ]
+        # a number; sentences; all else ends with its sentence
+        kinds = {"n": r"[\d,]+", **dict.fromkeys(("rest", "rest_a", "rest_b"), ".+?")}
+
+        def place(name: re.Match[str]) -> str:
+            return f"(?P<{name[1]}>{kinds.get(name[1], '(?:(?!; ).)+?')})"
+
+        forms = [(_PLACE.sub(place, re.escape(m["english"])), m["text"]) for m in self._messages]
         return [(re.compile(form, re.DOTALL), text) for form, text in forms]
 
 
