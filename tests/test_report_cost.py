@@ -220,6 +220,17 @@ def test_fewer_problems_are_said_only_where_every_seed_shows_them():
     assert cost_sentence({**found, "factors": open_still}, "accuracy", 3).startswith("kv is not shown to need fewer")
 
 
+def test_a_range_that_ends_below_the_cost_of_the_other_says_nothing_and_says_so():
+    """`needs more than 0.1 times` is true, and reads as if little were needed."""
+    found = {"arm": "kv", "baseline": "ce", "ceiling": None}
+    short = {"total_flops": factor(**BEYOND, factor=0.1, num_beyond=3)}
+    sentence = cost_sentence({**found, "factors": short}, "accuracy", 3)
+    assert "an unknown number of times as many (it was trained with 0.1 times at most" in sentence
+    assert "more than" not in sentence
+    enough = {"total_flops": factor(**BEYOND, factor=1.1, num_beyond=3)}
+    assert "ce needs more than 1.1 times" in cost_sentence({**found, "factors": enough}, "accuracy", 3)
+
+
 def test_the_figure_of_costs_has_labels_that_can_be_read_and_do_not_overlap(shown):
     _, summary, _ = shown
     figure = draw_cost_curves(summary)

@@ -216,9 +216,11 @@ def _range(factor: Row, words: Words) -> str:
 
 
 def _amount(factor: Row, words: Words) -> str:
-    """`3.1 times (2.2 to 4.3 times)`, `more than 4.0 times`."""
+    """`3.1 times (2.2 to 4.3 times)`, `more than 4.0 times`, and what is said where that tells nothing."""
     if math.isnan(factor["factor"]):
         return words("curve.no_number", why=words.message(factor["reason"]))
+    if factor["bound"] == "more than" and factor["factor"] <= 1:  # it says nothing: it may need less, or more
+        return words("curve.range_ends", k=number(factor["factor"], 1))
     times = _times(factor, words)
     return times if math.isnan(factor["low"]) else words("curve.with_range", times=times, range=_range(factor, words))
 

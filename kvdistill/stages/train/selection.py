@@ -98,7 +98,7 @@ class Selection:
 def selection_rule(train: TrainRecipe) -> str:
     """`train.select` and `train.patience` in words."""
     kept = "of the last step" if train.select == "last" else "with the lowest validation NLL (ties: the earlier)"
-    ends = f"after {train.steps} steps"
+    ends = "after all steps"
     if train.patience is not None:
         ends = f"after {train.patience} points without a lower validation NLL, at the latest after {train.steps} steps"
     points = f"every {train.eval_every} steps, completions of at most {train.eval_examples} validation problems"
