@@ -279,12 +279,7 @@ def contents(run: Path) -> dict[str, str]:
             check_marked(file, fix="")
             content = json.dumps(sorted((read_mark(file) or {"files": []})["files"])).encode()
         elif file.suffix == ".json":
-            value = json.loads(content)
-            if (
-                name == "training_budget_config.json"
-            ):  # an estimate of it, or its cost where the texts were there already
-                value = {**value, "sha256": "", "arms": {a: v for a, v in value["arms"].items() if a != "written"}}
-            content = json.dumps(_timeless(value), sort_keys=True).encode()
+            content = json.dumps(_timeless(json.loads(content)), sort_keys=True).encode()
         elif file.suffix == ".jsonl":
             content = json.dumps([_timeless(json.loads(line)) for line in content.splitlines()]).encode()
         found[name] = hashlib.sha256(content).hexdigest()

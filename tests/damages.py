@@ -26,7 +26,8 @@ NO_RESULT = re.compile(rf"(^|/)(({'|'.join(NOTES)})\.json|log\.jsonl|report\.htm
 
 
 def make_study(folder: Path, patch: Any) -> Path:
-    """A whole study in `folder/run`: two teachers (one with a tokenizer of its own), two arms. Returns the recipe."""
+    """A whole study in `folder/run`: two teachers (one with a tokenizer of its own), three arms, of which one is tuned
+    and one reads what teachers wrote. Returns the recipe."""
     character_tokenizer("àé").save_pretrained(folder / "letters")
     optimiser = {"steps": 2, "batch_size": 8}
     scratch = {"hidden_size": 16, "num_layers": 2, "num_heads": 2}
@@ -40,7 +41,13 @@ def make_study(folder: Path, patch: Any) -> Path:
         align={"cka_texts": 16},
         train={"steps": 2},
         data={"tasks": [{"name": name, "train": 24, "val": 8, "test": 8} for name in ("chain", "product")]},
-        arms={"ce": {"teachers": []}, "alike": {"align": {"layers": "cka"}}},
+        arms={
+            "ce": {"teachers": []},
+            "alike": {"align": {"layers": "cka"}},
+            "solved": {"texts": "written", "loss": {"kv_weight": 0}},
+        },
+        write={"questions": "train", "limit": 4},
+        tune={"arms": ["ce"], "grid": {"train": {"learning_rate": [1e-3, 2e-3]}}, "seeds": [5], "examples": 4},
     )
     answer = invoke(patch, "run", recipe)
     assert answer.code == 0, answer
@@ -54,7 +61,7 @@ def kinds(run: Path) -> dict[str, list[Path]]:
         name = file.relative_to(run).as_posix()
         if file.is_file() and not re.search(r"(^|/)\.lock", name):
             kind = re.sub(r"^(store|fit)/(aligner|targets-\w+?)-.*?/", r"\1/\2-…/", name)
-            kind = re.sub(r"^(teachers|arms|data/teachers)/[^/]+/", r"\1/…/", kind)
+            kind = re.sub(r"^(teachers|arms|data/teachers|written)/[^/]+/", r"\1/…/", kind)
             kind = re.sub(r"seed-\d+", "seed-…", re.sub(r"^layers/\w+", "layers/…", kind))
             kind = re.sub(r"(spans-)?(train|val|test|teach)\.(parquet|safetensors)", r"\1SPLIT.\3", kind)
             found.setdefault(re.sub(r"^figures/.*", "figures/…", kind), []).append(file)

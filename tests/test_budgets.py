@@ -192,6 +192,10 @@ def test_what_is_spent_is_what_was_planned_and_a_page_compares_at_the_declared_p
         ({"report": {"curves": {"arms": ["ce", "ce"], "budgets": [1, 2]}}}, ["named twice"]),
         ({"report": {"curves": {"arms": ["ce"], "points": ["ce"], "budgets": [1, 2]}}}, ["named twice"]),
         ({"report": {"curves": {"arms": ["ce"], "budgets": [1, 2]}}}, ["name one more in arms, or in points"]),
+        (
+            {"report": {"curves": {"arms": ["ce"], "points": ["fixed"], "of": "problems", "budgets": [0.5, 1]}}},
+            ["points are arms at their own steps"],
+        ),
         ({"report": {"curves": {"arms": ["ce"], "points": ["fixd"], "budgets": [1]}}}, ["budgets"]),
         ({"report": {"curves": {"arms": ["ce"], "points": ["fixd"], "budgets": [1, 2]}}}, ["'fixd'", "points"]),
         ({"seeds": [1, 2], "report": {"curves": {"arms": ["ce", "fixed"], "budgets": [1, 2]}}}, ["at least 3"]),

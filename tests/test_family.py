@@ -11,6 +11,7 @@ from run_factory import make_recipe, mark_again, write_run
 from tiny_recipe import assert_one_message, invoke, no_work, tiny_recipe, tiny_tree, write_recipe
 
 from kvdistill.cli.tables import as_text
+from kvdistill.core.arms import arm_recipe
 from kvdistill.core.budgets import budget_path
 from kvdistill.core.config import make_recipe as checked_recipe
 from kvdistill.core.declared import compare_declared, declare, family_of, parities_of
@@ -81,8 +82,6 @@ def test_what_the_arms_cannot_give_is_said() -> None:
 
 
 def test_which_arms_are_which() -> None:
-    from kvdistill.core.arms import arm_recipe
-
     recipe = tiny_recipe(
         Path("unused"),
         arms={"none": {"loss": {"kv_weight": 0}}, "raw": CE, "a": ONE, "logit": LOGITS,
@@ -279,6 +278,24 @@ def test_the_best_single_arm_has_a_parity_that_holds_whichever_is_chosen(tmp_pat
     assert "both and b are" in str(parities_of(recipe, tmp_path)[PAIRS[0]])
 
 
+def test_an_arm_at_a_matched_budget_is_no_candidate_and_leaves_the_rule_its_parity(tmp_path: Path) -> None:
+    matched = {**ONE, "match": {"arm": "both", "parity": "total_flops"}}
+    recipe = tiny_recipe(tmp_path, arms={**UNLIKE, "a-matched": matched}, seeds=THREE)
+    write_plan(tmp_path, both=budget(100), ce=budget(100), a=budget(100), **{"a-matched": budget(140)})
+    assert str(parities_of(recipe, tmp_path)[PAIRS[0]]) == "steps"
+    arms = {name: arm_recipe(recipe, name) for name in recipe.arms}
+    assert single_arms(arms) == ["a"]
+    assert single_arms({name: arm for name, arm in arms.items() if name != "a"}) == ["a-matched"], "the only one"
+
+
+def test_candidates_that_hold_at_unlike_parities_are_named_with_them(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, arms={**UNLIKE, "b": TWO}, seeds=THREE)
+    plan = {"both": budget(100), "ce": budget(100), "a": budget(100, data=1, student_flops=1, amortised_flops=1)}
+    write_plan(tmp_path, **plan, b=budget(140, data=800))
+    reason = str(parities_of(recipe, tmp_path)[PAIRS[0]])
+    assert "a at equal steps, b at equal problems seen" in reason and "unlike budgets" not in reason
+
+
 def test_what_one_is_matched_to_the_other_in_is_a_parity_without_a_plan(tmp_path: Path) -> None:
     match = {"arm": "both", "parity": "total_flops", "amortised": False}
     recipe = tiny_recipe(tmp_path, arms={**UNLIKE, "ce": {**CE, "match": match}}, seeds=THREE)
@@ -297,6 +314,10 @@ def test_the_parity_is_frozen_with_the_family_and_a_later_plan_changes_nothing(t
     listed = [{"arm": "both", "baseline": "ce", "parity": "student_flops"}]
     later = tiny_recipe(tmp_path, arms=UNLIKE, seeds=THREE, report={"comparisons": listed})
     assert compare_declared(later, tmp_path)["late"] == [["both", "ce"]], "chosen after the results"
+    at_steps = tiny_recipe(tmp_path, arms=UNLIKE, seeds=THREE, report={"comparisons": [["both", "ce"]]})
+    said = compare_declared(at_steps, tmp_path)
+    assert said["late"] == [["both", "ce"]]
+    assert "both against ce was not comparable, is at equal steps" in said["changed"]
 
 
 def test_a_page_compares_unlike_budgets_at_what_they_have_in_common_or_says_why_not(tmp_path: Path) -> None:

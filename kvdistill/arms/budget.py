@@ -8,6 +8,7 @@ that are matched to another, refuses comparisons whose budgets will be apart, an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from kvdistill.arms.arm import Arm
@@ -83,13 +84,28 @@ class TrainingBudgetController:
         }
 
     def is_known(self, name: str) -> bool:
-        """Whether the texts that an arm reads are there: what teachers are to write is not, the first time."""
+        """Whether the texts that an arm reads are there: what teachers are to write is not, the first time. What was
+        written down as an estimate stays one, so that a study has the same file however often it was begun; but for
+        an arm whose FLOPs are compared."""
         if name not in self._known:
+            before = read_budgets(self.experiment.run).get(name) or {}
+            stays = before.get("estimated") and before.get("identity") == self._identity(name)
             try:
-                self._known[name] = bool(self._arm(name, self.seeds[0]).lesson_lengths)
+                there = bool(self._arm(name, self.seeds[0]).lesson_lengths)
             except KVDistillError:
-                self._known[name] = False
+                there = False
+            self._known[name] = there and not (stays and name not in self._asked_flops)
         return self._known[name]
+
+    @cached_property
+    def _asked_flops(self) -> set[str]:
+        """Arms that are matched or compared by FLOPs."""
+        recipe, arms = self.experiment.recipe, self.experiment.arms
+        asked: list[tuple[tuple[str, str], ParityRecipe]] = [
+            ((name, arm.match.arm), arm.match) for name, arm in arms.items() if arm.match is not None
+        ]
+        asked += [(pair, recipe.report.parity(*pair)) for pair in recipe.report.pairs]
+        return {name for names, parity in asked for name in names if parity.parity in ("student_flops", "total_flops")}
 
     def write(self) -> dict[str, Any]:
         """Compute all of it, refuse what cannot hold, and write the file. Returns what it holds."""

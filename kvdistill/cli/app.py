@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="""Teach a small language model by matching the key/value caches of bigger ones, and prove that it helped.
 
-    Try it:   kvdistill demo                    two teachers, seven arms, three seeds, one page (minutes, no GPU)
+    Try it:   kvdistill demo                    two teachers, six arms, five seeds, one page (minutes, no GPU)
 
     Your own: kvdistill run recipes/demo.yaml train.steps=200 seeds=[1,2,3]
 

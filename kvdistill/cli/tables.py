@@ -58,7 +58,7 @@ def _verdict_lines(summary: Mapping[str, Any]) -> list[str]:
             said = f"{row['arm']} against {row['baseline']}: {row.get('sentence') or row['verdict']}"
             reasons = "; ".join(row.get("refused") or ())
             said += f" ({reasons})" if reasons and reasons not in said else ""
-            other = row.get("parity", "steps") != "steps" and not row.get("refused")
+            other = row.get("at_equal", "steps") != "steps" and not row.get("refused")
             said += f" (at equal {row['at_equal']})" if other else ""
             said += " (after the results)" if row.get("after_results") else ""
             said += f"; {row['caution']}" if row.get("caution") else ""

@@ -7,7 +7,7 @@ show, and says what was chosen after the results. Needs no torch.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -40,11 +40,10 @@ def compare_declared(recipe: Recipe, run: Path) -> dict[str, Any]:
     digest = sha256_of(then)
     changed = [f"{rule} was {then[rule]}, is {now[rule]}" for rule in _RULES if then[rule] != now[rule]]
     late = [pair for pair in now["comparisons"] if changed or pair not in then["comparisons"]]
-    before = then.get("parities", {})
     for pair in then["comparisons"]:
-        was, is_now = (said.get(_named(pair), str(ParityRecipe())) for said in (before, now["parities"]))
+        was, is_now = (_compared_at(said, pair) for said in (then, now))
         if pair in now["comparisons"] and was != is_now:
-            changed.append(f"{_named(pair)} was at equal {was}, is at equal {is_now}")
+            changed.append(f"{_named(pair)} was {was}, is {is_now}")
             late = [*late, *([] if pair in late else [pair])]
     left_out = [pair for pair in then["comparisons"] if pair not in now["comparisons"]]
     if left_out:  # Holm over fewer comparisons than were declared
@@ -60,6 +59,13 @@ def compare_declared(recipe: Recipe, run: Path) -> dict[str, Any]:
         changed.append(f"seeds were {then['seeds']}, are {now['seeds']}")
         late = now["comparisons"]
     return {"time": then["time"], "sha256": digest, "changed": changed, "late": late}
+
+
+def _compared_at(said: Mapping[str, Any], pair: Sequence[str]) -> str:
+    """`at equal steps`, `not comparable`: how a declaration has a pair."""
+    if _named(pair) in said.get("not_comparable", {}):
+        return "not comparable"
+    return f"at equal {said.get('parities', {}).get(_named(pair), str(ParityRecipe()))}"
 
 
 def family_of(recipe: Recipe) -> Family:
@@ -98,9 +104,10 @@ def _planned(recipe: Recipe, run: Path, pair: Pair) -> ParityRecipe | str:
     common = [parity for parity in held[0] if all(parity in one for one in held)]
     if common:
         return common[0]
-    if not all(held):
-        others = [other for other, one in zip(others, held, strict=True) if not one]
-    return not_comparable(arm, others, arms, planned)
+    if all(held):
+        each = ", ".join(f"{other} at equal {one[0]}" for other, one in zip(others, held, strict=True))
+        return f"not comparable: no parity holds for {arm} with all that best-single is chosen among ({each})"
+    return not_comparable(arm, [other for other, one in zip(others, held, strict=True) if not one], arms, planned)
 
 
 def _ends_alike(one: TrainRecipe, other: TrainRecipe) -> bool:

@@ -38,8 +38,12 @@ def _is_taught(arm: ArmRecipe) -> bool:
 
 
 def single_arms(arms: Arms) -> list[str]:
-    """The arms that `best-single` is chosen among: taught by one teacher, by KV or logits, and no control."""
-    return [name for name, arm in arms.items() if _is_taught(arm) and len(arm.teachers) == 1]
+    """The arms that `best-single` is chosen among: taught by one teacher, by KV or logits, and no control.
+
+    An arm whose steps are matched to another's is one at another budget: listed by its name, it is compared as well.
+    """
+    single = [name for name, arm in arms.items() if _is_taught(arm) and len(arm.teachers) == 1]
+    return [name for name in single if arms[name].match is None] or single
 
 
 def several_arms(arms: Arms) -> list[str]:

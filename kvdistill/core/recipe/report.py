@@ -77,6 +77,8 @@ class CurvesRecipe(Section):
             raise ValueError(f"an arm is named twice: {named}")
         if len(named) < 2:
             raise ValueError("a curve is held against another arm: name one more in arms, or in points")
+        if self.points and self.of == "problems":
+            raise ValueError("points are arms at their own steps; a curve of problems begins at the fewest: use arms")
         return self
 
     @property

@@ -32,12 +32,13 @@ def describe_controls(
     {"arm", "kind", "what", "rules_out", "said"}, and of controls "plain", "difference", "p_holm" and "harm":
     "significantly", "clearly", "" or None where it cannot be told. said: harm, or what it read, in words.
     """
-    arms = {name: arm_recipe(recipe, name) for name in recipe.arms}
-    names = [reference, *arms]  # plain fine-tuning on the student's own texts: the reference if it is that
+    arms = {name: arm_recipe(recipe, name) for name in recipe.every_arm}
+    names = [reference, *recipe.arms]  # plain fine-tuning on the student's own texts: the reference if it is that
     is_plain = (one for one in names if not (arms[one].needs_kv or arms[one].needs_logits) and arms[one].texts == "own")
     plain = next(is_plain, None)
     rows: list[dict[str, Any]] = []
-    for name, arm in arms.items():
+    for name in recipe.arms:
+        arm = arms[name]
         kind = arm.control or (arm.texts if arm.texts != "own" else None)
         if kind is None:
             continue

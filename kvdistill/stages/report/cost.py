@@ -17,7 +17,7 @@ from kvdistill.core.costs import TOLERANCE
 from kvdistill.core.recipe import CurvesRecipe, Recipe
 from kvdistill.stages.report.canvas import label, line_style, new_grid, percent_axis
 from kvdistill.stages.report.collect import Row, RunTables
-from kvdistill.stages.report.factor import ceiling_difference, cost_factor
+from kvdistill.stages.report.factor import MIN_SEEDS, ceiling_difference, cost_factor
 from kvdistill.stages.report.language import ENGLISH, Words
 from kvdistill.stages.report.text import number, signed, with_prefix
 from kvdistill.stats import NAN
@@ -107,7 +107,7 @@ def _against(
             apart = _apart_at_equal_cost(given[0], given[1], theirs[cost], theirs["scores"], alpha)
             most = float((theirs[cost][:, -1] / given[0]).mean())
             found["factors"][cost] = {**factor._asdict(), "most": most, "at_equal_cost": apart}
-    if np.isfinite(mine["scores"]).all() and np.isfinite(theirs["scores"]).all():
+    if len(seeds) >= MIN_SEEDS and np.isfinite(mine["scores"]).all() and np.isfinite(theirs["scores"]).all():
         at, other_at, t = ceiling_difference(
             mine["scores"], theirs["scores"], mine["validated"], theirs["validated"], alpha
         )
@@ -150,7 +150,7 @@ def cost_sentence(found: Row, figure: str, num_seeds: int, words: Words = ENGLIS
 
 def curve_lead(found: Row, figure: str, num_seeds: int, words: Words = ENGLISH) -> str:
     """What a verdict begins with: how much faster (or from how many fewer problems) an arm learns than the other,
-    which of them reaches further, and the factor where teachers are paid for. Empty where a curve shows nothing."""
+    which of them reaches further, and the factor where teachers are paid for; each said to be open where it is."""
     arm, baseline, factors = found["arm"], found["baseline"], found["factors"]
     said = _learned(found, num_seeds, words)
     if found["ceiling"] is not None:
@@ -192,7 +192,8 @@ def _factor_words(key: str, factor: Row, arm: str, baseline: str, num_seeds: int
     k, slower = number(factor["factor"], 1), number(1 / factor["factor"], 1)
     if _is_faster(factor) and factor["bound"]:
         every = "all" if beyond == num_seeds else "some"
-        return words(f"curve.{key}_beyond_{every}", k=k, beyond=beyond, **at)
+        least = number(min(factor["per_seed"]), 1)  # where some seeds do get there: what each of them shows
+        return words(f"curve.{key}_beyond_{every}", k=least, beyond=beyond, **at)
     if _is_faster(factor):
         return words(f"curve.{key}_more", k=k, range=_range(factor, words), **at)
     if _is_slower(factor):
@@ -219,8 +220,8 @@ def _amount(factor: Row, words: Words) -> str:
     """`3.1 times (2.2 to 4.3 times)`, `more than 4.0 times`, and what is said where that tells nothing."""
     if math.isnan(factor["factor"]):
         return words("curve.no_number", why=words.message(factor["reason"]))
-    if factor["bound"] == "more than" and factor["factor"] <= 1:  # it says nothing: it may need less, or more
-        return words("curve.range_ends", k=number(factor["factor"], 1))
+    if factor["bound"] and not (_is_faster(factor) or _is_slower(factor)):  # it may need less, or more
+        return words("curve.range_ends", k=number(factor["most"], 1))
     times = _times(factor, words)
     return times if math.isnan(factor["low"]) else words("curve.with_range", times=times, range=_range(factor, words))
 

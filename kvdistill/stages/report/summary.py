@@ -240,7 +240,7 @@ def summarise(
     for one in (*comparisons["primary"], *comparisons["secondary"]):
         one["after_results"] = one["declared"] in declared["late"]
         one["by_rule"] = tuple(one["declared"]) in rule.by_rule
-        if one["parity"] == "steps" and one["arm"] in recipe.arms:  # each as many as its validation asks for
+        if one["parity"] == "steps" and one["arm"] in recipe.every_arm:  # each as many as its validation asks for
             ended = arm_recipe(recipe, one["arm"]).train.patience is not None
             one["at_equal"] = "problems at hand" if ended else one["at_equal"]
     summary = {
