@@ -104,7 +104,7 @@ def english_in(recipe: Recipe, page: str) -> list[str]:
     names = {*recipe.every_arm, *(t.name for t in recipe.teachers), *(t.name for t in recipe.data.tasks), recipe.name}
     left = []
     for part in text_of(page):
-        bare = KEPT.sub(" ", part)
+        bare = KEPT.sub(" ", re.sub(r"\b[0-9a-f]{12}\b", " ", part))  # a hash may hold letters alone
         for name in sorted(names, key=len, reverse=True):
             bare = bare.replace(name, " ")
         coded = r"[\w.]*[._=][\w.]+|{.*?}|\b[0-9a-f]{12}\b|[\d-]+T[\d:]+Z"  # keys, recipes, hashes, times
