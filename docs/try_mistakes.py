@@ -98,6 +98,7 @@ def try_damages() -> list[str]:
         "A finished study, one file of each kind damaged, then the same command with one more arm. *named*: exit code",
         "2 and a message with the file or its folder. *made anew*: all results are those of an undamaged folder, and",
         "the file too.",
+        "*said*: what was declared before training is unknown then; page, terminal and statistics say so.",
         "*holds no result*: all results are those of an undamaged folder, and the file is a note, a log or a figure.",
         "",
         ", ".join(f"{number} {what}" for what, number in counts.most_common()) + ".",

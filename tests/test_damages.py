@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from damages import copy_study, damage, judge, kinds, make_study, one_more_arm, results
 
-GOOD = ("named", "made anew", "holds no result")
+GOOD = ("named", "made anew", "said", "holds no result")
 SAMPLE = [  # of files that nothing but this vouched for, or that gave tracebacks
     ("check.json", "swapped"),
+    ("declared.json", "deleted"),
+    ("declared.json", "swapped"),
     ("data/manifest.json", "flipped"),
     ("data/teachers/…/manifest.json", "flipped"),
     ("data/teachers/…/tokenizer/tokenizer.json", "flipped"),
@@ -22,6 +24,8 @@ SAMPLE = [  # of files that nothing but this vouched for, or that gave traceback
     ("teachers/…/report.json", "flipped"),
     ("tokenizer/tokenizer.json", "flipped"),
     ("tokenizer/tokenizer_config.json", "flipped"),
+    ("tuned.json", "flipped"),
+    ("written/…/solutions.parquet", "flipped"),
 ]
 
 

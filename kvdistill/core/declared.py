@@ -126,7 +126,7 @@ def _frozen(run: Path) -> dict[str, Any] | None:
         return None
     then = read_json(_path(run))
     digest = then.pop("sha256", None) if isinstance(then, dict) else None
-    if digest is None or digest != sha256_of(then):
+    if digest is None or digest != sha256_of(then) or not {*_RULES, "comparisons", "seeds", "time"} <= then.keys():
         raise RunFolderError(
             "what was declared before training was altered",
             place=str(_path(run)),
