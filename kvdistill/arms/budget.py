@@ -22,6 +22,8 @@ from kvdistill.core.layout import data_folder
 from kvdistill.core.marks import read_mark, sealed
 from kvdistill.core.recipe import MAX_EXAMPLES_SEEN, ParityRecipe
 
+FLOPS = ("student_flops", "total_flops")  # parities that need the texts' lengths, not their number alone
+
 
 class TrainingBudgetController:
     """Budgets of a study's arms. Needs prepared data; loads no weights.
@@ -98,14 +100,22 @@ class TrainingBudgetController:
         return self._known[name]
 
     @cached_property
+    def _asked(self) -> list[tuple[str, ParityRecipe, Sequence[str]]]:
+        """What the recipe wants equal: its place, the parity, and the arms, matched or compared."""
+        recipe = self.experiment.recipe
+        asked: list[tuple[str, ParityRecipe, Sequence[str]]] = [
+            (f"arms.{name}.match", arm.match, (name, arm.match.arm))
+            for name, arm in self.experiment.arms.items()
+            if arm.match is not None
+        ]
+        for pair in recipe.report.pairs:
+            asked.append((f"report.comparisons: {' against '.join(pair)}", recipe.report.parity(*pair), pair))
+        return asked
+
+    @cached_property
     def _asked_flops(self) -> set[str]:
         """Arms that are matched or compared by FLOPs."""
-        recipe, arms = self.experiment.recipe, self.experiment.arms
-        asked: list[tuple[tuple[str, str], ParityRecipe]] = [
-            ((name, arm.match.arm), arm.match) for name, arm in arms.items() if arm.match is not None
-        ]
-        asked += [(pair, recipe.report.parity(*pair)) for pair in recipe.report.pairs]
-        return {name for names, parity in asked for name in names if parity.parity in ("student_flops", "total_flops")}
+        return {name for _, parity, names in self._asked if parity.parity in FLOPS for name in names}
 
     def write(self) -> dict[str, Any]:
         """Compute all of it, refuse what cannot hold, and write the file. Returns what it holds."""
@@ -231,17 +241,10 @@ class TrainingBudgetController:
     def _check_computable(self) -> None:
         """Teachers that stop at the highest layer needed, which only map-layers will know, have no cost yet."""
         recipe = self.experiment.recipe
-        asked: list[tuple[str, ParityRecipe, Sequence[str]]] = [
-            (f"arms.{name}.match", arm.match, (name, arm.match.arm))
-            for name, arm in self.experiment.arms.items()
-            if arm.match is not None
-        ]
-        for pair in recipe.report.pairs:
-            asked.append((f"report.comparisons: {' against '.join(pair)}", recipe.report.parity(*pair), pair))
-        for place, parity, names in asked:
+        for place, parity, names in self._asked:
             arms = [self.experiment.arms[name] for name in names if name in self.experiment.arms]
             unwritten = [name for name in names if name in self.experiment.arms and not self.is_known(name)]
-            if unwritten and parity.parity in ("student_flops", "total_flops"):
+            if unwritten and parity.parity in FLOPS:
                 raise RecipeError(
                     f"what {unwritten[0]!r} costs is not known before the teachers have written its texts",
                     place=place,

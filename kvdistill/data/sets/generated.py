@@ -134,20 +134,20 @@ class ProductFamily(AbstractFamily):
     name: str = "product"
 
     def count(self) -> int:
-        return (self.max_factor - self.min_factor + 1) ** 4
+        return self._size**4
 
     def write(self, number: int) -> tuple[str, str, str]:
-        a, b, c, d = (self.min_factor + digit for digit in self._digits(number))
+        a, b, c, d = (self.min_factor + digit for digit in _digits(number, self._size, 4))
         return f"{a}*{b}+{c}*{d}", f"{a * b},{c * d}", str(a * b + c * d)
 
     def kin(self, number: int) -> int:
-        digits, size = self._digits(number), self.max_factor - self.min_factor + 1
+        digits, size = _digits(number, self._size, 4), self._size
         (a, b), (c, d) = sorted((sorted(digits[:2]), sorted(digits[2:])))
         return a + size * (b + size * (c + size * d))
 
-    def _digits(self, number: int) -> list[int]:
-        size = self.max_factor - self.min_factor + 1
-        return [number // size**place % size for place in range(4)]
+    @property
+    def _size(self) -> int:
+        return self.max_factor - self.min_factor + 1
 
 
 @final
@@ -170,7 +170,7 @@ class DigitsFamily(AbstractFamily):
         return int("".join(map(str, sorted(self._digits(number)))))
 
     def _digits(self, number: int) -> list[int]:
-        return [1 + number // 9**place % 9 for place in range(self.num_digits)]
+        return [1 + digit for digit in _digits(number, 9, self.num_digits)]
 
 
 @final
@@ -193,6 +193,11 @@ class QuotientFamily(AbstractFamily):
         quotient, divisor, last, taken = quotient + 2, divisor + 2, last + 1, taken + 1
         whole = quotient * divisor
         return f"({whole + taken}-{taken})/{divisor}+{last}", f"{whole},{quotient}", str(quotient + last)
+
+
+def _digits(number: int, base: int, places: int) -> list[int]:
+    """Of a number below base ** places, the last one first."""
+    return [number // base**place % base for place in range(places)]
 
 
 def _draw_numbers(total: int, count: int, seed: int) -> Iterator[int]:

@@ -239,7 +239,7 @@ def _ceiling_words(ceiling: Row, arm: str, baseline: str, figure: str, words: Wo
 
 
 def _ticks(costs: Sequence[float], most: int = 4) -> list[float]:
-    """Costs that were drawn, far enough apart for their labels: the smallest, the largest, and what fits between."""
+    """Costs that were drawn: the smallest, and each that is far enough from the one before for both their labels."""
     wide = math.log(max(costs) / min(costs)) / most if costs else 0.0
     found: list[float] = []
     for cost in sorted({*costs}):
