@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvdistill.arms.arm import Arm, fit_options
+from kvdistill.arms.latent_student import thinking_cost
 from kvdistill.arms.lessons import writing_facts
 from kvdistill.arms.setting import Setting
 from kvdistill.arms.teacher import Teacher
@@ -30,6 +31,9 @@ def run_flops(arm: Arm, order: Sequence[int], lengths: Sequence[int] | None = No
     lengths = arm.lesson_lengths if lengths is None else lengths
     tokens, squares = batch_geometry(lengths[i] for i in order)
     forward, backward = arm.experiment.student_outline.flops(tokens, squares)
+    if arm.recipe.thinks:
+        more = thinking_flops(arm, order)
+        forward, backward = forward + more[0], backward + more[1]
     used = arm.teachers if arm.uses_teachers else {}
     return {
         "student_forward": forward,
@@ -47,6 +51,14 @@ def run_flops(arm: Arm, order: Sequence[int], lengths: Sequence[int] | None = No
         "generation": {} if planned else {name: writing_facts(arm.experiment, name)["flops"] for name in arm.writers},
         "tuning": {},  # the arm's trials know it: `predicted_tuning`, and `tuned.json` what they spent
     }
+
+
+def thinking_flops(arm: Arm, order: Sequence[int]) -> tuple[int, int]:
+    """Forward and backward of thinking in latents and reading the answer, in the steps in which that is trained."""
+    per_step = max(1, len(order) // arm.recipe.train.steps)
+    begun = order[arm.recipe.latent.start(arm.recipe.train.steps) * per_step :]
+    sizes = arm.question_sizes
+    return thinking_cost(arm.experiment.student_shape, arm.recipe.latent, [sizes[i] for i in begun])
 
 
 def shared_keys(arm: ArmRecipe, seed: int, recipe: Recipe, name: str = "") -> dict[str, dict[str, str]]:

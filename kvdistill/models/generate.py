@@ -146,6 +146,7 @@ def generate_greedy(
         pad_token_id=tokenizer.pad_token_id,
     )
     answers: dict[int, Answer] = {}
+    before = getattr(model, "num_passes_before_answer", 0)  # of a model that thinks in latents
 
     def go_on(chosen: Sequence[int]) -> list[Answer]:
         ids_BT, mask_BT = left_padded([prompts[i] for i in chosen], tokenizer.pad_token_id, model.device)
@@ -170,7 +171,7 @@ def generate_greedy(
             text = tokenizer.decode(ids, skip_special_tokens=True)
             for stop in stops:
                 text = text.split(stop)[0]
-            found.append(Answer(text, ids, len(row)))
+            found.append(Answer(text, ids, before + len(row)))
         return found
 
     with _answering(model, config):

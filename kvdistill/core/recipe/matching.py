@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -125,12 +125,6 @@ class CompressRecipe(Section):
         0.1, ge=0, le=1, description="r-kv: weight of importance; the rest is redundancy (KaVa's lambda)"
     )
 
-    @model_validator(mode="after")
-    def _needs_keep(self) -> CompressRecipe:
-        if self.kv_compression not in ("full", "none") and self.keep is None:
-            raise ValueError(f"kv_compression {self.kv_compression} needs `keep`: how many reasoning tokens to keep")
-        return self
-
 
 class FuseRecipe(Section):
     """How several teachers become one signal."""
@@ -202,3 +196,29 @@ class LossRecipe(Section):
     def compares_attention(self) -> bool:
         """Keys, values and queries enter one distance together, in place of keys and values apart."""
         return self.kind in ("structural", "attention_output")
+
+
+class LatentRecipe(Section):
+    """How an arm with `reasoning: latent` thinks, and what its latents learn from (docs/latent.md)."""
+
+    tokens: Annotated[int, Field(gt=0, le=4096)] = Field(4, description="latent slots between prompt and answer (M)")
+    passes: Annotated[int, Field(ge=0, le=4096)] = Field(
+        3, description="Jacobi passes over them (T); 0: pause tokens; as many as slots: one slot after the other"
+    )
+    projection_size: Size | None = Field(
+        None, description="channels inside the map from hidden state to the next slot; unset: the model's width"
+    )
+    start_after: NonNegative = Field(
+        0.25,
+        description="below 1: share of the steps; else steps; before it the student learns written reasoning alone",
+    )
+    answer_weight: NonNegative = Field(1.0, description="of the cross-entropy of the answer behind the latents")
+    self_weight: NonNegative = Field(
+        0.0,
+        description="of the distance of the latents' keys and values to those of its own written reasoning, in "
+        "units of their deviation; rises and falls as loss.kv_weight does",
+    )
+
+    def start(self, steps: int) -> int:
+        """The step (from 0) from which latents are trained too, of so many."""
+        return round(self.start_after * steps) if self.start_after < 1 else min(steps, round(self.start_after))

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import Field
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from kvdistill.arms.student import CausalStudent
+from kvdistill.arms.latent_student import student_of
 from kvdistill.core.config import make_options
 from kvdistill.core.errors import DataError, ModelError, RecipeError
 from kvdistill.core.hub import hub_reachable
@@ -108,7 +108,7 @@ def evaluate_model(
                 place="hardware.device",
                 fix="give another device (cpu, cuda:0), or a smaller dtype",
             ) from error
-        student = CausalStudent(loaded) if run is not None else None
+        student = student_of(loaded) if run is not None else None
         bos = asker["begins_with_bos"]
         return make_lm(loaded, tokenizer, exams, suite, student=student, begins_with_bos=bos)
 

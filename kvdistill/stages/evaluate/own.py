@@ -23,10 +23,15 @@ OWN = "own"
 
 
 class RunTest:
-    """The test split of one run folder. Reads the split when it is first asked for."""
+    """The test split of one run folder. Reads the split when it is first asked for.
 
-    def __init__(self, run: Path) -> None:
-        self._run = run
+    as_read: rows as the student reads them; unset: as they are.
+    """
+
+    def __init__(
+        self, run: Path, as_read: Callable[[Sequence[Example]], Sequence[Example]] = lambda rows: rows
+    ) -> None:
+        self._run, self._as_read = run, as_read
         self._tasks = list(read_manifest(run)["tasks"])
 
     def covers(self, name: str) -> bool:
@@ -42,7 +47,7 @@ class RunTest:
             section = read_json(path).get("evaluate", {}) if path.exists() else {}
             max_new_tokens = int(section.get("max_new_tokens") or EvaluateRecipe().max_new_tokens)
         by_task: dict[str, list[Example]] = {task: [] for task in self._tasks}
-        for example in read_split(self._run, "test"):
+        for example in self._as_read(read_split(self._run, "test")):
             by_task[example.task].append(example)
         for task in self._tasks if name == OWN else [name.removeprefix("own:")]:
             if by_task[task]:

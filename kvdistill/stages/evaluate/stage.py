@@ -17,7 +17,8 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from kvdistill.arms.arm import Arm
-from kvdistill.arms.student import CausalStudent
+from kvdistill.arms.latent_student import student_of
+from kvdistill.arms.student import load_saved
 from kvdistill.core.config import asked_hash
 from kvdistill.core.errors import DataError, RunFolderError
 from kvdistill.core.layout import ANSWERS, evaluated_mark, tokenizer_folder, trained_mark
@@ -46,10 +47,10 @@ def evaluate(arm: Arm, progress: Progress = silent) -> None:
             "this student is not trained yet", place=str(folder), fix="run `kvdistill train RECIPE` first"
         )
     check_marked(trained_mark(folder), "model/", fix=f"delete {folder} and run `kvdistill train RECIPE` again")
-    student, tokenizer = CausalStudent.load(folder / "model", DTYPES[recipe.student.dtype])
-    student.to(arm.device)
+    model, tokenizer = load_saved(folder / "model", DTYPES[recipe.student.dtype])
+    student = student_of(model).to(arm.device)
     options, public = recipe_options(recipe), check_public(recipe, run)
-    exams: Exams = {OWN: [*RunTest(run).exams(OWN, recipe.evaluate.max_new_tokens)], **public}
+    exams: Exams = {OWN: [*RunTest(run, arm.as_read).exams(OWN, recipe.evaluate.max_new_tokens)], **public}
     bos = not options.chat
     asker = identify(str(folder / "model"), student.model.config, tokenizer, recipe.student.dtype, begins_with_bos=bos)
     lm = make_lm(student.model, tokenizer, exams, options, student=student, begins_with_bos=bos)

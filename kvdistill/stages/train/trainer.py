@@ -204,17 +204,33 @@ class DistillTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         batch: Batch = inputs if self._run_teachers is None else self._run_teachers(inputs)
-        kv_weight = 0.0
-        if self._arm is not None and self._arm.needs_kv:
-            asked, steps = self._arm.loss, (self.state.global_step, self.args.max_steps)
-            kv_weight = kv_weight_at(*steps, asked.kv_weight, asked.kv_warmup, asked.kv_fade)
-        out: DistillOutput = model(batch, counts=num_items_in_batch, kv_weight=kv_weight)
+        out: DistillOutput = model(batch, counts=num_items_in_batch, **self._weights_now())
         self._watch(out)
         self._note_shares(out)
         if self._routing is not None and out.weights is not None:
             self._routing.add(out.weights, batch.mask_BT, batch.tasks)
         loss = out.loss * self.args.world_size  # ranks are averaged, counts are global
         return (loss, out) if return_outputs else loss
+
+    def _weights_now(self) -> dict[str, float | bool]:
+        """What the loss of this step is told: of latents everything begins where they do."""
+        arm, step, steps = self._arm, self.state.global_step, self.args.max_steps
+        if arm is None:
+            return {"kv_weight": 0.0}
+        start = arm.latent.start(steps) if arm.thinks else 0
+        thinks = step >= start
+
+        def weight(full: float) -> float:
+            return kv_weight_at(step - start, steps - start, full, arm.loss.kv_warmup, arm.loss.kv_fade)
+
+        kv_weight = weight(arm.loss.kv_weight) if arm.needs_kv and thinks else 0.0
+        if not arm.thinks:
+            return {"kv_weight": kv_weight}
+        return {
+            "kv_weight": kv_weight,
+            "self_weight": weight(arm.latent.self_weight) if arm.learns_from_itself and thinks else 0.0,
+            "thinks": thinks,
+        }
 
     def _watch(self, out: DistillOutput) -> None:
         """Stop at the first loss that is not a number, naming the term; keep sums for the log."""

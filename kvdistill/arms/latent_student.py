@@ -1,0 +1,223 @@
+"""The student that thinks in latents: `LatentStudent`, the second implementation of the `Student` protocol.
+
+What it does beside the protocol is `think`: a batch of questions in, the loss's two ingredients out. It holds the model
+of `models/latent.py`; its written reasoning is that model's backbone run as any causal student.
+"""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from kvdistill.arms.questions import Questions
+from kvdistill.arms.student import CausalStudent, StudentOutput, load_saved, refuse_other_student
+from kvdistill.core.files import replacing_folder
+from kvdistill.core.kv import KV, RopeFrame
+from kvdistill.core.recipe import LatentRecipe, LoraRecipe
+from kvdistill.models import ModelShape, find_rotary, forward_flops, merge_lora, unrotate_keys
+from kvdistill.models.generate import Answer, Rows, generate_greedy
+from kvdistill.models.latent import LatentConfig, LatentForCausalLM
+
+AutoConfig.register(LatentConfig.model_type, LatentConfig, exist_ok=True)
+AutoModelForCausalLM.register(LatentConfig, LatentForCausalLM, exist_ok=True)
+
+
+class Thinking(NamedTuple):
+    """logits_NV: of the answers' tokens, row by row, and labels_N these tokens; row_N: whose they are.
+
+    kv: of the M latent slots in the layers asked for, keys as asked, with graph; seen: keys as attention takes them.
+    """
+
+    logits_NV: Tensor
+    labels_N: Tensor
+    row_N: Tensor
+    kv: KV
+    seen: KV
+
+
+class LatentStudent(nn.Module):
+    """A causal model that thinks in latents, plain or with LoRA adapters on its backbone, as a student."""
+
+    def __init__(self, thinker: LatentForCausalLM, writer: CausalStudent) -> None:
+        """writer: the student that the thinker's backbone is. See `around` and `of`."""
+        super().__init__()
+        self.thinker = thinker
+        self._writer = (writer,)  # a tuple: its weights are the thinker's, and stand in one place
+        self.shape = writer.shape
+
+    @classmethod
+    def around(
+        cls,
+        model: nn.Module,
+        recipe: LatentRecipe,
+        *,
+        lora: LoraRecipe | None = None,
+        seed: int = 0,
+        gradient_checkpointing: bool = False,
+    ) -> LatentStudent:
+        """seed: of what is new (special rows, the map between slots) and of adapters."""
+        writer = CausalStudent(model, lora=lora, seed=seed, gradient_checkpointing=gradient_checkpointing)
+        size = recipe.projection_size
+        return cls(LatentForCausalLM.around(writer.model, recipe.tokens, recipe.passes, size, seed=seed), writer)
+
+    @classmethod
+    def of(cls, thinker: LatentForCausalLM) -> LatentStudent:
+        """A loaded model."""
+        return cls(thinker, CausalStudent(thinker.backbone))
+
+    @property
+    def writer(self) -> CausalStudent:
+        """The same backbone as a student that writes its reasoning."""
+        return self._writer[0]
+
+    @property
+    def model(self) -> LatentForCausalLM:
+        """What answers: thinks, then writes the answer."""
+        return self.thinker
+
+    def forward(
+        self,
+        input_ids_BT: Tensor,
+        mask_BT: Tensor,
+        *,
+        layers: Sequence[int] | None = None,
+        queries: bool = False,
+        keys: RopeFrame = "unrotated",
+        head: Tensor | bool = True,
+    ) -> StudentOutput:
+        """As `Student.__call__`: of texts as they are written, without latents."""
+        return self.writer(input_ids_BT, mask_BT, layers=layers, queries=queries, keys=keys, head=head)
+
+    def think(self, questions: Questions, layers: Sequence[int] = (), keys: RopeFrame = "unrotated") -> Thinking:
+        """Think about each question, then read its answer. layers: whose keys and values at the slots; empty: all."""
+        M, backbone = self.thinker.config.num_latents, self.thinker.backbone
+        thoughts = self.thinker.think(questions.prompt_ids_BP, questions.prompt_mask_BP)
+        cached = [(layer.keys, layer.values) for layer in thoughts.cache.layers]  # the answer makes new ones
+        chosen = layers or range(len(cached))
+        mask_BM = thoughts.mask_BX[:, -M:].bool()
+        seen = KV(
+            keys=tuple(cached[n][0][:, :, -M:] for n in chosen),
+            values=tuple(cached[n][1][:, :, -M:] for n in chosen),
+            mask_BT=mask_BM,
+            positions_BT=(thoughts.mask_BX.cumsum(1) - 1)[:, -M:],
+            rope="none" if find_rotary(backbone) is None else "rotated",
+            layers=tuple(chosen),
+        )
+        answer_BA, is_answer_BA = questions.answer_ids_BA, questions.answer_mask_BA.bool()
+        hidden = self.thinker.answer_hidden(thoughts, answer_BA[:, :-1], questions.answer_mask_BA[:, :-1])
+        logits_NV = self.thinker.get_output_embeddings()(hidden[is_answer_BA])
+        row_N = is_answer_BA.nonzero()[:, 0]
+        return Thinking(
+            logits_NV,
+            answer_BA[is_answer_BA],
+            row_N,
+            seen if keys == "rotated" else unrotate_keys(seen, backbone),
+            seen,
+        )
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        tokenizer: Any,
+        *,
+        max_new_tokens: int,
+        batch_size: int,
+        progress: Callable[[float], None] | None = None,
+    ) -> list[Answer]:
+        """As `Student.generate`: the answer behind the latents. Its forward passes are those of thinking, too."""
+        return generate_greedy(
+            self.thinker, prompts, tokenizer, max_new_tokens=max_new_tokens, rows=Rows(batch_size), progress=progress
+        )
+
+    @torch.no_grad()
+    def score(
+        self,
+        rows: Sequence[Sequence[int]],
+        counted: Sequence[Sequence[int]],
+        *,
+        pad_id: int,
+        batch_size: int,
+        num_parts: int = 1,
+    ) -> list[list[float]]:
+        """As `Student.score`, with latents in the place of reasoning: part 1 is read behind them, right after what
+        comes before the first counted token; other parts as they are written."""
+        written = self.writer.score(rows, counted, pad_id=pad_id, batch_size=batch_size, num_parts=num_parts)
+        was_training = self.training
+        self.eval()
+        device = self.thinker.special.device
+        for batch in Rows(batch_size).batches([n for n, parts in enumerate(counted) if 1 in parts]):
+            prompts = [rows[n][: next(place for place, part in enumerate(counted[n]) if part)] for n in batch]
+            answers = [[i for i, part in zip(rows[n], counted[n], strict=True) if part == 1] for n in batch]
+            thinking = self.think(Questions.of_ids(prompts, answers, pad_id).to(device), [0])
+            nll_N = nn.functional.cross_entropy(thinking.logits_NV.float(), thinking.labels_N, reduction="none")
+            sums_B = nll_N.new_zeros(len(batch)).index_add_(0, thinking.row_N, nll_N)
+            for n, value in zip(batch, (sums_B / torch.bincount(thinking.row_N)).tolist(), strict=True):
+                written[n][0] = value
+        self.train(was_training)
+        return written
+
+    def save(self, folder: Path, tokenizer: Any) -> None:
+        """A folder that plain transformers loads with the one file of code that lies in it (`latent.py`). Raises as
+        `CausalStudent.save` does."""
+        before = self._some_logits(self.thinker)
+        config = self.thinker.config
+        backbone = merge_lora(self.thinker.backbone)
+        merged = LatentForCausalLM(config, backbone) if backbone is not self.thinker.backbone else self.thinker
+        if merged is not self.thinker:
+            merged.special, merged.projection = self.thinker.special, self.thinker.projection
+        ids = {role: getattr(tokenizer, role) for role in ("pad_token_id", "eos_token_id", "bos_token_id")}
+        for role, number in ids.items():
+            setattr(backbone.config, role, number)
+            setattr(config, role, number)
+        config.backbone = backbone.config.to_dict()
+        config.auto_map = {"AutoConfig": "latent.LatentConfig", "AutoModelForCausalLM": "latent.LatentForCausalLM"}
+        merged.generation_config = GenerationConfig(do_sample=False, **ids)
+        with replacing_folder(folder) as part:
+            merged.save_pretrained(part)
+            tokenizer.save_pretrained(part)
+            shutil.copyfile(inspect.getfile(LatentForCausalLM), part / "latent.py")
+            saved, _ = load_saved(part, merged.dtype)
+            refuse_other_student(before, self._some_logits(saved), merged.dtype, folder)
+
+    @torch.no_grad()
+    def _some_logits(self, thinker: LatentForCausalLM) -> Tensor:
+        """Next-token logits behind the latents of texts of no meaning, and of the written texts, on the CPU."""
+        ids = torch.arange(32, device=thinker.special.device).view(4, 8) * 7919 % self.shape.vocab_size
+        was_training, ones = thinker.training, torch.ones_like(ids)
+        thinker.eval()
+        hidden = thinker.answer_hidden(thinker.think(ids, ones), ids[:, :3], ones[:, :3])
+        found = [thinker.get_output_embeddings()(hidden), thinker(input_ids=ids, attention_mask=ones).logits]
+        thinker.train(was_training)
+        return torch.cat([logits.float().cpu().flatten() for logits in found])
+
+    def flops(self, num_tokens: int, sum_squared_lengths: int) -> tuple[int, int]:
+        """As `Student.flops`: of written texts."""
+        return self.writer.flops(num_tokens, sum_squared_lengths)
+
+
+def thinking_cost(shape: ModelShape, recipe: LatentRecipe, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Floating-point operations, forward and backward, of `LatentStudent.think` over questions of so many (prompt,
+    answer) tokens; a multiply-add as two. The head runs on answers alone."""
+    M, T = recipe.tokens, recipe.passes
+    tokens = squares = heads = 0
+    for prompt, answer in sizes:
+        places = prompt + 1 + M
+        tokens += places + M * T + answer
+        squares += places**2 + T * M * places + answer * (places + answer)
+        heads += answer
+    inner = recipe.projection_size or shape.hidden_size
+    forward = forward_flops(shape, tokens, squares, num_head_tokens=heads)
+    forward += 2 * 2 * len(sizes) * M * T * shape.hidden_size * inner
+    return forward, 2 * forward
+
+
+def student_of(model: Any) -> CausalStudent | LatentStudent:
+    """The student that a loaded model is."""
+    return LatentStudent.of(model) if isinstance(model, LatentForCausalLM) else CausalStudent(model)
