@@ -35,6 +35,7 @@ from kvdistill.core.runtime import derive_seed, elements_at_once
 from kvdistill.core.segments import PROMPT
 from kvdistill.core.targets import TeacherTargets
 from kvdistill.data.encode import Example
+from kvdistill.data.steps import StepMarks
 from kvdistill.fuse import build_fusion
 from kvdistill.models.generate import Rows
 from kvdistill.store.packed import TargetReader
@@ -223,7 +224,16 @@ class Arm:
             self.experiment.vocab_size,
             pieces={name: self.teachers[name].pieces for name, text in texts.items() if text and arm.needs_logits},
             partners=self.own_numbers if split == "train" else None,
+            step_marks=self.step_marks,
         )
+
+    @cached_property
+    def step_marks(self) -> dict[str, StepMarks]:
+        """What finds the ends of steps in each teacher's tokens; none where the arm does not ask for them."""
+        compress = self.recipe.compress
+        if compress.kv_compression != "steps" or compress.step_mark is None or not self.recipe.needs_kv:
+            return {}
+        return {name: StepMarks(teacher.tokenizer, compress.step_mark) for name, teacher in self.teachers.items()}
 
     @cached_property
     def _moments(self) -> dict[str, Moments]:
