@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from kvdistill.align import MapProjectionAligner
 from kvdistill.align.layers import parse_layer_range
-from kvdistill.arms.batches import Batch, BatchMaker, data_order
+from kvdistill.arms.batches import ITSELF, Batch, BatchMaker, data_order
 from kvdistill.arms.controls import Moments
 from kvdistill.arms.distiller import Distiller
 from kvdistill.arms.latent_student import LatentStudent
@@ -38,6 +38,7 @@ from kvdistill.core.runtime import derive_seed, elements_at_once
 from kvdistill.core.segments import ANSWER, PROMPT
 from kvdistill.core.targets import TeacherTargets
 from kvdistill.data.encode import Example
+from kvdistill.data.steps import StepMarks
 from kvdistill.fuse import build_fusion
 from kvdistill.models.generate import Rows
 from kvdistill.store.packed import TargetReader
@@ -230,7 +231,18 @@ class Arm:
             self.experiment.vocab_size,
             pieces={name: self.teachers[name].pieces for name, text in texts.items() if text and arm.needs_logits},
             partners=self.own_numbers if split == "train" else None,
+            step_marks=self.step_marks,
         )
+
+    @cached_property
+    def step_marks(self) -> dict[str, StepMarks]:
+        """What finds the ends of steps in each teacher's tokens; none where the arm does not ask for them."""
+        compress, arm = self.recipe.compress, self.recipe
+        if compress.kv_compression != "steps" or compress.step_mark is None:
+            return {}
+        read_by = {name: teacher.tokenizer for name, teacher in self.teachers.items() if arm.needs_kv}
+        read_by |= {ITSELF: self.experiment.tokenizer} if arm.learns_from_itself else {}
+        return {name: StepMarks(tokenizer, compress.step_mark) for name, tokenizer in read_by.items()}
 
     @cached_property
     def _moments(self) -> dict[str, Moments]:
@@ -447,6 +459,7 @@ def fit_options(arm: ArmRecipe, student: StudentRecipe, seed: int) -> dict[str, 
         "prototype": [arm.fuse.prototype, arm.fuse.num_prototypes] if similarity else None,
         **({"moments": True} if arm.control == "noise" else {}),
         **({"problems": arm.problems} if arm.problems < 1 else {}),
+        **({"slots": arm.latent.tokens} if arm.thinks else {}),
     }
 
 

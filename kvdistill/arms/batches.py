@@ -39,6 +39,7 @@ from kvdistill.core.runtime import derive_seed
 from kvdistill.core.segments import ANSWER, PROMPT, REASONING
 from kvdistill.core.targets import ATTENTION, IMPORTANCE, REDUNDANCY, TeacherTargets
 from kvdistill.data.encode import Example
+from kvdistill.data.steps import StepMarks
 from kvdistill.losses import TextChunks, chunks_within, common_chunks, normalise_token_weights
 from kvdistill.models.generate import right_padded
 from kvdistill.store.packed import TargetReader
@@ -195,6 +196,7 @@ class BatchMaker:
     the targets say. vocab_size: tokens that a prediction may be of.
     pieces: of teachers with their own tokenizer whose logits are distilled, how their pieces are told in the student's.
     partners: numbers among which a placebo finds its mismatched texts; unset: all.
+    step_marks: by teacher, of its tokenizer; for compress: steps.
     """
 
     examples: Sequence[Example]
@@ -209,6 +211,7 @@ class BatchMaker:
     vocab_size: int = 1
     pieces: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     partners: Sequence[int] | None = None
+    step_marks: Mapping[str, StepMarks] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._partner: Mapping[int, int] | None = None
@@ -239,11 +242,7 @@ class BatchMaker:
         others = numbers if self._partner is None else [self._partner[i] for i in numbers]
         given: dict[str, tuple[Tensor, Tensor]] = {}
         if not self.readers:
-            for name in arm.teachers:
-                text = self.texts.get(name)
-                read = [(self.examples if text is None else text.examples)[i] for i in others]
-                ids_BS = right_padded([row.input_ids for row in read], self.pad_id if text is None else text.pad_id)
-                given[name] = ids_BS, right_padded([row.segments for row in read], 0)
+            given = {name: self._read_by(name, others) for name in arm.teachers}
         asks = {
             "kv": arm.needs_kv,
             "logits": arm.needs_logits,
@@ -269,6 +268,13 @@ class BatchMaker:
         if targets:
             batch = batch.with_targets(targets)
         return self._aligned(batch, theirs, numbers, others) if arm.needs_kv else batch
+
+    def _read_by(self, name: str, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Ids and segments of what a teacher reads, [B, S]."""
+        text = self.texts.get(name)
+        rows = [(self.examples if text is None else text.examples)[i] for i in numbers]
+        ids_BS = right_padded([row.input_ids for row in rows], self.pad_id if text is None else text.pad_id)
+        return ids_BS, right_padded([row.segments for row in rows], 0)
 
     def _changes(self, theirs: Mapping[str, Tensor], mine_BT: Tensor, numbers: Sequence[int]) -> dict[str, Change]:
         """What the arm's control does with each teacher's targets; none where they are taken as they come.
@@ -374,12 +380,16 @@ class BatchMaker:
         compress, scores = self.arm.compress, None
         if compress.kv_compression == "r-kv" and target is not None and target.scores_BSMRG is not None:
             scores = target.scores_BSMRG[:, :, :, [IMPORTANCE, REDUNDANCY]].permute(2, 0, 3, 4, 1)
+        ends_BS = None
+        if compress.kv_compression == "steps":
+            ends_BS = self.step_marks[name].ends(*self._read_by(name, others)).ends_BS
         return kept_tokens(
             compress.kv_compression,
             theirs_BS,
             compress.keep or (self.arm.latent.tokens if self.arm.thinks else None),
             scores=scores,
             keys_B=[derive_seed(self.seed, "compress", name, self.examples[i].doc_hash) for i in others],
+            ends_BS=ends_BS,
             importance_share=compress.importance_share,
         )
 

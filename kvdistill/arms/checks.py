@@ -20,12 +20,15 @@ from kvdistill.core.errors import AlignmentError, ModelError, RecipeError
 from kvdistill.core.files import file_stamps, sha256_of, write_json
 from kvdistill.core.marks import read_mark, sealed
 from kvdistill.core.progress import Progress, silent
+from kvdistill.core.quoting import quoted
 from kvdistill.core.recipe import ModelRecipe, Recipe, ScratchRecipe
 from kvdistill.data.encode import Example
 from kvdistill.data.tokenizers import fingerprint_tokenizer, load_tokenizer
 from kvdistill.models import ModelShape, Probe, model_config, probe_config
+from kvdistill.models.generate import right_padded
 
 COMPARED_EXAMPLES = 200
+_CHUNK = 500  # rows
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
@@ -250,6 +253,28 @@ def _check_meets(arm: Arm, teacher: Teacher) -> None:
             fix="set fuse.fusion_strategy: fixed or similarity",
         )
     _check_layers(arm, teacher)
+    _check_steps(arm, teacher)
+
+
+def _check_steps(arm: Arm, teacher: Teacher) -> None:
+    """Whether the reasoning that this teacher reads marks steps, where only their ends are kept: in one row at least,
+    since a reasoning of one step needs no mark."""
+    marks = arm.step_marks.get(teacher.name)
+    if marks is None:
+        return
+    examples = teacher.examples("train")
+    for start in range(0, len(examples), _CHUNK):
+        rows = [examples[i] for i in range(start, min(start + _CHUNK, len(examples)))]
+        ids_BS = right_padded([row.input_ids for row in rows], 0)
+        if bool(marks.ends(ids_BS, right_padded([row.segments for row in rows], 0)).marked_B.any()):
+            return
+    example = next((one.reasoning for one in examples if one.reasoning), "")
+    raise AlignmentError(
+        f"kv_compression steps: no reasoning of the training problems holds the mark {marks.mark!r} in this teacher's "
+        f"tokens; the first one is {quoted(example)}",
+        place=f"arms.{arm.name} with teacher {teacher.name!r}: compress.step_mark",
+        fix="give the text that stands between steps, or another compress.kv_compression",
+    )
 
 
 def _check_layers(arm: Arm, teacher: Teacher) -> None:

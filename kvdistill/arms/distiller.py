@@ -180,7 +180,8 @@ class Distiller(nn.Module):
     ) -> None:
         """The answer behind latents, and the latents' keys and values against those of written reasoning.
 
-        own: the student's, of its own written reasoning: as compared, and as its attention takes them. kv_weights: of teachers, and of itself, at this step.
+        own: the student's, of its own written reasoning: as compared, and as its attention takes them. kv_weights: of
+        teachers, and of itself, at this step.
         """
         arm = self.arm
         assert arm is not None and batch.questions is not None

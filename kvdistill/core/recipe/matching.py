@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from kvdistill.core.recipe.base import (
     RESAMPLING,
@@ -117,13 +117,33 @@ class AlignRecipe(Section):
 class CompressRecipe(Section):
     """Which teacher tokens take part."""
 
-    kv_compression: Literal["full", "right", "crop", "r-kv", "random", "uniform", "none"] = Field(
-        "full", description="all; the last, first, most important, random or evenly spaced ones; or none"
+    kv_compression: Literal["full", "right", "crop", "r-kv", "random", "uniform", "steps", "none"] = Field(
+        "full",
+        description="all; the last, first, most important, random or evenly spaced ones; ends of steps; or none",
     )
-    keep: Positive | None = Field(None, description="reasoning tokens kept: the last, the first, the best, …")
+    keep: Positive | None = Field(
+        None, description="reasoning tokens kept: the last, the first, the best, …; unset with steps: of every step"
+    )
+    step_mark: str | None = Field(
+        None,
+        min_length=1,
+        max_length=40,
+        description='steps: the text that stands between the steps of a reasoning: ",", "\\n", ">>", …',
+    )
     importance_share: float = Field(
         0.1, ge=0, le=1, description="r-kv: weight of importance; the rest is redundancy (KaVa's lambda)"
     )
+
+    @model_validator(mode="after")
+    def _needs_mark(self) -> CompressRecipe:
+        if self.kv_compression == "steps" and self.step_mark is None:
+            raise ValueError("kv_compression steps needs `step_mark`: the text between the steps of a reasoning")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without a mark as before there were marks: fits and budgets are known by what is written here."""
+        return {key: value for key, value in handler(self).items() if key != "step_mark" or value is not None}
 
 
 class FuseRecipe(Section):
