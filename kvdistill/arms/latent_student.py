@@ -99,7 +99,8 @@ class LatentStudent(nn.Module):
         """Think about each question, then read its answer. layers: whose keys and values at the slots; empty: all."""
         M, backbone = self.thinker.config.num_latents, self.thinker.backbone
         thoughts = self.thinker.think(questions.prompt_ids_BP, questions.prompt_mask_BP)
-        cached = [(layer.keys, layer.values) for layer in thoughts.cache.layers]  # the answer makes new ones
+        layers_of: Any = thoughts.cache.layers
+        cached = [(layer.keys, layer.values) for layer in layers_of]  # the answer makes new ones
         chosen = layers or range(len(cached))
         mask_BM = thoughts.mask_BX[:, -M:].bool()
         seen = KV(

@@ -103,15 +103,14 @@ class LatentForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _no_split_modules: Sequence[str] = ()
 
     def __init__(self, config: LatentConfig, backbone: nn.Module | None = None) -> None:
         """backbone: a model to think with, as it is; unset: one with random weights."""
         super().__init__(config)
         if backbone is None:
             backbone = AutoModelForCausalLM.from_config(config.backbone_config(), dtype=config.dtype)
-        self.backbone = backbone
-        embeddings = backbone.get_input_embeddings().weight
+        self.backbone: Any = backbone
+        embeddings = self.get_input_embeddings().weight
         size, dtype = embeddings.shape[1], embeddings.dtype
         self.special = nn.Parameter(torch.empty(3, size, dtype=dtype, device=embeddings.device))
         self.projection = LatentProjection(size, config.projection_size).to(embeddings.device, dtype)
@@ -142,7 +141,8 @@ class LatentForCausalLM(PreTrainedModel, GenerationMixin):
     def from_pretrained(cls, *args: Any, **options: Any) -> Any:
         """As transformers does; but a folder that lacks any tensor, or has others, is refused (OSError)."""
         wants_info = options.pop("output_loading_info", False)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **options)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **options)
+        model, info = loaded
         for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if wrong := sorted(map(str, info.get(what) or ())):
                 words = {"missing_keys": "lacks", "unexpected_keys": "has besides", "mismatched_keys": "misshapes"}
@@ -160,6 +160,11 @@ class LatentForCausalLM(PreTrainedModel, GenerationMixin):
 
     def get_decoder(self, *_: Any, **__: Any) -> Any:
         return self.backbone.get_decoder()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """Thinking makes its own cache."""
+        return False
 
     @property
     def num_passes_before_answer(self) -> int:
@@ -199,7 +204,8 @@ class LatentForCausalLM(PreTrainedModel, GenerationMixin):
         ).last_hidden_state
         bot_B1H, hidden_BMH = hidden[:, P - 1 : P], hidden[:, P:]
         fed = slots
-        prefix = [(layer.keys[:, :, :P], layer.values[:, :, :P]) for layer in cache.layers] if T else []
+        layers: Any = cache.layers if T else ()
+        prefix = [(layer.keys[:, :, :P], layer.values[:, :, :P]) for layer in layers]
         for _ in range(T):
             fed = self.projection(torch.cat([bot_B1H, hidden_BMH[:, :-1]], dim=1))
             cache = cache_of(prefix)
@@ -230,7 +236,7 @@ class LatentForCausalLM(PreTrainedModel, GenerationMixin):
         ).last_hidden_state
 
     @torch.no_grad()
-    def generate(
+    def generate(  # type: ignore[override]
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
