@@ -133,7 +133,8 @@ def _arm_mistakes(arm: ArmRecipe, teachers: list[str], where: str) -> Iterator[R
             fix="make one positive, or set loss.kv_weight: 0 for an arm without KV",
         )
     compress = arm.compress
-    if compress.kv_compression not in ("full", "none") and compress.keep is None and arm.needs_kv and not arm.thinks:
+    chooses = compress.kv_compression not in ("full", "none", "steps")
+    if chooses and compress.keep is None and arm.needs_kv and not arm.thinks:
         yield RecipeError(
             f"kv_compression {compress.kv_compression} needs `keep`",
             place=f"{where}: compress.keep",
