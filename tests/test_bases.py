@@ -12,8 +12,9 @@ from tiny_recipe import assert_one_message, invoke, no_work, run_jobs_here, tiny
 
 from kvdistill.core.arms import arm_recipe
 from kvdistill.core.bases import laid_over
-from kvdistill.core.config import load_recipe, recipe_hash
+from kvdistill.core.config import load_recipe, recipe_hash, recipes_folder
 from kvdistill.core.errors import RecipeError
+from kvdistill.study.folder import difference
 
 
 def written(path: Path, **tree: Any) -> Path:
@@ -139,3 +140,12 @@ def test_a_mistake_names_the_file_and_its_base(tmp_path):
     assert f"{path} on {tmp_path / 'base.yaml'}" in caught.value.place
     with pytest.raises(RecipeError, match="name"):
         load_recipe(written(tmp_path / "nameless.yaml", base="base.yaml"))
+
+
+@pytest.mark.parametrize("name", ["demo", "few-problems", "few-problems-new", "data-efficiency", "ablations/routing"])
+def test_studies_of_tiny_models_run_on_cpus_and_where_they_run_changes_no_identity(name, tmp_path):
+    path = recipes_folder() / f"{name}.yaml"
+    recipe, elsewhere = load_recipe(path), load_recipe(path, ["hardware.device=auto", "hardware.workers=3"])
+    assert recipe.hardware.device == "cpu" and elsewhere.hardware.device == "auto"
+    assert recipe_hash(recipe) == recipe_hash(elsewhere)
+    assert difference(recipe.model_dump(mode="json"), elsewhere, tmp_path, planned=True) is None

@@ -17,6 +17,7 @@ from tiny_recipe import (
     assert_one_message,
     call,
     copy_base,
+    environment,
     invoke,
     no_work,
     rows_of,
@@ -223,6 +224,13 @@ def test_one_worker_per_visible_gpu(monkeypatch, named, gpus, workers):
     cores = len(os.sched_getaffinity(0))
     assert workers_for(100) == (workers or cores)
     assert workers_for(1) == 1 and workers_for(100, workers=2) == 2 and workers_for(100, device="cpu") == cores
+
+
+@pytest.mark.skipif(bool(os.environ.get("KVDISTILL_TEST_GPU")), reason="GPUs are asked for")
+def test_neither_tests_nor_their_child_processes_see_a_gpu():
+    words = [sys.executable, "-c", "from kvdistill.study.local import visible_gpus; print(visible_gpus())"]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    assert subprocess.run(words, capture_output=True, text=True, env=environment(), check=True).stdout == "[]\n"
 
 
 def test_every_worker_sees_a_gpu_of_its_own(tmp_path, monkeypatch):

@@ -137,6 +137,18 @@ def test_math_verify_that_does_not_start_is_an_error(
     assert "install math-verify" in caught.value.fix
 
 
+def test_a_child_that_closes_its_channel_and_does_not_end_is_said_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "child.py").write_text(f"{_CHANNEL}; channel.close(); import time; time.sleep(60)")
+    monkeypatch.setattr(checker_module, "_CHILD", tmp_path / "child.py")
+    monkeypatch.setattr("kvdistill.data.limited._END_LIMIT_S", 0.2)
+    checker = Checker()
+    with pytest.raises(KVDistillError, match="it closed its channel and did not end"):
+        ask(checker, [RIGHT])
+    assert checker.pid is None, "it was ended"
+
+
 def test_an_interrupt_leaves_no_answers_behind(checker: Checker, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> str:
         raise KeyboardInterrupt

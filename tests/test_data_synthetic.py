@@ -179,6 +179,21 @@ def test_a_number_and_its_digits_in_another_order_are_kin() -> None:
     assert all((sorted(a) == sorted(b)) == (of[a] == of[b]) for a in list(of)[:60] for b in of)
 
 
+def test_quotients_are_kin_where_only_what_is_taken_away_differs() -> None:
+    """(79-7)/8+5 and (80-8)/8+5 are, (72-8)/8+5 and (79-7)/8+6 are not: from the difference on they are one text."""
+    family = SMALL[3]
+    texts: dict[int, set[tuple[str, str, str]]] = {}
+    for number in range(family.count()):
+        question, reasoning, answer = family.write(number)
+        texts.setdefault(family.kin(number), set()).add((question.partition(")")[2], reasoning, answer))
+        assert family.kin(family.kin(number)) == family.kin(number) and "-1)" in family.write(family.kin(number))[0]
+    assert all(len(of_kin) == 1 for of_kin in texts.values())
+    assert len(texts) == len(set().union(*texts.values())) == 3 * 2 * 5, "quotients, divisors, last terms"
+    problems = QUOTIENT.draw(264, 16300, seed=0)  # as few-problems-new draws them
+    rest = [(problem.question.partition(")")[2], problem.reasoning) for problem in problems]
+    assert len({*rest[:264]}) == 264 and not {*rest[:264]} & {*rest[264:]}
+
+
 @pytest.mark.parametrize("family", [CHAIN, PRODUCT, DIGITS, QUOTIENT], ids=lambda family: family.name)
 @given(number=st.integers(min_value=0))
 def test_answers_and_intermediate_results_are_right(family: AbstractFamily, number: int) -> None:

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import FAMILIES, HEADS, HIDDEN, INNER, KV_HEADS, LAYERS, VOCAB, inputs, padded_batch, tiny_model
+from tiny_models import (
+    FAMILIES,
+    HEADS,
+    HIDDEN,
+    INNER,
+    KV_HEADS,
+    LAYERS,
+    VOCAB,
+    counted_flops,
+    inputs,
+    padded_batch,
+    tiny_model,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 from kvdistill.core.errors import ModelError
@@ -24,7 +36,7 @@ B, T = 3, 11
 def count(call):
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         call()
-    return counter.get_total_flops()
+    return counted_flops(counter)
 
 
 @pytest.mark.parametrize("tied", [True, False])

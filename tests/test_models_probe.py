@@ -9,6 +9,8 @@ from typing import Any
 import failing_child
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from tiny_models import tiny_encoder, tiny_model
 from transformers import MixtralConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -45,7 +47,12 @@ EXACT: dict[str, dict[str, Any]] = {
 }
 
 
+IS_OLD = Version(transformers.__version__) < Version("5.17")  # T5's attention was its own, Gemma 4's sizes said less
+
+
 def made(family: str, **changes: Any) -> PreTrainedConfig:
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} does not know {family}")
     return CONFIG_MAPPING[family](**try_families.LEFT_OUT.get(family, {}) | FEW | changes)
 
 
@@ -70,11 +77,15 @@ REFUSED = {
 }
 
 
+REFUSED_BEFORE = {"t5": ("bypasses",) * 3, "gemma4_text": ("mixed head sizes",) * 3}
+
+
 @pytest.mark.parametrize("family", REFUSED)
 def test_families_that_are_refused_say_why(family: str) -> None:
     config = CONFIG_MAPPING[family]() if family == "gemma4_text" else made(family)
-    probe = probe_config(config)
-    for verdict, words in zip((probe.keys, probe.unrotated, probe.attention), REFUSED[family], strict=True):
+    probe, reasons = probe_config(config), REFUSED[family]
+    reasons = REFUSED_BEFORE.get(family, reasons) if IS_OLD else reasons
+    for verdict, words in zip((probe.keys, probe.unrotated, probe.attention), reasons, strict=True):
         assert verdict.is_exact == (not words) and words in verdict.reason
 
 
@@ -140,7 +151,7 @@ def test_sizes_that_differ_and_layers_that_run_twice_are_refused_in_words() -> N
     model.config.__dict__["intermediate_size"] = [28, 32, 28, 28, 28]
     with pytest.raises(ModelError, match=r"intermediate_size differs from layer to layer \(28, 32, 28, 28, …\)"):
         describe_model(model)
-    with pytest.raises(ModelError, match="head_dim differs from layer to layer"):
+    with pytest.raises(ModelError, match="mixed head sizes" if IS_OLD else "head_dim differs from layer to layer"):
         describe_config(CONFIG_MAPPING["gemma4_text"]())
     with pytest.raises(ModelError, match="mixture of experts"):
         describe_config(MixtralConfig(num_hidden_layers=1))
@@ -158,6 +169,8 @@ def test_sizes_that_differ_and_layers_that_run_twice_are_refused_in_words() -> N
 def written() -> dict[str, str]:
     page = (DOCS / "models.md").read_text()
     body = page[page.index(try_families.BEGIN) : page.index(try_families.END)]
+    if f"transformers {transformers.__version__}:" not in body:
+        pytest.skip(f"the table is of another version than transformers {transformers.__version__}")
     rows = [line for line in body.splitlines() if line.startswith("| ")][1:]
     return {line.split(" | ")[0].removeprefix("| "): line for line in rows}
 

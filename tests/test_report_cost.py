@@ -275,3 +275,16 @@ def test_the_figure_of_costs_has_labels_that_can_be_read_and_do_not_overlap(show
         assert 2 <= len(labels) <= 5 and not any("$" in label.get_text() for label in labels)
         boxes = sorted((label.get_window_extent() for label in labels), key=lambda box: box.x0)
         assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+
+
+def test_an_arm_at_a_single_budget_has_a_bar_in_place_of_a_band(shown):
+    """Its point is as wide as nothing: the deviation over seeds would not be seen."""
+    _, summary, _ = shown
+    rows = [row for row in summary["curves"]["rows"] if row["arm"] == "ce" or row["budget"] == 1]
+    figure = draw_cost_curves({"curves": {**summary["curves"], "rows": rows}})
+    for axes in figure.axes:
+        [bar] = axes.containers
+        [line] = bar.lines[2][0].get_segments()
+        point = next(row for row in rows if row["arm"] == "competence")
+        assert line[:, 1].tolist() == pytest.approx([point["mean"] - point["std"], point["mean"] + point["std"]])
+        assert bar.lines[1], "with caps: it is seen without colour"

@@ -29,7 +29,7 @@ from kvdistill.stages.report.figures import draw_all
 from kvdistill.stages.report.language import ENGLISH, LANGUAGES, words_of
 from kvdistill.stages.report.page import SECTIONS, glossary
 from kvdistill.stages.report.summary import METHOD, compare_all, summarise
-from kvdistill.stages.report.text import list_warnings, write_headline
+from kvdistill.stages.report.text import comparison_lines, list_warnings, write_headline
 from kvdistill.stages.train.selection import selection_rule
 
 CHINESE = words_of("zh")
@@ -303,8 +303,57 @@ def test_the_last_lines_of_a_run_are_the_page_s_verdict(tmp_path: Path, primary:
     write_run(tmp_path, recipe, questions=20)
     tables = collect_tables(recipe, tmp_path)
     summary = summarise(recipe, tables, compare_all(recipe, tables))
-    summary["headline"] = write_headline(summary)
+    summary |= {"told": comparison_lines(summary), "headline": write_headline(summary)}
     lines = as_text({"run": "runs/x", "page": "runs/x/report.html", "summary": summary}).splitlines()
     told = [f"{c['arm']} against {c['baseline']}: {c['sentence']}" for c in summary["comparisons"]]
     assert " ".join(" ".join(lines).split()).endswith(" ".join([*told, summary["headline"]]))
     assert ("points" if primary == "accuracy" else "nats") in summary["headline"]
+
+
+def test_in_a_chinese_study_the_last_lines_are_chinese_and_have_the_same_figures(tmp_path: Path) -> None:
+    pairs = [["competence", "ce"], ["fixed", "ce"], {"arm": "competence", "baseline": "fixed", "parity": "data"}]
+    told = {}
+    for language in ("en", "zh"):
+        curves = {"arms": ["competence", "ce"], "budgets": [1, 2]}
+        recipe = make_recipe(report={"comparisons": pairs, "language": language, "curves": curves})
+        run = tmp_path / language
+        write_run(run, recipe, questions=20)
+        (run / "arms/fixed/seed-44/ledger.json").unlink()  # refused, for two reasons
+        mark_again(run / "arms/fixed/seed-44")
+        report(recipe, run)
+        summary = json.loads((run / "summary.json").read_text())
+        told[language] = summary["told"]
+        assert "".join(summary["told"][0].split()) in "".join(as_text({"summary": summary}).split())
+    assert len(told["en"]) == len(told["zh"]) > 3, "two that stand in every study by rule, and that nothing is declared"
+    for said, translated in zip(told["en"], told["zh"], strict=True):
+        bare = re.sub("|".join(sorted(ARMS, key=len, reverse=True)), " ", KEPT.sub(" ", translated))
+        assert not re.search(r"[a-z]{3,} [a-z]{3,}", bare) and re.search("[\u4e00-\u9fff]", translated), translated
+        assert re.findall(r"\d+\.?\d*", said) == re.findall(r"\d+\.?\d*", translated)
+
+
+def test_which_steps_were_kept_is_one_short_note_and_a_range_for_each_arm(tmp_path: Path) -> None:
+    rule = selection_rule(TrainRecipe(select="best", patience=3, eval_every=5))
+    steps = {"competence": (320, 480, 400), "ce": (80, 80, 80)}
+    for language, kept in (("en", "kept 320–480"), ("zh", "保留 320–480")):
+        arms = {name: ARMS[name][0] for name in steps}
+        recipe = make_recipe(arms, report={"comparisons": [["competence", "ce"]], "language": language})
+        write_run(tmp_path / language, recipe, questions=8)
+        for arm, chosen in steps.items():
+            for seed, step in zip(recipe.seeds, chosen, strict=True):
+                folder = tmp_path / language / f"arms/{arm}/seed-{seed}"
+                ledger = json.loads((folder / "ledger.json").read_text())
+                ledger["selection"] = {"chosen_step": step, "select": "best", "patience": 3, "rule": rule}
+                (folder / "ledger.json").write_text(json.dumps(ledger))
+                mark_again(folder)
+        page = report(recipe, tmp_path / language).read_text()
+        [note] = [n for n in json.loads((tmp_path / language / "summary.json").read_text())["notes"] if "kept:" in n]
+        assert note == f"Validation chose: {rule}. Steps kept: 80–480 of 800; of each arm: see its budget."
+        assert words_of(language).message(note) in page and (language == "en" or CHINESE.message(note) != note)
+        assert f"800<small>{kept}</small>" in page and re.search(r"800<small>\w+ ?80</small>", page)
+
+
+def test_where_only_some_arms_were_chosen_the_note_names_them() -> None:
+    rule = selection_rule(TrainRecipe(select="best", patience=3, eval_every=5))
+    note = f"Validation chose for ce, fixed: {rule}. Steps kept: 40 of 800; of each arm: see its budget."
+    said = CHINESE.message(note)
+    assert said.startswith("ce") and "fixed 由验证集选定" in said and not re.search(r"[a-z]{3,} [a-z]{3,}", said)

@@ -15,12 +15,12 @@ def arm(accuracy: float, nll: float, reasoning: float | None = None) -> dict[str
 
 
 def test_a_study_about_nll_shows_nll_first_and_refusals_with_their_reason() -> None:
-    comparison = {"arm": "kv", "baseline": "ce", "verdict": "refused", "refused": ["1 seed(s) in common", "other data"]}
-    summary = {"arms": {"ce": arm(0.0, 3.94, 1.5), "kv": arm(0.0, 3.63, 1.25)}, "comparisons": [comparison]}
+    told = ["kv against ce: refused: 1 seed(s) in common; other data"]
+    summary = {"arms": {"ce": arm(0.0, 3.94, 1.5), "kv": arm(0.0, 3.63, 1.25)}, "told": told}
     lines = as_text({"summary": summary | {"primary": "nll"}}).splitlines()
     assert lines[0].split() == ["NLL,", "answer", "NLL,", "reasoning", "accuracy,", "%"]
     assert lines[2].split()[:5] == ["kv", "3.630", "±", "0.020", "1.250"]
-    assert lines[-1] == "  kv against ce: refused (1 seed(s) in common; other data)"
+    assert lines[-1] == f"  {told[0]}"
     lines = as_text({"summary": summary | {"primary": "accuracy"}}).splitlines()
     assert lines[0].split()[:2] == ["accuracy,", "%"]
     without = {"arms": {"ce": arm(0.5, 1.0)}, "comparisons": []}

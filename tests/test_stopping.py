@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,36 @@ def test_a_process_that_hears_nothing_in_a_long_call_ends_itself():
     )
     done = subprocess.run([command()[0], "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 75 and done.stderr.count("stopped by SIGTERM") == 1, done
+
+
+def test_a_signal_that_comes_where_work_begins_or_ends_leaves_no_stretch_of_work_behind(monkeypatch):
+    """While somebody holds the exception: the stretch stayed on the list, and was taken off whenever that was let go,
+    from whatever list was there by then. So a checkpoint that was being written could be cut."""
+    monkeypatch.setattr(stopping, "_insist", lambda asking: None)
+    chance, found, held = random.Random(7), [], list[Stopped]()
+    for _ in range(400):
+        with listening(limit_s=ALWAYS):
+            asker = threading.Timer(0, lambda wait_s: (time.sleep(wait_s), ask()), (chance.uniform(0, 5e-4),))
+            asker.start()
+            while not stopping.is_asked():
+                try:
+                    with put_off(0.0):
+                        sum(range(20))
+                except Stopped as stopped:
+                    held = [stopped]
+            found.append(stopping._State.limits)
+            asker.join()
+    assert held and found == [[ALWAYS]] * 400
+
+
+def test_who_stopped_listening_is_not_reminded_and_neither_is_who_listens_next():
+    with suppress(Stopped), listening():
+        asking = stopping._State.asking
+        ask()
+    stopping._remind(asking)  # else it would end this process
+    with listening():
+        stopping._remind(asking)
+        assert not stopping.is_asked()
 
 
 def test_what_is_raised_where_python_drops_it_is_raised_again(capfd):

@@ -34,9 +34,11 @@ from kvdistill.arms.student import CausalStudent
 from kvdistill.core.errors import TrainingStopped
 from kvdistill.core.files import read_json_lines, sha256_file
 from kvdistill.core.recipe import OptimiserRecipe
-from kvdistill.core.runtime import quiet_libraries
+from kvdistill.core.runtime import Stopwatch, quiet_libraries
 from kvdistill.stages.fit import fit
 from kvdistill.stages.train import train_student
+from kvdistill.stages.train.checkpoint import Generators
+from kvdistill.stages.train.ledger import training_ledger
 from kvdistill.stages.train.trainer import training_arguments
 
 quiet_libraries()
@@ -340,3 +342,13 @@ def test_one_process_on_a_machine_of_several_gpus_trains_on_the_first(tmp_path, 
     assert made.n_gpu == 1 and made.train_batch_size == 5
     assert made.parallel_mode.value == "not_parallel"
     assert training_arguments(OptimiserRecipe(batch_size=5), tmp_path, seed=1, cpu=True).n_gpu == 0
+
+
+def test_a_gpu_that_is_there_and_not_used_is_left_alone(monkeypatch):
+    """`hardware.device: cpu` on a machine with one: memory is the process's, and no checkpoint asks the GPU."""
+    recipe = tiny_recipe(base_run(), arms=ARMS, hardware={"device": "cpu"})
+    arm = Experiment(recipe, base_run()).arm("fixed", SEED)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    ledger = training_ledger(arm, arm.training_order(), recipe.train.steps, torch.tensor([7.0, 5.0]), Stopwatch())
+    assert ledger["peak_memory_bytes"] > 1 << 20
+    assert Generators.now().cuda is None and not torch.cuda.is_initialized()

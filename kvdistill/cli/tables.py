@@ -49,22 +49,10 @@ def as_text(result: Mapping[str, Any]) -> str:
 
 
 def _verdict_lines(summary: Mapping[str, Any]) -> list[str]:
-    """What the page says of the declared comparisons, in the same figure: one by one, and last what it leads with."""
-    lines: list[str] = []
-    if summary.get("comparisons") and not (summary.get("declared") or {}).get("time"):
-        lines += wrapped("when these comparisons were declared is not known: declared.json is not in the run folder")
-    for row in summary.get("comparisons") or []:
-        if row.get("verdict"):
-            said = f"{row['arm']} against {row['baseline']}: {row.get('sentence') or row['verdict']}"
-            reasons = "; ".join(row.get("refused") or ())
-            said += f" ({reasons})" if reasons and reasons not in said else ""
-            other = row.get("at_equal", "steps") != "steps" and not row.get("refused")
-            said += f" (at equal {row['at_equal']})" if other else ""
-            said += " (after the results)" if row.get("after_results") else ""
-            said += f"; {row['caution']}" if row.get("caution") else ""
-            lines += wrapped(printable(said))
-    for sentence in (summary.get("curves") or {}).get("sentences") or []:
-        lines += wrapped(printable(sentence))
+    """What the page says of the declared comparisons, in its language and figure: one by one, of curves, and last what
+    it leads with."""
+    curves = summary.get("curves") or {}
+    lines = wrapped(*map(printable, [*(summary.get("told") or ()), *(curves.get("sentences") or ())]))
     if summary.get("headline"):
         lines += textwrap.wrap(printable(summary["headline"]), WIDTH)
     return lines

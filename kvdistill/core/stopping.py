@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 from typing import Any, ClassVar
 
@@ -23,6 +23,8 @@ LAST_S = 17.0  # a process that is stuck (in one long call of a library) ends it
 EXIT_CODE, EXIT_CODE_CTRL_C = 75, 130  # 75: EX_TEMPFAIL, "try again"
 ALWAYS = None  # limit of `put_off` for what must not be cut: a checkpoint that is being written
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+_REMINDING = threading.Lock()
 
 
 class Stopped(BaseException):
@@ -72,21 +74,34 @@ def give_in() -> None:
         raise Stopped(_State.asked)
 
 
-@contextmanager
-def put_off(limit_s: float | None = GRACE_S) -> Iterator[None]:
+class put_off(AbstractContextManager[None]):
     """Work in here is not interrupted for so long after the process was asked to end; 0: it is, on the spot.
 
     Asked already, it is not begun, unless with ALWAYS. Where the work is done, what was put off is made up for.
+
+    No generator: a signal may come between any two calls, and `_hear` raises nothing inside of these two methods, so
+    that a stretch of work is never left on the list (the next one would be cut too early) nor taken off it twice.
     """
-    if limit_s is not ALWAYS:
-        give_in()
-    _State.limits.append(limit_s)
-    try:
-        yield
-    finally:
-        _State.limits.pop()
-    if _State.limits and _State.limits[-1] == 0:
-        give_in()
+
+    def __init__(self, limit_s: float | None = GRACE_S) -> None:
+        self._limit_s = limit_s
+
+    def __enter__(self) -> None:
+        if self._limit_s is not ALWAYS:
+            give_in()
+        self._outer = _State.limits
+        _State.limits = [*self._outer, self._limit_s]
+        if self._limit_s == 0 and _State.asked is not None:  # just now
+            _State.limits = self._outer
+            raise Stopped(_State.asked)
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        _State.limits = self._outer
+        if kind is None and _State.limits and _State.limits[-1] == 0:
+            give_in()
+
+
+_ENDS = (put_off.__enter__.__code__, put_off.__exit__.__code__)
 
 
 @contextmanager
@@ -112,17 +127,19 @@ def listening(signals: Sequence[signal.Signals] = SIGNALS, limit_s: float | None
         else:
             hook(lost)
 
-    sys.unraisablehook = not_lost
-    for one in before:
-        signal.signal(one, _hear)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # where we were started in a `held_back`
     try:
+        sys.unraisablehook = not_lost
+        for one in before:
+            signal.signal(one, _hear)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # where we were started in a `held_back`
         yield
     finally:
+        _State.limits = [ALWAYS]  # what is put back here is put back whole
+        with _REMINDING:  # nobody is reminded of what is over: that would end the process, or whoever listens next
+            _State.asking += 1
         for one, handler in before.items():
             signal.signal(one, handler)
         sys.unraisablehook = hook
-        _State.asking += 1
         _State.asked, _State.since_s, _State.limits = outer
 
 
@@ -148,7 +165,10 @@ def _hear(number: int, frame: FrameType | None) -> None:
         if _State.limits[-1] != 0:
             ask_for_patience()
     limit_s = _State.limits[-1]
-    if impatient or (limit_s is not ALWAYS and now - _State.since_s >= limit_s):
+    over = impatient or (limit_s is not ALWAYS and now - _State.since_s >= limit_s)
+    if over and not impatient and frame is not None and frame.f_code in _ENDS:
+        threading.Timer(0.02, _remind, (_State.asking,)).start()
+    elif over:
         raise Stopped(_State.asked)
 
 
@@ -166,5 +186,6 @@ def _insist(asking: int) -> None:
 def _remind(asking: int) -> None:
     """Signal the main thread once more, if it still listens as it did then."""
     main = threading.main_thread().ident
-    if _State.asking == asking and main is not None:
-        signal.pthread_kill(main, signal.SIGTERM)
+    with _REMINDING:
+        if _State.asking == asking and main is not None:
+            signal.pthread_kill(main, signal.SIGTERM)

@@ -27,6 +27,7 @@ from typing import Any
 from kvdistill.core.errors import KVDistillError
 
 _STARTUP_LIMIT_S = 600.0  # importing from a slow disk on a busy machine
+_END_LIMIT_S = 10.0  # for a child that has closed its channel to end
 TIMEOUT = "timeout"
 
 
@@ -125,8 +126,9 @@ class AbstractLimited(ABC):
             reason = f"nothing heard for {_STARTUP_LIMIT_S:.0f} s" if said == TIMEOUT else said
             if reason is None:  # it has closed the channel, so it ends now, or it never will
                 with suppress(subprocess.TimeoutExpired):
-                    self._child.wait(10.0)
-                reason = f"exit code {self._child.returncode}"
+                    self._child.wait(_END_LIMIT_S)
+                code = self._child.returncode  # None: it has not ended, as on a machine that is very busy
+                reason = f"exit code {code}" if code is not None else "it closed its channel and did not end"
             self._stop()
             raise self.not_started(reason)
 

@@ -157,8 +157,9 @@ def _read_logits(
             logprob_BTK[row[part], column[part]], index_BTK[row[part], column[part]] = logprob_NV.topk(K, dim=-1)
     nll_B = None
     if want_nll:
-        total = torch.zeros(B, device=nll_N.device).index_add_(0, row, nll_N)
-        nll_B = total / torch.bincount(row, minlength=B)
+        row_N = row.cpu()  # a GPU adds in no fixed order
+        total = torch.zeros(B).index_add_(0, row_N, nll_N.cpu())
+        nll_B = (total / torch.bincount(row_N, minlength=B)).to(nll_N.device)
     return nll_B, (index_BTK if K else None), (logprob_BTK if K else None)
 
 

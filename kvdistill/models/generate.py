@@ -258,9 +258,9 @@ def segment_nll(
         with head_at(model, part_BT > 0):
             logits_1NV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
         b, t = part_BT.nonzero(as_tuple=True)
-        nll_N = torch.nn.functional.cross_entropy(logits_1NV[0].float(), ids_BT[b, t + 1], reduction="none")
-        place_N = b * num_parts + part_BT[b, t] - 1
-        sums = torch.zeros(len(chosen) * num_parts, device=nll_N.device).index_add_(0, place_N, nll_N)
+        nll_N = torch.nn.functional.cross_entropy(logits_1NV[0].float(), ids_BT[b, t + 1], reduction="none").cpu()
+        place_N = (b * num_parts + part_BT[b, t] - 1).cpu()
+        sums = torch.zeros(len(chosen) * num_parts).index_add_(0, place_N, nll_N)  # a GPU adds in no fixed order
         return (sums / torch.bincount(place_N, minlength=len(sums))).view(-1, num_parts).tolist()
 
     result = [[float("nan")] * num_parts for _ in rows]

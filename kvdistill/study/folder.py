@@ -173,13 +173,14 @@ def is_finished(recipe: Recipe, run: Path) -> bool:
         data_folder(run) / "manifest.json"
     ).exists():
         return False
-    try:  # `report` may have shown something else since
-        shown = read_json(run / "statistical_results.json")
+    try:  # `report` may have shown something else since, or be of an older version
+        shown, told = read_json(run / "statistical_results.json"), "told" in read_json(run / "summary.json")
     except RunFolderError:
         return False
     asked = recipe.report.model_dump(mode="json") | {"seeds": recipe.seeds}
     asked["family"] = [list(pair) for pair in family_of(recipe).pairs]
-    if any(shown.get(key) != asked[key] for key in ("family", "seeds", "primary", "alpha", "margin", "language")):
+    rules = ("family", "seeds", "primary", "alpha", "margin", "language")
+    if not told or any(shown.get(key) != asked[key] for key in rules):
         return False
     return all(is_evaluated(recipe, run, arm, seed) for arm in recipe.every_arm for seed in recipe.seeds)
 

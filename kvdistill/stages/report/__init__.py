@@ -18,7 +18,7 @@ from kvdistill.stages.report.figures import draw_all
 from kvdistill.stages.report.language import words_of
 from kvdistill.stages.report.page import build_page
 from kvdistill.stages.report.summary import compare_all, statistics_document, summarise
-from kvdistill.stages.report.text import write_headline
+from kvdistill.stages.report.text import comparison_lines, write_headline
 from kvdistill.stages.report.tuning import tuning_table
 
 __all__ = ["LearningCurveTracker", "report"]
@@ -38,7 +38,7 @@ def report(recipe: Recipe, run: Path, progress: Progress | None = None) -> Path:
     summary = summarise(recipe, tables, family, words)
     if (tuning := tuning_table(recipe, run)) is not None:
         summary["tuning"] = tuning
-    summary["headline"] = write_headline(summary, words)
+    summary |= {"told": comparison_lines(summary, words), "headline": write_headline(summary, words)}
     write_json(run / "statistical_results.json", statistics_document(recipe, summary))
     tell("figures", 2, total)
     pictures = draw_all(recipe, tables, summary, words)

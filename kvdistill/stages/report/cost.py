@@ -249,7 +249,8 @@ def _ticks(costs: Sequence[float], most: int = 4) -> list[float]:
 
 
 def draw_cost_curves(summary: Row, words: Words = ENGLISH) -> Figure | str:
-    """The score against steps, problems and FLOPs, one line per arm, bands of one standard deviation over seeds."""
+    """The score against steps, problems and FLOPs, one line per arm, bands of one standard deviation over seeds; of an
+    arm at a single budget a bar."""
     curves = summary.get("curves")
     if not curves:
         return words("reasons.no_curves")
@@ -270,6 +271,9 @@ def draw_cost_curves(summary: Row, words: Words = ENGLISH) -> Figure | str:
             std = np.nan_to_num(np.array([row["std"] for row in points]))
             style = line_style(index)
             axes.plot(x, mean, label=label(arm), **style)
+            if len(points) == 1:  # a band has no width there
+                bar = {"fmt": "none", "ecolor": style["color"], "elinewidth": 1.2, "capsize": 4.5, "capthick": 1.2}
+                axes.errorbar(x, mean, std, **bar)
             axes.fill_between(x, mean - std, mean + std, color=style["color"], alpha=0.15, linewidth=0)
         if curves["figure"] == "accuracy":
             axes.set_ylim(-0.02, 1.02)

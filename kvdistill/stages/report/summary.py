@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from kvdistill import stats
@@ -173,7 +173,10 @@ def dead_channels(tables: RunTables, arm: str) -> dict[str, dict[str, int]]:
 
 
 def mean_ledger(tables: RunTables, arm: str) -> dict[str, Any]:
-    """Mean over seeds of every figure of the ledger; {} if no run has one. FLOPs as floats, teachers by name."""
+    """Mean over seeds of every figure of the ledger; {} if no run has one. FLOPs as floats, teachers by name.
+
+    kept_steps: between which steps the weights are that validation chose, None where it did not.
+    """
     ledgers = [run.ledger for run in tables.runs[arm].values() if run.ledger]
     if not ledgers:
         return {}
@@ -186,6 +189,8 @@ def mean_ledger(tables: RunTables, arm: str) -> dict[str, Any]:
     out["teacher_flops"] = {name: _mean([(f.get("teachers") or {}).get(name, 0) for f in flops]) for name in teachers}
     for part in SHARED[1:]:
         out[f"{part}_flops"] = _mean([sum((f.get(part) or {}).values()) for f in flops])
+    chosen = [ledger["selection"]["chosen_step"] for ledger in ledgers if ledger.get("selection")]
+    out["kept_steps"] = span(chosen) if chosen else None
     for key in ("total_flops", "amortised_flops"):
         out[key] = _mean([run.costs.get(key) for run in tables.runs[arm].values() if run.ledger])
     return out
@@ -289,26 +294,32 @@ def variance(recipe: Recipe) -> str:
 
 
 def selection_notes(tables: RunTables) -> list[str]:
-    """Where validation chose weights or ended trainings: by which rule, after how many steps, and whose were kept."""
-    found: dict[str, list[str]] = {}  # rule -> in words for each arm
-    is_data = False
+    """Where validation chose weights or ended trainings: by which rule, and between which steps those that were kept
+    are. Each arm's own stand in the table of budgets."""
+    found: dict[str, dict[str, list[Any]]] = {}  # rule -> arm -> ledgers
     for arm, runs in tables.runs.items():
-        chosen = {seed: run.ledger for seed, run in runs.items() if run.ledger.get("selection")}
-        if not chosen:
-            continue
-        facts = [ledger["selection"] for ledger in chosen.values()]
-        is_data |= any(one["patience"] is not None for one in facts)
-        steps = ", ".join(f"{one['chosen_step']}/{ledger['optimiser_steps']}" for one, ledger in
-                          zip(facts, chosen.values(), strict=True))  # fmt: skip
-        found.setdefault(facts[0]["rule"], []).append(f"{arm} {steps}")
-    notes = [
-        f"Validation chose: {rule}. Step kept of steps trained: {'; '.join(arms)}." for rule, arms in found.items()
-    ]
-    if is_data:
+        for run in runs.values():
+            if run.ledger.get("selection"):
+                found.setdefault(run.ledger["selection"]["rule"], {}).setdefault(arm, []).append(run.ledger)
+    notes = []
+    for rule, arms in found.items():
+        ledgers = [ledger for of_arm in arms.values() for ledger in of_arm]
+        kept = span(ledger["selection"]["chosen_step"] for ledger in ledgers)
+        trained = span(ledger["optimiser_steps"] for ledger in ledgers)
+        whose = "" if len(arms) == len(tables.runs) else f" for {', '.join(arms)}"
+        notes.append(f"Validation chose{whose}: {rule}. Steps kept: {kept} of {trained}; of each arm: see its budget.")
+    every = [ledger["selection"] for arms in found.values() for ledgers in arms.values() for ledger in ledgers]
+    if any(selection["patience"] is not None for selection in every):
         notes.append(
             "Arms took as many steps as validation asked for: they are compared at equal data, not equal steps."
         )
     return notes
+
+
+def span(numbers: Iterable[int]) -> str:
+    """`320–480`, or the one number that all are."""
+    known = sorted(numbers)
+    return f"{known[0]:,}" if known[0] == known[-1] else f"{known[0]:,}–{known[-1]:,}"
 
 
 def not_asked(tables: RunTables) -> list[str]:

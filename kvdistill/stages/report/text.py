@@ -217,6 +217,21 @@ def sentence(comparison: dict[str, Any], words: Words = ENGLISH) -> str:
     return words.message(comparison["sentence"])
 
 
+def comparison_lines(summary: dict[str, Any], words: Words = ENGLISH) -> list[str]:
+    """What the terminal shows of the declared comparisons before the verdict: a line for each, as the page has it."""
+    lines = []
+    if summary["comparisons"] and not summary["declared"]["time"]:
+        lines.append(words("told.declared_unknown"))
+    for one in summary["comparisons"]:
+        said = words("told.against", arm=one["arm"], baseline=one["baseline"], said=sentence(one, words))
+        if one["at_equal"] != "steps" and not one["refused"]:
+            said += words("told.aside", said=at_equal(one, words))
+        if one["after_results"]:
+            said += words("told.aside", said=words("told.late"))
+        lines.append(said + (words("page.semicolon") + one["caution"] if one.get("caution") else ""))
+    return lines
+
+
 def at_equal(comparison: dict[str, Any], words: Words = ENGLISH) -> str:
     """`at equal total FLOPs, amortised`: what both sides spent alike."""
     return words("verdict.at_equal", parity=words.message(comparison["at_equal"]))

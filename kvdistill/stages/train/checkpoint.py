@@ -43,7 +43,7 @@ class Generators(NamedTuple):
 
     @classmethod
     def now(cls) -> Generators:
-        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None  # it is, where a GPU trains
         return cls(random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state(), cuda)  # type: ignore[arg-type]
 
 

@@ -43,7 +43,6 @@ def training_ledger(arm: Arm, order: Sequence[int], steps: int, seen: Tensor, wa
         texts |= {"own": len(arm.own_numbers), "beside": beside}
     if arm.recipe.writers:
         texts["written"] = {name: writing_facts(arm.experiment, name) for name in arm.recipe.writers}
-    on_gpu = torch.cuda.is_available()
     return {
         "optimiser_steps": steps,
         "problems_seen": len(order),
@@ -54,8 +53,8 @@ def training_ledger(arm: Arm, order: Sequence[int], steps: int, seen: Tensor, wa
         "shared": shared,
         "seconds": watch.wall_s(),
         "cpu_seconds": watch.cpu_s(),
-        "peak_memory_bytes": int(torch.cuda.max_memory_allocated())
-        if on_gpu
+        "peak_memory_bytes": int(torch.cuda.max_memory_allocated(arm.device))
+        if arm.device.type == "cuda"
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         **({"texts": texts} if texts else {}),
     }
