@@ -8,8 +8,8 @@ makes problems that are unique by construction and uniform over the family. Rear
     product   question 3*4+5*6       reasoning 12,30          answer 42
     digits    question 493817        reasoning 13,16,24,25    answer 32
     quotient  question (79-7)/8+5    reasoning 72,9           answer 14
-    affine    question 4+3*5+2*4+6   reasoning 4+3>0,0*5>0,0+2>2,2*4>1     answer 0
-    permute   question 3bdkae        reasoning 3b>6,6d>7,7k>3,3a>4         answer 5
+    affine    question 4+3*5+2*4     reasoning 4+3>0,0*5>0,0+2>2    answer 1
+    permute   question 3bdka         reasoning 3b>6,6d>7,7k>3       answer 4
 
 The last two are for students that think in latents: their steps do not commute, so that few layers cannot skip them,
 and every step is written out, its state (one digit) last, all steps but the one that gives the answer.
@@ -215,7 +215,7 @@ class AffineFamily(AbstractFamily):
     """
 
     modulus: int = 7
-    num_steps: int = 5
+    num_steps: int = 4
     name: str = "affine"
 
     def count(self) -> int:
@@ -270,7 +270,7 @@ class PermuteFamily(AbstractFamily):
     rearrangements of each other.
     """
 
-    num_steps: int = 5
+    num_steps: int = 4
     name: str = "permute"
 
     def count(self) -> int:
