@@ -40,7 +40,6 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.cache_utils import DynamicLayer
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 BOT, LATENT, EOT = range(3)  # rows of `special`
 
@@ -107,6 +106,7 @@ class LatentForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: LatentConfig, backbone: nn.Module | None = None) -> None:
         """backbone: a model to think with, as it is; unset: one with random weights."""
         super().__init__(config)
+        self._is_given = backbone is not None
         if backbone is None:
             backbone = AutoModelForCausalLM.from_config(config.backbone_config(), dtype=config.dtype)
         self.backbone: Any = backbone
@@ -149,6 +149,11 @@ class LatentForCausalLM(PreTrainedModel, GenerationMixin):
                 raise OSError(f"this is no whole latent model: it {words[what]} {', '.join(wrong[:3])}")
         return (model, info) if wants_info else model
 
+    def init_weights(self) -> None:
+        """A given backbone is ready: its weights are tied, under names that are other ones inside adapters (peft)."""
+        if not self._is_given:
+            super().init_weights()
+
     def _init_weights(self, module: nn.Module) -> None:
         """What is new is drawn by `around`; the rest is the backbone's own or loaded."""
 
@@ -171,7 +176,7 @@ class LatentForCausalLM(PreTrainedModel, GenerationMixin):
         """Forward passes before the one that reads `<eot>` and gives the answer's first token."""
         return self.config.num_passes + 1
 
-    def forward(self, *args: Any, **options: Any) -> CausalLMOutputWithPast:
+    def forward(self, *args: Any, **options: Any) -> Any:
         """The backbone as it is: words after words, without latents."""
         return self.backbone(*args, **options)
 
