@@ -76,7 +76,7 @@ def one_after_another(model: LatentForCausalLM, prompt: list[int], num_latents: 
 
 @torch.no_grad()
 def in_passes(model: LatentForCausalLM, prompt: list[int], num_latents: int, num_passes: int) -> tuple[Tensor, Any]:
-    """Jacobi passes, each over the whole text: what was fed in the last one [M, H], and what the backbone made of it."""
+    """Jacobi passes, each over the whole text: what the last one was fed [M, H], and what the backbone made of it."""
     start = opening(model, prompt)
     fed = model.special[LATENT].expand(1, num_latents, -1)
     for _ in range(num_passes):
@@ -116,7 +116,7 @@ def sides(cache: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("num_passes", [0, 1, 2, 3, 4, 6])
-def test_passes_are_those_over_the_whole_text_and_their_first_latents_those_of_decoding_one_by_one(family, num_passes):
+def test_passes_are_those_over_the_whole_text_and_their_first_latents_those_of_decoding_in_turn(family, num_passes):
     """In a left-padded batch, in every layer."""
     model = thinker(family)
     with torch.no_grad():
@@ -245,7 +245,9 @@ def test_latents_in_training_are_those_of_answering_and_padding_changes_nothing(
     layers = [2, 0]
     thinking = student.train().think(Questions.of_ids(PROMPTS, ANSWERS, 0), layers, keys)
     assert thinking.logits_NV.requires_grad and all(k.requires_grad for k in thinking.kv.keys)
-    assert thinking.kv.layers == (2, 0) and thinking.labels_N.tolist() == sum(ANSWERS, [])
+    assert thinking.kv.layers == (2, 0) and thinking.labels_N.tolist() == [
+        token for answer in ANSWERS for token in answer
+    ]
     assert thinking.row_N.tolist() == [0, 0, 1, 1, 1, 1, 1, 2]
     assert thinking.seen.rope == ("none" if family == "gpt2" else "rotated")
     with torch.no_grad():
@@ -270,6 +272,25 @@ def test_latents_in_training_are_those_of_answering_and_padding_changes_nothing(
                 torch.testing.assert_close(batched[n], single[0], **NEAR)
         assert thinking.kv.positions_BT[n].tolist() == list(range(len(prompt) + 1, len(prompt) + 1 + M))
         start += len(answer)
+
+
+@pytest.mark.parametrize("lora", [None, LoraRecipe(r=3, alpha=5)])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_thinking_is_the_same_where_written_texts_are_run_again_in_the_backward_pass(family, lora):
+    recipe, questions, found = LatentRecipe(tokens=M, passes=2), Questions.of_ids(PROMPTS, ANSWERS, 0), []
+    for checkpointing in (False, True):
+        options: dict[str, Any] = {"lora": lora, "seed": 1, "gradient_checkpointing": checkpointing}
+        student = LatentStudent.around(tiny_model(family), recipe, **options).train()
+        thinking, mask = student.think(questions, [0, 2]), torch.ones(2, 5, dtype=torch.bool)
+        written = student(torch.arange(10).view(2, 5), mask).logits
+        (thinking.logits_NV.square().sum() + thinking.kv.keys[1].square().sum() + written.square().sum()).backward()
+        gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+        found.append({"logits": thinking.logits_NV.detach(), **gradients})
+        runs_again = [getattr(one, "gradient_checkpointing", False) for one in student.modules()]
+        assert any(runs_again) == checkpointing
+    assert found[0].keys() == found[1].keys()
+    for name in found[0]:
+        torch.testing.assert_close(found[0][name], found[1][name], atol=1e-4, rtol=1e-4)
 
 
 def letters() -> Any:

@@ -148,7 +148,7 @@ class Batch:
     nll_scale: dict[str, Float[Tensor, " B"]] = field(default_factory=dict)
     changes: dict[str, Change] = field(default_factory=dict)
     maps: dict[str, SparseMap] = field(default_factory=dict)
-    kv_masks: dict[str, Bool[Tensor, "B T"] | Bool[Tensor, "_ B T"]] = field(default_factory=dict)
+    kv_masks: dict[str, Bool[Tensor, "B _"] | Bool[Tensor, "_ B _"]] = field(default_factory=dict)
     token_weights: dict[str, Float[Tensor, "_ B T"]] = field(default_factory=dict)
     chunks: dict[str, TextChunks] = field(default_factory=dict)
     questions: Questions | None = None

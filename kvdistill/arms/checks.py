@@ -22,6 +22,7 @@ from kvdistill.core.marks import read_mark, sealed
 from kvdistill.core.progress import Progress, silent
 from kvdistill.core.quoting import quoted
 from kvdistill.core.recipe import ModelRecipe, Recipe, ScratchRecipe
+from kvdistill.core.segments import ANSWER
 from kvdistill.data.encode import Example
 from kvdistill.data.tokenizers import fingerprint_tokenizer, load_tokenizer
 from kvdistill.models import ModelShape, Probe, model_config, probe_config
@@ -123,6 +124,12 @@ def check_positions(experiment: Experiment) -> None:
     needs = {what: max((len(e.input_ids) for e in examples), default=0) for what, examples in texts.items()}
     prompts = [e.num_prompt_tokens for split in ("val", "test") for e in experiment.split(split)]
     needs[f"the longest prompt with {new} new tokens (evaluate.max_new_tokens)"] = max(prompts, default=0) + new
+    questions = [e.num_prompt_tokens + e.segments.count(ANSWER) for examples in texts.values() for e in examples]
+    longest = max(max(questions, default=0), max(prompts, default=0) + new)
+    for name, arm in experiment.arms.items():
+        if arm.thinks:  # <bot>, slots, <eot> between question and answer
+            what = f"the longest question of arms.{name} with its {arm.latent.tokens} latent slots (latent.tokens)"
+            needs[what] = longest + arm.latent.tokens + 2
     compare("student", experiment.student_shape, needs)
     for teacher in experiment.teachers.values():
         splits = ("train", "val", "teach") if teacher.recipe.scratch is not None else ("train", "val")

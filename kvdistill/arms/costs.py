@@ -31,15 +31,16 @@ def run_flops(arm: Arm, order: Sequence[int], lengths: Sequence[int] | None = No
     lengths = arm.lesson_lengths if lengths is None else lengths
     tokens, squares = batch_geometry(lengths[i] for i in order)
     forward, backward = arm.experiment.student_outline.flops(tokens, squares)
+    compared = tokens, squares
     if arm.recipe.thinks:
-        more = thinking_flops(arm, order)
-        forward, backward = forward + more[0], backward + more[1]
+        more, slots = thinking_flops(arm, order), len(latent_part(arm, order)) * arm.recipe.latent.tokens
+        forward, backward, compared = forward + more[0], backward + more[1], (slots, 0)
     used = arm.teachers if arm.uses_teachers else {}
     return {
         "student_forward": forward,
         "student_backward": backward,
         "teachers": {name: teacher_flops(arm, teacher, order) for name, teacher in used.items()},
-        "aligner": sum(aligner_flops(arm, name, tokens, squares) for name in used if arm.recipe.needs_kv),
+        "aligner": sum(aligner_flops(arm, name, *compared) for name in used if arm.recipe.needs_kv),
         "fit": {name: fit_flops(arm, name) for name in used if arm.recipe.needs_kv},
         "layer_maps": {name: layer_map_flops(arm, name) for name in used if reads_similarity(arm.recipe)},
         "teacher_training": {
@@ -53,12 +54,16 @@ def run_flops(arm: Arm, order: Sequence[int], lengths: Sequence[int] | None = No
     }
 
 
+def latent_part(arm: Arm, order: Sequence[int]) -> Sequence[int]:
+    """Of an arm that thinks in latents, those numbers of lessons that are read in the steps that train latents."""
+    per_step = max(1, len(order) // arm.recipe.train.steps)
+    return order[arm.recipe.latent.start(arm.recipe.train.steps) * per_step :]
+
+
 def thinking_flops(arm: Arm, order: Sequence[int]) -> tuple[int, int]:
     """Forward and backward of thinking in latents and reading the answer, in the steps in which that is trained."""
-    per_step = max(1, len(order) // arm.recipe.train.steps)
-    begun = order[arm.recipe.latent.start(arm.recipe.train.steps) * per_step :]
     sizes = arm.question_sizes
-    return thinking_cost(arm.experiment.student_shape, arm.recipe.latent, [sizes[i] for i in begun])
+    return thinking_cost(arm.experiment.student_shape, arm.recipe.latent, [sizes[i] for i in latent_part(arm, order)])
 
 
 def shared_keys(arm: ArmRecipe, seed: int, recipe: Recipe, name: str = "") -> dict[str, dict[str, str]]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,9 +99,12 @@ class LatentStudent(nn.Module):
     def think(self, questions: Questions, layers: Sequence[int] = (), keys: RopeFrame = "unrotated") -> Thinking:
         """Think about each question, then read its answer. layers: whose keys and values at the slots; empty: all."""
         M, backbone = self.thinker.config.num_latents, self.thinker.backbone
-        thoughts = self.thinker.think(questions.prompt_ids_BP, questions.prompt_mask_BP)
-        layers_of: Any = thoughts.cache.layers
-        cached = [(layer.keys, layer.values) for layer in layers_of]  # the answer makes new ones
+        answer_BA, is_answer_BA = questions.answer_ids_BA, questions.answer_mask_BA.bool()
+        with nothing_recomputed(backbone):
+            thoughts = self.thinker.think(questions.prompt_ids_BP, questions.prompt_mask_BP)
+            layers_of: Any = thoughts.cache.layers
+            cached = [(layer.keys, layer.values) for layer in layers_of]  # the answer makes new ones
+            hidden = self.thinker.answer_hidden(thoughts, answer_BA[:, :-1], questions.answer_mask_BA[:, :-1])
         chosen = layers or range(len(cached))
         mask_BM = thoughts.mask_BX[:, -M:].bool()
         seen = KV(
@@ -111,8 +115,6 @@ class LatentStudent(nn.Module):
             rope="none" if find_rotary(backbone) is None else "rotated",
             layers=tuple(chosen),
         )
-        answer_BA, is_answer_BA = questions.answer_ids_BA, questions.answer_mask_BA.bool()
-        hidden = self.thinker.answer_hidden(thoughts, answer_BA[:, :-1], questions.answer_mask_BA[:, :-1])
         logits_NV = self.thinker.get_output_embeddings()(hidden[is_answer_BA])
         row_N = is_answer_BA.nonzero()[:, 0]
         return Thinking(
@@ -201,6 +203,19 @@ class LatentStudent(nn.Module):
     def flops(self, num_tokens: int, sum_squared_lengths: int) -> tuple[int, int]:
         """As `Student.flops`: of written texts."""
         return self.writer.flops(num_tokens, sum_squared_lengths)
+
+
+@contextmanager
+def nothing_recomputed(model: nn.Module) -> Iterator[None]:
+    """Gradient checkpointing off: layers that are run again in the backward pass give no cache to think with."""
+    recomputes = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in recomputes:
+        module.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in recomputes:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
 
 
 def thinking_cost(shape: ModelShape, recipe: LatentRecipe, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
