@@ -24,6 +24,7 @@ from kvdistill.data.tokenizers import character_tokenizer
 from kvdistill.models import positions_from_mask, unrotate_keys
 from kvdistill.models.generate import left_padded
 from kvdistill.models.latent import BOT, EOT, LATENT, LatentForCausalLM, Thoughts
+from kvdistill.stages.evaluate.lm import MeteredLM
 
 FAMILIES = ("llama", "qwen2", "gpt2")
 M = 4
@@ -451,16 +452,36 @@ def test_the_model_file_says_how_it_thinks_and_other_sizes_are_refused(tmp_path)
 # -- what it costs -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("lora", [None, LoraRecipe(r=3, alpha=5)])
 @pytest.mark.parametrize("family", ["qwen2", "gpt2"])
 @pytest.mark.parametrize(("num_passes", "inner"), [(0, 13), (1, None), (3, 13)])
-def test_thinking_costs_what_the_counter_counts(family, num_passes, inner):
+def test_thinking_costs_what_the_counter_counts(family, num_passes, inner, lora):
     recipe = LatentRecipe(tokens=3, passes=num_passes, projection_size=inner)
-    student = LatentStudent.around(tiny_model(family, attention="eager"), recipe, seed=1)
+    student = LatentStudent.around(tiny_model(family, attention="eager"), recipe, seed=1, lora=lora)
     questions = Questions.of_ids([[3, 4, 5, 6, 7]] * 4, [[8, 9]] * 4, 0)
-    forward, backward = thinking_cost(student.shape, recipe, [(5, 2)] * 4)
+    forward, backward = thinking_cost(student.writer, recipe, [(5, 2)] * 4)
     with FlopCounterMode(display=False) as counter:
         thinking = student.think(questions)
     assert counter.get_total_flops() == forward
+    loss = thinking.logits_NV.square().sum() + sum(
+        kv.square().sum() for kv in (*thinking.seen.keys, *thinking.seen.values)
+    )
     with FlopCounterMode(display=False) as counter:
-        thinking.logits_NV.square().sum().backward()
-    assert counter.get_total_flops() <= backward
+        loss.backward()
+    # the prompt's last layer is no one's but its keys' and values', and nothing learned stands before the first adapter
+    assert 0.7 * backward < counter.get_total_flops() <= backward
+
+
+def test_a_model_with_few_positions_says_how_long_question_and_answer_may_be(tmp_path):
+    model = thinker("gpt2")
+    limit = model.config.max_position_embeddings
+    assert limit == 64 - M - 2 and "max_position_embeddings" not in model.config.to_dict()
+    question, answer = [[3] * (limit - 5)], torch.tensor([[4] * 5])
+    thoughts = thought(model, question)
+    assert model.answer_hidden(thoughts, answer, torch.ones_like(answer)).shape == (1, 6, HIDDEN)
+    thoughts = thought(model, [[3, *question[0]]])
+    with pytest.raises(IndexError):
+        model.answer_hidden(thoughts, answer, torch.ones_like(answer))
+    assert MeteredLM(model, letters(), batch_size=2).max_length == limit
+    del model.config.backbone["n_positions"]
+    assert not hasattr(model.config, "max_position_embeddings")

@@ -509,8 +509,8 @@ def test_latents_cost_from_the_step_on_in_which_they_start(base):
     arm = study(base).arm("twin", SEED)
     order, sizes = arm.training_order(), arm.question_sizes
     begun = order[2 * 8 :]
-    shape = arm.experiment.student_shape
-    assert thinking_flops(arm, order) == thinking_cost(shape, arm.recipe.latent, [sizes[i] for i in begun])
+    writer = arm.experiment.student_outline
+    assert thinking_flops(arm, order) == thinking_cost(writer, arm.recipe.latent, [sizes[i] for i in begun])
     plain = study(base, arms={"ce": {"teachers": []}}).arm("ce", SEED)
     written, both = run_flops(plain, order), run_flops(arm, order)
     for side, more in zip(("student_forward", "student_backward"), thinking_flops(arm, order), strict=True):

@@ -62,8 +62,8 @@ def latent_part(arm: Arm, order: Sequence[int]) -> Sequence[int]:
 
 def thinking_flops(arm: Arm, order: Sequence[int]) -> tuple[int, int]:
     """Forward and backward of thinking in latents and reading the answer, in the steps in which that is trained."""
-    sizes = arm.question_sizes
-    return thinking_cost(arm.experiment.student_shape, arm.recipe.latent, [sizes[i] for i in latent_part(arm, order)])
+    sizes, writer = arm.question_sizes, arm.experiment.student_outline
+    return thinking_cost(writer, arm.recipe.latent, [sizes[i] for i in latent_part(arm, order)])
 
 
 def shared_keys(arm: ArmRecipe, seed: int, recipe: Recipe, name: str = "") -> dict[str, dict[str, str]]:

@@ -64,6 +64,14 @@ class LatentConfig(PreTrainedConfig):
         self.num_latents, self.num_passes, self.projection_size = num_latents, num_passes, projection_size
         super().__init__(**others)
 
+    @property
+    def max_position_embeddings(self) -> int:
+        """Tokens that prompt and answer may have together, where the backbone is limited (else AttributeError)."""
+        limits = [self.backbone.get(name) for name in ("max_position_embeddings", "n_positions")]
+        if not (known := [limit for limit in limits if limit is not None]):
+            raise AttributeError("the backbone reads texts of any length")
+        return known[0] - self.num_latents - 2
+
     def backbone_config(self) -> PreTrainedConfig:
         """The backbone's config as transformers knows it."""
         return AutoConfig.for_model(**self.backbone)
