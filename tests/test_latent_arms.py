@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_alignment_arms import byte_level_tokenizer, study_changes, write_traces
 from test_resume import Stopped, assert_same_end, stop_at
 from tiny_recipe import (
     SEED,
@@ -42,6 +43,8 @@ from kvdistill.arms.latent_student import LatentStudent, student_of, thinking_co
 from kvdistill.arms.questions import Questions
 from kvdistill.arms.student import load_saved
 from kvdistill.compress import kept_by_layer, rkv_layer_scores
+from kvdistill.core.arms import arm_recipe
+from kvdistill.core.budgets import continued
 from kvdistill.core.kv import KV
 from kvdistill.core.records import read_records
 from kvdistill.core.segments import ANSWER, PROMPT, REASONING
@@ -394,6 +397,48 @@ def test_killed_again_and_again_it_ends_in_the_same_bits(tmp_path, base, monkeyp
     done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_end(killed.arm("own", SEED).folder, whole.arm("own", SEED).folder)
+
+
+def test_a_longer_training_goes_on_from_a_shorter_one_only_where_latents_start_at_the_same_step(tmp_path):
+    tree = {**STUDY, "arms": {"twin": LATENT, "own": ITSELF}, "seeds": [7, 8, 9], "train": {"schedule": "constant"}}
+    curves = {"curves": {"arms": ["twin", "own"], "budgets": [1, 3]}}
+    for start, warmup, go_on in ((2, 3, ["twin", "own"]), (2, 0.2, ["twin"]), (0, 0.2, ["twin"]), (0.25, 3, [])):
+        changes = {"report": curves, "latent": {"start_after": start}, "loss": {"kv_warmup": warmup}}
+        recipe = tiny_recipe(tmp_path, **{**tree, **changes})
+        arms = {name: arm_recipe(recipe, name) for name in recipe.every_arm}
+        assert continued(recipe, arms) == {f"{name}@x3": name for name in go_on}, (start, warmup)
+
+
+# -- teachers of other families -------------------------------------------------------------------------------
+
+
+def test_teachers_with_other_tokenizers_and_chains_of_their_own_fill_slots_from_their_own_tokens(tmp_path):
+    """Four families: one cuts numbers of two digits, one has longer chains than the student reads."""
+    byte_level_tokenizer(tmp_path / "bytes")
+    write_traces(tmp_path)
+    arms = {"steps": {"reasoning": "latent"}, "r-kv": {**ARMS["rkv"], "align": {"keys": "rotated"}}}
+    changes = study_changes(tmp_path) | {"arms": arms, "latent": {"tokens": M, "passes": T, "start_after": 0}}
+    recipe = tiny_recipe(tmp_path / "run", **changes, compress=STUDY["compress"])
+    made_ready(recipe, tmp_path / "run")
+    experiment = Experiment(recipe, tmp_path / "run")
+    arm, numbers = experiment.arm("steps", SEED), [5, 0, 61, 33, 79]
+    batch, lengths = arm.load(arm.batches("train"), numbers), set()
+    for name, teacher in arm.teachers.items():
+        index, live = batch.maps[name].index[..., 0], batch.kv_masks[name]
+        for b, number in enumerate(numbers):
+            row = teacher.examples("train")[number]
+            start, steps = row.segments.index(REASONING), row.reasoning.split(MARK)
+            lengths.add(len(steps))
+            ends = [int(i) for i, lives in zip(index[b], live[b], strict=True) if lives]
+            read = [teacher.tokenizer.decode(row.input_ids[start : end + 1]) for end in ends]
+            whole = [MARK.join(steps[: n + 1]) for n in range(len(steps))][-M:]
+            assert read == whole, (name, row.reasoning)
+    assert lengths == {2, 4}, "with two steps of its own in front, and without"
+    for name in arms:
+        arm = experiment.arm(name, SEED)
+        train_student(arm)
+        last = rows_of(arm.folder / "log.jsonl")[-1]["terms"]
+        assert {f"kv/{one}/{side}" for one in arm.teachers for side in "kv"} <= last.keys()
 
 
 # -- saving and answering -------------------------------------------------------------------------------------
