@@ -45,6 +45,7 @@ from kvdistill.arms.student import load_saved
 from kvdistill.compress import kept_by_layer, rkv_layer_scores
 from kvdistill.core.arms import arm_recipe
 from kvdistill.core.budgets import continued
+from kvdistill.core.errors import ModelError
 from kvdistill.core.kv import KV
 from kvdistill.core.records import read_records
 from kvdistill.core.segments import ANSWER, PROMPT, REASONING
@@ -278,6 +279,32 @@ def test_the_loss_of_latents_to_teachers_is_the_loop(base, name):
             assert float(found) == pytest.approx(sum(raw) / len(count), rel=1e-4)
             assert float(entered) == pytest.approx(0.8 * sum(routed) / len(count), rel=1e-4)
     assert torch.allclose(out.weights.sum(0), torch.ones_like(out.weights[0]))
+
+
+SELECTORS: dict[str, Callable[[list[int], int], list[int]]] = {
+    "right": lambda tokens, keep: tokens[-keep:],
+    "crop": lambda tokens, keep: tokens[:keep],
+    "uniform": lambda tokens, keep: [tokens[round(i * (len(tokens) - 1) / max(1, keep - 1))] for i in range(keep)],
+    "random": lambda tokens, keep: tokens,
+}
+
+
+@pytest.mark.parametrize("keep", [None, 3])
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_slots_stand_for_the_tokens_that_the_selector_says_in_their_order(base, selector, keep):
+    compress = {"kv_compression": selector, "keep": keep, "step_mark": None}
+    arm = study(base, arms={"own": ITSELF}, compress=compress).arm("own", SEED)
+    batches, num = arm.batches("train"), keep or M
+    one, other = batches(NUMBERS), batches(NUMBERS[::-1])
+    for b, number in enumerate(NUMBERS):
+        filled = one.kv_masks["itself"][b].tolist()
+        tokens = places(batches.examples[number], REASONING)
+        assert filled == [True] * num + [False] * (M - num) and len(tokens) > M
+        found = one.maps["itself"].index[b, :num, 0].tolist()
+        wanted = SELECTORS[selector](tokens, num)
+        assert found == wanted if selector != "random" else set(found) <= set(wanted) and found == sorted({*found})
+        assert found == other.maps["itself"].index[-1 - b, :num, 0].tolist(), "whatever else is in the batch"
+    assert float(token_counts(one, arm.recipe)[-1]) == num * len(NUMBERS)
 
 
 def without_reasoning(row: Example) -> Example:
@@ -520,6 +547,20 @@ def test_answers_are_recorded_with_their_loss_behind_latents(base):
             thinking = student.think(Questions.of_ids([row.prompt_ids], [answer], 0))
             values = functional.cross_entropy(thinking.logits_NV, thinking.labels_N, reduction="none")
         assert record.nll == pytest.approx(float(values.mean()), rel=1e-4)
+
+
+def test_saving_a_student_that_thinks_is_tried_before_training(tmp_path, monkeypatch):
+    def lost(self: LatentStudent, folder: Path, tokenizer: Any) -> None:
+        raise ModelError("the saved student is another one", place=str(folder), fix="take another family")
+
+    monkeypatch.setattr(LatentStudent, "save", lost)
+    tree = {**STUDY, "arms": {"twin": LATENT, "ce": {"teachers": []}}}
+    answer = invoke(monkeypatch, "run", write_recipe(tmp_path, **tree), work=no_training)
+    assert_one_message(answer, "student: the saved student is another one", "take another family")
+    with pytest.raises(AssertionError, match="began before the mistake was found"):  # of others nothing is tried
+        written = write_recipe(tmp_path, **{**tree, "arms": {"ce": {"teachers": []}}})
+        shutil.rmtree(tmp_path / "run")
+        invoke(monkeypatch, "run", written, work=no_training)
 
 
 # -- costs ----------------------------------------------------------------------------------------------------

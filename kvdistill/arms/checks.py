@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from kvdistill.arms.arm import Arm
 from kvdistill.arms.experiment import Experiment
+from kvdistill.arms.latent_student import LatentStudent
 from kvdistill.arms.student import CausalStudent
 from kvdistill.arms.teacher import Teacher
 from kvdistill.core.errors import AlignmentError, ModelError, RecipeError
@@ -319,8 +320,10 @@ def try_saving(experiment: Experiment) -> None:
     comes back as another one, and whatever saving raises.
     """
     student, note = experiment.recipe.student, experiment.run / "check.json"
+    latent = next((arm.latent for arm in experiment.arms.values() if arm.thinks), None)
     what = sha256_of(
-        {
+        ({} if latent is None else {"latent": latent.model_dump(mode="json")})
+        | {
             "student": student.model_dump(mode="json"),
             "files": [] if student.path is None else file_stamps(Path(student.path).expanduser()),
             "tokenizer": fingerprint_tokenizer(experiment.tokenizer),
@@ -329,19 +332,22 @@ def try_saving(experiment: Experiment) -> None:
     )
     if (read_mark(note) or {}).get("saved") == what:
         return
-    made = CausalStudent(experiment.initial_model(experiment.recipe.seeds[0]), lora=student.lora)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in made.named_parameters():
-        if "lora_B" in name:
-            with torch.no_grad():
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    seed = experiment.recipe.seeds[0]
+    made: list[CausalStudent | LatentStudent] = [CausalStudent(experiment.initial_model(seed), lora=student.lora)]
+    if latent is not None:
+        made.append(LatentStudent.around(experiment.initial_model(seed), latent, lora=student.lora))
     with tempfile.TemporaryDirectory(dir=experiment.run, prefix=".check-") as folder:
-        try:
-            made.save(Path(folder) / "model", experiment.as_read(experiment.tokenizer))
-        except ModelError as error:  # of a folder that nobody will see
-            raise ModelError(
-                error.what, place=f"student{'' if student.path is None else f'.path: {student.path}'}", fix=error.fix
-            ) from None
+        for one in made:
+            generator = torch.Generator().manual_seed(0)
+            for name, parameter in one.named_parameters():
+                if "lora_B" in name:
+                    with torch.no_grad():
+                        parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+            try:
+                one.save(Path(folder) / "model", experiment.as_read(experiment.tokenizer))
+            except ModelError as error:  # of a folder that nobody will see
+                place = f"student{'' if student.path is None else f'.path: {student.path}'}"
+                raise ModelError(error.what, place=place, fix=error.fix) from None
         theirs = AutoTokenizer.from_pretrained(Path(folder) / "model")
     special = [*experiment.tokenizer.get_added_vocab()]
     for example in experiment.split("train")[:COMPARED_EXAMPLES]:
