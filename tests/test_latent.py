@@ -332,6 +332,33 @@ def test_answers_of_a_batch_are_those_of_each_alone_and_count_every_pass(family)
         assert answer.forward_passes == num_passes + 1 + min(longest, length + 1)
 
 
+def test_plain_generation_reads_padding_on_either_side_and_counts_as_transformers_does():
+    model = thinker("llama")
+    found = [model.generate(torch.tensor([prompt]), max_new_tokens=5)[0, len(prompt) :] for prompt in PROMPTS]
+    for side in ("left", "right"):
+        width = max(LENGTHS)
+        ids, mask = torch.zeros(3, width, dtype=torch.long), torch.zeros(3, width, dtype=torch.long)
+        for b, prompt in enumerate(PROMPTS):
+            where = slice(width - len(prompt), width) if side == "left" else slice(len(prompt))
+            ids[b, where], mask[b, where] = torch.tensor(prompt), 1
+        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=5)
+        assert torch.equal(out[:, :width], ids) and torch.equal(out[:, width:], torch.stack(found)), side
+    assert model.generate(torch.tensor([PROMPTS[0]]), max_length=LENGTHS[0] + 2).shape == (1, LENGTHS[0] + 2)
+
+
+def test_what_is_new_is_drawn_from_the_seed_alone_and_draws_nothing_from_others():
+    torch.manual_seed(1)
+    first = torch.rand(3)
+    torch.manual_seed(1)
+    made = [LatentForCausalLM.around(tiny_model("llama"), M, 2, seed=seed) for seed in (4, 4, 5)]
+    assert torch.equal(torch.rand(3), first)
+    weights = [[one.special, *one.projection.parameters()] for one in made]
+    assert all(torch.equal(a, b) for a, b in zip(weights[0], weights[1], strict=True))
+    assert not torch.equal(weights[0][0], weights[2][0]) and not torch.equal(weights[0][1], weights[2][1])
+    words = made[0].get_input_embeddings().weight
+    assert float(made[0].special.detach().std()) == pytest.approx(float(words.detach().std()), rel=0.2)
+
+
 def test_answers_are_scored_behind_latents_and_written_reasoning_as_it_is_written():
     student, pad = LatentStudent.of(thinker("qwen2")), 0
     reasoning = [[5, 6, 7], [12], [31, 30, 29, 28]]

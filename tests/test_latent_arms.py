@@ -37,7 +37,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from kvdistill.arms.arm import Arm
 from kvdistill.arms.batches import BatchMaker, token_counts
-from kvdistill.arms.costs import run_flops, thinking_flops
+from kvdistill.arms.costs import run_flops
 from kvdistill.arms.experiment import Experiment
 from kvdistill.arms.latent_student import LatentStudent, student_of, thinking_cost
 from kvdistill.arms.questions import Questions
@@ -369,6 +369,15 @@ def test_before_latents_start_only_written_words_are_learned_and_weights_rise_fr
                 assert terms[f"kv/{name}/{side}"]["weight"] == pytest.approx(share * weight), (row["step"], name)
 
 
+def test_all_arms_that_think_start_from_the_same_weights(base):
+    """An arm and its twin without keys and values are pairs, seed by seed."""
+    experiment = study(base)
+    starts = [experiment.arm(name, SEED).distiller.student.state_dict() for name in ("twin", "own", "both")]
+    for other in starts[1:]:
+        assert starts[0].keys() == other.keys()
+        assert all(torch.equal(value, other[name]) for name, value in starts[0].items())
+
+
 @pytest.mark.parametrize("name", ["direct", "twin"])
 def test_before_they_start_latents_change_nothing_that_is_learned(tmp_path, base, name):
     """With a start behind the last step, all arms without reasoning's latents are plain fine-tuning, to the bit."""
@@ -591,16 +600,25 @@ def test_a_step_of_latents_costs_what_the_counter_counts(tmp_path, base, name):
     assert counter.get_total_flops() - (ledger["aligner"] - projected) <= ledger["student_backward"]
 
 
-def test_latents_cost_from_the_step_on_in_which_they_start(base):
-    arm = study(base).arm("twin", SEED)
-    order, sizes = arm.training_order(), arm.question_sizes
-    begun = order[2 * 8 :]
-    writer = arm.experiment.student_outline
-    assert thinking_flops(arm, order) == thinking_cost(writer, arm.recipe.latent, [sizes[i] for i in begun])
-    plain = study(base, arms={"ce": {"teachers": []}}).arm("ce", SEED)
-    written, both = run_flops(plain, order), run_flops(arm, order)
-    for side, more in zip(("student_forward", "student_backward"), thinking_flops(arm, order), strict=True):
-        assert both[side] == written[side] + more
+@pytest.mark.parametrize(("start", "steps", "first"), [(2, 6, 2), (0.25, 6, 2), (0.25, 16, 4), (9, 6, 6)])
+def test_latents_cost_from_the_step_on_in_which_they_start(base, start, steps, first):
+    """Also of a training that ended early, and of a plan of more steps than the recipe's."""
+    train = {"train": {"accumulation": 2, "batch_size": 3, "steps": 6}}
+    latent = {**STUDY["latent"], "start_after": start}
+    arm, plain = (
+        study(base, arms={"x": one}, latent=latent, **train).arm("x", SEED) for one in (LATENT, {"teachers": []})
+    )
+    order, rows = arm.training_order(arm.num_batches(steps)), arm.lessons
+    for trained in (steps, steps - 1, first + 1):
+        read = order[: trained * 2 * 3]
+        sizes = [(places(rows[i], PROMPT), places(rows[i], ANSWER)) for i in read[first * 2 * 3 :]]
+        more = thinking_cost(
+            arm.experiment.student_outline, arm.recipe.latent, [(len(prompt), len(answer)) for prompt, answer in sizes]
+        )
+        written, both = run_flops(plain, read, None, steps), run_flops(arm, read, None, steps)
+        for side, thinking in zip(("student_forward", "student_backward"), more, strict=True):
+            assert both[side] == written[side] + thinking
+        assert run_flops(arm, read, arm.experiment.train_lengths, steps)["student_forward"] == both["student_forward"]
 
 
 # -- mistakes -------------------------------------------------------------------------------------------------

@@ -153,6 +153,11 @@ class Batch:
     chunks: dict[str, TextChunks] = field(default_factory=dict)
     questions: Questions | None = None
 
+    def __post_init__(self) -> None:
+        if self.questions is None:
+            wide = {name: mask.shape[-1] for name, mask in self.kv_masks.items()}
+            assert set(wide.values()) <= {self.input_ids_BT.shape[1]}, f"kv_masks of tokens, not of slots: {wide}"
+
     @property
     def mask_BT(self) -> Tensor:
         """Real tokens."""

@@ -266,7 +266,8 @@ class LatentForCausalLM(PreTrainedModel, GenerationMixin):
         (else the model's own) the number of new tokens, the end tokens and the padding are read.
         """
         config = generation_config or self.generation_config or GenerationConfig()
-        ends, most = config.eos_token_id, max_new_tokens or others.get("max_length") or config.max_new_tokens or 64
+        in_all = max(0, (others.get("max_length") or 0) - input_ids.shape[1])
+        ends, most = config.eos_token_id, max_new_tokens or in_all or config.max_new_tokens or 64
         ends_E = torch.tensor([] if ends is None else [ends] if isinstance(ends, int) else list(ends)).to(input_ids)
         pad = config.pad_token_id if config.pad_token_id is not None else 0
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
