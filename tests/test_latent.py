@@ -397,8 +397,8 @@ def test_slots_reach_a_target_that_is_known_to_be_within_reach(family):
         return torch.stack([functional.mse_loss(mine, theirs) for mine, theirs in pairs]).mean()
 
     first = float(loss().detach())
-    for step in range(300):
-        optimiser.param_groups[0]["lr"] = 3e-3 * (1 - step / 300)
+    for step in range(120):
+        optimiser.param_groups[0]["lr"] = 3e-3 * (1 - step / 120)
         optimiser.zero_grad()
         now = loss()
         now.backward()

@@ -52,6 +52,7 @@ from kvdistill.core.segments import ANSWER, PROMPT, REASONING
 from kvdistill.core.targets import IMPORTANCE, REDUNDANCY
 from kvdistill.data.encode import Example
 from kvdistill.data.tokenizers import character_tokenizer
+from kvdistill.models.latent import LatentForCausalLM
 from kvdistill.stages.evaluate import evaluate
 from kvdistill.stages.train import train_student
 from kvdistill.store.packed import TargetReader
@@ -423,13 +424,13 @@ def test_stopped_before_and_after_latents_start_it_ends_in_the_same_bits(tmp_pat
 @pytest.mark.slow
 def test_killed_again_and_again_it_ends_in_the_same_bits(tmp_path, base, monkeypatch):
     monkeypatch.setattr("test_resume.FINAL", ("model/model.safetensors",))
-    long = {**SHORT, "train": {**SHORT["train"], "steps": 40}}
+    long = {**SHORT, "train": {**SHORT["train"], "steps": 28}}
     whole = copied(base, tmp_path / "whole", **long)
     train_student(whole.arm("own", SEED))
     killed, changes = copied(base, tmp_path / "killed", **long), tmp_path / "changes.json"
     changes.write_text(json.dumps(long))
     driver = Path(__file__).with_name("killed_training.py")
-    words = [sys.executable, str(driver), str(killed.run), "own", str(SEED), "3", str(changes)]
+    words = [sys.executable, str(driver), str(killed.run), "own", str(SEED), "2", str(changes)]
     done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_end(killed.arm("own", SEED).folder, whole.arm("own", SEED).folder)
@@ -619,6 +620,35 @@ def test_latents_cost_from_the_step_on_in_which_they_start(base, start, steps, f
         for side, thinking in zip(("student_forward", "student_backward"), more, strict=True):
             assert both[side] == written[side] + thinking
         assert run_flops(arm, read, arm.experiment.train_lengths, steps)["student_forward"] == both["student_forward"]
+
+
+def test_validation_may_choose_the_weights_of_latents_and_its_points_are_paid_for(tmp_path, base):
+    """By the likelihood of the answer behind them; what a point costs is counted by what was run."""
+    train = {"steps": 6, "eval_every": 3, "eval_examples": 4, "select": "best", "learning_rate": 0.01}
+    arm = copied(base, tmp_path, arms={"own": ITSELF}, train=train).arm("own", SEED)
+    asked: list[tuple[int, int]] = []
+    think = LatentForCausalLM.think
+
+    def counted(self: LatentForCausalLM, input_ids: Tensor, mask: Tensor, **options: Any) -> Any:
+        asked.extend([(int(row.sum()), int(torch.is_grad_enabled())) for row in mask])
+        return think(self, input_ids, mask, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LatentForCausalLM, "think", counted)
+        train_student(arm)
+    points = [row for row in rows_of(arm.folder / "log.jsonl") if "val" in row]
+    assert len(points) >= 2 and all(math.isfinite(row["val"]["completion_nll"]) for row in points)
+    by_hand = [row["val"]["nll"] for row in points]
+    assert [row["val"]["completion_nll"] for row in points] == pytest.approx(by_hand, rel=1e-4)
+    measured = [size for size, learns in asked if not learns]
+    assert len(measured) >= len(points) * 3 * 4, "its losses, the choice and the answers"
+    most = arm.experiment.recipe.evaluate.max_new_tokens
+    writer, rows = arm.experiment.student_outline, [*arm.experiment.split("val"), *arm.lessons]
+    text, prompt = max(len(r.input_ids) for r in rows), max(len(r.prompt_ids) for r in rows)
+    for row in points:
+        most_of_it = writer.flops(8 * text, 8 * text**2)[0]
+        most_of_it += thinking_cost(writer, arm.recipe.latent, [(prompt, most)] * 12)[0]
+        assert 0.5 * most_of_it < row["flops"] <= most_of_it
 
 
 # -- mistakes -------------------------------------------------------------------------------------------------
