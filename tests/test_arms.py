@@ -159,6 +159,8 @@ def test_ids_and_segments_of_different_shapes_are_refused() -> None:
     with pytest.raises(TypeCheckError, match="segments_BT"):
         Batch(ids_BT, torch.ones(2, 4, dtype=torch.long), ["chain", "chain"])
     with pytest.raises(TypeCheckError, match="kv_masks"):
+        Batch(ids_BT, ids_BT, ["chain", "chain"], kv_masks={"one": torch.ones(5, 3, dtype=torch.bool)})
+    with pytest.raises(AssertionError, match="kv_masks"):
         Batch(ids_BT, ids_BT, ["chain", "chain"], kv_masks={"one": torch.ones(2, 4, dtype=torch.bool)})
 
 

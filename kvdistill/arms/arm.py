@@ -24,7 +24,7 @@ from kvdistill.arms.distiller import Distiller
 from kvdistill.arms.latent_student import LatentStudent
 from kvdistill.arms.lessons import RowsBehind, studied_beside, written_beside
 from kvdistill.arms.pairing import Pairing
-from kvdistill.arms.questions import Directly
+from kvdistill.arms.questions import Directly, question_sizes
 from kvdistill.arms.setting import Setting
 from kvdistill.arms.student import CausalStudent, Student
 from kvdistill.arms.teacher import Teacher
@@ -35,7 +35,7 @@ from kvdistill.core.kv import KV
 from kvdistill.core.layout import arm_folder, fit_root
 from kvdistill.core.recipe import ArmRecipe, StudentRecipe
 from kvdistill.core.runtime import derive_seed, elements_at_once
-from kvdistill.core.segments import ANSWER, PROMPT
+from kvdistill.core.segments import PROMPT
 from kvdistill.core.targets import TeacherTargets
 from kvdistill.data.encode import Example
 from kvdistill.data.steps import StepMarks
@@ -309,7 +309,7 @@ class Arm:
     @cached_property
     def question_sizes(self) -> Sequence[tuple[int, int]]:
         """Tokens of the prompt and of the answer of each of its lessons."""
-        return [(row.segments.count(PROMPT), row.segments.count(ANSWER)) for row in self.lessons]
+        return question_sizes(self.lessons)
 
     def calibration_rows(self, most: int | None = None) -> list[int]:
         """Numbers of the training examples that aligners are fitted on, or the first `most` of them."""

@@ -148,10 +148,15 @@ class Batch:
     nll_scale: dict[str, Float[Tensor, " B"]] = field(default_factory=dict)
     changes: dict[str, Change] = field(default_factory=dict)
     maps: dict[str, SparseMap] = field(default_factory=dict)
-    kv_masks: dict[str, Bool[Tensor, "B T"] | Bool[Tensor, "_ B T"]] = field(default_factory=dict)
+    kv_masks: dict[str, Bool[Tensor, "B _"] | Bool[Tensor, "_ B _"]] = field(default_factory=dict)
     token_weights: dict[str, Float[Tensor, "_ B T"]] = field(default_factory=dict)
     chunks: dict[str, TextChunks] = field(default_factory=dict)
     questions: Questions | None = None
+
+    def __post_init__(self) -> None:
+        if self.questions is None:
+            wide = {name: mask.shape[-1] for name, mask in self.kv_masks.items()}
+            assert set(wide.values()) <= {self.input_ids_BT.shape[1]}, f"kv_masks of tokens, not of slots: {wide}"
 
     @property
     def mask_BT(self) -> Tensor:

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from kvdistill.arms.arm import Arm
 from kvdistill.arms.experiment import Experiment
+from kvdistill.arms.latent_student import LatentStudent
 from kvdistill.arms.student import CausalStudent
 from kvdistill.arms.teacher import Teacher
 from kvdistill.core.errors import AlignmentError, ModelError, RecipeError
@@ -22,6 +23,7 @@ from kvdistill.core.marks import read_mark, sealed
 from kvdistill.core.progress import Progress, silent
 from kvdistill.core.quoting import quoted
 from kvdistill.core.recipe import ModelRecipe, Recipe, ScratchRecipe
+from kvdistill.core.segments import ANSWER
 from kvdistill.data.encode import Example
 from kvdistill.data.tokenizers import fingerprint_tokenizer, load_tokenizer
 from kvdistill.models import ModelShape, Probe, model_config, probe_config
@@ -123,6 +125,12 @@ def check_positions(experiment: Experiment) -> None:
     needs = {what: max((len(e.input_ids) for e in examples), default=0) for what, examples in texts.items()}
     prompts = [e.num_prompt_tokens for split in ("val", "test") for e in experiment.split(split)]
     needs[f"the longest prompt with {new} new tokens (evaluate.max_new_tokens)"] = max(prompts, default=0) + new
+    questions = [e.num_prompt_tokens + e.segments.count(ANSWER) for examples in texts.values() for e in examples]
+    longest = max(max(questions, default=0), max(prompts, default=0) + new)
+    for name, arm in experiment.arms.items():
+        if arm.thinks:  # <bot>, slots, <eot> between question and answer
+            what = f"the longest question of arms.{name} with its {arm.latent.tokens} latent slots (latent.tokens)"
+            needs[what] = longest + arm.latent.tokens + 2
     compare("student", experiment.student_shape, needs)
     for teacher in experiment.teachers.values():
         splits = ("train", "val", "teach") if teacher.recipe.scratch is not None else ("train", "val")
@@ -244,7 +252,9 @@ def _check_meets(arm: Arm, teacher: Teacher) -> None:
         )
     if not recipe.needs_kv:
         return
-    for key, what, fix in recipe.align.time_mistakes(own_tokenizer=own_tokenizer, own_chains=own_chains):
+    same_places = not recipe.thinks  # latent slots are filled from each teacher's own tokens: no times to align
+    unlike = {"own_tokenizer": own_tokenizer and same_places, "own_chains": own_chains and same_places}
+    for key, what, fix in recipe.align.time_mistakes(**unlike):
         raise AlignmentError(what, place=f"{place}: {key}", fix=fix)
     if own_chains and recipe.needs_nll:
         raise AlignmentError(
@@ -310,8 +320,10 @@ def try_saving(experiment: Experiment) -> None:
     comes back as another one, and whatever saving raises.
     """
     student, note = experiment.recipe.student, experiment.run / "check.json"
+    latent = next((arm.latent for arm in experiment.arms.values() if arm.thinks), None)
     what = sha256_of(
-        {
+        ({} if latent is None else {"latent": latent.model_dump(mode="json")})
+        | {
             "student": student.model_dump(mode="json"),
             "files": [] if student.path is None else file_stamps(Path(student.path).expanduser()),
             "tokenizer": fingerprint_tokenizer(experiment.tokenizer),
@@ -320,19 +332,22 @@ def try_saving(experiment: Experiment) -> None:
     )
     if (read_mark(note) or {}).get("saved") == what:
         return
-    made = CausalStudent(experiment.initial_model(experiment.recipe.seeds[0]), lora=student.lora)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in made.named_parameters():
-        if "lora_B" in name:
-            with torch.no_grad():
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    seed = experiment.recipe.seeds[0]
+    made: list[CausalStudent | LatentStudent] = [CausalStudent(experiment.initial_model(seed), lora=student.lora)]
+    if latent is not None:
+        made.append(LatentStudent.around(experiment.initial_model(seed), latent, lora=student.lora))
     with tempfile.TemporaryDirectory(dir=experiment.run, prefix=".check-") as folder:
-        try:
-            made.save(Path(folder) / "model", experiment.as_read(experiment.tokenizer))
-        except ModelError as error:  # of a folder that nobody will see
-            raise ModelError(
-                error.what, place=f"student{'' if student.path is None else f'.path: {student.path}'}", fix=error.fix
-            ) from None
+        for one in made:
+            generator = torch.Generator().manual_seed(0)
+            for name, parameter in one.named_parameters():
+                if "lora_B" in name:
+                    with torch.no_grad():
+                        parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+            try:
+                one.save(Path(folder) / "model", experiment.as_read(experiment.tokenizer))
+            except ModelError as error:  # of a folder that nobody will see
+                place = f"student{'' if student.path is None else f'.path: {student.path}'}"
+                raise ModelError(error.what, place=place, fix=error.fix) from None
         theirs = AutoTokenizer.from_pretrained(Path(folder) / "model")
     special = [*experiment.tokenizer.get_added_vocab()]
     for example in experiment.split("train")[:COMPARED_EXAMPLES]:

@@ -6,11 +6,12 @@ of `models/latent.py`; its written reasoning is that model's backbone run as any
 
 from __future__ import annotations
 
+import functools
 import inspect
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,11 @@ from kvdistill.arms.student import CausalStudent, StudentOutput, load_saved, ref
 from kvdistill.core.files import replacing_folder
 from kvdistill.core.kv import KV, RopeFrame
 from kvdistill.core.recipe import LatentRecipe, LoraRecipe
-from kvdistill.models import ModelShape, find_rotary, forward_flops, merge_lora, unrotate_keys
+from kvdistill.models import find_rotary, merge_lora, unrotate_keys
 from kvdistill.models.generate import Answer, Rows, generate_greedy
 from kvdistill.models.latent import LatentConfig, LatentForCausalLM
+
+P = ParamSpec("P")
 
 AutoConfig.register(LatentConfig.model_type, LatentConfig, exist_ok=True)
 AutoModelForCausalLM.register(LatentConfig, LatentForCausalLM, exist_ok=True)
@@ -40,6 +43,24 @@ class Thinking(NamedTuple):
     row_N: Tensor
     kv: KV
     seen: KV
+
+
+def nothing_recomputed(think: Callable[P, Thinking]) -> Callable[P, Thinking]:
+    """Without gradient checkpointing: layers that run again in the backward pass leave no cache to think with."""
+
+    @functools.wraps(think)
+    def thinking(*args: P.args, **options: P.kwargs) -> Thinking:
+        student: Any = args[0]
+        recomputes: list[Any] = [one for one in student.modules() if getattr(one, "gradient_checkpointing", False)]
+        for one in recomputes:
+            one.gradient_checkpointing = False
+        try:
+            return think(*args, **options)
+        finally:
+            for one in recomputes:
+                one.gradient_checkpointing = True
+
+    return thinking
 
 
 class LatentStudent(nn.Module):
@@ -95,6 +116,7 @@ class LatentStudent(nn.Module):
         """As `Student.__call__`: of texts as they are written, without latents."""
         return self.writer(input_ids_BT, mask_BT, layers=layers, queries=queries, keys=keys, head=head)
 
+    @nothing_recomputed
     def think(self, questions: Questions, layers: Sequence[int] = (), keys: RopeFrame = "unrotated") -> Thinking:
         """Think about each question, then read its answer. layers: whose keys and values at the slots; empty: all."""
         M, backbone = self.thinker.config.num_latents, self.thinker.backbone
@@ -203,9 +225,9 @@ class LatentStudent(nn.Module):
         return self.writer.flops(num_tokens, sum_squared_lengths)
 
 
-def thinking_cost(shape: ModelShape, recipe: LatentRecipe, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+def thinking_cost(writer: CausalStudent, recipe: LatentRecipe, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """Floating-point operations, forward and backward, of `LatentStudent.think` over questions of so many (prompt,
-    answer) tokens; a multiply-add as two. The head runs on answers alone."""
+    answer) tokens; a multiply-add as two. The head runs on answers alone, and nothing is recomputed."""
     M, T = recipe.tokens, recipe.passes
     tokens = squares = heads = 0
     for prompt, answer in sizes:
@@ -213,10 +235,10 @@ def thinking_cost(shape: ModelShape, recipe: LatentRecipe, sizes: Sequence[tuple
         tokens += places + M * T + answer
         squares += places**2 + T * M * places + answer * (places + answer)
         heads += answer
-    inner = recipe.projection_size or shape.hidden_size
-    forward = forward_flops(shape, tokens, squares, num_head_tokens=heads)
-    forward += 2 * 2 * len(sizes) * M * T * shape.hidden_size * inner
-    return forward, 2 * forward
+    size = writer.shape.hidden_size
+    projected = 2 * 2 * len(sizes) * M * T * size * (recipe.projection_size or size)
+    forward, backward = writer.flops(tokens, squares, num_head_tokens=heads, recomputes=False)
+    return forward + projected, backward + 2 * projected
 
 
 def student_of(model: Any) -> CausalStudent | LatentStudent:

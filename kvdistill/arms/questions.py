@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from kvdistill.core.segments import ANSWER, REASONING
+from kvdistill.core.segments import ANSWER, PROMPT, REASONING
 from kvdistill.data.encode import Example
 from kvdistill.data.tables import ExampleRows
 from kvdistill.models.generate import left_padded, right_padded
@@ -40,6 +40,11 @@ class Questions:
 
     def to(self, device: torch.device | str) -> Questions:
         return Questions(*(getattr(self, name).to(device) for name in [one.name for one in fields(self)]))
+
+
+def question_sizes(rows: Sequence[Example]) -> list[tuple[int, int]]:
+    """Tokens of the prompt and of the answer of each."""
+    return [(row.segments.count(PROMPT), row.segments.count(ANSWER)) for row in rows]
 
 
 class Directly(ExampleRows):

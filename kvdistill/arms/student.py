@@ -238,12 +238,23 @@ class CausalStudent(nn.Module):
         model.train(training)
         return logits.float().cpu()
 
-    def flops(self, num_tokens: int, sum_squared_lengths: int) -> tuple[int, int]:
+    def flops(
+        self,
+        num_tokens: int,
+        sum_squared_lengths: int,
+        *,
+        num_head_tokens: int | None = None,
+        recomputes: bool | None = None,
+    ) -> tuple[int, int]:
         """As `Student.flops`. A backward pass is two forwards, and one more where activations are recomputed. With LoRA
-        the frozen weights take one forward's worth, and the adapters are counted beside them."""
-        frozen = forward_flops(self.shape, num_tokens, 0) if self._num_adapted else 0
-        forward = forward_flops(self.shape, num_tokens, sum_squared_lengths) + 2 * num_tokens * self._num_adapted
-        return forward, 2 * forward - frozen + (forward if self._recomputes else 0)
+        the frozen weights take one forward's worth, and the adapters are counted beside them.
+
+        num_head_tokens: that the head is run on; unset: all. recomputes: unset: as it was made."""
+        frozen = forward_flops(self.shape, num_tokens, 0, num_head_tokens=num_head_tokens) if self._num_adapted else 0
+        forward = forward_flops(self.shape, num_tokens, sum_squared_lengths, num_head_tokens=num_head_tokens)
+        forward += 2 * num_tokens * self._num_adapted
+        again = self._recomputes if recomputes is None else recomputes
+        return forward, 2 * forward - frozen + (forward if again else 0)
 
 
 def load_saved(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:

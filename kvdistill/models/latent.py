@@ -40,7 +40,6 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.cache_utils import DynamicLayer
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 BOT, LATENT, EOT = range(3)  # rows of `special`
 
@@ -64,6 +63,14 @@ class LatentConfig(PreTrainedConfig):
         self.backbone = dict(backbone or {})
         self.num_latents, self.num_passes, self.projection_size = num_latents, num_passes, projection_size
         super().__init__(**others)
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Tokens that prompt and answer may have together, where the backbone is limited (else AttributeError)."""
+        limits = [self.backbone.get(name) for name in ("max_position_embeddings", "n_positions")]
+        if not (known := [limit for limit in limits if limit is not None]):
+            raise AttributeError("the backbone reads texts of any length")
+        return known[0] - self.num_latents - 2
 
     def backbone_config(self) -> PreTrainedConfig:
         """The backbone's config as transformers knows it."""
@@ -107,6 +114,7 @@ class LatentForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: LatentConfig, backbone: nn.Module | None = None) -> None:
         """backbone: a model to think with, as it is; unset: one with random weights."""
         super().__init__(config)
+        self._is_given = backbone is not None
         if backbone is None:
             backbone = AutoModelForCausalLM.from_config(config.backbone_config(), dtype=config.dtype)
         self.backbone: Any = backbone
@@ -149,6 +157,11 @@ class LatentForCausalLM(PreTrainedModel, GenerationMixin):
                 raise OSError(f"this is no whole latent model: it {words[what]} {', '.join(wrong[:3])}")
         return (model, info) if wants_info else model
 
+    def init_weights(self) -> None:
+        """A given backbone is ready: its weights are tied, under names that are other ones inside adapters (peft)."""
+        if not self._is_given:
+            super().init_weights()
+
     def _init_weights(self, module: nn.Module) -> None:
         """What is new is drawn by `around`; the rest is the backbone's own or loaded."""
 
@@ -171,7 +184,7 @@ class LatentForCausalLM(PreTrainedModel, GenerationMixin):
         """Forward passes before the one that reads `<eot>` and gives the answer's first token."""
         return self.config.num_passes + 1
 
-    def forward(self, *args: Any, **options: Any) -> CausalLMOutputWithPast:
+    def forward(self, *args: Any, **options: Any) -> Any:
         """The backbone as it is: words after words, without latents."""
         return self.backbone(*args, **options)
 
@@ -253,7 +266,8 @@ class LatentForCausalLM(PreTrainedModel, GenerationMixin):
         (else the model's own) the number of new tokens, the end tokens and the padding are read.
         """
         config = generation_config or self.generation_config or GenerationConfig()
-        ends, most = config.eos_token_id, max_new_tokens or others.get("max_length") or config.max_new_tokens or 64
+        in_all = max(0, (others.get("max_length") or 0) - input_ids.shape[1])
+        ends, most = config.eos_token_id, max_new_tokens or in_all or config.max_new_tokens or 64
         ends_E = torch.tensor([] if ends is None else [ends] if isinstance(ends, int) else list(ends)).to(input_ids)
         pad = config.pad_token_id if config.pad_token_id is not None else 0
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask

@@ -15,6 +15,8 @@ import torch
 from kvdistill.arms.arm import MEASURED, Arm
 from kvdistill.arms.batches import ITSELF, BatchMaker, token_counts
 from kvdistill.arms.distiller import Distiller
+from kvdistill.arms.latent_student import LatentStudent, thinking_cost
+from kvdistill.arms.questions import question_sizes
 from kvdistill.arms.student import Student
 from kvdistill.arms.texts import PickedRows, spread
 from kvdistill.core.files import append_json_line
@@ -31,7 +33,9 @@ class LearningCurve:
         self._arm, self._log_file, train = arm, log_file, arm.recipe.train
         self._val = arm.batches("val")
         self._chosen = spread(self._val.examples, train.eval_examples)
-        self._plain_val = BatchMaker(self._val.examples, arm.experiment.tokenizer.pad_token_id)
+        alone = {"teachers": [], "latent": arm.recipe.latent.model_copy(update={"self_weight": 0.0})}
+        asks = arm.recipe.model_copy(update=alone) if arm.recipe.thinks else None  # its batches hold questions as well
+        self._plain_val = BatchMaker(self._val.examples, arm.experiment.tokenizer.pad_token_id, asks)
         # the training side has stored targets only where the store is used; its likelihood is enough for the gap
         seen = PickedRows(arm.as_read(arm.experiment.split("train")), arm.own_numbers)
         self._seen = BatchMaker(seen, arm.experiment.tokenizer.pad_token_id)
@@ -76,7 +80,14 @@ class LearningCurve:
     def _flops(self, student: Student, examples: Sequence[Example], answers: Sequence[Answer]) -> int:
         """Of a point: both sides read once (validation once more where it decides), and the answers written."""
         again = examples if self._arm.recipe.train.asks_validation else ()
-        read = [*examples, *again, *(self._seen.examples[i] for i in self._seen_chosen)]
+        seen = [self._seen.examples[i] for i in self._seen_chosen]
+        if self._arm.recipe.thinks:  # validation is read as it is written and thought about, and each answer thought of
+            assert isinstance(student, LatentStudent)
+            asked = [*question_sizes([*examples, *again])]
+            asked += [(e.num_prompt_tokens, len(a.ids)) for e, a in zip(examples, answers, strict=True)]
+            written = student.flops(*batch_geometry(len(example.input_ids) for example in (*examples, *seen)))
+            return written[0] + thinking_cost(student.writer, self._arm.recipe.latent, asked)[0]
+        read = [*examples, *again, *seen]
         lengths = [len(example.input_ids) for example in read]
         lengths += [e.num_prompt_tokens + len(a.ids) for e, a in zip(examples, answers, strict=True)]
         return student.flops(*batch_geometry(lengths))[0]
