@@ -25,7 +25,7 @@ from kvdistill.stages.report.tail import KINDS, tail_of
 from kvdistill.stats import NAN
 
 COSTS = ("forward_passes", "seconds_alone", "seconds", "cache_bytes")
-DRAWN = ("forward_passes", "seconds_alone", "cache_bytes")
+DRAWN = {"forward_passes": 1.0, "seconds_alone": 1000.0, "cache_bytes": 1 / 1024}  # and in which units
 CHANGES = ("zero", "mean", "shuffle")
 NEAR_ZERO = 0.05  # an accuracy that cannot fall
 PASSES = "latent.passes"
@@ -226,16 +226,15 @@ def draw_latent_costs(summary: Row, words: Words = ENGLISH) -> Figure | str:
     if not rows:
         return words("reasons.no_answer_cost")
     figure, grid = new_grid(len(DRAWN), height=3.0, sharey=True)
-    for cost, axes in zip(DRAWN, grid, strict=True):
+    for (cost, scale), axes in zip(DRAWN.items(), grid, strict=True):
         for row in rows:
             score, style = summary["arms"][row["arm"]], line_style(list(summary["arms"]).index(row["arm"]))
-            scale = 1000 if cost == "seconds_alone" else 1 / 1024 if cost == "cache_bytes" else 1
             axes.errorbar(scale * row[cost]["mean"], score["mean"], yerr=np.nan_to_num(score["std"]), capsize=3,
                           label=label(row["arm"]), **{**style, "linestyle": ""}, markersize=7,
                           markerfacecolor=style["color"] if row["reasoning"] == "latent" else "white")  # fmt: skip
         axes.set(xlabel=words(f"labels.answer_{cost}"), ylim=(-0.04, 1.04))
-        axes.set_xlim(left=0)
-        axes.margins(x=0.12)
+        most = max((scale * row[cost]["mean"] for row in rows if np.isfinite(row[cost]["mean"])), default=1)
+        axes.set_xlim(0, 1.1 * most or 1)
         percent_axis(axes)
     grid[0].set_ylabel(words("labels.accuracy"))
     handles, names = grid[0].get_legend_handles_labels()
