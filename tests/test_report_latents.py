@@ -10,15 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import run_factory
-from run_factory import make_record, write_run
+from run_factory import CHANGES, make_record, write_latents, write_run
 
 from kvdistill.core.arms import arm_recipe
 from kvdistill.core.errors import RunFolderError
-from kvdistill.core.files import write_json
 from kvdistill.core.layout import LATENTS
 from kvdistill.core.marks import write_mark
 from kvdistill.core.recipe import Recipe
-from kvdistill.core.records import read_records
 from kvdistill.stages.report import report
 from kvdistill.stages.report.compare import SeedRun
 from kvdistill.stages.report.latents import find_passes, find_twins
@@ -37,8 +35,6 @@ ARMS: dict[str, Any] = {
     "placebo": {**LATENT, "control": "placebo"},
 }
 ACCURACY = {"cot": (0.98, 0.95), "direct": (0.2, 0.15), "kv": (0.95, 0.9), "kv-t1": (0.6, 0.5), "twin": (0.3, 0.2)}
-CHANGES = ("zero", "mean", "shuffle")
-TOKENS = ["5", " ×", "<script>", "\n"]
 
 
 def make_recipe(arms: dict[str, Any], **report_section: Any) -> Recipe:
@@ -48,42 +44,6 @@ def make_recipe(arms: dict[str, Any], **report_section: Any) -> Recipe:
 
 def latent_recipe() -> Recipe:
     return make_recipe(ARMS, comparisons=[["kv", "twin"], ["kv", "cot"]])
-
-
-def measured(arm: str, folder: Path, kept: dict[str, float], thinks: tuple[int, int] | None) -> dict[str, Any]:
-    """kept: change -> the share of right answers that stay right under it."""
-    passes, places = (thinks[1] + 3, 30) if thinks else (23, 40)
-    cost = {"questions": 120, "forward_passes": passes, "cache_places": places, "cache_bytes": places * 512.0,
-            "seconds_alone": 0.002 * passes, "timed": 5, "seconds": 0.0004 * passes, "batch_size": 64}  # fmt: skip
-    found: dict[str, Any] = {"schema": 1, "cost": cost}
-    if thinks is None:
-        return found
-    records = read_records(folder / "records.jsonl")
-    rng = np.random.default_rng(len(arm))
-    right = [one.correct for one in records]
-    luck = rng.random((3, len(right)))
-    correct = {"none": right}
-    correct |= {kind: [r and bool(x < kept.get(kind, 1.0)) for r, x in zip(right, luck[n], strict=True)]
-                for n, kind in enumerate(CHANGES)}  # fmt: skip
-    M, T = thinks
-    slots = [[[[TOKENS[(slot + number + place) % 4], 0.5 / (place + 1)] for place in range(3)] for slot in range(M)]
-             for number in range(T + 1)]  # fmt: skip
-    questions = {one.task: one for one in reversed(records)}.values()
-    readout = [{"question": list(one.question), "completion": one.prediction, "correct": one.correct,
-                "passes": [*range(T + 1)], "slots": M, "tokens": slots} for one in questions]  # fmt: skip
-    causal = {"questions": [list(one.question) for one in records], "correct": correct}
-    return {**found, "latents": M, "passes": T, "causal": causal, "readout": readout}
-
-
-def write_latents(run: Path, recipe: Recipe, kept: dict[str, dict[str, float]] | None = None) -> None:
-    """`latent.json` of every run, as the evaluate stage leaves it. kept: by arm; unset: all answers stay right."""
-    for arm in recipe.arms:
-        made = arm_recipe(recipe, arm)
-        for seed in recipe.seeds:
-            folder = run / "arms" / arm / f"seed-{seed}"
-            thinks = (made.latent.tokens, made.latent.passes) if made.thinks else None
-            write_json(folder / LATENTS, measured(arm, folder, (kept or {}).get(arm, {}), thinks))
-            write_mark(folder / "evaluated.json", {}, ["records.jsonl", LATENTS])
 
 
 @pytest.fixture(scope="module")
