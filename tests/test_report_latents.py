@@ -162,6 +162,7 @@ def test_arms_that_differ_in_passes_alone_make_a_curve(reported: Any) -> None:
         ("  \n", None, 1),
         ("what is it", None, 2),
         ("=========", None, 3),
+        ("======", "======", 3),
         ("so 3 + 4 + 4 + 4 + 4 + 4 + 4", "4", 3),
         ("1111111111111", "1111111111111", 3),
         ("1 + 2 = 3, #### 17", "17", 0),

@@ -334,7 +334,7 @@ def _latents(study: Study) -> Row:
              "asked": {part: _excerpt(questions.get(tuple(one["question"]), {}).get(part, "").strip(), study.words)
                        for part in ("prompt", "reasoning", "answer")},
              "completion": _excerpt((one["completion"] or "").strip(), study.words)}
-            for one in arm["questions"][:MAX_TASKS]
+            for one in sorted(arm["questions"], key=lambda one: one["question"])[:MAX_TASKS]
         ]  # fmt: skip
     latents = study.summary["latents"]
     verdicts = causal_verdicts(latents["causal"])

@@ -29,9 +29,9 @@ def degenerate_kind(record: Record) -> int:
 
 
 def _repeats(written: str) -> bool:
-    """Whether it ends in one character eight times or more, or a longer piece four times, and that is most of it."""
+    """Whether it ends in one piece four times or more (one digit, as numbers may: eight), and that is most of it."""
     for size in range(1, min(LONGEST_PIECE, len(written) // 4) + 1):
-        piece, times = written[-size:], 8 if size == 1 else 4
+        piece, times = written[-size:], 8 if written[-size:].isdigit() and size == 1 else 4
         if written.endswith(piece * times):
             while written.endswith(piece * (times + 1)):
                 times += 1
