@@ -10,8 +10,9 @@ import functools
 import inspect
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, ParamSpec
+from typing import Any, NamedTuple, ParamSpec, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +23,9 @@ from kvdistill.arms.student import CausalStudent, StudentOutput, load_saved, ref
 from kvdistill.core.files import replacing_folder
 from kvdistill.core.kv import KV, RopeFrame
 from kvdistill.core.recipe import LatentRecipe, LoraRecipe
-from kvdistill.models import find_rotary, merge_lora, unrotate_keys
+from kvdistill.models import find_rotary, merge_lora, rotate_keys, unrotate_keys
 from kvdistill.models.generate import Answer, Rows, generate_greedy
-from kvdistill.models.latent import LatentConfig, LatentForCausalLM
+from kvdistill.models.latent import LatentConfig, LatentForCausalLM, Thoughts, with_slots
 
 P = ParamSpec("P")
 
@@ -119,20 +120,8 @@ class LatentStudent(nn.Module):
     @nothing_recomputed
     def think(self, questions: Questions, layers: Sequence[int] = (), keys: RopeFrame = "unrotated") -> Thinking:
         """Think about each question, then read its answer. layers: whose keys and values at the slots; empty: all."""
-        M, backbone = self.thinker.config.num_latents, self.thinker.backbone
         thoughts = self.thinker.think(questions.prompt_ids_BP, questions.prompt_mask_BP)
-        layers_of: Any = thoughts.cache.layers
-        cached = [(layer.keys, layer.values) for layer in layers_of]  # the answer makes new ones
-        chosen = layers or range(len(cached))
-        mask_BM = thoughts.mask_BX[:, -M:].bool()
-        seen = KV(
-            keys=tuple(cached[n][0][:, :, -M:] for n in chosen),
-            values=tuple(cached[n][1][:, :, -M:] for n in chosen),
-            mask_BT=mask_BM,
-            positions_BT=(thoughts.mask_BX.cumsum(1) - 1)[:, -M:],
-            rope="none" if find_rotary(backbone) is None else "rotated",
-            layers=tuple(chosen),
-        )
+        seen = self._slots(thoughts, layers)
         answer_BA, is_answer_BA = questions.answer_ids_BA, questions.answer_mask_BA.bool()
         hidden = self.thinker.answer_hidden(thoughts, answer_BA[:, :-1], questions.answer_mask_BA[:, :-1])
         logits_NV = self.thinker.get_output_embeddings()(hidden[is_answer_BA])
@@ -141,8 +130,21 @@ class LatentStudent(nn.Module):
             logits_NV,
             answer_BA[is_answer_BA],
             row_N,
-            seen if keys == "rotated" else unrotate_keys(seen, backbone),
+            seen if keys == "rotated" else unrotate_keys(seen, self.thinker.backbone),
             seen,
+        )
+
+    def _slots(self, thoughts: Thoughts, layers: Sequence[int] = ()) -> KV:
+        """Keys and values of the latent slots as attention takes them. layers: whose; empty: all."""
+        M, cached = self.thinker.config.num_latents, cast(Any, thoughts.cache.layers)
+        chosen = layers or range(len(cached))
+        return KV(
+            keys=tuple(cached[n].keys[:, :, -M:] for n in chosen),  # views: the answer makes new tensors
+            values=tuple(cached[n].values[:, :, -M:] for n in chosen),
+            mask_BT=thoughts.mask_BX[:, -M:].bool(),
+            positions_BT=(thoughts.mask_BX.cumsum(1) - 1)[:, -M:],
+            rope="none" if find_rotary(self.thinker.backbone) is None else "rotated",
+            layers=tuple(chosen),
         )
 
     def generate(
@@ -153,11 +155,48 @@ class LatentStudent(nn.Module):
         max_new_tokens: int,
         batch_size: int,
         progress: Callable[[float], None] | None = None,
+        change: Callable[[Tensor], Tensor] | None = None,
     ) -> list[Answer]:
-        """As `Student.generate`: the answer behind the latents. Its forward passes are those of thinking, too."""
+        """As `Student.generate`: the answer behind the latents. Its forward passes are those of thinking, too.
+
+        change: what becomes of the keys (unrotated, so that those of questions of unlike lengths can be mixed) and of
+        the values [B, heads, M, D] at each layer's slots before the answer reads them; rows are the prompts by length.
+        """
+
+        def changed(thoughts: Thoughts) -> Thoughts:
+            assert change is not None
+            kv = unrotate_keys(self._slots(thoughts), self.thinker.backbone)
+            kv = replace(kv, keys=tuple(map(change, kv.keys)), values=tuple(map(change, kv.values)))
+            kv = rotate_keys(kv, self.thinker.backbone)
+            return with_slots(thoughts, list(zip(kv.keys, kv.values, strict=True)))
+
         return generate_greedy(
-            self.thinker, prompts, tokenizer, max_new_tokens=max_new_tokens, rows=Rows(batch_size), progress=progress
+            self.thinker,
+            prompts,
+            tokenizer,
+            max_new_tokens=max_new_tokens,
+            rows=Rows(batch_size),
+            progress=progress,
+            options={} if change is None else {"change": changed},
         )
+
+    @torch.no_grad()
+    def read_out(self, prompt: Sequence[int], passes: Sequence[int], most: int) -> list[list[list[tuple[int, float]]]]:
+        """By pass (0: before the first) and slot the tokens that the LM head finds nearest to the slot's last hidden
+        state, the likeliest first, with their probabilities; `most` of them."""
+        was_training = self.training
+        self.eval()
+        ids_BP = torch.tensor([list(prompt)], device=self.thinker.special.device)
+        found = []
+        for number in passes:
+            hidden_BMH = self.thinker.think(ids_BP, torch.ones_like(ids_BP), num_passes=number).hidden_BMH
+            shares_MV = self.thinker.get_output_embeddings()(hidden_BMH)[0].float().softmax(-1)
+            top = shares_MV.topk(min(most, shares_MV.shape[1]))
+            found.append(
+                [[*zip(*pair, strict=True)] for pair in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
+            )
+        self.train(was_training)
+        return found
 
     @torch.no_grad()
     def score(

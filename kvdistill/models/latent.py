@@ -25,7 +25,7 @@ Shapes: B rows, P prompt columns with <bot>, M slots, A answer tokens, H hidden 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -258,12 +258,14 @@ class LatentForCausalLM(PreTrainedModel, GenerationMixin):
         logits_processor: Any = None,
         max_new_tokens: int | None = None,
         past_key_values: Any = None,
+        change: Callable[[Thoughts], Thoughts] | None = None,
         **others: Any,
     ) -> Tensor:
         """Prompts and their greedy answers [B, P + A], padded on the right behind an end token.
 
-        input_ids: left-padded prompts. past_key_values: not read, since thinking makes its own. Of `generation_config`
-        (else the model's own) the number of new tokens, the end tokens and the padding are read.
+        input_ids: left-padded prompts. past_key_values: not read, since thinking makes its own. change: what becomes of
+        the thoughts before the answer reads them (`with_slots`). Of `generation_config` (else the model's own) the
+        number of new tokens, the end tokens and the padding are read.
         """
         config = generation_config or self.generation_config or GenerationConfig()
         in_all = max(0, (others.get("max_length") or 0) - input_ids.shape[1])
@@ -272,6 +274,7 @@ class LatentForCausalLM(PreTrainedModel, GenerationMixin):
         pad = config.pad_token_id if config.pad_token_id is not None else 0
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         thoughts = self.think(input_ids, mask)
+        thoughts = thoughts if change is None else change(thoughts)
         none_B0 = input_ids[:, :0]
         hidden = self.answer_hidden(thoughts, none_B0, none_B0)
         mask_BY = torch.cat([thoughts.mask_BX, thoughts.mask_BX.new_ones(len(mask), 1)], dim=1)
@@ -296,6 +299,19 @@ class LatentForCausalLM(PreTrainedModel, GenerationMixin):
                 use_cache=True,
             ).last_hidden_state
         return ids
+
+
+def with_slots(thoughts: Thoughts, slots: Sequence[tuple[Tensor, Tensor]]) -> Thoughts:
+    """The same thoughts with other keys and values [B, heads, M, D] at each layer's slots, as attention takes them."""
+    layers: Any = thoughts.cache.layers
+    joined = [
+        tuple(
+            torch.cat([old[:, :, : -new.shape[2]], new], dim=2)
+            for old, new in zip((layer.keys, layer.values), pair, strict=True)
+        )
+        for layer, pair in zip(layers, slots, strict=True)
+    ]
+    return thoughts._replace(cache=cache_of([(keys, values) for keys, values in joined]))
 
 
 def cache_of(prefix: Sequence[tuple[Tensor, Tensor]]) -> DynamicCache:

@@ -43,7 +43,7 @@ def find_ablations(recipe: Recipe) -> list[Ablation]:
     settings: dict[str, Row] = {}
     for arm in recipe.arms:
         made = arm_recipe(recipe, arm)
-        flat = dict(_leaves(made.model_dump(mode="json")))
+        flat = dict(leaves(made.model_dump(mode="json")))
         if made.needs_kv and not any(flat.get(key) not in (None, False) for key in _CONTROLS):
             settings[arm] = flat
     every = sorted({key for flat in settings.values() for key in flat})
@@ -59,10 +59,11 @@ def find_ablations(recipe: Recipe) -> list[Ablation]:
     return found
 
 
-def _leaves(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """An arm's settings by dotted key."""
     for key, value in tree.items():
         if isinstance(value, dict) and not before:  # a section; what is deeper is one value
-            yield from _leaves(value, f"{key}.")
+            yield from leaves(value, f"{key}.")
         else:
             yield f"{before}{key}", value
 

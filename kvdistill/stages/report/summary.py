@@ -22,6 +22,7 @@ from kvdistill.stages.report.compare import Comparison, compare_family, describe
 from kvdistill.stages.report.controls import describe_controls
 from kvdistill.stages.report.cost import curve_summary
 from kvdistill.stages.report.language import ENGLISH, Words
+from kvdistill.stages.report.latents import latent_summary
 from kvdistill.stages.report.text import CONTROLS
 from kvdistill.stats import NAN
 
@@ -129,12 +130,17 @@ def _figure(tables: RunTables, arm: str, name: str) -> dict[str, Any]:
 def describe_arm(recipe: Recipe, arm: str, words: Words = ENGLISH) -> str:
     """What an arm does, in words, from the recipe: `KV of 2 teachers (a, b), weighted by competence`."""
     spec = recipe.every_arm[arm]
+    made = arm_recipe(recipe, arm)
 
     def setting(section: str, key: str) -> Any:
         changes = spec.get(section)
         return changes[key] if isinstance(changes, dict) and key in changes else getattr(getattr(recipe, section), key)
 
     longer = words("describe.longer", times=f"{spec['times']:g}") if spec.get("times", 1) != 1 else ""
+    if made.reasoning != "written":
+        longer += words(f"describe.{made.reasoning}", latents=made.latent.tokens, passes=made.latent.passes)
+    if made.learns_from_itself:
+        longer += words("describe.itself")
     teachers = spec.get("teachers")
     names = [t.name for t in recipe.teachers] if teachers is None else list(teachers)
     kv = bool(names) and setting("loss", "kv_weight") > 0
@@ -277,6 +283,8 @@ def summarise(
     texts = {
         arm: one.ledger["texts"] for arm, runs in tables.runs.items() for one in runs.values() if "texts" in one.ledger
     }
+    if (latents := latent_summary(recipe, tables)) is not None:
+        summary["latents"] = latents
     return summary | {"controls": describe_controls(recipe, summary, reference_arm(recipe), texts, words)}
 
 
