@@ -13,6 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from kvdistill.arms.arm import Arm
+from kvdistill.arms.batches import ITSELF
 from kvdistill.arms.experiment import Experiment
 from kvdistill.arms.latent_student import LatentStudent
 from kvdistill.arms.student import CausalStudent
@@ -57,6 +58,9 @@ def check_models(experiment: Experiment, progress: Progress = silent) -> None:
             _check_gives(arm, teacher)
             _check_meets(arm, teacher)
             _check_exact(arm, teacher)
+        if arm.recipe.learns_from_itself:
+            _check_exact(arm, None)
+            _check_steps(arm, ITSELF, experiment.examples("train"))
         if arm.recipe.needs_kv and arm.recipe.align.match_in == "shared":
             try:
                 _ = arm.shared_size
@@ -179,11 +183,11 @@ def _check_gives(arm: Arm, teacher: Teacher) -> None:
         )
 
 
-def _check_exact(arm: Arm, teacher: Teacher) -> None:
-    """Whether keys and values of teacher and student, and their attention where the arm looks at it, are what they are
-    taken for: found out by running a small model of each one's configuration."""
+def _check_exact(arm: Arm, teacher: Teacher | None) -> None:
+    """Whether keys and values of teacher (None: the student is its own) and student, and their attention where the arm
+    looks at it, are what they are taken for: found out by running a small model of each one's configuration."""
     recipe = arm.recipe
-    if not recipe.needs_kv:
+    if teacher is not None and not recipe.needs_kv:
         return
     meets_in_teacher = recipe.align.match_in == "teacher"
     looks = {
@@ -194,11 +198,14 @@ def _check_exact(arm: Arm, teacher: Teacher) -> None:
     }
     of_teacher = [key for key, does in looks.items() if does and (key != "loss.kind" or meets_in_teacher)]
     of_student = ["loss.kind"] if recipe.compares_attention and not meets_in_teacher else []
+    if teacher is None and looks["compress.kv_compression"]:
+        of_student = ["compress.kv_compression"]
     experiment = arm.experiment
-    for model, vocab_size, place, looked_at in (
-        (teacher.recipe, teacher.vocab_size, teacher.place, of_teacher),
-        (experiment.recipe.student, experiment.vocab_size, "student", of_student),
-    ):
+    models: list[tuple[ModelRecipe, int, str, list[str]]] = []
+    if teacher is not None:
+        models.append((teacher.recipe, teacher.vocab_size, teacher.place, of_teacher))
+    models.append((experiment.recipe.student, experiment.vocab_size, "student", of_student))
+    for model, vocab_size, place, looked_at in models:
         probe, family = probe_of(model, vocab_size, place)
         for verdict, what in ((probe.keys, "captured"), (probe.unrotated, "unrotated")):
             if not verdict.is_exact:
@@ -263,16 +270,15 @@ def _check_meets(arm: Arm, teacher: Teacher) -> None:
             fix="set fuse.fusion_strategy: fixed or similarity",
         )
     _check_layers(arm, teacher)
-    _check_steps(arm, teacher)
+    _check_steps(arm, teacher.name, teacher.examples("train"))
 
 
-def _check_steps(arm: Arm, teacher: Teacher) -> None:
-    """Whether the reasoning that this teacher reads marks steps, where only their ends are kept: in one row at least,
-    since a reasoning of one step needs no mark."""
-    marks = arm.step_marks.get(teacher.name)
+def _check_steps(arm: Arm, whose: str, examples: Sequence[Example]) -> None:
+    """Whether the reasoning that a teacher reads marks steps, where only their ends are kept: in one row at least,
+    since a reasoning of one step needs no mark. whose: the teacher's name, or ITSELF."""
+    marks = arm.step_marks.get(whose)
     if marks is None:
         return
-    examples = teacher.examples("train")
     for start in range(0, len(examples), _CHUNK):
         rows = [examples[i] for i in range(start, min(start + _CHUNK, len(examples)))]
         ids_BS = right_padded([row.input_ids for row in rows], 0)
@@ -280,9 +286,9 @@ def _check_steps(arm: Arm, teacher: Teacher) -> None:
             return
     example = next((one.reasoning for one in examples if one.reasoning), "")
     raise AlignmentError(
-        f"kv_compression steps: no reasoning of the training problems holds the mark {marks.mark!r} in this teacher's "
-        f"tokens; the first one is {quoted(example)}",
-        place=f"arms.{arm.name} with teacher {teacher.name!r}: compress.step_mark",
+        f"kv_compression steps: no reasoning of the training problems holds the mark {marks.mark!r} in this "
+        f"{'student' if whose == ITSELF else 'teacher'}'s tokens; the first one is {quoted(example)}",
+        place=f"arms.{arm.name} with {'itself' if whose == ITSELF else f'teacher {whose!r}'}: compress.step_mark",
         fix="give the text that stands between steps, or another compress.kv_compression",
     )
 

@@ -188,7 +188,7 @@ class Distiller(nn.Module):
         thinking = self.student.think(batch.questions, self.student_layers, arm.align.keys)
         nll = nn.functional.cross_entropy(thinking.logits_NV.float(), thinking.labels_N, reduction="sum") / counts[-2]
         self._add(out, "answer", nll, arm.latent.answer_weight, nll)
-        out.seen = [*thinking.seen.keys[-HIGHEST:], *thinking.seen.values[-HIGHEST:]]
+        out.seen = [x for side in thinking.seen for x in side[-HIGHEST:]]
         if arm.needs_kv:
             flat = self.aligner(self.teachers[0]).student_channels(thinking.kv)
             sources = {name: self.aligner(name).project(flat) for name in self.teachers}
@@ -200,7 +200,7 @@ class Distiller(nn.Module):
         for side, weight in (("k", arm.loss.k_weight), ("v", arm.loss.v_weight)):
             if weight == 0:
                 continue
-            mine, theirs = (stacked(kv, side) for kv in (thinking.kv, own[0]))
+            mine, theirs = (stacked(kv, side).float() for kv in (thinking.kv, own[0]))
             target_LBMC = torch.stack([slots.of_layer(n).apply(layer, 1) for n, layer in enumerate(theirs)])
             scale_L111 = _deviation(target_LBMC, mask)
             assert self._distance is not None
@@ -253,8 +253,11 @@ class Distiller(nn.Module):
             sources: by teacher the student in its space; read where weights depend on it.
         """
         assert self.fusion is not None
-        mask_BT = batch.kv_masks[self.teachers[0]] if self.arm is not None and self.arm.thinks else batch.mask_BT
-        mask_BT = mask_BT if mask_BT.ndim == 2 else mask_BT.any(0)
+        mask_BT = batch.mask_BT
+        if self.arm is not None and self.arm.thinks:  # slots that any teacher fills
+            masks = [batch.kv_masks[name] for name in self.teachers]
+            filled = [mask if mask.ndim == 2 else mask.any(0) for mask in masks]
+            mask_BT = torch.stack(filled).any(0)
         given: dict[str, Any] = {"mask_BT": mask_BT}
         if "nll_BN" in self.fusion.needs:
             given["nll_BN"] = torch.stack([batch.targets[n].nll_B for n in self.teachers], dim=1)  # type: ignore[misc]

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from kvdistill.arms.questions import Questions
 from kvdistill.arms.student import CausalStudent, StudentOutput, load_saved, refuse_other_student
+from kvdistill.core.errors import ModelError
 from kvdistill.core.files import replacing_folder
 from kvdistill.core.kv import KV, RopeFrame
 from kvdistill.core.recipe import LatentRecipe, LoraRecipe
@@ -36,14 +37,15 @@ AutoModelForCausalLM.register(LatentConfig, LatentForCausalLM, exist_ok=True)
 class Thinking(NamedTuple):
     """logits_NV: of the answers' tokens, row by row, and labels_N these tokens; row_N: whose they are.
 
-    kv: of the M latent slots in the layers asked for, keys as asked, with graph; seen: keys as attention takes them.
+    kv: of the M latent slots in the layers asked for, keys as asked, with graph. seen: by layer the keys and values
+    that the answer reads, of prompt and slots, as attention takes them: the answer and `kv` depend on these tensors.
     """
 
     logits_NV: Tensor
     labels_N: Tensor
     row_N: Tensor
     kv: KV
-    seen: KV
+    seen: tuple[list[Tensor], list[Tensor]]
 
 
 def nothing_recomputed(think: Callable[P, Thinking]) -> Callable[P, Thinking]:
@@ -121,7 +123,8 @@ class LatentStudent(nn.Module):
     def think(self, questions: Questions, layers: Sequence[int] = (), keys: RopeFrame = "unrotated") -> Thinking:
         """Think about each question, then read its answer. layers: whose keys and values at the slots; empty: all."""
         thoughts = self.thinker.think(questions.prompt_ids_BP, questions.prompt_mask_BP)
-        seen = self._slots(thoughts, layers)
+        kv, cached = self._slots(thoughts, layers), cast(Any, thoughts.cache.layers)
+        seen = [cached[n].keys for n in kv.layers], [cached[n].values for n in kv.layers]
         answer_BA, is_answer_BA = questions.answer_ids_BA, questions.answer_mask_BA.bool()
         hidden = self.thinker.answer_hidden(thoughts, answer_BA[:, :-1], questions.answer_mask_BA[:, :-1])
         logits_NV = self.thinker.get_output_embeddings()(hidden[is_answer_BA])
@@ -130,7 +133,7 @@ class LatentStudent(nn.Module):
             logits_NV,
             answer_BA[is_answer_BA],
             row_N,
-            seen if keys == "rotated" else unrotate_keys(seen, self.thinker.backbone),
+            kv if keys == "rotated" else unrotate_keys(kv, self.thinker.backbone),
             seen,
         )
 
@@ -229,6 +232,7 @@ class LatentStudent(nn.Module):
         """A folder that plain transformers loads with the one file of code that lies in it (`latent.py`). Raises as
         `CausalStudent.save` does."""
         before = self._some_logits(self.thinker)
+        self._refuse_changed_logits(folder)
         config = self.thinker.config
         backbone = merge_lora(self.thinker.backbone)
         merged = LatentForCausalLM(config, backbone) if backbone is not self.thinker.backbone else self.thinker
@@ -247,6 +251,25 @@ class LatentStudent(nn.Module):
             shutil.copyfile(inspect.getfile(LatentForCausalLM), part / "latent.py")
             saved, _ = load_saved(part, merged.dtype)
             refuse_other_student(before, self._some_logits(saved), merged.dtype, folder)
+
+    @torch.no_grad()
+    def _refuse_changed_logits(self, folder: Path) -> None:
+        """ModelError for a backbone that changes its logits behind the head (a soft cap, a scale): answers behind
+        latents are read from the head itself."""
+        ids = torch.arange(8, device=self.thinker.special.device)[None] % self.shape.vocab_size
+        was_training = self.training
+        self.eval()
+        own = self.thinker(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        hidden = self.thinker.get_decoder()(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        heads = self.thinker.get_output_embeddings()(hidden)
+        self.train(was_training)
+        if not torch.allclose(own.float(), heads.float(), rtol=1e-2, atol=1e-2 * float(own.float().abs().max())):
+            raise ModelError(
+                f"{type(self.thinker.backbone).__name__} changes its logits behind the head (a soft cap or a scale), "
+                "which thinking in latents does not know",
+                place=str(folder),
+                fix="use another student, or reasoning: written",
+            )
 
     @torch.no_grad()
     def _some_logits(self, thinker: LatentForCausalLM) -> Tensor:

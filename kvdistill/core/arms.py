@@ -82,7 +82,7 @@ def read_arm(
         return None, [*mistakes, *mistakes_of(error, ArmRecipe, where)]
     if not alone:
         mistakes += _arm_mistakes(made, [teacher.name for teacher in recipe.teachers], where)
-        mistakes += _latent_mistakes(made, recipe, where)
+        mistakes += _latent_mistakes(made, recipe, arm, where)
         mistakes += _text_mistakes(made, recipe, where)
         if made.control == "untrained" and made.needs_nll and recipe.capture.source == "online":
             mistakes.append(
@@ -157,14 +157,23 @@ def _arm_mistakes(arm: ArmRecipe, teachers: list[str], where: str) -> Iterator[R
         )
 
 
-def _latent_mistakes(arm: ArmRecipe, recipe: Recipe, where: str) -> Iterator[RecipeError]:
+def _latent_mistakes(arm: ArmRecipe, recipe: Recipe, name: str, where: str) -> Iterator[RecipeError]:
     """What cannot be of an arm that does not write its reasoning."""
     place, compress = f"{where}.reasoning", arm.compress
     if arm.reasoning == "none" and (arm.needs_kv or arm.needs_logits):
         what = "reasoning: none learns from question and answer alone, and teachers give keys and values of whole texts"
         yield RecipeError(what, place=place, fix="set teachers: [] for this arm")
     if not arm.thinks:
+        if "latent" in (recipe.every_arm.get(name) or {}):
+            what = "`latent` says how a student thinks in latents, and this arm's does not"
+            yield RecipeError(what, place=f"{where}.latent", fix="set reasoning: latent for this arm, or leave it out")
         return
+    if (start := arm.latent.start(arm.train.steps)) >= arm.train.steps:
+        yield RecipeError(
+            f"latents would be trained from step {start} on, and there are {arm.train.steps}",
+            place=f"{where}: latent.start_after",
+            fix="lower it (below 1 it is a share of the steps), or raise train.steps",
+        )
     if arm.needs_logits:
         what = "logits of teachers are of written words, and this student thinks in latents"
         yield RecipeError(what, place=f"{where}: loss.logit_weight", fix="set loss.logit_weight: 0 for this arm")
@@ -172,7 +181,13 @@ def _latent_mistakes(arm: ArmRecipe, recipe: Recipe, where: str) -> Iterator[Rec
         what = "texts of style direct hold no reasoning, which latents are to stand for"
         yield RecipeError(what, place="data.style", fix="set data.style: cot")
     if not (arm.needs_kv or arm.learns_from_itself):
+        if arm.latent.answer_weight == 0:
+            what = "latent.answer_weight is 0, and no keys and values teach the latents: they would learn nothing"
+            yield RecipeError(what, place=f"{where}: latent.answer_weight", fix="make it positive")
         return
+    if arm.loss.k_weight + arm.loss.v_weight <= 0 and not arm.needs_kv:
+        what = "loss.k_weight and loss.v_weight are both 0"
+        yield RecipeError(what, place=where, fix="make one positive, or set latent.self_weight: 0")
     if compress.kv_compression in ("full", "none"):
         yield RecipeError(
             f"{arm.latent.tokens} latent slots cannot stand for {'all' if compress.kv_compression == 'full' else 'no'} "
@@ -191,10 +206,12 @@ def _latent_mistakes(arm: ArmRecipe, recipe: Recipe, where: str) -> Iterator[Rec
         "loss.attention_weighted": (arm.loss.attention_weighted, "false"),
         "align.init": (arm.needs_kv and arm.align.init == "ridge", "xavier"),
         "align.match_in": (arm.needs_kv and arm.align.match_in != "teacher", "teacher"),
+        "align.train_projector": (arm.needs_kv and arm.align.train_projector is False, "true"),
+        "loss.kv_on": (arm.loss.kv_on != "all", "all"),
     }
     for key, (is_wrong, value) in wrong.items():
         if is_wrong:
-            what = "latent slots have no keys, values or attention before they are trained"
+            what = "this student's keys and values are those of latent slots, which are no tokens of its text"
             yield RecipeError(what, place=f"{where}: {key}", fix=f"set {key}: {value} for this arm")
 
 

@@ -76,6 +76,11 @@ class LatentConfig(PreTrainedConfig):
         """The backbone's config as transformers knows it."""
         return AutoConfig.for_model(**self.backbone)
 
+    @property
+    def vocab_size(self) -> int:
+        """Words of the backbone."""
+        return int(self.backbone["vocab_size"])
+
 
 class Thoughts(NamedTuple):
     """What thinking left for the answer.
@@ -184,9 +189,9 @@ class LatentForCausalLM(PreTrainedModel, GenerationMixin):
         """Forward passes before the one that reads `<eot>` and gives the answer's first token."""
         return self.config.num_passes + 1
 
-    def forward(self, *args: Any, **options: Any) -> Any:
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **options: Any) -> Any:
         """The backbone as it is: words after words, without latents."""
-        return self.backbone(*args, **options)
+        return self.backbone(input_ids=input_ids, attention_mask=attention_mask, **options)
 
     # -- thinking -----------------------------------------------------------------------------------------
 

@@ -318,7 +318,7 @@ class DistillTrainer(Trainer):
 
     def judge(self, step: int, nll: float | None) -> None:
         """A point of the learning curve was measured: is it the best so far, and does training end here?"""
-        if self._selection is None or not self._selection.is_point(step):
+        if self._selection is None or not self._selection.is_point(step) or not self._has_begun(step):
             return
         if nll is not None:
             self._selection.add(step, nll, self.accelerator.unwrap_model(self.model))
@@ -327,6 +327,10 @@ class DistillTrainer(Trainer):
             ends = self.accelerator.gather(ends)
         if ends[0] > 0:
             self.control.should_training_stop = self.control.should_save = True
+
+    def _has_begun(self, step: int) -> bool:
+        """Whether what validation judges was trained by then: of a student that thinks, its latents."""
+        return self._arm is None or not self._arm.thinks or step > self._arm.latent.start(self.args.max_steps)
 
     def _run_epoch(self, **options: Any) -> None:  # type: ignore[override]
         if not self.control.should_training_stop:  # a training that was over when it was interrupted
