@@ -17,8 +17,10 @@ from kvdistill.core.errors import RunFolderError
 from kvdistill.core.layout import LATENTS
 from kvdistill.core.marks import write_mark
 from kvdistill.core.recipe import Recipe
-from kvdistill.stages.report import report
+from kvdistill.stages.report import ablations, report
+from kvdistill.stages.report.ablations import find_ablations
 from kvdistill.stages.report.compare import SeedRun
+from kvdistill.stages.report.language import ENGLISH
 from kvdistill.stages.report.latents import find_passes, find_twins
 from kvdistill.stages.report.tail import degenerate_kind, tail_of
 
@@ -128,6 +130,28 @@ def test_twins_are_found_by_what_their_recipes_say_beside_kv() -> None:
     assert find_twins(arms) == [("kv", "twin"), ("kv", "twin-long"), ("own", "twin"), ("own", "twin-long")]
     later = make_recipe({"kv": LATENT, "twin": {**LATENT, "teachers": [], "latent": {"start_after": 0.5}}})
     assert find_twins({name: arm_recipe(later, name) for name in later.arms}) == []
+
+
+def test_an_arm_that_is_matched_to_another_budget_is_a_twin_still() -> None:
+    matched = {**LATENT, "teachers": [], "match": {"arm": "kv", "parity": "total_flops"}}
+    recipe = make_recipe({"kv": LATENT, "twin": matched})
+    assert find_twins({name: arm_recipe(recipe, name) for name in recipe.arms}) == [("kv", "twin")]
+
+
+def test_arms_that_learn_from_themselves_are_set_against_each_other() -> None:
+    own = {**LATENT, "teachers": []}
+    arms = {f"own-{w:g}": {**own, "latent": {"self_weight": w}} for w in (1.0, 2.0)} | {"twin": own}
+    [found] = find_ablations(make_recipe(arms))
+    assert found.keys == ("latent.self_weight",) and dict(found.arms) == {"own-1": (1.0,), "own-2": (2.0,)}
+
+
+def test_keys_and_values_of_latents_stand_beside_latents_that_nobody_teaches(reported: Any, monkeypatch: Any) -> None:
+    beside: list[list[str]] = []
+    monkeypatch.setattr(ablations, "draw_keys_and_values", lambda s, w, plain, *_: beside.append(plain) or "not drawn")
+    one = {**LATENT, "loss": {"k_weight": 0.0}}
+    arms = {"cot": {"teachers": []}, "own": ARMS["own"], "twin": ARMS["twin"], "kv": LATENT, "values": one}
+    ablations.draw_ablations(make_recipe(arms), reported[0], "accuracy", ENGLISH, ENGLISH)
+    assert beside == [["twin"]]
 
 
 def test_the_twin_is_named_with_the_difference_and_how_much_longer_it_is_trained(reported: Any) -> None:

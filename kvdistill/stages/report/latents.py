@@ -154,7 +154,9 @@ def find_twins(arms: Mapping[str, ArmRecipe]) -> list[tuple[str, str]]:
         beside = {
             key: value
             for key, value in flat.items()
-            if key not in (*_OF_KV, *_LENGTH) and (key in _LOSS_BESIDE or not key.startswith(_SECTIONS_OF_KV))
+            if key.split(".")[0] != "match"
+            and key not in (*_OF_KV, *_LENGTH)
+            and (key in _LOSS_BESIDE or not key.startswith(_SECTIONS_OF_KV))
         }
         logits = [arm.teachers, *(flat[key] for key in sorted(flat) if key.startswith("loss.logit_"))]
         return sha256_of([beside, logits if arm.needs_logits else []])
