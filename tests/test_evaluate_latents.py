@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,13 +18,14 @@ from transformers import GPT2Config, LlamaConfig, Qwen2Config
 
 from kvdistill.arms.experiment import Experiment
 from kvdistill.arms.latent_student import LatentStudent
+from kvdistill.arms.student import CausalStudent
 from kvdistill.core.errors import ModelError
 from kvdistill.core.layout import LATENTS, evaluated_mark
 from kvdistill.core.marks import read_mark
 from kvdistill.core.recipe import LatentRecipe
 from kvdistill.core.records import read_records
 from kvdistill.models.structure import auto_class
-from kvdistill.stages.evaluate.latents import CHANGES, changes_of, even
+from kvdistill.stages.evaluate.latents import CHANGES, answer_alone, changes_of, even, seconds_alone
 from kvdistill.stages.evaluate.stage import evaluate
 
 SIZES = {"vocab_size": 23, "hidden_size": 24, "num_attention_heads": 4, "num_hidden_layers": 3}
@@ -150,6 +152,29 @@ def test_batches_hold_two_questions_at_least_and_all_of_them_once(count: int, ba
     batches = even([Row(n) for n in range(count)], batch_size)  # type: ignore[arg-type]
     assert min(map(len, batches)) >= 2 and max(map(len, batches)) <= max(3, batch_size)
     assert sorted(row.number for batch in batches for row in batch) == list(range(count))  # type: ignore[attr-defined]
+
+
+# -- by the clock ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_loop_that_is_timed_gives_the_answers_that_are_recorded(family: str) -> None:
+    latent = make_student(family)
+    for student, before in ((latent, T + 1), (latent.writer, 0)):
+        written = student.generate(PROMPTS, Tokens(), max_new_tokens=6, batch_size=1)
+        for prompt, answer in zip(PROMPTS, written, strict=True):
+            alone = answer_alone(student, prompt, Tokens.eos_token_id, 6)
+            assert [token for token in alone if token != Tokens.eos_token_id] == answer.ids
+            assert before + len(alone) == answer.forward_passes
+
+
+def test_no_arm_is_timed_through_another_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    student = make_student()
+    asked: Any = [SimpleNamespace(prompt_ids=prompt) for prompt in PROMPTS]
+    for kind in (LatentStudent, CausalStudent):
+        monkeypatch.setattr(kind, "generate", None)
+    for one in (student, student.writer):
+        assert (seconds_alone(one, Tokens(), asked, 4) or 0) > 0
 
 
 # -- reading latents ------------------------------------------------------------------------------------

@@ -319,6 +319,20 @@ def without_reasoning(row: Example) -> Example:
     return replace(row, input_ids=ids, segments=segments, reasoning="")
 
 
+@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("selector", ["right", "r-kv", "steps"])
+def test_how_many_examples_lose_a_token_to_the_selector_is_counted(base, tokens, selector):
+    experiment = study(base)
+    recipe = arm_recipe(experiment.recipe, "own-rkv")
+    compress = recipe.compress.model_copy(update={"kv_compression": selector, "keep": None})
+    latent = recipe.latent.model_copy(update={"tokens": tokens})
+    recipe = recipe.model_copy(update={"compress": compress, "latent": latent})
+    batches = Arm(experiment, {}, recipe, SEED).batches("train")
+    lengths = [len(places(experiment.split("train")[n], REASONING)) for n in NUMBERS]
+    expected = 1.0 if selector == "steps" else sum(length > tokens for length in lengths) / len(lengths)
+    assert batches.shares_that_drop(NUMBERS) == {"itself": expected}
+
+
 @pytest.mark.parametrize("name", ["own", "own-rkv", "both", "competence", "similarity"])
 def test_short_reasoning_leaves_slots_masked_and_empty_reasoning_all_of_them(base, name):
     """Teachers run then and there: what stands in the store is of other texts."""
@@ -373,6 +387,22 @@ def test_before_latents_start_only_written_words_are_learned_and_weights_rise_fr
         for name, weight in (("one", 5.0), ("two", 5.0), ("itself", 0.5)):
             for side in "kv":
                 assert terms[f"kv/{name}/{side}"]["weight"] == pytest.approx(share * weight), (row["step"], name)
+
+
+def test_the_row_in_which_latents_start_has_each_term_over_the_steps_that_have_it(tmp_path, base):
+    logs = []
+    for every in (1, 5):
+        train = {"steps": 5, "learning_rate": 0.01, "log_every": every}
+        arm = copied(base, tmp_path / str(every), train=train).arm("own", SEED)
+        train_student(arm)
+        logs.append([row for row in rows_of(arm.folder / "log.jsonl") if "loss" in row])
+    (_, *steps), (_, window) = logs  # the first step is logged by itself
+    assert [set(row["terms"]) == {"ce"} for row in steps] == [True, False, False, False]
+    for name, term in window["terms"].items():
+        own = [row["terms"][name] for row in steps if name in row["terms"]]
+        for figure in ("raw", "weighted"):
+            assert term[figure] == pytest.approx(sum(one[figure] for one in own) / len(own)), (name, figure)
+    assert window["loss"] == pytest.approx(sum(row["loss"] for row in steps) / 4)
 
 
 def test_all_arms_that_think_start_from_the_same_weights(base):
@@ -576,6 +606,21 @@ def test_saving_a_student_that_thinks_is_tried_before_training(tmp_path, monkeyp
         written = write_recipe(tmp_path, **{**tree, "arms": {"ce": {"teachers": []}}})
         shutil.rmtree(tmp_path / "run")
         invoke(monkeypatch, "run", written, work=no_training)
+
+
+def test_each_shape_of_latents_is_tried_once(tmp_path, monkeypatch):
+    tried: list[tuple[int, int]] = []
+
+    def noted(self: LatentStudent, folder: Path, tokenizer: Any) -> None:
+        tried.append((self.thinker.config.num_latents, self.thinker.config.num_passes))
+        self.writer.save(folder, tokenizer)
+
+    monkeypatch.setattr(LatentStudent, "save", noted)
+    arms = {f"t{T}-{w:g}": {**LATENT, "latent": {"passes": T, "self_weight": w}} for T in (0, 2) for w in (0.0, 1.0)}
+    arms["slots"] = {**LATENT, "latent": {"tokens": 3}}
+    with pytest.raises(AssertionError, match="began before the mistake was found"):
+        invoke(monkeypatch, "run", write_recipe(tmp_path, **{**STUDY, "arms": arms}), work=no_training)
+    assert tried == [(M, 0), (M, 2), (3, T)]
 
 
 # -- costs ----------------------------------------------------------------------------------------------------

@@ -17,8 +17,10 @@ from kvdistill.core.errors import RunFolderError
 from kvdistill.core.layout import LATENTS
 from kvdistill.core.marks import write_mark
 from kvdistill.core.recipe import Recipe
-from kvdistill.stages.report import report
+from kvdistill.stages.report import ablations, report
+from kvdistill.stages.report.ablations import find_ablations
 from kvdistill.stages.report.compare import SeedRun
+from kvdistill.stages.report.language import ENGLISH
 from kvdistill.stages.report.latents import find_passes, find_twins
 from kvdistill.stages.report.tail import degenerate_kind, tail_of
 
@@ -82,8 +84,24 @@ def test_what_does_not_need_its_latents_is_called_regularisation(reported: Any) 
     said = section(reported[1])
     assert "kv : accuracy falls with latents zeroed, replaced by the batch’s mean, exchanged between questions" in said
     assert "kv-t1 : accuracy falls with latents zeroed, replaced by the batch’s mean, and is not shown to" in said
-    assert "twin, twin-long, placebo : accuracy is not shown to fall" in said
+    assert "twin, twin-long, placebo : accuracy stays within 2.0 points" in said
     assert "regularisation, not reasoning in latents" in said
+
+
+def test_a_fall_that_is_neither_shown_nor_excluded_is_called_neither(tmp_path: Path) -> None:
+    recipe = make_recipe({"cot": {"teachers": []}, "kv": LATENT})
+    write_run(tmp_path, recipe, accuracy={"kv": (1.0, 1.0)}, questions=20)
+    write_latents(tmp_path, recipe)
+    path = tmp_path / f"arms/kv/seed-{recipe.seeds[0]}" / LATENTS
+    found = json.loads(path.read_text())
+    found["causal"]["correct"]["zero"][:2] = [False, False]  # of one seed of three: an interval about zero, and wide
+    path.write_text(json.dumps(found))
+    write_mark(path.parent / "evaluated.json", {}, ["records.jsonl", LATENTS])
+    said = section(report(recipe, tmp_path).read_text())
+    summary = json.loads((tmp_path / "summary.json").read_text())["latents"]
+    [kv], margin = summary["causal"], summary["margin"]
+    assert kv["changes"][0]["low"] < -margin < 0 < kv["changes"][0]["high"] and kv["verdict"] == "untold"
+    assert "nor to stay within 2.0 points" in said and "Whatever it gains" not in said
 
 
 def test_causal_differences_are_paired_by_question_with_the_page_s_statistics(reported: Any) -> None:
@@ -119,6 +137,16 @@ def test_an_arm_that_is_hardly_ever_right_is_told_apart_from_one_that_needs_no_l
     assert "kv : almost nothing is answered right" in said and "Whatever it gains" not in said
 
 
+def test_arms_without_teachers_are_described_by_what_they_learn_from(reported: Any) -> None:
+    said = {name: arm["description"] for name, arm in reported[0]["arms"].items()}
+    assert said["cot"] == "plain fine-tuning on the same texts, no teacher"
+    assert said["direct"] == "fine-tuning on questions and answers alone, without reasoning; no teacher"
+    assert said["twin"] == "thinks in 4 latents (3 passes), which learn from the answer alone; no teacher"
+    assert said["twin-long"] == said["twin"] + ", 3 times its steps"
+    assert "learn from its own written reasoning; no teacher" in said["own"]
+    assert said["kv"].endswith("; thinks in 4 latents (3 passes)") and "plain" not in said["kv"]
+
+
 # -- arms that belong together --------------------------------------------------------------------------
 
 
@@ -128,6 +156,43 @@ def test_twins_are_found_by_what_their_recipes_say_beside_kv() -> None:
     assert find_twins(arms) == [("kv", "twin"), ("kv", "twin-long"), ("own", "twin"), ("own", "twin-long")]
     later = make_recipe({"kv": LATENT, "twin": {**LATENT, "teachers": [], "latent": {"start_after": 0.5}}})
     assert find_twins({name: arm_recipe(later, name) for name in later.arms}) == []
+
+
+def test_an_arm_that_is_matched_to_another_budget_is_a_twin_still() -> None:
+    matched = {**LATENT, "teachers": [], "match": {"arm": "kv", "parity": "total_flops"}}
+    recipe = make_recipe({"kv": LATENT, "twin": matched})
+    assert find_twins({name: arm_recipe(recipe, name) for name in recipe.arms}) == [("kv", "twin")]
+
+
+def test_selectors_that_drop_nothing_are_said_to_coincide(tmp_path: Path) -> None:
+    arms = {name: {**LATENT, "compress": {"kv_compression": name}} for name in ("right", "crop", "uniform")}
+    recipe = make_recipe({"cot": {"teachers": []}, **arms})
+    write_run(tmp_path, recipe, questions=12)
+    write_latents(tmp_path, recipe)
+    assert "all selectors coincide" not in section(report(recipe, tmp_path).read_text()), "nobody counted"
+    for arm, share in (("right", 0.0), ("crop", 0.0), ("uniform", 0.25)):
+        for seed in recipe.seeds:
+            path = tmp_path / f"arms/{arm}/seed-{seed}" / "ledger.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), "drops": {"adds": share}}))
+            write_mark(path.parent / "trained.json", {}, ["log.jsonl", "ledger.json", "match.json"])
+    said = section(report(recipe, tmp_path).read_text())
+    assert "right, crop differ in the selector alone" in said and "uniform differ" not in said
+
+
+def test_arms_that_learn_from_themselves_are_set_against_each_other() -> None:
+    own = {**LATENT, "teachers": []}
+    arms = {f"own-{w:g}": {**own, "latent": {"self_weight": w}} for w in (1.0, 2.0)} | {"twin": own}
+    [found] = find_ablations(make_recipe(arms))
+    assert found.keys == ("latent.self_weight",) and dict(found.arms) == {"own-1": (1.0,), "own-2": (2.0,)}
+
+
+def test_keys_and_values_of_latents_stand_beside_latents_that_nobody_teaches(reported: Any, monkeypatch: Any) -> None:
+    beside: list[list[str]] = []
+    monkeypatch.setattr(ablations, "draw_keys_and_values", lambda s, w, plain, *_: beside.append(plain) or "not drawn")
+    one = {**LATENT, "loss": {"k_weight": 0.0}}
+    arms = {"cot": {"teachers": []}, "own": ARMS["own"], "twin": ARMS["twin"], "kv": LATENT, "values": one}
+    ablations.draw_ablations(make_recipe(arms), reported[0], "accuracy", ENGLISH, ENGLISH)
+    assert beside == [["twin"]]
 
 
 def test_the_twin_is_named_with_the_difference_and_how_much_longer_it_is_trained(reported: Any) -> None:

@@ -24,7 +24,7 @@ from kvdistill.arms.distiller import Distiller
 from kvdistill.arms.latent_student import LatentStudent
 from kvdistill.arms.lessons import RowsBehind, studied_beside, written_beside
 from kvdistill.arms.pairing import Pairing
-from kvdistill.arms.questions import Directly, question_sizes
+from kvdistill.arms.questions import as_read, question_sizes
 from kvdistill.arms.setting import Setting
 from kvdistill.arms.student import CausalStudent, Student
 from kvdistill.arms.teacher import Teacher
@@ -193,8 +193,8 @@ class Arm:
         return self.as_read(own)
 
     def as_read(self, rows: Sequence[Example]) -> Sequence[Example]:
-        """Rows as its student reads them: one that answers directly gets no reasoning."""
-        return Directly(rows) if self.recipe.reasoning == "none" else rows
+        """Rows as its student reads them."""
+        return as_read(rows, self.recipe.reasoning)
 
     def batches(
         self, split: str, *, mismatched: bool | None = None, seed: int | None = None, stored: bool = True

@@ -31,7 +31,7 @@ from kvdistill.arms.controls import (
 )
 from kvdistill.arms.questions import Questions
 from kvdistill.arms.texts import TeacherText
-from kvdistill.compress import kept_tokens, selection_map
+from kvdistill.compress import kept_tokens, selection_map, share_that_drops
 from kvdistill.core.errors import DataError
 from kvdistill.core.maps import SparseMap
 from kvdistill.core.recipe import ArmRecipe
@@ -397,6 +397,21 @@ class BatchMaker:
             ends_BS=ends_BS,
             importance_share=compress.importance_share,
         )
+
+    def shares_that_drop(self, numbers: Sequence[int]) -> dict[str, float]:
+        """By teacher (and `itself`), of these examples the share of which compression drops a reasoning token."""
+        arm = self.arm
+        if arm is None or arm.compress.kv_compression in ("full", "none"):
+            return {}
+        found = {}
+        for name in [*(arm.teachers if arm.needs_kv else ()), *([ITSELF] if arm.learns_from_itself else ())]:
+            _, theirs_BS = self._read_by(name, numbers)
+            if arm.compress.kv_compression == "steps":
+                kept_BS = self._kept(name, theirs_BS, None, numbers)
+            else:  # whichever the others keep, they are as many
+                kept_BS = kept_tokens("right", theirs_BS, arm.compress.keep or arm.latent.tokens)
+            found[name] = share_that_drops(kept_BS, theirs_BS)
+        return found
 
     def _slots(self, kept: Tensor, theirs_BS: Tensor) -> SparseMap:
         """From a teacher's tokens to the student's latent slots: its kept reasoning tokens in their order."""

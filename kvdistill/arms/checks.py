@@ -326,9 +326,13 @@ def try_saving(experiment: Experiment) -> None:
     comes back as another one, and whatever saving raises.
     """
     student, note = experiment.recipe.student, experiment.run / "check.json"
-    latent = next((arm.latent for arm in experiment.arms.values() if arm.thinks), None)
+    shapes = {  # of what is saved; the rest of the section is of training
+        (arm.latent.tokens, arm.latent.passes, arm.latent.projection_size): arm.latent
+        for arm in experiment.arms.values()
+        if arm.thinks
+    }
     what = sha256_of(
-        ({} if latent is None else {"latent": latent.model_dump(mode="json")})
+        ({"latents": list(shapes)} if shapes else {})
         | {
             "student": student.model_dump(mode="json"),
             "files": [] if student.path is None else file_stamps(Path(student.path).expanduser()),
@@ -340,8 +344,7 @@ def try_saving(experiment: Experiment) -> None:
         return
     seed = experiment.recipe.seeds[0]
     made: list[CausalStudent | LatentStudent] = [CausalStudent(experiment.initial_model(seed), lora=student.lora)]
-    if latent is not None:
-        made.append(LatentStudent.around(experiment.initial_model(seed), latent, lora=student.lora))
+    made += [LatentStudent.around(experiment.initial_model(seed), one, lora=student.lora) for one in shapes.values()]
     with tempfile.TemporaryDirectory(dir=experiment.run, prefix=".check-") as folder:
         for one in made:
             generator = torch.Generator().manual_seed(0)

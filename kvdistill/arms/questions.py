@@ -47,6 +47,11 @@ def question_sizes(rows: Sequence[Example]) -> list[tuple[int, int]]:
     return [(row.segments.count(PROMPT), row.segments.count(ANSWER)) for row in rows]
 
 
+def as_read(rows: Sequence[Example], reasoning: str) -> Sequence[Example]:
+    """Rows as the student of an arm with this `reasoning` reads them: one that answers directly gets none."""
+    return Directly(rows) if reasoning == "none" else rows
+
+
 class Directly(ExampleRows):
     """The same rows with nothing between question and answer."""
 

@@ -122,7 +122,9 @@ class CompressRecipe(Section):
         description="all; the last, first, most important, random or evenly spaced ones; ends of steps; or none",
     )
     keep: Positive | None = Field(
-        None, description="reasoning tokens kept: the last, the first, the best, …; unset with steps: of every step"
+        None,
+        description="reasoning tokens kept: the last, the first, the best, …; unset: as many as latent.tokens where "
+        "the student thinks in latents, else, with steps, the end of every step",
     )
     step_mark: str | None = Field(
         None,

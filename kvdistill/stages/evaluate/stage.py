@@ -53,7 +53,7 @@ def evaluate(arm: Arm, progress: Progress = silent) -> None:
     model, tokenizer = load_saved(folder / "model", DTYPES[recipe.student.dtype])
     student = student_of(model).to(arm.device)
     options, public = recipe_options(recipe), check_public(recipe, run)
-    exams: Exams = {OWN: [*RunTest(run, arm.as_read).exams(OWN, recipe.evaluate.max_new_tokens)], **public}
+    exams: Exams = {OWN: [*RunTest(run, arm.recipe.reasoning).exams(OWN, recipe.evaluate.max_new_tokens)], **public}
     bos = not options.chat
     asker = identify(str(folder / "model"), student.model.config, tokenizer, recipe.student.dtype, begins_with_bos=bos)
     lm = make_lm(student.model, tokenizer, exams, options, student=student, begins_with_bos=bos)

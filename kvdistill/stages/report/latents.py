@@ -17,7 +17,7 @@ from kvdistill.core.arms import arm_recipe
 from kvdistill.core.family import MIN_SEEDS
 from kvdistill.core.files import sha256_of
 from kvdistill.core.recipe import ArmRecipe, Recipe
-from kvdistill.stages.report.ablations import leaves
+from kvdistill.stages.report.ablations import find_ablations, leaves
 from kvdistill.stages.report.canvas import SOFT, label, line_style, new_grid, percent_axis
 from kvdistill.stages.report.collect import Row, RunTables
 from kvdistill.stages.report.language import ENGLISH, Words
@@ -28,6 +28,7 @@ COSTS = ("forward_passes", "seconds_alone", "seconds", "cache_bytes")
 DRAWN = {"forward_passes": 1.0, "seconds_alone": 1000.0, "cache_bytes": 1 / 1024}  # and in which units
 CHANGES = ("zero", "mean", "shuffle")
 NEAR_ZERO = 0.05  # an accuracy that cannot fall
+MARGIN = 0.05  # accuracy that counts as none lost, where the study declares no margin of accuracy
 PASSES = "latent.passes"
 _OF_KV = ("teachers", "control", "latent.self_weight")  # keys that steer the KV term alone, and sections
 _SECTIONS_OF_KV, _LOSS_BESIDE = ("align.", "compress.", "fuse.", "loss."), ("loss.ce_weight", "loss.ce_on")
@@ -46,6 +47,7 @@ def latent_summary(recipe: Recipe, tables: RunTables) -> Row | None:
         return None
     written = next((name for name, arm in arms.items() if arm.reasoning == "written"), None)
     alpha = recipe.report.alpha
+    margin = recipe.report.margin if recipe.report.primary == "accuracy" else MARGIN
     rows = [_row(tables, name, arm) for name, arm in arms.items()]
     whole = next((row["forward_passes"]["mean"] for row in rows if row["arm"] == written), NAN)
     for row in rows:
@@ -54,11 +56,13 @@ def latent_summary(recipe: Recipe, tables: RunTables) -> Row | None:
     keys = ("nll", "worst", "degenerate", *KINDS)
     return {
         "percent": f"{100 * (1 - alpha):.4g}",
+        "margin": margin,
         "written": written,
         "rows": rows,
-        "causal": [_causal(tables.latents[name], name, alpha) for name, arm in arms.items() if arm.thinks],
+        "causal": [_causal(tables.latents[name], name, alpha, margin) for name, arm in arms.items() if arm.thinks],
         "twins": [_beside_twin(tables, pair, alpha) for pair in find_twins(arms)],
         "passes": find_passes(arms),
+        "alike": selectors_alike(recipe, tables),
         "tail": [{"arm": name, **{key: _spread([one[key] for one in tails[name]]) for key in keys}} for name in arms],
     }
 
@@ -83,9 +87,10 @@ def _row(tables: RunTables, name: str, arm: ArmRecipe) -> Row:
 # -- causal checks --------------------------------------------------------------------------------------
 
 
-def _causal(measured: Mapping[int, Row], name: str, alpha: float) -> Row:
+def _causal(measured: Mapping[int, Row], name: str, alpha: float, margin: float) -> Row:
     """The arm with its latents changed, beside itself. verdict: reasoning, where every change costs it accuracy;
-    regularisation, where none does; partly; floor, where it is hardly ever right; unknown: not measured."""
+    partly, where some do; regularisation, where none is shown to and none can cost as much as `margin`; untold, where
+    none is shown to and one may; floor, where it is hardly ever right; unknown: not measured."""
     found: Row = {"arm": name, "seeds": len(measured), "questions": 0, "as_is": _spread([]), "changes": []}
     runs = [one["causal"] for one in measured.values()]
     every = [dict(zip(map(tuple, one["questions"]), range(len(one["questions"])), strict=True)) for one in runs]
@@ -111,7 +116,10 @@ def _causal(measured: Mapping[int, Row], name: str, alpha: float) -> Row:
     falls = [one["high"] < 0 for one in found["changes"]]
     if found["as_is"]["mean"] < NEAR_ZERO:
         return found | {"verdict": "floor"}
-    return found | {"verdict": "reasoning" if all(falls) else "partly" if any(falls) else "regularisation"}
+    if any(falls):
+        return found | {"verdict": "reasoning" if all(falls) else "partly"}
+    stays = all(one["low"] > -margin for one in found["changes"])
+    return found | {"verdict": "regularisation" if stays else "untold"}
 
 
 def _macros(values_SQ: np.ndarray, tasks_Q: Sequence[str]) -> list[float]:
@@ -154,7 +162,9 @@ def find_twins(arms: Mapping[str, ArmRecipe]) -> list[tuple[str, str]]:
         beside = {
             key: value
             for key, value in flat.items()
-            if key not in (*_OF_KV, *_LENGTH) and (key in _LOSS_BESIDE or not key.startswith(_SECTIONS_OF_KV))
+            if key.split(".")[0] != "match"
+            and key not in (*_OF_KV, *_LENGTH)
+            and (key in _LOSS_BESIDE or not key.startswith(_SECTIONS_OF_KV))
         }
         logits = [arm.teachers, *(flat[key] for key in sorted(flat) if key.startswith("loss.logit_"))]
         return sha256_of([beside, logits if arm.needs_logits else []])
@@ -189,6 +199,17 @@ def find_passes(arms: Mapping[str, ArmRecipe]) -> list[dict[str, int]]:
             groups.setdefault(sha256_of(flat), {})[name] = arm.latent.passes
     ordered = [dict(sorted(group.items(), key=lambda pair: pair[1])) for group in groups.values()]
     return [group for group in ordered if len(set(group.values())) > 1]
+
+
+def selectors_alike(recipe: Recipe, tables: RunTables) -> list[list[str]]:
+    """Groups of arms that differ in which tokens are selected alone, where no selector drops any."""
+
+    def drops(arm: str) -> list[float]:
+        return [share for run in tables.runs[arm].values() for share in (run.ledger.get("drops") or {}).values()]
+
+    groups = [list(one.arms) for one in find_ablations(recipe) if one.keys == ("compress.kv_compression",)]
+    found = [[arm for arm in group if arm in tables.runs and drops(arm) and not any(drops(arm))] for group in groups]
+    return [group for group in found if len(group) > 1]
 
 
 def _beside_twin(tables: RunTables, pair: tuple[str, str], alpha: float) -> Row:

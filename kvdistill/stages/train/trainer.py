@@ -245,7 +245,7 @@ class DistillTrainer(Trainer):
                     fix="lower train.learning_rate or loss.kv_weight, or look at this term's teacher; "
                     "then run the changed recipe in a new run_dir",
                 )
-            sums = self._sums.setdefault(name, [0.0, 0.0, 0.0])
+            sums = self._sums.setdefault(name, [0.0, 0.0, 0.0, self.state.global_step])
             sums[0] += value
             sums[1] = weight
             sums[2] += entered
@@ -261,15 +261,17 @@ class DistillTrainer(Trainer):
     # -- log ----------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """One row in log.jsonl: the step's means over the window, each term raw and weighted, and the routing."""
+        """One row in log.jsonl: the loss's mean over the window, each term's, raw and weighted, over those of its steps
+        that have it, and the routing."""
         if "loss" in logs:
             steps = max(1, self.state.global_step - self._last_logged)
-            terms = {
-                name: {"raw": raw / steps, "weight": weight, "weighted": weighted / steps}
-                for name, (raw, weight, weighted) in self._sums_of_all_ranks().items()
-            }
+            sums = self._sums_of_all_ranks()
+            terms = {}
+            for name, (raw, weight, weighted, before) in sums.items():  # those of latents begin inside a window
+                its = max(1, self.state.global_step - int(before))
+                terms[name] = {"raw": raw / its, "weight": weight, "weighted": weighted / its}
             # not the Trainer's own mean, which forgets the steps before a resume
-            logs["loss"] = sum(term["weighted"] for term in terms.values())
+            logs["loss"] = sum(weighted / steps for _, _, weighted, _ in sums.values())
             row: dict[str, Any] = {
                 "step": self.state.global_step,
                 "loss": logs["loss"],
@@ -305,13 +307,15 @@ class DistillTrainer(Trainer):
             write_json_lines(self._log_file, [rows[key] for key in sorted(rows)])
 
     def _sums_of_all_ranks(self) -> dict[str, list[float]]:
-        """Raw and weighted sums over ranks: each rank divides its own tokens by the counts of all."""
+        """Raw and weighted sums over ranks: each rank divides its own tokens by the counts of all. Behind them the
+        step before the first that had the term."""
         if self.args.world_size == 1 or not self._sums:
             return self._sums
-        own = torch.tensor([[raw, weighted] for raw, _, weighted in self._sums.values()], device=self.args.device)
-        total = self.accelerator.gather(own[None]).sum(0).tolist()
+        mine = torch.tensor([[raw, weighted] for raw, _, weighted, _ in self._sums.values()], device=self.args.device)
+        total = self.accelerator.gather(mine[None]).sum(0).tolist()
         return {
-            name: [raw, self._sums[name][1], weighted] for name, (raw, weighted) in zip(self._sums, total, strict=True)
+            name: [raw, own[1], weighted, own[3]]
+            for (name, own), (raw, weighted) in zip(self._sums.items(), total, strict=True)
         }
 
     # -- which weights, and until when --------------------------------------------------------
@@ -411,8 +415,9 @@ class DistillTrainer(Trainer):
         assert self.model is not None
         state = load_checkpoint(Path(resume_from_checkpoint), self.model)
         self.seen = torch.tensor(state["seen"], dtype=torch.float64)
-        self._sums = {name: list(values) for name, values in state["sums"].items()}
         self._last_logged = state["last_logged"]
+        # checkpoints of versions before terms began inside a window hold three values
+        self._sums = {name: [*values, self._last_logged][:4] for name, values in state["sums"].items()}
         self.has_unmeasured_step = state.get("unmeasured", False)
         self._clock.advance(*state["seconds"])
         if self._routing is not None and state["routing"] is not None:
