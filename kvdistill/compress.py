@@ -6,6 +6,7 @@ modes (n = keep; of fewer reasoning tokens than n, all stay):
   uniform       n spread evenly, the first and the last among them
   random        n drawn without replacement, by a seed of the example's own: neither padding nor the order in the
                 batch changes the draw
+  steps         the token that ends each step of the reasoning, where its text marks steps; of more than n the last n
   r-kv          the n with the best score, see below
 
 R-KV (Cai et al. 2025, as KaVa uses it), per layer and KV head, over the n reasoning tokens of an example alone:
@@ -39,7 +40,7 @@ from kvdistill.core.kv import CAUSAL, AttentionRule, require_unbiased
 from kvdistill.core.maps import SparseMap, members_first, spread_members
 from kvdistill.core.segments import ANSWER, PADDING, REASONING
 
-MODES = ("full", "right", "crop", "r-kv", "random", "uniform", "none")
+MODES = ("full", "right", "crop", "r-kv", "random", "uniform", "steps", "none")
 
 
 def kept_tokens(
@@ -49,16 +50,19 @@ def kept_tokens(
     *,
     scores: Float[Tensor, "*M B 2 G S"] | None = None,
     keys_B: Int[Tensor, " B"] | Sequence[int] | None = None,
+    ends_BS: Bool[Tensor, "B S"] | None = None,
     importance_share: float = 0.1,
 ) -> Bool[Tensor, "*M B S"]:
     """True at the teacher tokens that take part, never at padding: [B, S], or as many layers as `scores` has.
 
-    mode: see the module's docstring. keep: how many reasoning tokens stay (all, where there are fewer).
-    scores: of `rkv_scores` or `rkv_layer_scores`, for r-kv. keys_B: a seed per example, for random.
-    Raises RecipeError for an unknown mode or a missing `keep`, AlignmentError for missing scores or keys.
+    mode: see the module's docstring. keep: how many reasoning tokens stay (all, where there are fewer; with steps it
+    may be None: the end of every step). scores: of `rkv_scores` or `rkv_layer_scores`, for r-kv. keys_B: a seed per
+    example, for random. ends_BS: of `kvdistill.data.steps`, for steps.
+    Raises RecipeError for an unknown mode or a missing `keep`, AlignmentError for missing scores, keys or ends.
     """
     require_known(mode, MODES, "compression", "compress.kv_compression")
-    if mode not in ("full", "none") and (keep is None or keep < 1):
+    optional = mode in ("full", "none") or (mode == "steps" and keep is None)
+    if not optional and (keep is None or keep < 1):
         raise RecipeError(
             f"{mode} with keep = {keep}", place="compress.keep", fix="say how many reasoning tokens to keep"
         )
@@ -75,6 +79,14 @@ def kept_tokens(
         stays = spread_members(reasoning_BS, reasoning_BS.sum(1).clamp(max=num))
     elif mode == "random":
         stays = _drawn(reasoning_BS, num, keys_B)
+    elif mode == "steps":
+        if ends_BS is None:
+            raise AlignmentError(
+                "steps without the tokens that end them", fix="give ends_BS: kvdistill.data.steps.StepMarks finds them"
+            )
+        stays = ends_BS & reasoning_BS
+        if keep is not None:
+            stays = stays & (stays.long().flip(1).cumsum(1).flip(1) <= num)
     else:
         if scores is None:
             raise AlignmentError(
@@ -83,6 +95,17 @@ def kept_tokens(
             )
         stays = kept_by_layer(scores, num, importance_share)
     return (segments_BS != PADDING) & (~reasoning_BS | stays)
+
+
+def share_that_drops(kept: Bool[Tensor, "*M B S"], segments_BS: Int[Tensor, "B S"]) -> float:
+    """Of the examples that have reasoning, the share of which some reasoning token is dropped, in any layer.
+
+    0 where none has reasoning. Where it is 0, all selectors with this `keep` choose alike, and a comparison of them
+    compares nothing.
+    """
+    reasoning_BS = segments_BS == REASONING
+    drops_B = (reasoning_BS & ~kept).any(-1).reshape(-1, len(segments_BS)).any(0)
+    return float(drops_B.sum()) / max(1, int(reasoning_BS.any(1).sum()))
 
 
 # -- R-KV ----------------------------------------------------------------------------------------------------

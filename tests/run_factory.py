@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from kvdistill.core.arms import arm_recipe
 from kvdistill.core.files import write_json
+from kvdistill.core.layout import LATENTS
 from kvdistill.core.marks import sealed, write_mark
 from kvdistill.core.recipe import Recipe
-from kvdistill.core.records import Record
+from kvdistill.core.records import Record, read_records
 from kvdistill.core.tuning import edges, judged_by, rule_of, trials_of, tuned_path
 
 TASKS = ("chain", "product")
@@ -28,6 +30,8 @@ ARMS: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
     "placebo": ({"control": "placebo"}, (0.72, 0.23)),
     "ce": ({"teachers": []}, (0.75, 0.22)),
 }
+CHANGES = ("zero", "mean", "shuffle")  # of latents, in causal checks
+TOKENS = ["5", " ×", "<script>", "\n"]  # that are read out
 COMPARISONS = [["competence", "ce"], ["fixed", "ce"], ["competence", "fixed"], ["placebo", "ce"]]
 
 
@@ -154,6 +158,42 @@ def make_match(spec: dict[str, Any]) -> dict[str, Any]:
         k = {"r2": 0.71, "centred_cosine": 0.84, "retrieval_top1": 0.62, "cosine": 0.97}
     v = {key: value * 0.9 for key, value in k.items()}
     return {t: {"k": k, "v": v, "by_layer": []} for t in teachers}
+
+
+def make_latents(arm: str, folder: Path, kept: dict[str, float], thinks: tuple[int, int] | None) -> dict[str, Any]:
+    """kept: change -> the share of right answers that stay right under it."""
+    passes, places = (thinks[1] + 3, 30) if thinks else (23, 40)
+    cost = {"questions": 120, "forward_passes": passes, "cache_places": places, "cache_bytes": places * 512.0,
+            "seconds_alone": 0.002 * passes, "timed": 5, "seconds": 0.0004 * passes, "batch_size": 64}  # fmt: skip
+    found: dict[str, Any] = {"schema": 1, "cost": cost}
+    if thinks is None:
+        return found
+    records = read_records(folder / "records.jsonl")
+    rng = np.random.default_rng(len(arm))
+    right = [one.correct for one in records]
+    luck = rng.random((3, len(right)))
+    correct = {"none": right}
+    correct |= {kind: [r and bool(x < kept.get(kind, 1.0)) for r, x in zip(right, luck[n], strict=True)]
+                for n, kind in enumerate(CHANGES)}  # fmt: skip
+    M, T = thinks
+    slots = [[[[TOKENS[(slot + number + place) % 4], 0.5 / (place + 1)] for place in range(3)] for slot in range(M)]
+             for number in range(T + 1)]  # fmt: skip
+    questions = {one.task: one for one in reversed(records)}.values()
+    readout = [{"question": list(one.question), "completion": one.prediction, "correct": one.correct,
+                "passes": [*range(T + 1)], "slots": M, "tokens": slots} for one in questions]  # fmt: skip
+    causal = {"questions": [list(one.question) for one in records], "correct": correct}
+    return {**found, "latents": M, "passes": T, "causal": causal, "readout": readout}
+
+
+def write_latents(run: Path, recipe: Recipe, kept: dict[str, dict[str, float]] | None = None) -> None:
+    """`latent.json` of every run, as the evaluate stage leaves it. kept: by arm; unset: all answers stay right."""
+    for arm in recipe.arms:
+        made = arm_recipe(recipe, arm)
+        for seed in recipe.seeds:
+            folder = run / "arms" / arm / f"seed-{seed}"
+            thinks = (made.latent.tokens, made.latent.passes) if made.thinks else None
+            write_json(folder / LATENTS, make_latents(arm, folder, (kept or {}).get(arm, {}), thinks))
+            write_mark(folder / "evaluated.json", {}, ["records.jsonl", LATENTS])
 
 
 def mark_again(folder: Path) -> None:

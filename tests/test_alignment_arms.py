@@ -62,6 +62,12 @@ ARMS: dict[str, dict[str, Any]] = {
     "r-kv": {"teachers": ["qwen", "llama"], "compress": {"kv_compression": "r-kv", "keep": 4}},
     "random": {"teachers": ["llama"], "compress": {"kv_compression": "random", "keep": 4}},
     "uniform": {"teachers": ["gpt2"], "compress": {"kv_compression": "uniform", "keep": 4}},
+    "steps": {"teachers": ["qwen", "llama"], "compress": {"kv_compression": "steps", "step_mark": ",", "keep": 2}},
+    "steps-of-own-chains": {
+        "teachers": ["neox"],
+        "compress": {"kv_compression": "steps", "step_mark": ","},
+        "align": OWN_CHAINS,
+    },
     "none": {"teachers": ["gpt2"], "compress": {"kv_compression": "none"}},
     "attention-weighted": {"teachers": ["llama"], "loss": {"attention_weighted": True}},
     "r-kv-weighted": {  # each layer keeps tokens of its own, and weighs those

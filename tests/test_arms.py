@@ -18,7 +18,8 @@ from kvdistill.arms.batches import Batch, token_counts
 from kvdistill.arms.controls import Change, Moments
 from kvdistill.arms.distiller import Distiller
 from kvdistill.arms.experiment import Experiment
-from kvdistill.arms.student import CausalStudent, Student
+from kvdistill.arms.questions import Questions
+from kvdistill.arms.student import CausalStudent, Student, load_saved
 from kvdistill.core.files import read_json
 from kvdistill.core.targets import TeacherTargets
 from kvdistill.losses import TextChunks
@@ -119,9 +120,13 @@ def test_all_parts_of_a_batch_move() -> None:
         chunks={
             "two": TextChunks(*(torch.ones(shape).long() for shape in ((5,), (5, 2), (5, 2), (3, 7), (4, 2), (6,))))
         },
+        questions=Questions.of_ids([[3, 4], [5], [6, 7, 8]], [[1], [2, 1], [1]], 0),
     )
     for part in fields(Batch):
-        assert len(getattr(batch, part.name)) > 0, f"the test says nothing about {part.name}"
+        value = getattr(batch, part.name)
+        assert len(value) > 0 if hasattr(value, "__len__") else value is not None, (
+            f"the test says nothing about {part.name}"
+        )
     moved = batch.to("meta")
     before, after = list(tensors_in(batch)), list(tensors_in(moved))
     assert len(after) == len(before) > 30 and {x.device.type for x in before} == {"cpu"}
@@ -154,6 +159,8 @@ def test_ids_and_segments_of_different_shapes_are_refused() -> None:
     with pytest.raises(TypeCheckError, match="segments_BT"):
         Batch(ids_BT, torch.ones(2, 4, dtype=torch.long), ["chain", "chain"])
     with pytest.raises(TypeCheckError, match="kv_masks"):
+        Batch(ids_BT, ids_BT, ["chain", "chain"], kv_masks={"one": torch.ones(5, 3, dtype=torch.bool)})
+    with pytest.raises(AssertionError, match="kv_masks"):
         Batch(ids_BT, ids_BT, ["chain", "chain"], kv_masks={"one": torch.ones(2, 4, dtype=torch.bool)})
 
 
@@ -237,7 +244,7 @@ def test_training_takes_another_kind_of_student(tmp_path: Path, monkeypatch: pyt
     terms = [[row["terms"] for row in rows_of(one.folder / "log.jsonl") if "terms" in row] for one in (plain, arm)]
     assert terms[0] == terms[1] and "kv/two/v" in terms[0][0]
     assert read_json(arm.folder / "match.json") == read_json(plain.folder / "match.json")
-    saved, _ = CausalStudent.load(arm.folder / "model", torch.float32)
-    of_plain, _ = CausalStudent.load(plain.folder / "model", torch.float32)
+    saved, _ = load_saved(arm.folder / "model", torch.float32)
+    of_plain, _ = load_saved(plain.folder / "model", torch.float32)
     pairs = zip(saved.parameters(), of_plain.parameters(), strict=True)
     assert all(torch.equal(x, y) for x, y in pairs)

@@ -17,6 +17,7 @@ from kvdistill.compress import (
     rkv_scores,
     rkv_select,
     selection_map,
+    share_that_drops,
 )
 from kvdistill.core.errors import AlignmentError, RecipeError
 
@@ -118,6 +119,40 @@ def test_none_and_full():
     segments = torch.tensor([[0, 1, 2, 2, 3, 0]])
     assert kept_tokens("none", segments).tolist() == [[False, True, False, False, True, False]]
     assert kept_tokens("full", segments).tolist() == [[False, True, True, True, True, False]]
+
+
+@EXAMPLES
+@given(segments=codes, keep=st.none() | st.integers(1, 8), seed=st.integers(0, 99), left=st.integers(0, 4))
+def test_steps_keeps_the_ends_of_the_last_steps(segments, keep, seed, left):
+    ends = torch.rand(segments.shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+    kept = kept_tokens("steps", segments, keep, ends_BS=ends)
+    for b, row in enumerate(segments.tolist()):
+        of_steps = [i for i, code in enumerate(row) if code == 2 and ends[b, i]]
+        expected = of_steps if keep is None else of_steps[-keep:]
+        others = [i for i, code in enumerate(row) if code in (1, 3)]
+        assert kept[b].nonzero().squeeze(1).tolist() == sorted(expected + others)
+    padded = [torch.nn.functional.pad(x, (left, 3), value=fill) for x, fill in ((segments, 0), (ends, True))]
+    again = kept_tokens("steps", padded[0], keep, ends_BS=padded[1])
+    assert torch.equal(again[:, left : left + 7], kept) and int(again.sum()) == int(kept.sum())
+
+
+@EXAMPLES
+@given(segments=codes, keep=st.integers(1, 8), num_layers=st.integers(0, 3), seed=st.integers(0, 99))
+def test_the_share_that_drops_is_counted_example_by_example(segments, keep, num_layers, seed):
+    kept = kept_tokens("right", segments, keep)
+    if num_layers:  # layers keep different tokens, some of them all
+        drawn = torch.rand(num_layers, *segments.shape, generator=torch.Generator().manual_seed(seed)) < 0.8
+        kept = kept_tokens("full", segments) & drawn
+    with_reasoning = [b for b, row in enumerate(segments.tolist()) if 2 in row]
+    dropping = [
+        b
+        for b in with_reasoning
+        if any(not layer[b][i] for layer in kept.reshape(-1, *segments.shape) for i in range(7) if segments[b, i] == 2)
+    ]
+    assert share_that_drops(kept, segments) == len(dropping) / max(1, len(with_reasoning))
+    if not num_layers:  # where there is room for every token, nothing is dropped, whatever selects
+        longest = int((segments == 2).sum(1).max())
+        assert (share_that_drops(kept, segments) == 0) == (keep >= longest)
 
 
 # -- R-KV ----------------------------------------------------------------------------------------------------
@@ -316,6 +351,8 @@ def test_slots_per_layer_and_head_stand_in_time_order(seed, keep):
     [
         (lambda s: kept_tokens("r-kv", s, 3), AlignmentError, "r-kv without scores"),
         (lambda s: kept_tokens("r-kv", s), RecipeError, r"compress\.keep: r-kv with keep = None"),
+        (lambda s: kept_tokens("steps", s, 3), AlignmentError, "steps without the tokens that end them"),
+        (lambda s: kept_tokens("steps", s, 0, ends_BS=s > 1), RecipeError, "steps with keep = 0"),
         (lambda s: kept_tokens("uniform", s, 0), RecipeError, "uniform with keep = 0"),
         (lambda s: kept_tokens("random", s, 3), AlignmentError, "random compression of 1 examples with 0 seeds"),
         (lambda s: kept_tokens("random", s, 3, keys_B=[1, 2]), AlignmentError, "1 examples with 2 seeds"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -10,20 +12,26 @@ from hypothesis import strategies as st
 
 from kvdistill.core.errors import DataError
 from kvdistill.data.sets.generated import (
+    _PERMUTATIONS,
     AbstractFamily,
+    AffineFamily,
     ChainFamily,
     DigitsFamily,
+    PermuteFamily,
     ProductFamily,
     QuotientFamily,
 )
 
 CHAIN, PRODUCT = ChainFamily(), ProductFamily()  # the sizes that the built-in study uses
 DIGITS, QUOTIENT = DigitsFamily(), QuotientFamily()
+AFFINE, PERMUTE = AffineFamily(), PermuteFamily()
 SMALL = [
     ChainFamily(num_steps=2, max_value=5, max_step=3),
     ProductFamily(min_factor=2, max_factor=4),
     DigitsFamily(num_digits=3),
     QuotientFamily(max_quotient=4, max_divisor=3, max_term=5),
+    AffineFamily(modulus=5, num_steps=3),
+    PermuteFamily(num_steps=2),
 ]
 
 
@@ -76,6 +84,94 @@ def test_quotient_family_is_exactly_the_quotients_there_are() -> None:
         if (whole - taken) % divisor == 0 and 2 <= (whole - taken) // divisor <= 4
     }  # fmt: skip
     assert written == expected and len(written) == SMALL[3].count() == 150
+
+
+def _affine_slowly(modulus: int, num_steps: int) -> dict[str, tuple[str, str]]:
+    """Question -> reasoning and answer, by evaluating the text of each step."""
+    moves = [f"+{d}" for d in range(1, modulus)] + [f"*{d}" for d in range(2, modulus)]
+    found = {}
+    for start, steps in itertools.product(range(modulus), itertools.product(moves, repeat=num_steps)):
+        value, lines = start, []
+        for step in steps:
+            after = eval(f"({value}{step}) % {modulus}")
+            lines.append(f"{value}{step}>{after}")
+            value = after
+        found[f"{start}{''.join(steps)}"] = ",".join(lines[:-1]), str(value)
+    return found
+
+
+def test_affine_family_is_exactly_the_chains_modulo_a_prime() -> None:
+    family = SMALL[4]
+    written = [family.write(number) for number in range(family.count())]
+    assert {question: (reasoning, answer) for question, reasoning, answer in written} == _affine_slowly(5, 3)
+    assert len(written) == family.count() == 5 * 7**3
+    n = 4 + 7 * (2 + 11 * (9 + 11 * (1 + 11 * (8 + 11 * 5))))
+    assert AFFINE.write(n) == ("4+3*5+2*4+6", "4+3>0,0*5>0,0+2>2,2*4>1", "0")
+
+
+def test_permute_family_is_exactly_the_words_of_twelve_letters() -> None:
+    family, expected = SMALL[5], set()
+    for start, first, second in itertools.product("1234567", "abcdefghijkl", "abcdefghijkl"):
+        between = _PERMUTATIONS[first][int(start) - 1]
+        expected.add((start + first + second, f"{start}{first}>{between}", _PERMUTATIONS[second][int(between) - 1]))
+    written = [family.write(number) for number in range(family.count())]
+    assert set(written) == expected and len(written) == family.count() == 7 * 12**2
+
+
+@pytest.mark.parametrize("family", [AffineFamily(num_steps=3), PermuteFamily(num_steps=3)], ids=lambda one: one.name)
+def test_answers_of_chained_steps_are_uniform_so_chance_is_one_in_seven(family: AbstractFamily) -> None:
+    counts = Counter(family.write(number)[2] for number in range(family.count()))
+    assert len(counts) == 7 and set(counts.values()) == {family.count() // 7}
+
+
+@pytest.mark.parametrize("family", [AFFINE, PERMUTE], ids=lambda family: family.name)
+def test_neither_the_start_nor_the_last_step_tells_the_answer_of_five_steps(family: AbstractFamily) -> None:
+    problems = family.draw(0, 20_000, seed=1)
+    for part in (lambda question: question[0], lambda question: question[-2:]):
+        seen: dict[str, Counter[str]] = {}
+        for problem in problems[:10_000]:
+            seen.setdefault(part(problem.question), Counter())[problem.answer] += 1
+        right = sum(
+            seen[part(p.question)].most_common(1)[0][0] == p.answer
+            for p in problems[10_000:]
+            if part(p.question) in seen
+        )
+        assert abs(right / 10_000 - 1 / 7) < 0.015  # four standard errors
+
+
+@pytest.mark.parametrize("family", [AFFINE, PERMUTE], ids=lambda family: family.name)
+@given(number=st.integers(min_value=0))
+def test_chained_steps_are_written_out_with_their_state_last(family: AbstractFamily, number: int) -> None:
+    question, reasoning, answer = family.write(number % family.count())
+    steps = reasoning.split(",")
+    assert len(steps) == 4 and all(len(step) == (5 if family is AFFINE else 4) for step in steps)
+    assert all(before[-1] == after[0] for before, after in itertools.pairwise(steps)) and question[0] == steps[0][0]
+    assert question.startswith(question[0] + "".join(step[1:-2] for step in steps)) and len(answer) == 1
+    assert not set(question + reasoning) & set("=:?")  # the marks of what follows
+
+
+def test_letters_that_permute_never_commute_stay_or_agree() -> None:
+    tables = {letter: [int(place) - 1 for place in word] for letter, word in _PERMUTATIONS.items()}
+    assert all(sorted(table) == list(range(7)) for table in tables.values())
+    for a, b in itertools.combinations(tables.values(), 2):
+        assert [a[place] for place in b] != [b[place] for place in a]
+    for half in ("abcdef", "ghijkl"):  # with staying, each sends a place to each other place exactly once
+        for place in range(7):
+            assert {place, *(tables[letter][place] for letter in half)} == set(range(7))
+
+
+def test_affine_kin_are_the_questions_whose_like_neighbours_change_places() -> None:
+    family, of = SMALL[4], {}
+    for number in range(family.count()):
+        question, _, answer = family.write(number)
+        runs = re.findall(r"(?:\+\d)+|(?:\*\d)+", question)
+        ordered = question[0] + "".join("".join(sorted(re.findall(r"[+*]\d", run))) for run in runs)
+        of.setdefault(ordered, set()).add((family.kin(number), answer))
+    assert all(len(found) == 1 for found in of.values())  # one number for all of them, and one answer
+    assert len({kin for found in of.values() for kin, _ in found}) == len(of) < family.count()
+    held_out, *more = AFFINE.draw(1, 40_000, seed=0)
+    kin = AFFINE.kin(int(held_out.id))
+    assert all(AFFINE.kin(int(problem.id)) != kin for problem in more)
 
 
 def test_a_number_and_its_digits_in_another_order_are_kin() -> None:

@@ -194,7 +194,7 @@ def test_names_that_do_not_go_together(tmp_path: Path) -> None:
     own = _jsonl(tmp_path / "chain.jsonl", *_rows(5))
     mistakes = [
         ([{"name": "gsm8"}], "unknown task", "did you mean 'gsm8k'"),
-        ([{"name": "zzz"}], "unknown task", "there are: chain, product, digits, quotient, gsm8k, jsonl"),
+        ([{"name": "zzz"}], "unknown task", "there are: chain, product, digits, quotient, affine, permute, gsm8k"),
         ([{"name": "jsonl"}], "needs a file", "file:"),
         ([{"name": "chain", "file": str(file)}], "does not go with", "jsonl"),
         ([{"name": "gsm8k", "file": str(file)}], "does not go with", "jsonl"),

@@ -173,6 +173,20 @@ def test_the_model_of_a_run_knows_its_own_test_split(data_root, tmp_path, monkey
     assert_one_message(answer, "no test split 'own:chian'", "own:chain, own:product")
 
 
+def test_a_student_that_answers_directly_is_asked_and_scored_as_its_study_does(tmp_path, monkeypatch):
+    direct = {"teachers": [], "reasoning": "none"}
+    recipe = write_tiny(tmp_path, teachers=[], arms={"direct": direct, "ce": {"teachers": []}})
+    assert invoke(monkeypatch, "run", recipe).code == 0
+    for arm, has_reasoning in (("direct", False), ("ce", True)):
+        folder = tmp_path / "run" / "arms" / arm / f"seed-{SEED}"
+        assert invoke(monkeypatch, "evaluate", folder / "model", "--tasks", "own").code == 0
+        stage = {(row["task"], row["id"]): row for row in rows_of(folder / "records.jsonl")}
+        for row in records_of(folder / "evaluations"):
+            theirs = stage[row["task"], row["id"]]
+            assert (row["nll"], row["nll_reasoning"]) == (theirs["nll"], theirs["nll_reasoning"])
+            assert bool(row["nll_reasoning"]) is has_reasoning
+
+
 def test_the_default_folder_is_of_the_models_name(model, data_root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     asked = ("--tasks", "ceval", f"data.root={data_root}", "--limit", 1)

@@ -78,7 +78,7 @@ def test_what_the_arms_cannot_give_is_said() -> None:
     assert found.notes == []
     found = family({"both": {}, "more": {"align": {"layers": "terminal"}}}, [["both", "more"]])
     assert found.pairs == [("both", "more")]
-    assert "no arm has one teacher" in found.notes[0] and "no arm learns without" in found.notes[1]
+    assert "no arm has one teacher" in found.notes[0] and "no arm is plain fine-tuning" in found.notes[1]
 
 
 def test_which_arms_are_which() -> None:
@@ -92,6 +92,17 @@ def test_which_arms_are_which() -> None:
     assert plain_arm(arms) == "raw", "an arm without teachers before one that does not listen to them"
     assert plain_arm({"other": arms["raw"], "ce": arms["raw"]}) == "ce"
     assert plain_arm({"both": arms["both"]}) is None
+
+
+def test_an_arm_that_answers_directly_or_thinks_in_latents_is_no_plain_fine_tuning() -> None:
+    latent = {"teachers": [], "reasoning": "latent"}
+    arms = {"direct": {**CE, "reasoning": "none"}, "twin": latent, "own": {**latent, "latent": {"self_weight": 1.0}}}
+    latent_study: dict[str, Any] = {"compress": {"kv_compression": "r-kv"}, "seeds": THREE}
+    recipe = tiny_recipe(Path("unused"), arms={**arms, "a": {**ONE, "reasoning": "latent"}, "cot": CE}, **latent_study)
+    made = {name: arm_recipe(recipe, name) for name in recipe.arms}
+    assert plain_arm(made) == "cot" and plain_arm({name: made[name] for name in arms}) is None
+    assert single_arms(made) == ["a"], "its own reasoning is no teacher"
+    assert family_of(recipe).pairs == [("own", "cot"), ("a", "cot")]
 
 
 # -- refused before anything runs -------------------------------------------------------------------

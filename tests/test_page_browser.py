@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_factory import make_recipe, write_lines, write_run, write_tuned
+from run_factory import make_recipe, write_latents, write_lines, write_run, write_tuned
 
 from kvdistill.stages.report import report
 
@@ -182,13 +182,15 @@ def test_prints(browser: Browser, page: Path, tmp_path: Path) -> None:
 def study(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp(f"study-{request.param}")
     arms = {"ce": {"teachers": []}, "competence": {"fuse": {"fusion_strategy": "competence"}},
-            "keys": {"loss": {"v_weight": 0.0}}, "both": {}, "placebo": {"control": "placebo"}}  # fmt: skip
+            "keys": {"loss": {"v_weight": 0.0}}, "both": {}, "placebo": {"control": "placebo"},
+            "thinks": {"reasoning": "latent", "compress": {"kv_compression": "r-kv"}}}  # fmt: skip
     curves = {"arms": ["competence", "ce"], "budgets": [1, 2]}
     rules = {"comparisons": [["competence", "ce"], ["placebo", "ce"]], "language": request.param, "curves": curves}
     tune = {"grid": {"train": {"learning_rate": [1e-3, 4e-3]}, "loss": {"kv_weight": [5, 20]}}, "seeds": [5]}
     recipe = make_recipe(arms, report=rules, tune=tune)
     write_run(run, recipe, questions=12)
     write_tuned(run, recipe)
+    write_latents(run, recipe)
     return report(recipe, run)
 
 

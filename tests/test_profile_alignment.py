@@ -79,6 +79,13 @@ def files_of(run: Path) -> dict[str, int]:
     return {str(f.relative_to(run)): f.stat().st_mtime_ns for f in kept}
 
 
+def test_arms_that_think_in_latents_are_left_out_and_the_reason_is_printed(tmp_path, monkeypatch) -> None:
+    arms = {"kv": {"reasoning": "latent"}, "twin": {"reasoning": "latent", "teachers": []}}
+    path = write_recipe(tmp_path, arms=arms, compress={"kv_compression": "r-kv"})
+    answer = invoke(monkeypatch, "profile-alignment", path, work=no_work)
+    assert answer.code == 0 and "kv: it thinks in latents" in answer.out and "twin: it has no teachers" in answer.out
+
+
 # -- the command --------------------------------------------------------------------------------------
 
 

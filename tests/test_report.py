@@ -367,7 +367,7 @@ def test_page_leads_with_the_verdict(study: tuple[Recipe, Path]) -> None:
     shape = r"competence: N % ± \d\.\d of the held-out questions right, \+N points over ce; better \(p "
     assert re.match(shape.replace("N", r"\d\d\.\d"), summary["headline"])
     assert summary["headline"] in page
-    sections = [section.name for section in SECTIONS if section.name not in ("cost", "tuning")]  # none asked for
+    sections = [section.name for section in SECTIONS if section.name not in ("cost", "latents", "tuning")]
     order = ["<h1>", 'id="verdict"', "<figure>", *(f'id="{name}"' for name in sections)]
     places = [page.index(mark) for mark in order]
     assert places == sorted(places)

@@ -34,7 +34,18 @@ from kvdistill.core.files import read_json
 from kvdistill.core.layout import evaluated_mark, trained_mark
 from kvdistill.core.marks import read_mark
 from kvdistill.core.recipe import ArmRecipe, TuneRecipe
-from kvdistill.core.tuning import RATE, denser, edges, read_tuned, search, searched, trials_of, tuned_path, with_values
+from kvdistill.core.tuning import (
+    RATE,
+    denser,
+    edges,
+    read_tuned,
+    search,
+    searched,
+    trials_of,
+    tune_mistakes,
+    tuned_path,
+    with_values,
+)
 from kvdistill.stages.report.collect import collect_tables
 from kvdistill.stages.report.summary import budgets
 from kvdistill.stages.report.tuning import tuning_rows
@@ -133,6 +144,22 @@ def test_keys_that_do_nothing_for_an_arm_are_left_out_for_it():
     assert found["ce"] == plain and found["constant"] == {"train.weight_decay"}
     assert found["logit"] == {*plain, "loss.logit_temperature"}
     assert found["fixed"] == found["single"] == kv and found["competence"] == {*kv, "fuse.temperature"}
+
+
+def test_arms_whose_latents_learn_from_themselves_are_searched_as_those_with_teachers_are():
+    latent = {"teachers": [], "reasoning": "latent", "compress": {"kv_compression": "r-kv"}}
+    arms = made(ce=ARMS["ce"], twin=latent, own={**latent, "latent": {"self_weight": 1.0}})
+    grid = {"loss": {"kv_warmup": [0, 0.1], "kv_fade": [0, 0.1]}, "latent": {"self_weight": [1, 2]}}
+    grid["latent"]["answer_weight"] = [0.5, 1]
+    tune = TuneRecipe(grid={**grid, "train": {"learning_rate": [1, 2]}}, seeds=[1])
+    found = {name: {*searched(tune, arm)} - {RATE} for name, arm in arms.items()}
+    both = {"loss.kv_warmup", "loss.kv_fade", "latent.self_weight", "latent.answer_weight"}
+    assert found == {"ce": set(), "twin": {"latent.answer_weight"}, "own": both}
+    assert with_values(arms["own"], {"latent.self_weight": 2.0}).latent.self_weight == 2.0
+    recipe = tiny_recipe(Path("x"), arms={"own": {**latent, "latent": {"self_weight": 1.0}}})
+    wrong = TuneRecipe(grid={"latent": {"self_weight": [0, 1]}, "train": {"learning_rate": [1, 2]}}, seeds=[1])
+    said = [what for _, what, _ in tune_mistakes(recipe, wrong, {"own": arms["own"]}, lambda *_: "")]
+    assert said == ["latent.self_weight: 0 makes another arm of it"]
 
 
 def test_a_trial_is_the_arm_but_for_its_values_and_its_points(tmp_path):

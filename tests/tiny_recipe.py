@@ -79,6 +79,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "rotated": {"align": {"keys": "rotated"}},
     "right": {"compress": {"kv_compression": "right", "keep": 3}},
     "crop": {"compress": {"kv_compression": "crop", "keep": 3}},
+    "steps": {"compress": {"kv_compression": "steps", "step_mark": ","}},
     "smooth_l1": {"loss": {"kind": "smooth_l1"}},
     "l1": {"loss": {"kind": "l1"}},
     "mercator": {"loss": {"kind": "mercator"}},

@@ -17,11 +17,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvdistill.align import MapProjectionAligner
-from kvdistill.arms.batches import Batch, BatchMaker, data_order
+from kvdistill.align.layers import parse_layer_range
+from kvdistill.arms.batches import ITSELF, Batch, BatchMaker, data_order
 from kvdistill.arms.controls import Moments
 from kvdistill.arms.distiller import Distiller
+from kvdistill.arms.latent_student import LatentStudent
 from kvdistill.arms.lessons import RowsBehind, studied_beside, written_beside
 from kvdistill.arms.pairing import Pairing
+from kvdistill.arms.questions import as_read, question_sizes
 from kvdistill.arms.setting import Setting
 from kvdistill.arms.student import CausalStudent, Student
 from kvdistill.arms.teacher import Teacher
@@ -35,6 +38,7 @@ from kvdistill.core.runtime import derive_seed, elements_at_once
 from kvdistill.core.segments import PROMPT
 from kvdistill.core.targets import TeacherTargets
 from kvdistill.data.encode import Example
+from kvdistill.data.steps import StepMarks
 from kvdistill.fuse import build_fusion
 from kvdistill.models.generate import Rows
 from kvdistill.store.packed import TargetReader
@@ -182,11 +186,15 @@ class Arm:
         """What its batches are of: the run's training problems, and behind them those that `texts` adds. It trains on
         `own_numbers` of the first, and on all of the others."""
         own = self.experiment.split("train")
-        if self.recipe.texts == "own":
-            return own
         if self.recipe.texts == "teachers":
-            return RowsBehind(own, studied_beside(self.experiment, self.recipe.texts_from))
-        return RowsBehind(own, written_beside(self.experiment, self.recipe.texts_from, self.own_numbers))
+            own = RowsBehind(own, studied_beside(self.experiment, self.recipe.texts_from))
+        elif self.recipe.texts == "written":
+            own = RowsBehind(own, written_beside(self.experiment, self.recipe.texts_from, self.own_numbers))
+        return self.as_read(own)
+
+    def as_read(self, rows: Sequence[Example]) -> Sequence[Example]:
+        """Rows as its student reads them."""
+        return as_read(rows, self.recipe.reasoning)
 
     def batches(
         self, split: str, *, mismatched: bool | None = None, seed: int | None = None, stored: bool = True
@@ -211,7 +219,7 @@ class Arm:
                 self._nll[split] = {name: nll_N for name, nll_N in judges.items() if nll_N is not None}
         texts = {name: teacher.text(split) for name, teacher in self.teachers.items()}
         return BatchMaker(
-            self.lessons if split == "train" else self.experiment.examples(split),
+            self.lessons if split == "train" else self.as_read(self.experiment.examples(split)),
             self.experiment.tokenizer.pad_token_id,
             arm,
             self._readers[split] if stored else {},
@@ -223,7 +231,18 @@ class Arm:
             self.experiment.vocab_size,
             pieces={name: self.teachers[name].pieces for name, text in texts.items() if text and arm.needs_logits},
             partners=self.own_numbers if split == "train" else None,
+            step_marks=self.step_marks,
         )
+
+    @cached_property
+    def step_marks(self) -> dict[str, StepMarks]:
+        """What finds the ends of steps in each teacher's tokens; none where the arm does not ask for them."""
+        compress, arm = self.recipe.compress, self.recipe
+        if compress.kv_compression != "steps" or compress.step_mark is None:
+            return {}
+        read_by = {name: teacher.tokenizer for name, teacher in self.teachers.items() if arm.needs_kv}
+        read_by |= {ITSELF: self.experiment.tokenizer} if arm.learns_from_itself else {}
+        return {name: StepMarks(tokenizer, compress.step_mark) for name, tokenizer in read_by.items()}
 
     @cached_property
     def _moments(self) -> dict[str, Moments]:
@@ -284,8 +303,13 @@ class Arm:
     @cached_property
     def lesson_lengths(self) -> Sequence[int]:
         """Tokens of each of its lessons."""
-        own = self.recipe.texts == "own"
+        own = self.recipe.texts == "own" and self.recipe.reasoning != "none"
         return self.experiment.train_lengths if own else [len(example.input_ids) for example in self.lessons]
+
+    @cached_property
+    def question_sizes(self) -> Sequence[tuple[int, int]]:
+        """Tokens of the prompt and of the answer of each of its lessons."""
+        return question_sizes(self.lessons)
 
     def calibration_rows(self, most: int | None = None) -> list[int]:
         """Numbers of the training examples that aligners are fitted on, or the first `most` of them."""
@@ -378,15 +402,10 @@ class Arm:
     @cached_property
     def distiller(self) -> Distiller:
         """Student (with adapters where asked for), fitted aligners and fusion, ready to train, on the device."""
-        recipe = self.experiment.recipe.student
-        student = CausalStudent(
-            self.initial_model,
-            lora=recipe.lora,
-            seed=derive_seed(self.seed, "lora"),
-            gradient_checkpointing=recipe.gradient_checkpointing,
-        ).to(self.device)
+        student = self._new_student().to(self.device)
         if not self.uses_teachers:
-            return Distiller(student, self.recipe.model_copy(update={"teachers": []}))
+            alone = self.recipe.model_copy(update={"teachers": []})
+            return Distiller(student, alone, student_layers=self.own_layers if alone.learns_from_itself else ())
         in_teacher = self.recipe.compares_attention and self.recipe.align.match_in == "teacher"
         aligners: dict[str, MapProjectionAligner] = {}
         prototypes: list[Tensor] = []
@@ -406,6 +425,22 @@ class Arm:
         frames = self.frames if self.recipe.needs_kv else {}
         return Distiller(student, self.recipe, aligners, fusion, layers, frames, rotations)
 
+    def _new_student(self) -> CausalStudent | LatentStudent:
+        recipe = self.experiment.recipe.student
+        options: dict[str, Any] = {
+            "lora": recipe.lora,
+            "seed": derive_seed(self.seed, "lora"),
+            "gradient_checkpointing": recipe.gradient_checkpointing,
+        }
+        if self.recipe.thinks:
+            return LatentStudent.around(self.initial_model, self.recipe.latent, **options)
+        return CausalStudent(self.initial_model, **options)
+
+    @property
+    def own_layers(self) -> list[int]:
+        """Of the student, those whose keys and values are compared (loss.distill_layers)."""
+        return parse_layer_range(self.recipe.loss.distill_layers, self.experiment.student_shape.num_layers)
+
 
 def fit_options(arm: ArmRecipe, student: StudentRecipe, seed: int) -> dict[str, Any]:
     """What the fits of an arm depend on beside the teachers' targets and the layers that are read."""
@@ -424,6 +459,7 @@ def fit_options(arm: ArmRecipe, student: StudentRecipe, seed: int) -> dict[str, 
         "prototype": [arm.fuse.prototype, arm.fuse.num_prototypes] if similarity else None,
         **({"moments": True} if arm.control == "noise" else {}),
         **({"problems": arm.problems} if arm.problems < 1 else {}),
+        **({"slots": arm.latent.tokens} if arm.thinks else {}),
     }
 
 

@@ -29,8 +29,9 @@ from kvdistill.arms.controls import (
     permuted_places,
     predicting_places,
 )
+from kvdistill.arms.questions import Questions
 from kvdistill.arms.texts import TeacherText
-from kvdistill.compress import kept_tokens
+from kvdistill.compress import kept_tokens, selection_map, share_that_drops
 from kvdistill.core.errors import DataError
 from kvdistill.core.maps import SparseMap
 from kvdistill.core.recipe import ArmRecipe
@@ -38,6 +39,7 @@ from kvdistill.core.runtime import derive_seed
 from kvdistill.core.segments import ANSWER, PROMPT, REASONING
 from kvdistill.core.targets import ATTENTION, IMPORTANCE, REDUNDANCY, TeacherTargets
 from kvdistill.data.encode import Example
+from kvdistill.data.steps import StepMarks
 from kvdistill.losses import TextChunks, chunks_within, common_chunks, normalise_token_weights
 from kvdistill.models.generate import right_padded
 from kvdistill.store.packed import TargetReader
@@ -49,6 +51,7 @@ KV_SEGMENTS = {
     "answer": (ANSWER,),
     "reasoning+answer": (REASONING, ANSWER),
 }
+ITSELF = "itself"  # the student as a teacher of its latents; no teacher can have this name
 CE_SEGMENTS = {"reasoning+answer": (REASONING, ANSWER), "answer": (ANSWER,)}
 
 
@@ -133,6 +136,8 @@ class Batch:
     kv_masks: student tokens that take part, [B, T], or [L', B, T] where layers keep different tokens.
     token_weights: [L', B, T], mean 1 over the tokens that take part, where tokens weigh by the teacher's attention.
     chunks: of completions, where logits of a teacher that reads its own tokens are distilled.
+    questions: what a student that thinks in latents reads. maps and kv_masks then lead to its slots ([B, M] in the
+    place of [B, T]), and those of ITSELF from its own written reasoning.
     """
 
     input_ids_BT: Int[Tensor, "B T"]
@@ -143,9 +148,15 @@ class Batch:
     nll_scale: dict[str, Float[Tensor, " B"]] = field(default_factory=dict)
     changes: dict[str, Change] = field(default_factory=dict)
     maps: dict[str, SparseMap] = field(default_factory=dict)
-    kv_masks: dict[str, Bool[Tensor, "B T"] | Bool[Tensor, "_ B T"]] = field(default_factory=dict)
+    kv_masks: dict[str, Bool[Tensor, "B _"] | Bool[Tensor, "_ B _"]] = field(default_factory=dict)
     token_weights: dict[str, Float[Tensor, "_ B T"]] = field(default_factory=dict)
     chunks: dict[str, TextChunks] = field(default_factory=dict)
+    questions: Questions | None = None
+
+    def __post_init__(self) -> None:
+        if self.questions is None:
+            wide = {name: mask.shape[-1] for name, mask in self.kv_masks.items()}
+            assert set(wide.values()) <= {self.input_ids_BT.shape[1]}, f"kv_masks of tokens, not of slots: {wide}"
 
     @property
     def mask_BT(self) -> Tensor:
@@ -190,6 +201,7 @@ class BatchMaker:
     the targets say. vocab_size: tokens that a prediction may be of.
     pieces: of teachers with their own tokenizer whose logits are distilled, how their pieces are told in the student's.
     partners: numbers among which a placebo finds its mismatched texts; unset: all.
+    step_marks: by teacher, of its tokenizer; for compress: steps.
     """
 
     examples: Sequence[Example]
@@ -204,6 +216,7 @@ class BatchMaker:
     vocab_size: int = 1
     pieces: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     partners: Sequence[int] | None = None
+    step_marks: Mapping[str, StepMarks] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._partner: Mapping[int, int] | None = None
@@ -223,16 +236,18 @@ class BatchMaker:
             right_padded([row.input_ids for row in rows], self.pad_id), segments_BT, [row.task for row in rows]
         )
         arm = self.arm
+        if arm is not None and arm.thinks:
+            batch = replace(batch, questions=Questions.of(rows, self.pad_id))
+            if arm.learns_from_itself and arm.compress.kv_compression != "r-kv":
+                kept_BT = self._kept(ITSELF, segments_BT, None, numbers)
+                slots = self._slots(kept_BT, segments_BT)
+                batch = replace(batch, maps={ITSELF: slots}, kv_masks={ITSELF: slots.mask()})
         if arm is None or not (arm.needs_kv or arm.needs_logits):
             return batch
         others = numbers if self._partner is None else [self._partner[i] for i in numbers]
         given: dict[str, tuple[Tensor, Tensor]] = {}
         if not self.readers:
-            for name in arm.teachers:
-                text = self.texts.get(name)
-                read = [(self.examples if text is None else text.examples)[i] for i in others]
-                ids_BS = right_padded([row.input_ids for row in read], self.pad_id if text is None else text.pad_id)
-                given[name] = ids_BS, right_padded([row.segments for row in read], 0)
+            given = {name: self._read_by(name, others) for name in arm.teachers}
         asks = {
             "kv": arm.needs_kv,
             "logits": arm.needs_logits,
@@ -258,6 +273,13 @@ class BatchMaker:
         if targets:
             batch = batch.with_targets(targets)
         return self._aligned(batch, theirs, numbers, others) if arm.needs_kv else batch
+
+    def _read_by(self, name: str, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Ids and segments of what a teacher reads, [B, S]."""
+        text = self.texts.get(name)
+        rows = [(self.examples if text is None else text.examples)[i] for i in numbers]
+        ids_BS = right_padded([row.input_ids for row in rows], self.pad_id if text is None else text.pad_id)
+        return ids_BS, right_padded([row.segments for row in rows], 0)
 
     def _changes(self, theirs: Mapping[str, Tensor], mine_BT: Tensor, numbers: Sequence[int]) -> dict[str, Change]:
         """What the arm's control does with each teacher's targets; none where they are taken as they come.
@@ -292,6 +314,11 @@ class BatchMaker:
         weights: dict[str, Tensor] = {}
         for name in self.arm.teachers:
             target = batch.targets.get(name)
+            if self.arm.thinks:
+                maps[name] = self._slots(self._kept(name, theirs[name], target, others), theirs[name])
+                behind = maps[name].mask()
+                masks[name] = behind if behind.ndim == 2 else slots_with_all(behind, self._places(name, target))
+                continue
             mapping = self._time_map(name, theirs[name], batch.segments_BT, numbers, others)
             mapping = self._compressed(name, mapping, theirs[name], target, others)
             mask = wanted_BT
@@ -302,7 +329,7 @@ class BatchMaker:
             masks[name] = mask
             if self.arm.loss.attention_weighted:
                 weights[name] = self._token_weights(name, mapping, target, mask)
-        return replace(batch, maps=maps, kv_masks=masks, token_weights=weights)
+        return replace(batch, maps={**batch.maps, **maps}, kv_masks={**batch.kv_masks, **masks}, token_weights=weights)
 
     def _time_map(
         self, name: str, theirs_BS: Tensor, mine_BT: Tensor, numbers: Sequence[int], others: Sequence[int]
@@ -344,22 +371,52 @@ class BatchMaker:
     ) -> SparseMap | None:
         """The map without the teacher tokens that do not take part: [B, T, k], with r-kv [M, B, T, k]."""
         assert self.arm is not None
-        compress = self.arm.compress
-        if compress.kv_compression == "full":  # tokens that stand where they stand need no map
+        if self.arm.compress.kv_compression == "full":  # tokens that stand where they stand need no map
             return None if mapping is None else mapping.masked_source(theirs_BS > 0)
-        scores = None
-        if compress.kv_compression == "r-kv" and target is not None and target.scores_BSMRG is not None:
-            scores = target.scores_BSMRG[:, :, :, [IMPORTANCE, REDUNDANCY]].permute(2, 0, 3, 4, 1)
-        kept = kept_tokens(
-            compress.kv_compression,
-            theirs_BS,
-            compress.keep,
-            scores=scores,
-            keys_B=[derive_seed(self.seed, "compress", name, self.examples[i].doc_hash) for i in others],
-            importance_share=compress.importance_share,
-        )
+        kept = self._kept(name, theirs_BS, target, others)
         mapping = SparseMap.identity(theirs_BS.shape[1]) if mapping is None else mapping
         return mapping.masked_source(kept & (theirs_BS > 0))
+
+    def _kept(
+        self, name: str, theirs_BS: Tensor, target: TeacherTargets | None, others: Sequence[int]
+    ) -> Bool[Tensor, "*M B S"]:
+        """Which of a teacher's tokens take part."""
+        assert self.arm is not None
+        compress, scores = self.arm.compress, None
+        if compress.kv_compression == "r-kv" and target is not None and target.scores_BSMRG is not None:
+            scores = target.scores_BSMRG[:, :, :, [IMPORTANCE, REDUNDANCY]].permute(2, 0, 3, 4, 1)
+        ends_BS = None
+        if compress.kv_compression == "steps":
+            ends_BS = self.step_marks[name].ends(*self._read_by(name, others)).ends_BS
+        return kept_tokens(
+            compress.kv_compression,
+            theirs_BS,
+            compress.keep or (self.arm.latent.tokens if self.arm.thinks else None),
+            scores=scores,
+            keys_B=[derive_seed(self.seed, "compress", name, self.examples[i].doc_hash) for i in others],
+            ends_BS=ends_BS,
+            importance_share=compress.importance_share,
+        )
+
+    def shares_that_drop(self, numbers: Sequence[int]) -> dict[str, float]:
+        """By teacher (and `itself`), of these examples the share of which compression drops a reasoning token."""
+        arm = self.arm
+        if arm is None or arm.compress.kv_compression in ("full", "none"):
+            return {}
+        found = {}
+        for name in [*(arm.teachers if arm.needs_kv else ()), *([ITSELF] if arm.learns_from_itself else ())]:
+            _, theirs_BS = self._read_by(name, numbers)
+            if arm.compress.kv_compression == "steps":
+                kept_BS = self._kept(name, theirs_BS, None, numbers)
+            else:  # whichever the others keep, they are as many
+                kept_BS = kept_tokens("right", theirs_BS, arm.compress.keep or arm.latent.tokens)
+            found[name] = share_that_drops(kept_BS, theirs_BS)
+        return found
+
+    def _slots(self, kept: Tensor, theirs_BS: Tensor) -> SparseMap:
+        """From a teacher's tokens to the student's latent slots: its kept reasoning tokens in their order."""
+        assert self.arm is not None
+        return selection_map(kept & (theirs_BS == REASONING), self.arm.latent.tokens)
 
     def _places(self, name: str, target: TeacherTargets | None) -> list[list[tuple[int, float]]]:
         """For each student layer, where its teacher layers stand among the captured ones, and their shares."""
@@ -385,16 +442,21 @@ class BatchMaker:
 def token_counts(batch: Batch, arm: ArmRecipe | None) -> Tensor:
     """Tokens that each loss term averages over, in this batch, as float64.
 
-    [cross-entropy, kv of teacher 1, …]; with `fuse_at: kv` then those where any teacher that has weight has something.
+    [cross-entropy, kv of teacher 1, …]; with `fuse_at: kv` then those where any teacher that has weight has something;
+    with latents, at the end, those of the answers and the slots that its own reasoning fills.
     """
     codes = CE_SEGMENTS[arm.loss.ce_on if arm is not None else "reasoning+answer"]
     counts = [in_segments(batch.segments_BT[:, 1:], codes).sum().double()]
-    if arm is None or not arm.needs_kv:
-        return torch.stack(counts)
-    masks = [batch.kv_masks[name] for name in arm.teachers]
-    if arm.fuse.fuse_at == "kv":
-        fixed = arm.fuse.weights if arm.fuse.fusion_strategy == "fixed" else None
-        fused = [mask for n, mask in enumerate(masks) if fixed is None or fixed[n] > 0]
-        masks.append(functools.reduce(torch.logical_or, fused))
-    counts += [mask.sum().double() / (1 if mask.ndim == 2 else mask.shape[0]) for mask in masks]
+    if arm is not None and arm.needs_kv:
+        masks = [batch.kv_masks[name] for name in arm.teachers]
+        if arm.fuse.fuse_at == "kv":
+            fixed = arm.fuse.weights if arm.fuse.fusion_strategy == "fixed" else None
+            fused = [mask for n, mask in enumerate(masks) if fixed is None or fixed[n] > 0]
+            masks.append(functools.reduce(torch.logical_or, fused))
+        counts += [mask.sum().double() / (1 if mask.ndim == 2 else mask.shape[0]) for mask in masks]
+    if arm is not None and arm.thinks:
+        assert batch.questions is not None
+        slots_B = in_segments(batch.segments_BT, (REASONING,)).sum(1).clamp(max=arm.compress.keep or arm.latent.tokens)
+        filled = batch.kv_masks.get(ITSELF, slots_B)
+        counts += [batch.questions.answer_mask_BA.sum().double(), filled.sum().double()]
     return torch.stack(counts)

@@ -154,7 +154,7 @@ class TrainingBudgetController:
             known = self.is_known(name)
             lengths = arm.lesson_lengths if known else self.experiment.train_lengths
             order = arm.order_of(len(lengths), arm.num_batches(steps))
-            flops = run_flops(arm, order, None if known else lengths)
+            flops = run_flops(arm, order, None if known else lengths, steps)
             flops["tuning"] = self._tuning(name, steps)
             shared = shared_keys(arm.recipe, seed, self.experiment.recipe, name)
             self._costs[key] = {
@@ -184,7 +184,7 @@ class TrainingBudgetController:
                 known = self.is_known(base)
                 lengths = arm.lesson_lengths if known else self.experiment.train_lengths
                 order = arm.order_of(len(lengths), arm.num_batches(key[1]))
-                flops = run_flops(arm, order, None if known else lengths)
+                flops = run_flops(arm, order, None if known else lengths, key[1])
                 shared = shared_keys(arm.recipe, seed, recipe)
                 total += len(names) * trial_flops(flops, shared, self._sharers, self._trial_sharers)
             self._tunings[key] = total

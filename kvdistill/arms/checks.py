@@ -13,19 +13,25 @@ import torch
 from transformers import AutoTokenizer
 
 from kvdistill.arms.arm import Arm
+from kvdistill.arms.batches import ITSELF
 from kvdistill.arms.experiment import Experiment
+from kvdistill.arms.latent_student import LatentStudent
 from kvdistill.arms.student import CausalStudent
 from kvdistill.arms.teacher import Teacher
 from kvdistill.core.errors import AlignmentError, ModelError, RecipeError
 from kvdistill.core.files import file_stamps, sha256_of, write_json
 from kvdistill.core.marks import read_mark, sealed
 from kvdistill.core.progress import Progress, silent
+from kvdistill.core.quoting import quoted
 from kvdistill.core.recipe import ModelRecipe, Recipe, ScratchRecipe
+from kvdistill.core.segments import ANSWER
 from kvdistill.data.encode import Example
 from kvdistill.data.tokenizers import fingerprint_tokenizer, load_tokenizer
 from kvdistill.models import ModelShape, Probe, model_config, probe_config
+from kvdistill.models.generate import right_padded
 
 COMPARED_EXAMPLES = 200
+_CHUNK = 500  # rows
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
@@ -52,6 +58,9 @@ def check_models(experiment: Experiment, progress: Progress = silent) -> None:
             _check_gives(arm, teacher)
             _check_meets(arm, teacher)
             _check_exact(arm, teacher)
+        if arm.recipe.learns_from_itself:
+            _check_exact(arm, None)
+            _check_steps(arm, ITSELF, experiment.examples("train"))
         if arm.recipe.needs_kv and arm.recipe.align.match_in == "shared":
             try:
                 _ = arm.shared_size
@@ -120,6 +129,12 @@ def check_positions(experiment: Experiment) -> None:
     needs = {what: max((len(e.input_ids) for e in examples), default=0) for what, examples in texts.items()}
     prompts = [e.num_prompt_tokens for split in ("val", "test") for e in experiment.split(split)]
     needs[f"the longest prompt with {new} new tokens (evaluate.max_new_tokens)"] = max(prompts, default=0) + new
+    questions = [e.num_prompt_tokens + e.segments.count(ANSWER) for examples in texts.values() for e in examples]
+    longest = max(max(questions, default=0), max(prompts, default=0) + new)
+    for name, arm in experiment.arms.items():
+        if arm.thinks:  # <bot>, slots, <eot> between question and answer
+            what = f"the longest question of arms.{name} with its {arm.latent.tokens} latent slots (latent.tokens)"
+            needs[what] = longest + arm.latent.tokens + 2
     compare("student", experiment.student_shape, needs)
     for teacher in experiment.teachers.values():
         splits = ("train", "val", "teach") if teacher.recipe.scratch is not None else ("train", "val")
@@ -168,11 +183,11 @@ def _check_gives(arm: Arm, teacher: Teacher) -> None:
         )
 
 
-def _check_exact(arm: Arm, teacher: Teacher) -> None:
-    """Whether keys and values of teacher and student, and their attention where the arm looks at it, are what they are
-    taken for: found out by running a small model of each one's configuration."""
+def _check_exact(arm: Arm, teacher: Teacher | None) -> None:
+    """Whether keys and values of teacher (None: the student is its own) and student, and their attention where the arm
+    looks at it, are what they are taken for: found out by running a small model of each one's configuration."""
     recipe = arm.recipe
-    if not recipe.needs_kv:
+    if teacher is not None and not recipe.needs_kv:
         return
     meets_in_teacher = recipe.align.match_in == "teacher"
     looks = {
@@ -183,11 +198,14 @@ def _check_exact(arm: Arm, teacher: Teacher) -> None:
     }
     of_teacher = [key for key, does in looks.items() if does and (key != "loss.kind" or meets_in_teacher)]
     of_student = ["loss.kind"] if recipe.compares_attention and not meets_in_teacher else []
+    if teacher is None and looks["compress.kv_compression"]:
+        of_student = ["compress.kv_compression"]
     experiment = arm.experiment
-    for model, vocab_size, place, looked_at in (
-        (teacher.recipe, teacher.vocab_size, teacher.place, of_teacher),
-        (experiment.recipe.student, experiment.vocab_size, "student", of_student),
-    ):
+    models: list[tuple[ModelRecipe, int, str, list[str]]] = []
+    if teacher is not None:
+        models.append((teacher.recipe, teacher.vocab_size, teacher.place, of_teacher))
+    models.append((experiment.recipe.student, experiment.vocab_size, "student", of_student))
+    for model, vocab_size, place, looked_at in models:
         probe, family = probe_of(model, vocab_size, place)
         for verdict, what in ((probe.keys, "captured"), (probe.unrotated, "unrotated")):
             if not verdict.is_exact:
@@ -241,7 +259,9 @@ def _check_meets(arm: Arm, teacher: Teacher) -> None:
         )
     if not recipe.needs_kv:
         return
-    for key, what, fix in recipe.align.time_mistakes(own_tokenizer=own_tokenizer, own_chains=own_chains):
+    same_places = not recipe.thinks  # latent slots are filled from each teacher's own tokens: no times to align
+    unlike = {"own_tokenizer": own_tokenizer and same_places, "own_chains": own_chains and same_places}
+    for key, what, fix in recipe.align.time_mistakes(**unlike):
         raise AlignmentError(what, place=f"{place}: {key}", fix=fix)
     if own_chains and recipe.needs_nll:
         raise AlignmentError(
@@ -250,6 +270,27 @@ def _check_meets(arm: Arm, teacher: Teacher) -> None:
             fix="set fuse.fusion_strategy: fixed or similarity",
         )
     _check_layers(arm, teacher)
+    _check_steps(arm, teacher.name, teacher.examples("train"))
+
+
+def _check_steps(arm: Arm, whose: str, examples: Sequence[Example]) -> None:
+    """Whether the reasoning that a teacher reads marks steps, where only their ends are kept: in one row at least,
+    since a reasoning of one step needs no mark. whose: the teacher's name, or ITSELF."""
+    marks = arm.step_marks.get(whose)
+    if marks is None:
+        return
+    for start in range(0, len(examples), _CHUNK):
+        rows = [examples[i] for i in range(start, min(start + _CHUNK, len(examples)))]
+        ids_BS = right_padded([row.input_ids for row in rows], 0)
+        if bool(marks.ends(ids_BS, right_padded([row.segments for row in rows], 0)).marked_B.any()):
+            return
+    example = next((one.reasoning for one in examples if one.reasoning), "")
+    raise AlignmentError(
+        f"kv_compression steps: no reasoning of the training problems holds the mark {marks.mark!r} in this "
+        f"{'student' if whose == ITSELF else 'teacher'}'s tokens; the first one is {quoted(example)}",
+        place=f"arms.{arm.name} with {'itself' if whose == ITSELF else f'teacher {whose!r}'}: compress.step_mark",
+        fix="give the text that stands between steps, or another compress.kv_compression",
+    )
 
 
 def _check_layers(arm: Arm, teacher: Teacher) -> None:
@@ -285,8 +326,14 @@ def try_saving(experiment: Experiment) -> None:
     comes back as another one, and whatever saving raises.
     """
     student, note = experiment.recipe.student, experiment.run / "check.json"
+    shapes = {  # of what is saved; the rest of the section is of training
+        (arm.latent.tokens, arm.latent.passes, arm.latent.projection_size): arm.latent
+        for arm in experiment.arms.values()
+        if arm.thinks
+    }
     what = sha256_of(
-        {
+        ({"latents": list(shapes)} if shapes else {})
+        | {
             "student": student.model_dump(mode="json"),
             "files": [] if student.path is None else file_stamps(Path(student.path).expanduser()),
             "tokenizer": fingerprint_tokenizer(experiment.tokenizer),
@@ -295,19 +342,21 @@ def try_saving(experiment: Experiment) -> None:
     )
     if (read_mark(note) or {}).get("saved") == what:
         return
-    made = CausalStudent(experiment.initial_model(experiment.recipe.seeds[0]), lora=student.lora)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in made.named_parameters():
-        if "lora_B" in name:
-            with torch.no_grad():
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    seed = experiment.recipe.seeds[0]
+    made: list[CausalStudent | LatentStudent] = [CausalStudent(experiment.initial_model(seed), lora=student.lora)]
+    made += [LatentStudent.around(experiment.initial_model(seed), one, lora=student.lora) for one in shapes.values()]
     with tempfile.TemporaryDirectory(dir=experiment.run, prefix=".check-") as folder:
-        try:
-            made.save(Path(folder) / "model", experiment.as_read(experiment.tokenizer))
-        except ModelError as error:  # of a folder that nobody will see
-            raise ModelError(
-                error.what, place=f"student{'' if student.path is None else f'.path: {student.path}'}", fix=error.fix
-            ) from None
+        for one in made:
+            generator = torch.Generator().manual_seed(0)
+            for name, parameter in one.named_parameters():
+                if "lora_B" in name:
+                    with torch.no_grad():
+                        parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+            try:
+                one.save(Path(folder) / "model", experiment.as_read(experiment.tokenizer))
+            except ModelError as error:  # of a folder that nobody will see
+                place = f"student{'' if student.path is None else f'.path: {student.path}'}"
+                raise ModelError(error.what, place=place, fix=error.fix) from None
         theirs = AutoTokenizer.from_pretrained(Path(folder) / "model")
     special = [*experiment.tokenizer.get_added_vocab()]
     for example in experiment.split("train")[:COMPARED_EXAMPLES]:

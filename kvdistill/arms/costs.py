@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvdistill.arms.arm import Arm, fit_options
+from kvdistill.arms.latent_student import thinking_cost
 from kvdistill.arms.lessons import writing_facts
+from kvdistill.arms.questions import question_sizes
 from kvdistill.arms.setting import Setting
 from kvdistill.arms.teacher import Teacher
 from kvdistill.core.costs import Sharers, count_sharers
@@ -20,22 +22,31 @@ from kvdistill.core.recipe import ArmRecipe, Recipe
 from kvdistill.models import batch_geometry, capture_flops, forward_flops
 
 
-def run_flops(arm: Arm, order: Sequence[int], lengths: Sequence[int] | None = None) -> dict[str, Any]:
+def run_flops(
+    arm: Arm, order: Sequence[int], lengths: Sequence[int] | None = None, steps: int | None = None
+) -> dict[str, Any]:
     """The `flops` of a ledger. order: numbers of lessons, as they are trained on.
 
     lengths: tokens of lessons, for a plan made before teachers have written those that an arm reads; what writing will
-    cost is left out then. Unset: the arm's own.
+    cost is left out then. Unset: the arm's own. steps: of the whole training, of which `order` may be the beginning
+    (latents may start at a share of it); unset: the recipe's.
     """
     planned = lengths is not None
     lengths = arm.lesson_lengths if lengths is None else lengths
     tokens, squares = batch_geometry(lengths[i] for i in order)
     forward, backward = arm.experiment.student_outline.flops(tokens, squares)
+    compared = tokens, squares
+    if arm.recipe.thinks:
+        begun = latent_part(arm, order, steps)
+        more = thinking_flops(arm, begun, planned=planned)
+        forward, backward = forward + more[0], backward + more[1]
+        compared = len(begun) * arm.recipe.latent.tokens, 0
     used = arm.teachers if arm.uses_teachers else {}
     return {
         "student_forward": forward,
         "student_backward": backward,
         "teachers": {name: teacher_flops(arm, teacher, order) for name, teacher in used.items()},
-        "aligner": sum(aligner_flops(arm, name, tokens, squares) for name in used if arm.recipe.needs_kv),
+        "aligner": sum(aligner_flops(arm, name, *compared) for name in used if arm.recipe.needs_kv),
         "fit": {name: fit_flops(arm, name) for name in used if arm.recipe.needs_kv},
         "layer_maps": {name: layer_map_flops(arm, name) for name in used if reads_similarity(arm.recipe)},
         "teacher_training": {
@@ -47,6 +58,24 @@ def run_flops(arm: Arm, order: Sequence[int], lengths: Sequence[int] | None = No
         "generation": {} if planned else {name: writing_facts(arm.experiment, name)["flops"] for name in arm.writers},
         "tuning": {},  # the arm's trials know it: `predicted_tuning`, and `tuned.json` what they spent
     }
+
+
+def latent_part(arm: Arm, order: Sequence[int], steps: int | None = None) -> Sequence[int]:
+    """Of an arm that thinks in latents, those numbers of lessons that are read in the steps that train latents.
+
+    steps: of the whole training; unset: the recipe's.
+    """
+    per_step = arm.num_batches(1) * arm.recipe.train.batch_size
+    return order[arm.recipe.latent.start(arm.recipe.train.steps if steps is None else steps) * per_step :]
+
+
+def thinking_flops(arm: Arm, begun: Sequence[int], *, planned: bool = False) -> tuple[int, int]:
+    """Forward and backward of thinking about these lessons in latents and reading their answers.
+
+    planned: some lessons are still to be written; none of them is asked about.
+    """
+    sizes = question_sizes(arm.experiment.split("train")) if planned else arm.question_sizes
+    return thinking_cost(arm.experiment.student_outline, arm.recipe.latent, [sizes[i] for i in begun])
 
 
 def shared_keys(arm: ArmRecipe, seed: int, recipe: Recipe, name: str = "") -> dict[str, dict[str, str]]:

@@ -17,9 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from kvdistill.align import AlignedKV, MapProjectionAligner, attention_rules, attention_sources, attention_targets
-from kvdistill.arms.batches import CE_SEGMENTS, Batch, in_segments
+from kvdistill.arms.batches import CE_SEGMENTS, ITSELF, Batch, in_segments
 from kvdistill.arms.student import Student, StudentOutput
+from kvdistill.arms.teacher_pass import rkv_of
+from kvdistill.compress import kept_by_layer, selection_map
 from kvdistill.core.kv import KV
+from kvdistill.core.maps import SparseMap
 from kvdistill.core.recipe import ArmRecipe
 from kvdistill.fuse import Fusion, fuse_caches
 from kvdistill.losses import (
@@ -81,18 +84,24 @@ class Distiller(nn.Module):
         # teacher names may hold dots, module names may not: aligners go by the teacher's number
         self.aligners = nn.ModuleDict({str(self.teachers.index(n)): a for n, a in (aligners or {}).items()})
         assert all(a.student_layers == self.student_layers for a in self.aligners.values())
-        self._distance = build_distance(arm.loss) if arm is not None and arm.needs_kv else None
+        compares = arm is not None and (arm.needs_kv or arm.learns_from_itself)
+        self._distance = build_distance(arm.loss) if arm is not None and compares else None
 
-    def forward(self, batch: Batch, counts: Tensor, kv_weight: float = 0.0) -> DistillOutput:
+    def forward(
+        self, batch: Batch, counts: Tensor, kv_weight: float = 0.0, self_weight: float = 0.0, thinks: bool = True
+    ) -> DistillOutput:
         """One step's loss.
 
         Args:
             batch: with targets of every teacher of the arm.
             counts: what each term's sum is divided by (`token_counts`), float32.
             kv_weight: of the KV terms at this step.
+            self_weight: of the KV term of latents to the student's own written reasoning.
+            thinks: whether a student that thinks in latents does in this step, or learns to write alone.
         """
         arm = self.arm
-        needs_kv = arm is not None and arm.needs_kv
+        latent = arm is not None and arm.thinks
+        needs_kv = arm is not None and (arm.learns_from_itself and thinks if latent else arm.needs_kv)
         supervised_BT = self._supervised(batch)
         logits, kv, seen = self._run_student(batch, capture=needs_kv, head=supervised_BT)
         assert logits is not None
@@ -100,6 +109,11 @@ class Distiller(nn.Module):
         ce_weight = arm.loss.ce_weight if arm is not None else 1.0
         out = DistillOutput(loss=ce_weight * ce, terms={"ce": (ce.detach(), ce_weight, ce_weight * ce.detach())})
         out.parts["ce"] = out.loss
+        if latent and thinks:
+            own = None if kv is None or seen is None else (kv.detach(), seen.detach())
+            self._add_latent_terms(out, batch, counts, own, (kv_weight, self_weight))
+        if latent:
+            return out
         if seen is not None:
             out.seen = [*seen.keys[-HIGHEST:], *seen.values[-HIGHEST:]]
         if arm is None or not (needs_kv or arm.needs_logits):
@@ -129,14 +143,22 @@ class Distiller(nn.Module):
     def completion_nll(self, batch: Batch) -> tuple[float, int]:
         """Sum of -log p over the tokens after the prompts, whatever the arm's cross-entropy is of, and their number."""
         completion_BT = in_segments(batch.segments_BT, CE_SEGMENTS["reasoning+answer"])
+        if self.arm is not None and self.arm.thinks:  # what it is to give: the answer behind its latents
+            thinking = self.student.think(batch.questions)
+            nll_N = nn.functional.cross_entropy(thinking.logits_NV.float(), thinking.labels_N, reduction="sum")
+            return float(nll_N), len(thinking.labels_N)
         logits = self._run_student(batch, capture=False, head=completion_BT).logits
         assert logits is not None
         return float(cross_entropy(logits, batch.input_ids_BT, completion_BT, 1)), int(completion_BT[:, 1:].sum())
 
     @torch.no_grad()
     def match(self, batch: Batch, name: str) -> tuple[AlignedKV, AlignedKV]:
-        """Student and teacher `name` in the space they meet in, for match figures: two [L, B, T, C] pairs."""
-        kv = self._run_student(batch, capture=True, head=None).kv
+        """Student and teacher `name` in the space they meet in, for match figures: two [L, B, T, C] pairs (of latent
+        slots in the place of tokens, where the student thinks in those)."""
+        if self.arm is not None and self.arm.thinks:
+            kv = self.student.think(batch.questions, self.student_layers, self.arm.align.keys).kv
+        else:
+            kv = self._run_student(batch, capture=True, head=None).kv
         assert kv is not None
         return self.aligner(name).sources(kv), self._target_channels(name, batch)
 
@@ -147,6 +169,56 @@ class Distiller(nn.Module):
     def rotation(self, name: str) -> Callable[[KV], KV]:
         """How keys and queries turn in the space that the student and this teacher meet in."""
         return self._rotations.get(name, lambda kv: rotate_keys(kv, self.student.model))
+
+    def _add_latent_terms(
+        self,
+        out: DistillOutput,
+        batch: Batch,
+        counts: Tensor,
+        own: tuple[KV, KV] | None,
+        kv_weights: tuple[float, float],
+    ) -> None:
+        """The answer behind latents, and the latents' keys and values against those of written reasoning.
+
+        own: the student's, of its own written reasoning: as compared, and as its attention takes them. kv_weights: of
+        teachers, and of itself, at this step.
+        """
+        arm = self.arm
+        assert arm is not None and batch.questions is not None
+        thinking = self.student.think(batch.questions, self.student_layers, arm.align.keys)
+        nll = nn.functional.cross_entropy(thinking.logits_NV.float(), thinking.labels_N, reduction="sum") / counts[-2]
+        self._add(out, "answer", nll, arm.latent.answer_weight, nll)
+        out.seen = [x for side in thinking.seen for x in side[-HIGHEST:]]
+        if arm.needs_kv:
+            flat = self.aligner(self.teachers[0]).student_channels(thinking.kv)
+            sources = {name: self.aligner(name).project(flat) for name in self.teachers}
+            out.weights = self.router_weights(batch, sources)
+            self._add_kv_terms(out, sources, batch, counts, kv_weights[0])
+        if own is None:
+            return
+        slots, mask = self._own_slots(batch, own[1])
+        for side, weight in (("k", arm.loss.k_weight), ("v", arm.loss.v_weight)):
+            if weight == 0:
+                continue
+            mine, theirs = (stacked(kv, side).float() for kv in (thinking.kv, own[0]))
+            target_LBMC = torch.stack([slots.of_layer(n).apply(layer, 1) for n, layer in enumerate(theirs)])
+            scale_L111 = _deviation(target_LBMC, mask)
+            assert self._distance is not None
+            distance_LBM = self._distance(mine / scale_L111, target_LBMC / scale_L111)
+            raw = masked_token_mean(distance_LBM, mask, None, counts[-1])
+            self._add(out, f"kv/{ITSELF}/{side}", raw, kv_weights[1] * weight, raw)
+
+    def _own_slots(self, batch: Batch, own: KV) -> tuple[SparseMap, Tensor]:
+        """From the student's own reasoning tokens to its latent slots, and which slots have one: [B, M], or [L, B, M]
+        where layers keep other tokens (r-kv). own: as its attention takes them."""
+        if ITSELF in batch.maps:
+            return batch.maps[ITSELF], batch.kv_masks[ITSELF]
+        assert self.arm is not None
+        compress, num_slots = self.arm.compress, self.arm.latent.tokens
+        scores = rkv_of(own, batch.segments_BT)
+        kept_LBT = kept_by_layer(scores, compress.keep or num_slots, compress.importance_share)
+        slots = selection_map(kept_LBT, num_slots)
+        return slots, slots.mask()
 
     def _supervised(self, batch: Batch) -> Tensor:
         """Tokens that cross-entropy (and logit distillation) learns to predict."""
@@ -168,7 +240,7 @@ class Distiller(nn.Module):
             batch.input_ids_BT,
             batch.mask_BT,
             layers=self.student_layers,
-            queries=self.arm.compares_attention,
+            queries=self.arm.compares_attention or (self.arm.thinks and self.arm.compress.kv_compression == "r-kv"),
             keys=self.arm.align.keys,
             head=at,
         )
@@ -182,6 +254,10 @@ class Distiller(nn.Module):
         """
         assert self.fusion is not None
         mask_BT = batch.mask_BT
+        if self.arm is not None and self.arm.thinks:  # slots that any teacher fills
+            masks = [batch.kv_masks[name] for name in self.teachers]
+            filled = [mask if mask.ndim == 2 else mask.any(0) for mask in masks]
+            mask_BT = torch.stack(filled).any(0)
         given: dict[str, Any] = {"mask_BT": mask_BT}
         if "nll_BN" in self.fusion.needs:
             given["nll_BN"] = torch.stack([batch.targets[n].nll_B for n in self.teachers], dim=1)  # type: ignore[misc]
@@ -288,3 +364,18 @@ class Distiller(nn.Module):
         entered = weight * routed
         out.terms[name], out.parts[name] = (raw.detach(), weight, entered.detach()), entered
         out.loss = out.loss + entered
+
+
+def stacked(kv: KV, side: str) -> Tensor:
+    """Keys (k) or values (v) of all layers, the channels of all heads in one axis: [L, B, T, C]."""
+    layers = kv.keys if side == "k" else kv.values
+    return torch.stack([layer.transpose(1, 2).flatten(2) for layer in layers])
+
+
+def _deviation(x_LBMC: Tensor, mask: Tensor) -> Tensor:
+    """Standard deviation of each layer over live slots and channels, without graph, [L, 1, 1, 1]; 1 where it is 0."""
+    live = (mask if mask.ndim == 3 else mask[None]).expand(x_LBMC.shape[:3])[..., None].to(x_LBMC.dtype)
+    count_L111 = (live.sum((1, 2, 3), keepdim=True) * x_LBMC.shape[-1]).clamp_min(1)
+    mean_L111 = (x_LBMC * live).sum((1, 2, 3), keepdim=True) / count_L111
+    variance_L111 = ((x_LBMC - mean_L111).square() * live).sum((1, 2, 3), keepdim=True) / count_L111
+    return torch.where(variance_L111 > 0, variance_L111.sqrt(), 1.0)

@@ -37,7 +37,7 @@ def gradient_shares(parts: Mapping[str, Tensor], at: Sequence[Tensor]) -> dict[s
     def dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
         return sum(float(a.flatten().float() @ b.flatten().float()) for a, b in zip(one, other, strict=True))
 
-    of_ce = gradient(["ce"])
+    of_ce = gradient([name for name in ("ce", "answer") if name in parts])  # behind latents the answer is apart
     squares, with_ce = {"ce": dot(of_ce, of_ce)}, {"ce": dot(of_ce, of_ce)}
     for kind in KINDS[1:]:
         teachers: dict[str, list[str]] = {}

@@ -103,7 +103,7 @@ class Student(Protocol):
         """
 
     def save(self, folder: Path, tokenizer: Any) -> None:
-        """Write what `load` reads, and what anybody can load without kvdistill; whole or not at all."""
+        """Write what `load_saved` reads, and what anybody can load without kvdistill; whole or not at all."""
 
     def flops(self, num_tokens: int, sum_squared_lengths: int) -> tuple[int, int]:
         """Floating-point operations of forward and of backward over so many tokens, a multiply-add as two."""
@@ -143,20 +143,6 @@ class CausalStudent(nn.Module):
         with torch.device("meta"):
             model = auto_class(config).from_config(config)
             return cls(model, lora=recipe.lora, gradient_checkpointing=recipe.gradient_checkpointing)
-
-    @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype) -> tuple[CausalStudent, Any]:
-        """A saved student and its tokenizer, as plain transformers loads them. Raises RunFolderError if it cannot."""
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise RunFolderError(
-                f"the trained student cannot be loaded ({str(error).strip().splitlines()[0]})",
-                place=str(folder),
-                fix=f"delete {folder.parent} and run `kvdistill train RECIPE` again",
-            ) from None
-        return cls(model), tokenizer
 
     def forward(
         self,
@@ -232,10 +218,6 @@ class CausalStudent(nn.Module):
         ModelError, and nothing is left behind.
         """
         before = self._some_logits(self.model)
-        if not torch.isfinite(before).all():
-            raise ModelError(
-                "the student's logits are NaN or infinite", place=str(folder), fix="look at its weights and its dtype"
-            )
         model = merge_lora(self.model)
         ids = {role: getattr(tokenizer, role) for role in ("pad_token_id", "eos_token_id", "bos_token_id")}
         for role, number in ids.items():
@@ -244,14 +226,8 @@ class CausalStudent(nn.Module):
         with replacing_folder(folder) as part:
             model.save_pretrained(part)
             tokenizer.save_pretrained(part)
-            saved, _ = CausalStudent.load(part, model.dtype)
-            away = float((self._some_logits(saved.model) - before).norm() / before.norm())
-            if not away <= _SAVED_TOLERANCE[model.dtype]:
-                raise ModelError(
-                    f"the saved student is another one: its logits are off by {away:.2g} of their size",
-                    place=str(folder),
-                    fix="train without adapters (student.lora), or on other modules (student.lora.target_modules)",
-                )
+            saved, _ = load_saved(part, model.dtype)
+            refuse_other_student(before, self._some_logits(saved), model.dtype, folder)
 
     @torch.no_grad()
     def _some_logits(self, model: Any) -> Tensor:
@@ -262,9 +238,48 @@ class CausalStudent(nn.Module):
         model.train(training)
         return logits.float().cpu()
 
-    def flops(self, num_tokens: int, sum_squared_lengths: int) -> tuple[int, int]:
+    def flops(
+        self,
+        num_tokens: int,
+        sum_squared_lengths: int,
+        *,
+        num_head_tokens: int | None = None,
+        recomputes: bool | None = None,
+    ) -> tuple[int, int]:
         """As `Student.flops`. A backward pass is two forwards, and one more where activations are recomputed. With LoRA
-        the frozen weights take one forward's worth, and the adapters are counted beside them."""
-        frozen = forward_flops(self.shape, num_tokens, 0) if self._num_adapted else 0
-        forward = forward_flops(self.shape, num_tokens, sum_squared_lengths) + 2 * num_tokens * self._num_adapted
-        return forward, 2 * forward - frozen + (forward if self._recomputes else 0)
+        the frozen weights take one forward's worth, and the adapters are counted beside them.
+
+        num_head_tokens: that the head is run on; unset: all. recomputes: unset: as it was made."""
+        frozen = forward_flops(self.shape, num_tokens, 0, num_head_tokens=num_head_tokens) if self._num_adapted else 0
+        forward = forward_flops(self.shape, num_tokens, sum_squared_lengths, num_head_tokens=num_head_tokens)
+        forward += 2 * num_tokens * self._num_adapted
+        again = self._recomputes if recomputes is None else recomputes
+        return forward, 2 * forward - frozen + (forward if again else 0)
+
+
+def load_saved(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A saved student's model and its tokenizer, as plain transformers loads them. RunFolderError if it cannot."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True), tokenizer
+    except (OSError, ValueError, SafetensorError) as error:
+        raise RunFolderError(
+            f"the trained student cannot be loaded ({str(error).strip().splitlines()[0]})",
+            place=str(folder),
+            fix=f"delete {folder.parent} and run `kvdistill train RECIPE` again",
+        ) from None
+
+
+def refuse_other_student(before: Tensor, after: Tensor, dtype: torch.dtype, folder: Path) -> None:
+    """ModelError where the logits of a saved student are no numbers, or not those it gave before it was saved."""
+    if not torch.isfinite(before).all():
+        raise ModelError(
+            "the student's logits are NaN or infinite", place=str(folder), fix="look at its weights and its dtype"
+        )
+    away = float((after - before).norm() / before.norm())
+    if not away <= _SAVED_TOLERANCE[dtype]:
+        raise ModelError(
+            f"the saved student is another one: its logits are off by {away:.2g} of their size",
+            place=str(folder),
+            fix="train without adapters (student.lora), or on other modules (student.lora.target_modules)",
+        )

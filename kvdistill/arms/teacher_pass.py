@@ -60,12 +60,21 @@ def token_scores(kv: KV, segments_BS: Tensor) -> Tensor:
 
     kv: as attention sees it, with queries.
     """
-    queries = list(kv.queries)
-    if kv.scaling is not None:  # both functions divide by sqrt(size), as most models do
-        factors = [one * key.shape[-1] ** 0.5 for one, key in zip(kv.scaling, kv.keys, strict=True)]
-        queries = [q * factor for q, factor in zip(queries, factors, strict=True)]
-    rkv_MB2GS = rkv_layer_scores(queries, kv.keys, segments_BS, rules=kv.rules)
+    queries, rkv_MB2GS = _scaled_queries(kv), rkv_of(kv, segments_BS)
     q, k = (torch.stack([x.transpose(1, 2) for x in side]) for side in (queries, kv.keys))
     paid_MBS = answer_attention(q, k, segments_BS == ANSWER, kv.mask_BT, rules=kv.rules)
     paid_MB1GS = paid_MBS[:, :, None, None].expand(-1, -1, 1, kv.keys[0].shape[1], -1)
     return torch.cat([rkv_MB2GS, paid_MB1GS], dim=2).permute(1, 4, 0, 2, 3)
+
+
+def rkv_of(kv: KV, segments_BS: Tensor) -> Tensor:
+    """R-KV scores [M, B, 2, G, S] of keys and queries as attention sees them."""
+    return rkv_layer_scores(_scaled_queries(kv), kv.keys, segments_BS, rules=kv.rules)
+
+
+def _scaled_queries(kv: KV) -> list[Tensor]:
+    """Such that a division by sqrt(size), as most models do it, gives what this one's attention takes."""
+    if kv.scaling is None:
+        return list(kv.queries)
+    factors = [one * key.shape[-1] ** 0.5 for one, key in zip(kv.scaling, kv.keys, strict=True)]
+    return [q * factor for q, factor in zip(kv.queries, factors, strict=True)]

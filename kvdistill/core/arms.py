@@ -9,13 +9,23 @@ from pydantic import BaseModel, ValidationError
 
 from kvdistill.core.errors import RecipeError
 from kvdistill.core.mistakes import mistakes_of, nearest, refuse
-from kvdistill.core.recipe import AlignRecipe, ArmRecipe, CompressRecipe, FuseRecipe, LossRecipe, Recipe, TrainRecipe
+from kvdistill.core.recipe import (
+    AlignRecipe,
+    ArmRecipe,
+    CompressRecipe,
+    FuseRecipe,
+    LatentRecipe,
+    LossRecipe,
+    Recipe,
+    TrainRecipe,
+)
 
 ARM_SECTIONS: dict[str, type[BaseModel]] = {
     "align": AlignRecipe,
     "compress": CompressRecipe,
     "fuse": FuseRecipe,
     "loss": LossRecipe,
+    "latent": LatentRecipe,
     "train": TrainRecipe,
 }
 
@@ -44,7 +54,7 @@ def read_arm(
     mistakes: list[RecipeError] = []
     teachers = changes.pop("teachers", [teacher.name for teacher in recipe.teachers])
     tree: dict[str, Any] = {"teachers": teachers, "control": changes.pop("control", None)}
-    tree |= {key: changes.pop(key) for key in ("match", "times", "problems") if key in changes}
+    tree |= {key: changes.pop(key) for key in ("match", "times", "problems", "reasoning") if key in changes}
     if "placebo" in changes:
         fix = "write control: placebo" if changes.pop("placebo") else "leave it out"
         mistakes.append(RecipeError("`placebo` is one of several controls now", place=where, fix=fix))
@@ -61,7 +71,7 @@ def read_arm(
     steps, times = tree["train"].get("steps"), tree.get("times", 1)
     if isinstance(steps, int) and isinstance(times, int | float) and 0 < times < float("inf") and times != 1:
         tree["train"]["steps"] = max(1, round(times * steps))
-    words = ["teachers", "control", "texts", "texts_from", "match", "times", "problems", *ARM_SECTIONS]
+    words = ["teachers", "control", "reasoning", "texts", "texts_from", "match", "times", "problems", *ARM_SECTIONS]
     mistakes += (
         RecipeError(f"unknown key {unknown!r}", place=where, fix=nearest(unknown, words, ArmRecipe))
         for unknown in changes
@@ -72,6 +82,7 @@ def read_arm(
         return None, [*mistakes, *mistakes_of(error, ArmRecipe, where)]
     if not alone:
         mistakes += _arm_mistakes(made, [teacher.name for teacher in recipe.teachers], where)
+        mistakes += _latent_mistakes(made, recipe, arm, where)
         mistakes += _text_mistakes(made, recipe, where)
         if made.control == "untrained" and made.needs_nll and recipe.capture.source == "online":
             mistakes.append(
@@ -121,6 +132,14 @@ def _arm_mistakes(arm: ArmRecipe, teachers: list[str], where: str) -> Iterator[R
             place=where,
             fix="make one positive, or set loss.kv_weight: 0 for an arm without KV",
         )
+    compress = arm.compress
+    chooses = compress.kv_compression not in ("full", "none", "steps")
+    if chooses and compress.keep is None and arm.needs_kv and not arm.thinks:
+        yield RecipeError(
+            f"kv_compression {compress.kv_compression} needs `keep`",
+            place=f"{where}: compress.keep",
+            fix="say how many reasoning tokens to keep",
+        )
     if arm.fuse.fuse_at == "kv" and arm.align.match_in == "teacher" and arm.needs_kv:
         yield RecipeError(
             "fuse.fuse_at: kv averages teachers in the student's space",
@@ -136,6 +155,64 @@ def _arm_mistakes(arm: ArmRecipe, teachers: list[str], where: str) -> Iterator[R
             place=f"{where}: align.layers",
             fix="give a mapping or a JSON file",
         )
+
+
+def _latent_mistakes(arm: ArmRecipe, recipe: Recipe, name: str, where: str) -> Iterator[RecipeError]:
+    """What cannot be of an arm that does not write its reasoning."""
+    place, compress = f"{where}.reasoning", arm.compress
+    if arm.reasoning == "none" and (arm.needs_kv or arm.needs_logits):
+        what = "reasoning: none learns from question and answer alone, and teachers give keys and values of whole texts"
+        yield RecipeError(what, place=place, fix="set teachers: [] for this arm")
+    if not arm.thinks:
+        if "latent" in (recipe.every_arm.get(name) or {}):
+            what = "`latent` says how a student thinks in latents, and this arm's does not"
+            yield RecipeError(what, place=f"{where}.latent", fix="set reasoning: latent for this arm, or leave it out")
+        return
+    if (start := arm.latent.start(arm.train.steps)) >= arm.train.steps:
+        yield RecipeError(
+            f"latents would be trained from step {start} on, and there are {arm.train.steps}",
+            place=f"{where}: latent.start_after",
+            fix="lower it (below 1 it is a share of the steps), or raise train.steps",
+        )
+    if arm.needs_logits:
+        what = "logits of teachers are of written words, and this student thinks in latents"
+        yield RecipeError(what, place=f"{where}: loss.logit_weight", fix="set loss.logit_weight: 0 for this arm")
+    if recipe.data.style == "direct":
+        what = "texts of style direct hold no reasoning, which latents are to stand for"
+        yield RecipeError(what, place="data.style", fix="set data.style: cot")
+    if not (arm.needs_kv or arm.learns_from_itself):
+        if arm.latent.answer_weight == 0:
+            what = "latent.answer_weight is 0, and no keys and values teach the latents: they would learn nothing"
+            yield RecipeError(what, place=f"{where}: latent.answer_weight", fix="make it positive")
+        return
+    if arm.loss.k_weight + arm.loss.v_weight <= 0 and not arm.needs_kv:
+        what = "loss.k_weight and loss.v_weight are both 0"
+        yield RecipeError(what, place=where, fix="make one positive, or set latent.self_weight: 0")
+    if compress.kv_compression in ("full", "none"):
+        yield RecipeError(
+            f"{arm.latent.tokens} latent slots cannot stand for {'all' if compress.kv_compression == 'full' else 'no'} "
+            "tokens of the reasoning",
+            place=f"{where}: compress.kv_compression",
+            fix="say which ones they stand for: steps, r-kv, right, crop, uniform or random",
+        )
+    elif (compress.keep or 0) > arm.latent.tokens:
+        yield RecipeError(
+            f"{compress.keep} tokens are kept for {arm.latent.tokens} latent slots",
+            place=f"{where}: compress.keep",
+            fix=f"set compress.keep: {arm.latent.tokens} (or leave it out), or latent.tokens: {compress.keep}",
+        )
+    wrong = {
+        "loss.kind": (arm.compares_attention or arm.loss.kind == "cka", "mse"),
+        "loss.attention_weighted": (arm.loss.attention_weighted, "false"),
+        "align.init": (arm.needs_kv and arm.align.init == "ridge", "xavier"),
+        "align.match_in": (arm.needs_kv and arm.align.match_in != "teacher", "teacher"),
+        "align.train_projector": (arm.needs_kv and arm.align.train_projector is False, "true"),
+        "loss.kv_on": (arm.loss.kv_on != "all", "all"),
+    }
+    for key, (is_wrong, value) in wrong.items():
+        if is_wrong:
+            what = "this student's keys and values are those of latent slots, which are no tokens of its text"
+            yield RecipeError(what, place=f"{where}: {key}", fix=f"set {key}: {value} for this arm")
 
 
 def _text_mistakes(arm: ArmRecipe, recipe: Recipe, where: str) -> Iterator[RecipeError]:

@@ -112,7 +112,9 @@ def continued(recipe: Recipe, arms: Mapping[str, ArmRecipe]) -> dict[str, str]:
     for base in recipe.report.curves.arms if recipe.report.curves else ():
         assert recipe.report.curves is not None
         arm = arms[base]
-        shares = arm.needs_kv and (0 < arm.loss.kv_warmup < 1 or arm.loss.kv_fade > 0)
+        compares = arm.needs_kv or arm.learns_from_itself
+        shares = compares and (0 < arm.loss.kv_warmup < 1 or arm.loss.kv_fade > 0)
+        shares = shares or (arm.thinks and 0 < arm.latent.start_after < 1)
         same_problems = recipe.report.curves.of_steps
         goes_on = arm.train.schedule == "constant" and not shares and not arm.train.asks_validation and same_problems
         names = list(recipe.report.curves.names(base).values()) if goes_on else []

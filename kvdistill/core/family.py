@@ -33,7 +33,7 @@ def _is_control(arm: ArmRecipe) -> bool:
 
 
 def _is_taught(arm: ArmRecipe) -> bool:
-    """Something of a teacher reaches it, and is meant to help."""
+    """Something of a teacher reaches it, and is meant to help. Its own written reasoning is no teacher."""
     return (arm.needs_kv or arm.needs_logits) and not _is_control(arm)
 
 
@@ -52,8 +52,13 @@ def several_arms(arms: Arms) -> list[str]:
 
 
 def plain_arm(arms: Arms) -> str | None:
-    """The arm that stands for plain fine-tuning: `ce` if it is one, else the first without a teacher's signal."""
-    plain = [name for name, arm in arms.items() if not (arm.needs_kv or arm.needs_logits) and arm.texts == "own"]
+    """The arm that stands for plain fine-tuning: `ce` if it is one, else the first without a teacher's signal, which
+    reads its own texts and writes its reasoning."""
+    plain = [
+        name
+        for name, arm in arms.items()
+        if not (arm.needs_kv or arm.needs_logits) and arm.texts == "own" and arm.reasoning == "written"
+    ]
     return "ce" if "ce" in plain else next(iter(sorted(plain, key=lambda name: bool(arms[name].teachers))), None)
 
 
@@ -81,7 +86,7 @@ def make_family(recipe: Recipe, arms: Arms) -> Family:
         if len(recipe.seeds) < MIN_SEEDS:
             return Family([], [], [f"fewer than {MIN_SEEDS} seeds: nothing is compared"])
         if not several:
-            taught = [name for name, arm in arms.items() if arm.needs_kv or arm.needs_logits]
+            taught = [name for name, arm in arms.items() if arm.needs_kv or arm.needs_logits or arm.learns_from_itself]
             pairs = [(name, plain) for name in taught if plain is not None]
             return Family(pairs, pairs, [])
     elif not listed:
@@ -95,7 +100,7 @@ def make_family(recipe: Recipe, arms: Arms) -> Family:
     if several and BEST_SINGLE not in baselines:
         notes.append("no arm has one teacher, so nothing here says whether several teachers beat the best one of them")
     if several and plain is None:
-        notes.append("no arm learns without teachers, so nothing here says whether teachers help at all")
+        notes.append("no arm is plain fine-tuning, so nothing here says whether teachers help at all")
     return Family(listed + by_rule, by_rule, notes)
 
 

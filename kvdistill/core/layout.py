@@ -12,7 +12,7 @@ runs/NAME/
   store/KIND-NAME-HASH/          captured targets
   fit/KIND-NAME-HASH/            channel statistics, closed-form projectors, prototypes
   arms/ARM/seed-N/{model/, adapters.safetensors, log.jsonl, ledger.json, match.json, trained.json,
-                   records.jsonl, evaluated.json, checkpoints/}
+                   records.jsonl, latent.json, evaluated.json, checkpoints/}
   replicates/seed-N/{data/, tokenizer/, teachers/, written/, layers/}
                                  what varies with the seed (`replicate`), in place of the folders of these names above
   profile/ARM.json               what `profile-alignment` measured
@@ -33,6 +33,7 @@ from kvdistill.core.errors import RunFolderError
 from kvdistill.core.files import disk_full_error
 
 CHECKPOINTS, ANSWERS, EVALUATIONS = "checkpoints", "evaluated", "evaluations"  # in an arm's folder
+LATENTS = "latent.json"  # there, too: what an answer takes, and what becomes of it without its latents
 DRY_RUN = "dry-run"  # of a rehearsal, while it lasts
 LOCK, LOCKS = ".lock", ".locks"  # of a folder that one process works in; of a run folder's jobs
 

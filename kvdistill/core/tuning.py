@@ -26,13 +26,15 @@ TUNABLE: dict[str, Callable[[ArmRecipe], bool]] = {
     "train.min_lr_ratio": lambda arm: arm.train.schedule == "cosine",
     "train.projector_lr_scale": lambda arm: arm.needs_kv,
     "loss.kv_weight": lambda arm: arm.needs_kv,
-    "loss.kv_warmup": lambda arm: arm.needs_kv,
-    "loss.kv_fade": lambda arm: arm.needs_kv,
+    "loss.kv_warmup": lambda arm: arm.needs_kv or arm.learns_from_itself,
+    "loss.kv_fade": lambda arm: arm.needs_kv or arm.learns_from_itself,
     "loss.logit_weight": lambda arm: arm.needs_logits,
     "loss.logit_temperature": lambda arm: arm.needs_logits,
+    "latent.answer_weight": lambda arm: arm.thinks,
+    "latent.self_weight": lambda arm: arm.learns_from_itself,
     "fuse.temperature": lambda arm: len(arm.teachers) > 1 and arm.fuse.fusion_strategy != "fixed",
 }
-SWITCHES = ("loss.kv_weight", "loss.logit_weight")  # 0 makes another arm of it
+SWITCHES = ("loss.kv_weight", "loss.logit_weight", "latent.self_weight")  # 0 makes another arm of it
 MAX_TRIALS = 200  # of an arm
 Values = dict[str, float]  # dotted key -> value
 

@@ -6,7 +6,7 @@ floating-point rounding. Greedy means greedy: a publisher's repetition penalty o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -125,6 +125,7 @@ def generate_greedy(
     stops: Sequence[str] = (),
     progress: Callable[[float], None] | None = None,
     draw: Callable[[Sequence[int]], LogitsProcessor] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> list[Answer]:
     """The greedy continuation of each prompt, in the order given: up to an end token, a stop text or the limit.
 
@@ -136,6 +137,7 @@ def generate_greedy(
         stops: texts that end an answer and do not belong to it.
         progress: called with the number of answers so far; one that is being written counts by its length.
         draw: of the prompts with these numbers, what changes logits before the largest is taken (`Sampled`).
+        options: what a model's own `generate` is told beside.
     """
     ends = [tokenizer.eos_token_id] if end_ids is None else [*end_ids]
     config = GenerationConfig(
@@ -146,6 +148,7 @@ def generate_greedy(
         pad_token_id=tokenizer.pad_token_id,
     )
     answers: dict[int, Answer] = {}
+    before = getattr(model, "num_passes_before_answer", 0)  # of a model that thinks in latents
 
     def go_on(chosen: Sequence[int]) -> list[Answer]:
         ids_BT, mask_BT = left_padded([prompts[i] for i in chosen], tokenizer.pad_token_id, model.device)
@@ -161,6 +164,7 @@ def generate_greedy(
             past_key_values=roomy_cache(model),
             stopping_criteria=StoppingCriteriaList([row_ends]),
             logits_processor=None if draw is None else LogitsProcessorList([draw(chosen)]),
+            **(options or {}),
         )
         found = []
         new_BT = out_BT[:, ids_BT.shape[1] :]
@@ -170,7 +174,7 @@ def generate_greedy(
             text = tokenizer.decode(ids, skip_special_tokens=True)
             for stop in stops:
                 text = text.split(stop)[0]
-            found.append(Answer(text, ids, len(row)))
+            found.append(Answer(text, ids, before + len(row)))
         return found
 
     with _answering(model, config):

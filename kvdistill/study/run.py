@@ -159,17 +159,21 @@ def run_arms(
 def profile_alignment(recipe: Recipe, progress: Progress, *, arm: str | None) -> dict[str, Any]:
     """`kvdistill profile-alignment`: everything up to the fits, then the profile of all arms with KV (or of one).
 
-    Arms without KV are skipped, and said. Only the first seed is looked at.
+    Arms without KV and those that think in latents are skipped, and said. Only the first seed is looked at.
     """
     run = run_folder(recipe)
     if arm is not None:
         arm_recipe(recipe, arm)  # names the nearest arm where there is no such
     chosen = {name: arm_recipe(recipe, name) for name in recipe.arms if arm in (None, name)}
-    profiled = [name for name, made in chosen.items() if made.needs_kv]
+    profiled = [name for name, made in chosen.items() if made.needs_kv and not made.thinks]
     skipped = {
-        name: "it has no teachers" if not made.teachers else "loss.kv_weight is 0: nothing is aligned"
+        name: "it has no teachers"
+        if not made.teachers
+        else "it thinks in latents: teachers are matched to its slots, and no tokens are aligned"
+        if made.thinks
+        else "loss.kv_weight is 0: nothing is aligned"
         for name, made in chosen.items()
-        if not made.needs_kv
+        if name not in profiled
     }
     result: dict[str, Any] = {"run": str(run), "profiles": {}, "skipped": skipped}
     if not profiled:

@@ -2,7 +2,8 @@
 
     data        data                                    train    train, tune, evaluate, write, hardware
     models      teachers, student                       report   report, and what arms are matched by
-    matching    capture, align, compress, fuse, loss    whole    an arm, and the recipe
+    matching    capture, align, compress, fuse,         whole    an arm, and the recipe
+                loss, latent
 
 Every section is a frozen pydantic model that forbids unknown keys. Its docstrings and field descriptions
 are the reference that `docs/recipe.md` and `kvdistill recipe` print. Knows no torch.
@@ -23,7 +24,14 @@ from kvdistill.core.recipe.base import (
     TimeMode,
 )
 from kvdistill.core.recipe.data import DataRecipe, TaskRecipe
-from kvdistill.core.recipe.matching import AlignRecipe, CaptureRecipe, CompressRecipe, FuseRecipe, LossRecipe
+from kvdistill.core.recipe.matching import (
+    AlignRecipe,
+    CaptureRecipe,
+    CompressRecipe,
+    FuseRecipe,
+    LatentRecipe,
+    LossRecipe,
+)
 from kvdistill.core.recipe.models import (
     LoraRecipe,
     ModelRecipe,

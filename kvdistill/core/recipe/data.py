@@ -13,8 +13,8 @@ class TaskRecipe(Section):
     """One source of problems, and how many of them each split gets."""
 
     name: str = Field(
-        description="chain, product, digits, quotient (built in); gsm8k, svamp, strategyqa, math23k, math, "
-        "arc_challenge, hotpotqa; or jsonl, csv, parquet with `file`"
+        description="chain, product, digits, quotient, affine, permute (built in); gsm8k, svamp, strategyqa, math23k, "
+        "math, arc_challenge, hotpotqa; or jsonl, csv, parquet with `file`"
     )
     file: PathText | None = Field(None, description="your own file with question, reasoning, answer (or `fields`)")
     fields: dict[str, str] = Field(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from kvdistill.core.recipe.base import (
     RESAMPLING,
@@ -117,19 +117,35 @@ class AlignRecipe(Section):
 class CompressRecipe(Section):
     """Which teacher tokens take part."""
 
-    kv_compression: Literal["full", "right", "crop", "r-kv", "random", "uniform", "none"] = Field(
-        "full", description="all; the last, first, most important, random or evenly spaced ones; or none"
+    kv_compression: Literal["full", "right", "crop", "r-kv", "random", "uniform", "steps", "none"] = Field(
+        "full",
+        description="all; the last, first, most important, random or evenly spaced ones; ends of steps; or none",
     )
-    keep: Positive | None = Field(None, description="reasoning tokens kept: the last, the first, the best, …")
+    keep: Positive | None = Field(
+        None,
+        description="reasoning tokens kept: the last, the first, the best, …; unset: as many as latent.tokens where "
+        "the student thinks in latents, else, with steps, the end of every step",
+    )
+    step_mark: str | None = Field(
+        None,
+        min_length=1,
+        max_length=40,
+        description='steps: the text that stands between the steps of a reasoning: ",", "\\n", ">>", …',
+    )
     importance_share: float = Field(
         0.1, ge=0, le=1, description="r-kv: weight of importance; the rest is redundancy (KaVa's lambda)"
     )
 
     @model_validator(mode="after")
-    def _needs_keep(self) -> CompressRecipe:
-        if self.kv_compression not in ("full", "none") and self.keep is None:
-            raise ValueError(f"kv_compression {self.kv_compression} needs `keep`: how many reasoning tokens to keep")
+    def _needs_mark(self) -> CompressRecipe:
+        if self.kv_compression == "steps" and self.step_mark is None:
+            raise ValueError("kv_compression steps needs `step_mark`: the text between the steps of a reasoning")
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without a mark as before there were marks: fits and budgets are known by what is written here."""
+        return {key: value for key, value in handler(self).items() if key != "step_mark" or value is not None}
 
 
 class FuseRecipe(Section):
@@ -202,3 +218,29 @@ class LossRecipe(Section):
     def compares_attention(self) -> bool:
         """Keys, values and queries enter one distance together, in place of keys and values apart."""
         return self.kind in ("structural", "attention_output")
+
+
+class LatentRecipe(Section):
+    """How an arm with `reasoning: latent` thinks, and what its latents learn from (docs/latent.md)."""
+
+    tokens: Annotated[int, Field(gt=0, le=4096)] = Field(4, description="latent slots between prompt and answer (M)")
+    passes: Annotated[int, Field(ge=0, le=4096)] = Field(
+        3, description="Jacobi passes over them (T); 0: pause tokens; as many as slots: one slot after the other"
+    )
+    projection_size: Size | None = Field(
+        None, description="channels inside the map from hidden state to the next slot; unset: the model's width"
+    )
+    start_after: NonNegative = Field(
+        0.25,
+        description="below 1: share of the steps; else steps; before it the student learns written reasoning alone",
+    )
+    answer_weight: NonNegative = Field(1.0, description="of the cross-entropy of the answer behind the latents")
+    self_weight: NonNegative = Field(
+        0.0,
+        description="of the distance of the latents' keys and values to those of its own written reasoning, in "
+        "units of their deviation; rises and falls as loss.kv_weight does",
+    )
+
+    def start(self, steps: int) -> int:
+        """The step (from 0) from which latents are trained too, of so many."""
+        return round(self.start_after * steps) if self.start_after < 1 else min(steps, round(self.start_after))

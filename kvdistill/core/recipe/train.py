@@ -101,7 +101,7 @@ class TuneRecipe(Section):
     """A small search before the study, of as many trials for every arm: values chosen on validation problems."""
 
     arms: Literal["all"] | list[str] = Field("all", description="which arms are tuned")
-    grid: dict[Literal["train", "loss", "fuse"], dict[str, list[NonNegative]]] = Field(
+    grid: dict[Literal["train", "loss", "fuse", "latent"], dict[str, list[NonNegative]]] = Field(
         min_length=1,
         description="values to try, e.g. {train: {learning_rate: [1e-3, 4e-3]}, loss: {kv_weight: [5, 20]}}. "
         "A key that does nothing for an arm is left out for it, and its learning rates are spaced more densely: as "

@@ -8,7 +8,14 @@ from pydantic import Field
 
 from kvdistill.core.recipe.base import UNTRAINED, AboveZero, Control, PathText, Section, Seed, Share
 from kvdistill.core.recipe.data import DataRecipe
-from kvdistill.core.recipe.matching import AlignRecipe, CaptureRecipe, CompressRecipe, FuseRecipe, LossRecipe
+from kvdistill.core.recipe.matching import (
+    AlignRecipe,
+    CaptureRecipe,
+    CompressRecipe,
+    FuseRecipe,
+    LatentRecipe,
+    LossRecipe,
+)
 from kvdistill.core.recipe.models import StudentRecipe, TeacherRecipe
 from kvdistill.core.recipe.report import MatchRecipe, ReportRecipe
 from kvdistill.core.recipe.train import EvaluateRecipe, HardwareRecipe, TrainRecipe, TuneRecipe, WriteRecipe
@@ -35,10 +42,16 @@ class ArmRecipe(Section):
         max_length=100,
         description="whose problems or solutions; unset: all scratch teachers', or (written) all teachers'",
     )
+    reasoning: Literal["written", "latent", "none"] = Field(
+        "written",
+        description="what stands between question and answer: words; latents (section `latent`); or nothing, so that "
+        "it learns and gives the answer directly",
+    )
     align: AlignRecipe = Field(description="changes to `align`")
     compress: CompressRecipe = Field(description="changes to `compress`")
     fuse: FuseRecipe = Field(description="changes to `fuse`")
     loss: LossRecipe = Field(description="changes to `loss`")
+    latent: LatentRecipe = Field(LatentRecipe(), description="changes to `latent`")
     train: TrainRecipe = Field(description="changes to `train`")
     match: MatchRecipe | None = Field(None, description="steps computed from another arm's budget; unset: train.steps")
     times: AboveZero = Field(1.0, description="its steps, that many times (what report.curves sets for its arms)")
@@ -64,6 +77,16 @@ class ArmRecipe(Section):
     @property
     def needs_kv(self) -> bool:
         return self.loss.kv_weight > 0 and bool(self.teachers)
+
+    @property
+    def thinks(self) -> bool:
+        """Whether its student reasons in latents."""
+        return self.reasoning == "latent"
+
+    @property
+    def learns_from_itself(self) -> bool:
+        """Whether its latents learn from its own written reasoning."""
+        return self.thinks and self.latent.self_weight > 0
 
     @property
     def needs_logits(self) -> bool:
@@ -112,6 +135,7 @@ class Recipe(Section):
     compress: CompressRecipe = Field(CompressRecipe(), description="which teacher tokens take part")
     fuse: FuseRecipe = Field(FuseRecipe(), description="how several teachers become one signal")
     loss: LossRecipe = Field(LossRecipe(), description="terms of the loss and their weights")
+    latent: LatentRecipe = Field(LatentRecipe(), description="how arms with `reasoning: latent` think")
     train: TrainRecipe = Field(TrainRecipe(), description="training of the student")
     evaluate: EvaluateRecipe = Field(EvaluateRecipe(), description="what trained students are asked")
     write: WriteRecipe = Field(WriteRecipe(), description="what teachers write, for arms with `texts: written`")
@@ -123,7 +147,7 @@ class Recipe(Section):
     arms: dict[str, dict[str, Any]] = Field(
         min_length=1,
         max_length=1000,
-        description="arm -> {teachers, control, texts, align, fuse, loss, train, match, …}",
+        description="arm -> {teachers, reasoning, control, texts, align, fuse, loss, latent, train, match, …}",
     )
 
     @property

@@ -20,7 +20,7 @@ from kvdistill.data.leaks import question_hash
 from kvdistill.data.sets.arc_challenge import ARC_CHALLENGE
 from kvdistill.data.sets.base import DataSet, Evaluation, Task
 from kvdistill.data.sets.bbh import BBH
-from kvdistill.data.sets.generated import CHAIN, DIGITS, PRODUCT, QUOTIENT
+from kvdistill.data.sets.generated import AFFINE, CHAIN, DIGITS, PERMUTE, PRODUCT, QUOTIENT
 from kvdistill.data.sets.gpqa import GPQA, GPQA_DIAMOND
 from kvdistill.data.sets.gsm8k import GSM8K
 from kvdistill.data.sets.hotpotqa import HOTPOTQA
@@ -41,6 +41,8 @@ _SETS: tuple[DataSet, ...] = (
         PRODUCT,
         DIGITS,
         QUOTIENT,
+        AFFINE,
+        PERMUTE,
         GSM8K,
         JSONL,
         CSV,

@@ -1,4 +1,4 @@
-"""The built-in tasks `chain`, `product`, `digits` and `quotient`: made from the seed, not downloaded.
+"""The built-in tasks `chain`, `product`, `digits`, `quotient`, `affine`, `permute`: made from the seed, not downloaded.
 
 Every family numbers its problems 0 … count()-1 and can write down any of them. Drawing numbers without replacement
 makes problems that are unique by construction and uniform over the family. Rearrangements of one problem (3*4+5*6 and
@@ -8,6 +8,11 @@ makes problems that are unique by construction and uniform over the family. Rear
     product   question 3*4+5*6       reasoning 12,30          answer 42
     digits    question 493817        reasoning 13,16,24,25    answer 32
     quotient  question (79-7)/8+5    reasoning 72,9           answer 14
+    affine    question 4+3*5+2*4     reasoning 4+3>0,0*5>0,0+2>2    answer 1
+    permute   question 3bdka         reasoning 3b>6,6d>7,7k>3       answer 4
+
+The last two are for students that think in latents: their steps do not commute, so that few layers cannot skip them,
+and every step is written out, its state (one digit) last, all steps but the one that gives the answer.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import final
 
 from kvdistill.core.errors import DataError
@@ -200,6 +205,89 @@ class QuotientFamily(AbstractFamily):
         return number - number // ways % self.max_term * ways
 
 
+@final
+@dataclass(frozen=True)
+class AffineFamily(AbstractFamily):
+    """A start value 0 … modulus-1, then `num_steps` times `+d` or `*d` modulo a prime, applied from left to right.
+
+    d is 1 … modulus-1 behind `+` and 2 … modulus-1 behind `*`, so that every step is a bijection: over the starts, and
+    so over the family, all answers are equally frequent, and the best constant guess is right once in `modulus`.
+    """
+
+    modulus: int = 7
+    num_steps: int = 4
+    name: str = "affine"
+
+    def count(self) -> int:
+        return self.modulus * self._num_moves**self.num_steps
+
+    def write(self, number: int) -> tuple[str, str, str]:
+        value, moves = self._parts(number)
+        question, steps = str(value), []
+        for move in moves:
+            adds = move < self.modulus - 1
+            operand = move + 1 if adds else move - self.modulus + 3
+            step = f"{'+' if adds else '*'}{operand}"
+            after = (value + operand if adds else value * operand) % self.modulus
+            question += step
+            steps.append(f"{value}{step}>{after}")
+            value = after
+        return question, ",".join(steps[:-1]), str(value)
+
+    def kin(self, number: int) -> int:
+        """Neighbours that add commute, and so do neighbours that multiply: 4+3+2*5 and 4+2+3*5 are rearrangements."""
+        start, moves = self._parts(number)
+        runs = groupby(moves, key=lambda move: move < self.modulus - 1)
+        ordered = [move for _, run in runs for move in sorted(run)]
+        return start + self.modulus * sum(move * self._num_moves**place for place, move in enumerate(ordered))
+
+    def _parts(self, number: int) -> tuple[int, list[int]]:
+        """The start value, and each step's number: first those that add, then those that multiply."""
+        number, start = divmod(number, self.modulus)
+        return start, _digits(number, self._num_moves, self.num_steps)
+
+    @property
+    def _num_moves(self) -> int:
+        return 2 * self.modulus - 3
+
+
+# Of `permute`: where each letter sends 1, 2, … 7. Two Latin squares without their first rows: of either half, each
+# letter sends a place to another one, so that the start says nothing of the answer (1/7 each, to a thousandth of it).
+# No two of the twelve commute, and together they make all 5,040 permutations: no algebra of the group shortens a word.
+_PERMUTATIONS = {
+    **{"a": "2547316", "b": "3761245", "c": "4623751", "d": "5412673", "e": "6175432", "f": "7356124"},
+    **{"g": "2673415", "h": "3142756", "i": "4567132", "j": "5726341", "k": "6415273", "l": "7351624"},
+}
+
+
+@final
+@dataclass(frozen=True)
+class PermuteFamily(AbstractFamily):
+    """A place 1 … 7, then `num_steps` letters, each of which sends every place to another, always in the same way.
+
+    What a letter does stands in no question: it is learned from reasoning. All places are equally frequent among the
+    answers: the best constant guess is right once in seven. No two letters commute, so that no two questions are
+    rearrangements of each other.
+    """
+
+    num_steps: int = 4
+    name: str = "permute"
+
+    def count(self) -> int:
+        return 7 * len(_PERMUTATIONS) ** self.num_steps
+
+    def write(self, number: int) -> tuple[str, str, str]:
+        number, start = divmod(number, 7)
+        names, place = list(_PERMUTATIONS), str(start + 1)
+        letters = [names[digit] for digit in _digits(number, len(names), self.num_steps)]
+        question, steps = place + "".join(letters), []
+        for letter in letters:
+            after = _PERMUTATIONS[letter][int(place) - 1]
+            steps.append(f"{place}{letter}>{after}")
+            place = after
+        return question, ",".join(steps[:-1]), place
+
+
 def _digits(number: int, base: int, places: int) -> list[int]:
     """Of a number below base ** places, the last one first."""
     return [number // base**place % base for place in range(places)]
@@ -244,3 +332,4 @@ def _generated(family: AbstractFamily) -> DataSet:
 # The sizes that the built-in study uses.
 CHAIN, PRODUCT = _generated(ChainFamily()), _generated(ProductFamily())
 DIGITS, QUOTIENT = _generated(DigitsFamily()), _generated(QuotientFamily())
+AFFINE, PERMUTE = _generated(AffineFamily()), _generated(PermuteFamily())

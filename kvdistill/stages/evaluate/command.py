@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from kvdistill.arms.student import CausalStudent
+from kvdistill.arms.latent_student import student_of
 from kvdistill.core.config import make_options
 from kvdistill.core.errors import DataError, ModelError, RecipeError
 from kvdistill.core.hub import hub_reachable
@@ -26,7 +27,7 @@ from kvdistill.core.runtime import DTYPES, keep_freed_memory, pick_device, quiet
 from kvdistill.models.load import check_model_exists, load_model, model_config, require_causal
 from kvdistill.stages.evaluate.book import check_folder, identify
 from kvdistill.stages.evaluate.exams import SuiteOptions
-from kvdistill.stages.evaluate.own import run_of
+from kvdistill.stages.evaluate.own import reasoning_of, run_of
 from kvdistill.stages.evaluate.suite import evaluate_suite, make_lm, plan_suite
 
 _PLACE = "model"
@@ -88,7 +89,8 @@ def evaluate_model(
         folder = Path(model).resolve()
         fix = f"delete {folder.parent} and train again, or give another model"
         check_marked(trained_mark(folder.parent), f"{folder.name}/", fix=fix)
-    suite = suite_options(options, run)
+    reasoning = "written" if run is None else reasoning_of(Path(model), run)
+    suite = replace(suite_options(options, run), reasoning=reasoning)
     exams = plan_suite(options.evaluate.tasks, suite)
     recipe, tokenizer, asker = _look_at(model, options, run)
     folder = Path(model)
@@ -108,7 +110,7 @@ def evaluate_model(
                 place="hardware.device",
                 fix="give another device (cpu, cuda:0), or a smaller dtype",
             ) from error
-        student = CausalStudent(loaded) if run is not None else None
+        student = student_of(loaded) if run is not None else None
         bos = asker["begins_with_bos"]
         return make_lm(loaded, tokenizer, exams, suite, student=student, begins_with_bos=bos)
 

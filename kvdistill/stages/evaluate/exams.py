@@ -34,8 +34,9 @@ class SuiteOptions:
 
     root: folder with local copies; None: the hub. num_fewshot: examples in the prompt. limit: first n questions of
     each member. max_new_tokens: of a generated answer. style: of the training tasks' own templates. run: the run folder
-    whose prepared test split is the evaluation `own`. batch_size: questions per call of the model. gold_nll: also how
-    likely the model finds the published answer where answers are generated.
+    whose prepared test split is the evaluation `own`; reasoning: of the arm whose student reads it. batch_size:
+    questions per call of the model. gold_nll: also how likely the model finds the published answer where answers are
+    generated.
     """
 
     root: Path | None = None
@@ -48,6 +49,7 @@ class SuiteOptions:
     batch_size: int = 64
     style: Literal["cot", "direct"] = "cot"
     run: Path | None = None
+    reasoning: str = "written"
     gold_nll: bool = False
 
     @classmethod

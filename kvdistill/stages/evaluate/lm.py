@@ -18,10 +18,13 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 
+from kvdistill.arms.latent_student import LatentStudent
+from kvdistill.arms.questions import Questions
 from kvdistill.arms.student import Student
 from kvdistill.core.errors import ModelError
 from kvdistill.data.chat import TODAY, TemplateFailed, render_messages
 from kvdistill.models.generate import Rows, generate_greedy, left_padded
+from kvdistill.models.latent import LatentForCausalLM
 from kvdistill.stages.evaluate.exams import DEFAULT_NEW_TOKENS, Usage
 from kvdistill.stages.evaluate.own import StudentLM
 
@@ -110,6 +113,8 @@ class MeteredLM(HFLM, StudentLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
+        if isinstance(self.model, LatentForCausalLM):
+            return self._behind_latents(requests)
         rows: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
         usage: list[Usage] = []
         paid: set[Any] = set()
@@ -136,6 +141,32 @@ class MeteredLM(HFLM, StudentLM):
                     ids_K = torch.tensor(scored, device=logits_KV.device)
                     log_probs_K = logits_KV.gather(1, ids_K[:, None])[:, 0] - logits_KV.logsumexp(1)
                     results[i] = float(log_probs_K.sum()), bool((logits_KV.argmax(1) == ids_K).all())
+        self.usage = usage
+        self.on_answers(len(requests))
+        return results
+
+    def _behind_latents(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """The same of a model that thinks in latents: each continuation as the answer behind those of its context."""
+        student = LatentStudent.of(self.model)
+        results, usage = [(0.0, True)] * len(requests), [Usage(0, 0, 0, False, 0, 0)] * len(requests)
+        texts: dict[int, tuple[list[int], list[int]]] = {}
+        for i, ((context, _), context_ids, continuation) in enumerate(requests):
+            scored, known = continuation[: self.max_length - 1], [*(context_ids or self._first_ids())]
+            room, lost = self.max_length - len(scored), self.unspelled(context)
+            cut, passes = len(known) > room or len(scored) < len(continuation), self.model.num_passes_before_answer + 1
+            usage[i] = Usage(min(len(known), room), 0, passes if scored else 0, cut, *lost, len(scored))
+            if scored:
+                texts[i] = known[-room:], scored
+        for batch in self._rows.batches(sorted(texts, key=lambda i: len(texts[i][0]))):
+            contexts, continuations = ([texts[i][part] for i in batch] for part in (0, 1))
+            questions = Questions.of_ids(contexts, continuations, self.tokenizer.pad_token_id)
+            thinking = student.think(questions.to(self.device), [0])
+            log_probs_NV = thinking.logits_NV.float().log_softmax(-1)
+            given_N = log_probs_NV.gather(1, thinking.labels_N[:, None])[:, 0]
+            greedy_N = log_probs_NV.argmax(1) == thinking.labels_N
+            for row, i in enumerate(batch):
+                mine_N = thinking.row_N == row
+                results[i] = float(given_N[mine_N].sum()), bool(greedy_N[mine_N].all())
         self.usage = usage
         self.on_answers(len(requests))
         return results

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from kvdistill.arms.questions import as_read
 from kvdistill.arms.student import Student
 from kvdistill.core.files import read_json, sha256_of
 from kvdistill.core.recipe import EvaluateRecipe
@@ -23,10 +24,13 @@ OWN = "own"
 
 
 class RunTest:
-    """The test split of one run folder. Reads the split when it is first asked for."""
+    """The test split of one run folder. Reads the split when it is first asked for.
 
-    def __init__(self, run: Path) -> None:
-        self._run = run
+    reasoning: of the arm whose student reads it (`arms.ARM.reasoning`).
+    """
+
+    def __init__(self, run: Path, reasoning: str = "written") -> None:
+        self._run, self._reasoning = run, reasoning
         self._tasks = list(read_manifest(run)["tasks"])
 
     def covers(self, name: str) -> bool:
@@ -42,7 +46,7 @@ class RunTest:
             section = read_json(path).get("evaluate", {}) if path.exists() else {}
             max_new_tokens = int(section.get("max_new_tokens") or EvaluateRecipe().max_new_tokens)
         by_task: dict[str, list[Example]] = {task: [] for task in self._tasks}
-        for example in read_split(self._run, "test"):
+        for example in as_read(read_split(self._run, "test"), self._reasoning):
             by_task[example.task].append(example)
         for task in self._tasks if name == OWN else [name.removeprefix("own:")]:
             if by_task[task]:
@@ -55,6 +59,14 @@ def run_of(model: Path) -> Path | None:
         if (folder / "recipe.json").is_file() and (folder / "data" / "manifest.json").is_file():
             return folder
     return None
+
+
+def reasoning_of(model: Path, run: Path) -> str:
+    """`reasoning` of the arm whose student a model folder of this run is; `written` where it is no arm's."""
+    where, name, *_ = (*model.resolve().relative_to(run).parts, "")
+    arms = read_json(run / "recipe.json").get("arms") or {} if where == "arms" else {}
+    spec = arms.get(name, arms.get(name.split("@")[0])) or {}  # ARM@BUDGET: of a curve
+    return str(spec.get("reasoning", "written"))
 
 
 class RunTestExam(AbstractExam):

@@ -3,7 +3,8 @@
 Reads a model folder with plain transformers, exactly as anybody else would; knows nothing of how it was trained. What
 it asks and how is the suite's: `kvdistill evaluate MODEL --tasks own` asks the same. Answers wait under `evaluated/`,
 so that a kill loses none, until all are there; then records.jsonl is written and, last, evaluated.json. There a public
-evaluation is one task, so BBH's 27 tasks count once in the macro average over tasks.
+evaluation is one task, so BBH's 27 tasks count once in the macro average over tasks. Where an arm of the study thinks
+in latents, latent.json is measured in between (`latents.py`).
 """
 
 from __future__ import annotations
@@ -17,17 +18,20 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from kvdistill.arms.arm import Arm
-from kvdistill.arms.student import CausalStudent
+from kvdistill.arms.latent_student import student_of
+from kvdistill.arms.student import load_saved
 from kvdistill.core.config import asked_hash
 from kvdistill.core.errors import DataError, RunFolderError
-from kvdistill.core.layout import ANSWERS, evaluated_mark, tokenizer_folder, trained_mark
+from kvdistill.core.files import write_json
+from kvdistill.core.layout import ANSWERS, LATENTS, evaluated_mark, tokenizer_folder, trained_mark
 from kvdistill.core.marks import check_marked, read_mark, write_mark
 from kvdistill.core.progress import Progress, silent
 from kvdistill.core.recipe import Recipe
 from kvdistill.core.records import Record, read_records, write_records
-from kvdistill.core.runtime import DTYPES
+from kvdistill.core.runtime import DTYPES, derive_seed
 from kvdistill.stages.evaluate.book import RECORDS, SCORED_BY, check_folder, identify
 from kvdistill.stages.evaluate.exams import SuiteOptions
+from kvdistill.stages.evaluate.latents import measure_answers
 from kvdistill.stages.evaluate.own import OWN, RunTest
 from kvdistill.stages.evaluate.suite import Exams, evaluate_suite, make_lm, plan_suite
 
@@ -46,10 +50,10 @@ def evaluate(arm: Arm, progress: Progress = silent) -> None:
             "this student is not trained yet", place=str(folder), fix="run `kvdistill train RECIPE` first"
         )
     check_marked(trained_mark(folder), "model/", fix=f"delete {folder} and run `kvdistill train RECIPE` again")
-    student, tokenizer = CausalStudent.load(folder / "model", DTYPES[recipe.student.dtype])
-    student.to(arm.device)
+    model, tokenizer = load_saved(folder / "model", DTYPES[recipe.student.dtype])
+    student = student_of(model).to(arm.device)
     options, public = recipe_options(recipe), check_public(recipe, run)
-    exams: Exams = {OWN: [*RunTest(run).exams(OWN, recipe.evaluate.max_new_tokens)], **public}
+    exams: Exams = {OWN: [*RunTest(run, arm.recipe.reasoning).exams(OWN, recipe.evaluate.max_new_tokens)], **public}
     bos = not options.chat
     asker = identify(str(folder / "model"), student.model.config, tokenizer, recipe.student.dtype, begins_with_bos=bos)
     lm = make_lm(student.model, tokenizer, exams, options, student=student, begins_with_bos=bos)
@@ -76,8 +80,21 @@ def evaluate(arm: Arm, progress: Progress = silent) -> None:
     answers = folder / ANSWERS / RECORDS
     found = report_rows(read_records(answers) if answers.exists() else [], exams, {t.key for t in recipe.data.tasks})
     write_records(folder / "records.jsonl", [dataclasses.replace(one, arm=arm.name, seed=arm.seed) for one in found])
+    (folder / LATENTS).unlink(missing_ok=True)
+    if any(one.thinks for one in arm.experiment.arms.values()):
+        measured = measure_answers(
+            student,
+            tokenizer,
+            [one.requests[0].args[0] for exam in exams[OWN] for one in exam.questions(options.limit, None)],
+            [record for record in found if record.evaluation == OWN],
+            max_new_tokens=recipe.evaluate.max_new_tokens,
+            batch_size=recipe.evaluate.batch_size,
+            most=recipe.evaluate.match_examples,
+            seed=derive_seed(arm.seed, "latents"),
+        )
+        write_json(folder / LATENTS, measured)
     facts = {"arm": arm.name, "seed": arm.seed, "questions": len(found), "asked": asked}
-    write_mark(evaluated_mark(folder), facts, ["records.jsonl", *([ANSWERS] if public else [])])
+    write_mark(evaluated_mark(folder), facts, ["records.jsonl", LATENTS, *([ANSWERS] if public else [])])
     if not public:  # else the figures of public evaluations stay beside their answers
         shutil.rmtree(folder / ANSWERS)
 

@@ -45,7 +45,7 @@ def plan_suite(tasks: Sequence[str], options: SuiteOptions) -> Exams:
     Every name is looked up before any data is read, and all data is read and checked here. Raises DataError (the
     nearest name; missing files; bad rows) and RecipeError (more few-shot examples than there are).
     """
-    test = RunTest(options.run) if options.run is not None else None
+    test = RunTest(options.run, options.reasoning) if options.run is not None else None
     names = [name.strip() for name in tasks if name.strip()]
     if not names:
         raise DataError("no evaluation is named", place="--tasks", fix=f"choose from: {', '.join(EVALUATIONS)}, own")

@@ -39,12 +39,15 @@ class Ablation:
 
 
 def find_ablations(recipe: Recipe) -> list[Ablation]:
-    """Every group of arms with KV that differ in one key alone, or in the weights of keys and values alone."""
+    """Every group of arms that differ in one key alone, or in the weights of keys and values alone; of those whose keys
+    and values are matched, to a teacher's or to those of their own reasoning."""
     settings: dict[str, Row] = {}
     for arm in recipe.arms:
         made = arm_recipe(recipe, arm)
-        flat = dict(_leaves(made.model_dump(mode="json")))
-        if made.needs_kv and not any(flat.get(key) not in (None, False) for key in _CONTROLS):
+        flat = dict(leaves(made.model_dump(mode="json")))
+        if (made.needs_kv or made.learns_from_itself) and not any(
+            flat.get(key) not in (None, False) for key in _CONTROLS
+        ):
             settings[arm] = flat
     every = sorted({key for flat in settings.values() for key in flat})
     varying = [key for key in every if len({sha256_of(flat.get(key)) for flat in settings.values()}) > 1]
@@ -59,10 +62,11 @@ def find_ablations(recipe: Recipe) -> list[Ablation]:
     return found
 
 
-def _leaves(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """An arm's settings by dotted key."""
     for key, value in tree.items():
         if isinstance(value, dict) and not before:  # a section; what is deeper is one value
-            yield from _leaves(value, f"{key}.")
+            yield from leaves(value, f"{key}.")
         else:
             yield f"{before}{key}", value
 
@@ -74,7 +78,10 @@ def draw_ablations(recipe: Recipe, summary: Row, figure: str, words: Words, labe
     layers = [one for one in found if one.keys == LAYERS]
     weights = [one for one in found if one.keys == KEYS_AND_VALUES]
     others = [one for one in found if one.keys not in (LAYERS, KEYS_AND_VALUES)]
-    plain = [arm for arm in recipe.arms if not arm_recipe(recipe, arm).teachers][:1]
+    made = {arm: arm_recipe(recipe, arm) for arm in recipe.arms}
+    alike = {made[arm].reasoning for one in weights for arm in one.arms}  # written beside written, latent beside latent
+    untaught = [name for name, arm in made.items() if not (arm.teachers or arm.learns_from_itself)]
+    plain = [name for name in untaught if made[name].reasoning in alike][:1]
     left = words("page.comma").join(one.keys[0] for one in others[MAX_SETTINGS:])
     more = " " + words("figures.left_out", arms=left) if left else ""
 

@@ -20,6 +20,7 @@ from kvdistill.core.declared import family_of
 from kvdistill.core.errors import RunFolderError
 from kvdistill.core.files import finite, read_json_lines, write_text
 from kvdistill.core.layout import (
+    LATENTS,
     data_folder,
     evaluated_mark,
     layers_folder,
@@ -34,6 +35,7 @@ from kvdistill.core.records import Record, read_records
 from kvdistill.core.tuning import trials_of
 from kvdistill.stages.report.compare import SeedRun
 from kvdistill.stages.report.models import read_models
+from kvdistill.stages.report.tail import degenerate_kind
 
 Row = dict[str, Any]
 Alike = dict[tuple[Any, ...], tuple[Any, ...]]
@@ -52,6 +54,7 @@ class RunTables:
     runs: dict[str, dict[int, SeedRun]] = field(default_factory=dict)
     logs: dict[str, dict[int, list[Row]]] = field(default_factory=dict)
     matches: dict[str, dict[int, Row]] = field(default_factory=dict)
+    latents: dict[str, dict[int, Row]] = field(default_factory=dict)  # where a study has latent arms
     teachers: dict[str, Row] = field(default_factory=dict)
     models: dict[str, Row] = field(default_factory=dict)  # teachers by name, the student as "": what they are
     tokenizers: dict[str, Row] = field(default_factory=dict)  # manifests of teachers that read texts of their own
@@ -114,7 +117,7 @@ def _collect_runs(recipe: Recipe, tables: RunTables) -> list[str]:
     now, unmarked = asked_hash(recipe), list[str]()
     alike: Alike = {}
     for arm in recipe.every_arm:
-        tables.runs[arm], tables.logs[arm], tables.matches[arm] = {}, {}, {}
+        tables.runs[arm], tables.logs[arm], tables.matches[arm], tables.latents[arm] = {}, {}, {}, {}
         for seed in tables.seeds:
             folder = tables.seed_folder(arm, seed)
             marks = {"train": trained_mark(folder), "evaluate": evaluated_mark(folder)}
@@ -135,6 +138,8 @@ def _collect_runs(recipe: Recipe, tables: RunTables) -> list[str]:
             if not unvouched:
                 records = run_records(folder, arm, seed)
                 tables.runs[arm][seed] = as_run(records, folder, alike)
+                if LATENTS in (read_mark(marks["evaluate"]) or {"files": ()})["files"]:
+                    tables.latents[arm][seed] = _read_object(folder / LATENTS)
                 if arm not in tables.samples:
                     tables.samples[arm] = {one.task: one for one in reversed(records)}
                 continue
@@ -324,6 +329,7 @@ def as_run(records: list[Record], folder: Path, alike: Alike) -> SeedRun:
         tokens_out_Q=np.array([one.tokens_out for one in records], dtype=np.float64),
         ledger=_read_object(folder / "ledger.json"),
         nll_reasoning_Q=np.array([one.nll_reasoning for one in records], dtype=np.float64),
+        degenerate_Q=np.array([degenerate_kind(one) for one in records], dtype=np.int8),
     )
 
 

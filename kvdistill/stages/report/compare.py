@@ -41,7 +41,7 @@ class SeedRun:
     costs: what the ledger says it spent, all in all: steps, data (problems seen), tokens, student_flops, total_flops,
     amortised_flops; those that are known.
     keys: (task, id, style), unique. nll: mean per answer token; nll_reasoning: per token of the reasoning before it;
-    NaN where unknown.
+    NaN where unknown. degenerate: of each answer what it is in place of one (`tail.degenerate_kind`).
     """
 
     keys: tuple[tuple[str, str, str], ...]
@@ -52,6 +52,7 @@ class SeedRun:
     tokens_out_Q: np.ndarray
     ledger: Mapping[str, Any] = field(default_factory=dict)
     nll_reasoning_Q: np.ndarray | None = None
+    degenerate_Q: np.ndarray | None = None
     costs: Mapping[str, float] = field(default_factory=dict)
 
     @cached_property

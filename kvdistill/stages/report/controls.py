@@ -34,7 +34,13 @@ def describe_controls(
     """
     arms = {name: arm_recipe(recipe, name) for name in recipe.every_arm}
     names = [reference, *recipe.arms]  # plain fine-tuning on the student's own texts: the reference if it is that
-    is_plain = (one for one in names if not (arms[one].needs_kv or arms[one].needs_logits) and arms[one].texts == "own")
+    is_plain = (
+        one
+        for one in names
+        if not (arms[one].needs_kv or arms[one].needs_logits)
+        and arms[one].texts == "own"
+        and arms[one].reasoning == "written"
+    )
     plain = next(is_plain, None)
     rows: list[dict[str, Any]] = []
     for name in recipe.arms:

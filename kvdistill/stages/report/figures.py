@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -34,6 +36,7 @@ from kvdistill.stages.report.collect import Row, RunTables
 from kvdistill.stages.report.cost import draw_cost_curves
 from kvdistill.stages.report.curves import draw_curves
 from kvdistill.stages.report.language import ENGLISH, Words
+from kvdistill.stages.report.latents import draw_latent_costs, draw_passes
 from kvdistill.stages.report.summary import reference_arm
 from kvdistill.stages.report.text import amount
 
@@ -67,6 +70,13 @@ def draw_all(recipe: Recipe, tables: RunTables, summary: Row, words: Words = ENG
     scored = [name for name, arm in summary["arms"].items() if np.isfinite(arm["mean"])]
     shown = sorted(scored, key=lambda name: name not in compared)[:RADAR_ARMS]
     alt = words("page.semicolon").join(f"{name} {amount(score, figure, words)}" for name, score in scores.items())
+
+    def latent_pictures() -> list[Picture]:
+        """Their alternative texts are the figures themselves."""
+        drawn = {"latent_costs": draw_latent_costs, "latent_passes": draw_passes}
+        made = [picture(name, partial(draw, summary, labels)) for name, draw in drawn.items()]
+        return [replace(one, alt=f"{one.caption} {alt}") for one in made]
+
     return [
         render("comparison_with_error_bars", words(f"{bars}.title", figure=short),
                words(f"{bars}.caption", n=num_seeds, figure=named),
@@ -76,6 +86,7 @@ def draw_all(recipe: Recipe, tables: RunTables, summary: Row, words: Words = ENG
         if radar else picture("radar_over_tasks", lambda: draw_task_bars(summary, figure, labels), "caption_bars"),
         *draw_curves({arm: tables.logs[arm] for arm in tables.arms}, words, labels, compared),
         picture("cost_curves", lambda: draw_cost_curves(summary, labels)),
+        *(latent_pictures() if "latents" in summary else ()),
         *draw_ablations(recipe, summary, figure, words, labels),
         picture("cka_heatmap", lambda: draw_cka(tables.layers, labels)),
         picture("routing_by_task_heatmap", lambda: draw_routing(recipe, tables, "task", labels)),

@@ -28,6 +28,7 @@ from kvdistill.stages.report.canvas import Picture, chinese_fonts, small_png
 from kvdistill.stages.report.collect import Row, RunTables, read_questions, run_records
 from kvdistill.stages.report.figures import MATCH_FIGURES, match_table
 from kvdistill.stages.report.language import ENGLISH, Words
+from kvdistill.stages.report.latents import causal_verdicts, read_outs
 from kvdistill.stages.report.models import STUDENT
 from kvdistill.stages.report.summary import METHOD, budgets, mean_ledger, reference_arm
 from kvdistill.stages.report.tuning import tuning_rows
@@ -40,6 +41,7 @@ EXAMPLES_PER_KIND = 4
 EXCERPT = 700
 MAX_ANSWERS = 12  # of different arms to one question
 MAX_TASKS = 20  # that an example is shown of
+MAX_READ = 8  # arms whose latents are read out
 
 
 @dataclass(frozen=True)
@@ -320,6 +322,25 @@ def _tuning(study: Study) -> Row:
             "runs": {arm: runs.get(arm) for arm in table["chosen"]}}  # fmt: skip
 
 
+def _latents(study: Study) -> Row:
+    """What arms that think in latents thought about one question of each task, beside its reasoning as written."""
+    if "latents" not in study.summary:
+        return {"latents": None}
+    compared = [one[side] for one in study.summary["comparisons"] for side in ("arm", "baseline")]
+    questions, shown = read_questions(study.tables.path), read_outs(study.tables, compared)
+    for arm in shown:
+        arm["questions"] = [
+            {**one, "task": one["question"][0], "id": one["question"][1],
+             "asked": {part: _excerpt(questions.get(tuple(one["question"]), {}).get(part, "").strip(), study.words)
+                       for part in ("prompt", "reasoning", "answer")},
+             "completion": _excerpt((one["completion"] or "").strip(), study.words)}
+            for one in sorted(arm["questions"], key=lambda one: one["question"])[:MAX_TASKS]
+        ]  # fmt: skip
+    latents = study.summary["latents"]
+    verdicts = causal_verdicts(latents["causal"])
+    return {"latents": latents, "verdicts": verdicts, "shown": shown[:MAX_READ], "left": shown[MAX_READ:]}
+
+
 def _data(study: Study) -> Row:
     tables = study.tables
     return {"manifest": _flatten_without(tables.manifest, *SHOWN_ELSEWHERE), "validation": flatten(tables.validation)}
@@ -370,6 +391,7 @@ SECTIONS = (  # in the page's order
     Section("statistics"),
     Section("curves"),
     Section("cost"),
+    Section("latents", _latents),
     Section("tuning", _tuning),
     Section("ablations"),
     Section("routing"),

@@ -22,6 +22,7 @@ from kvdistill.stages.report.compare import Comparison, compare_family, describe
 from kvdistill.stages.report.controls import describe_controls
 from kvdistill.stages.report.cost import curve_summary
 from kvdistill.stages.report.language import ENGLISH, Words
+from kvdistill.stages.report.latents import latent_summary
 from kvdistill.stages.report.text import CONTROLS
 from kvdistill.stats import NAN
 
@@ -129,20 +130,28 @@ def _figure(tables: RunTables, arm: str, name: str) -> dict[str, Any]:
 def describe_arm(recipe: Recipe, arm: str, words: Words = ENGLISH) -> str:
     """What an arm does, in words, from the recipe: `KV of 2 teachers (a, b), weighted by competence`."""
     spec = recipe.every_arm[arm]
+    made = arm_recipe(recipe, arm)
 
     def setting(section: str, key: str) -> Any:
         changes = spec.get(section)
         return changes[key] if isinstance(changes, dict) and key in changes else getattr(getattr(recipe, section), key)
 
     longer = words("describe.longer", times=f"{spec['times']:g}") if spec.get("times", 1) != 1 else ""
+    thinking = ""
+    if made.reasoning != "written":
+        thinking = words(f"describe.{made.reasoning}", latents=made.latent.tokens, passes=made.latent.passes)
+    if made.learns_from_itself:
+        thinking += words("describe.itself")
     teachers = spec.get("teachers")
     names = [t.name for t in recipe.teachers] if teachers is None else list(teachers)
     kv = bool(names) and setting("loss", "kv_weight") > 0
     logits = bool(names) and setting("loss", "logit_weight") > 0
     if not kv and not logits:
         texts = spec.get("texts")
-        plain = words.message(CONTROLS[texts][0]) if texts in CONTROLS else words("describe.no_teacher")
-        return plain + longer
+        if texts in CONTROLS:
+            return words.message(CONTROLS[texts][0]) + longer + thinking
+        kind = "itself" if made.learns_from_itself else made.reasoning
+        return words(f"describe.alone_{kind}", latents=made.latent.tokens, passes=made.latent.passes) + longer
     what = words("describe.and").join([words("describe.kv")] * kv + [words("describe.logits")] * logits)
     said = words("describe.teachers", n=len(names), what=what, teachers=words("page.comma").join(map(str, names)))
     if len(names) > 1:
@@ -158,7 +167,7 @@ def describe_arm(recipe: Recipe, arm: str, words: Words = ENGLISH) -> str:
     more = [f"{key} = {value}" for key, value in changes if (key, value) not in told]
     if (control := spec.get("control")) in CONTROLS:
         more.insert(0, words("describe.control", control=control, what=words.message(CONTROLS[control][0])))
-    return words("page.semicolon").join([said + longer, *more])
+    return words("page.semicolon").join([said + longer + thinking, *more])
 
 
 def dead_channels(tables: RunTables, arm: str) -> dict[str, dict[str, int]]:
@@ -277,6 +286,8 @@ def summarise(
     texts = {
         arm: one.ledger["texts"] for arm, runs in tables.runs.items() for one in runs.values() if "texts" in one.ledger
     }
+    if (latents := latent_summary(recipe, tables)) is not None:
+        summary["latents"] = latents
     return summary | {"controls": describe_controls(recipe, summary, reference_arm(recipe), texts, words)}
 
 

@@ -38,6 +38,7 @@ from kvdistill.stages.train.selection import Selection
 from kvdistill.stages.train.trainer import DistillTrainer, training_arguments
 
 # what a mark vouches for, as far as it is made
+COUNTED = 512  # problems of which it is counted how many lose tokens to compression
 MADE = ("model", "adapters.safetensors", "log.jsonl", "ledger.json", "match.json", "report.json")
 
 
@@ -87,6 +88,8 @@ def train_student(arm: Arm, progress: Progress = silent) -> None:
             "order_fingerprint": order_fingerprint(order, batches.examples),
             "order_prefixes": order_prefixes(order, batches.examples),
         }
+        if drops := batches.shares_that_drop([*dict.fromkeys(order)][:COUNTED]):
+            ledger["drops"] = drops
         if before := went_on_from(arm):
             ledger["went_on_from"] = before
         if arm.recipe.needs_kv:

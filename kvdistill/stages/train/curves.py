@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from kvdistill.arms.arm import MEASURED, Arm
-from kvdistill.arms.batches import BatchMaker, token_counts
+from kvdistill.arms.batches import ITSELF, BatchMaker, token_counts
 from kvdistill.arms.distiller import Distiller
+from kvdistill.arms.latent_student import LatentStudent, thinking_cost
+from kvdistill.arms.questions import question_sizes
 from kvdistill.arms.student import Student
 from kvdistill.arms.texts import PickedRows, spread
 from kvdistill.core.files import append_json_line
@@ -31,9 +33,11 @@ class LearningCurve:
         self._arm, self._log_file, train = arm, log_file, arm.recipe.train
         self._val = arm.batches("val")
         self._chosen = spread(self._val.examples, train.eval_examples)
-        self._plain_val = BatchMaker(self._val.examples, arm.experiment.tokenizer.pad_token_id)
+        alone = {"teachers": [], "latent": arm.recipe.latent.model_copy(update={"self_weight": 0.0})}
+        asks = arm.recipe.model_copy(update=alone) if arm.recipe.thinks else None  # its batches hold questions as well
+        self._plain_val = BatchMaker(self._val.examples, arm.experiment.tokenizer.pad_token_id, asks)
         # the training side has stored targets only where the store is used; its likelihood is enough for the gap
-        seen = PickedRows(arm.experiment.split("train"), arm.own_numbers)
+        seen = PickedRows(arm.as_read(arm.experiment.split("train")), arm.own_numbers)
         self._seen = BatchMaker(seen, arm.experiment.tokenizer.pad_token_id)
         self._seen_chosen = spread(self._seen.examples, train.eval_examples)
 
@@ -76,7 +80,14 @@ class LearningCurve:
     def _flops(self, student: Student, examples: Sequence[Example], answers: Sequence[Answer]) -> int:
         """Of a point: both sides read once (validation once more where it decides), and the answers written."""
         again = examples if self._arm.recipe.train.asks_validation else ()
-        read = [*examples, *again, *(self._seen.examples[i] for i in self._seen_chosen)]
+        seen = [self._seen.examples[i] for i in self._seen_chosen]
+        if self._arm.recipe.thinks:  # validation is read as it is written and thought about, and each answer thought of
+            assert isinstance(student, LatentStudent)
+            asked = [*question_sizes([*examples, *again])]
+            asked += [(e.num_prompt_tokens, len(a.ids)) for e, a in zip(examples, answers, strict=True)]
+            written = student.flops(*batch_geometry(len(example.input_ids) for example in (*examples, *seen)))
+            return written[0] + thinking_cost(student.writer, self._arm.recipe.latent, asked)[0]
+        read = [*examples, *again, *seen]
         lengths = [len(example.input_ids) for example in read]
         lengths += [e.num_prompt_tokens + len(a.ids) for e, a in zip(examples, answers, strict=True)]
         return student.flops(*batch_geometry(lengths))[0]
@@ -86,7 +97,8 @@ class LearningCurve:
         self, distiller: Distiller, batches: BatchMaker, chosen: Sequence[int], *, plain: bool = False
     ) -> dict[str, float | None]:
         """Mean cross-entropy, and the mean of the raw KV terms (over teachers, K and V), per token."""
-        arm = self._arm.recipe.model_copy(update={"teachers": []}) if plain else self._arm.recipe
+        alone = {"teachers": [], "reasoning": "written"}
+        arm = self._arm.recipe.model_copy(update=alone) if plain else self._arm.recipe
         sums: dict[str, float] = {}
         tokens: dict[str, float] = {}
         for numbers in self._arm.measured_in(batches.examples, chosen, head=True, kv=arm.needs_kv and not plain):
@@ -96,17 +108,21 @@ class LearningCurve:
             if plain:
                 terms = {"ce": distiller.cross_entropy_only(batch, counts)}
             else:
-                terms = {name: raw for name, (raw, _, _) in distiller(batch, counts, kv_weight=1.0).terms.items()}
+                found = distiller(batch, counts, kv_weight=1.0, self_weight=1.0)
+                terms = {name: raw for name, (raw, _, _) in found.terms.items()}
             of_teacher = dict(zip(arm.teachers, counts[1:].tolist(), strict=False))
+            if arm.thinks:
+                of_teacher[ITSELF] = float(counts[-1])
             for name, value in terms.items():  # kv/TEACHER/k is a mean over the teacher's own tokens
-                count = float(counts[0])
+                count = float(counts[0]) if name != "answer" else float(counts[-2])
                 if name.startswith("kv/"):
                     count = of_teacher.get(name.split("/", 1)[1].rpartition("/")[0], max(of_teacher.values()))
                 sums[name] = sums.get(name, 0.0) + float(value) * count
                 tokens[name] = tokens.get(name, 0.0) + count
         means = {name: value / tokens[name] for name, value in sums.items()}
         kv = [value for name, value in means.items() if name.startswith("kv/")]
-        return {"ce": means["ce"], "nll": means["ce"], "kv_loss": sum(kv) / len(kv) if kv else None}
+        nll = means.get("answer", means["ce"])  # with latents: of the answer behind them
+        return {"ce": means["ce"], "nll": nll, "kv_loss": sum(kv) / len(kv) if kv else None}
 
 
 def answers_to(student: Student, tokenizer: Any, examples: Sequence[Example], max_new_tokens: int) -> list[Answer]:

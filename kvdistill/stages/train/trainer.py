@@ -204,17 +204,33 @@ class DistillTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         batch: Batch = inputs if self._run_teachers is None else self._run_teachers(inputs)
-        kv_weight = 0.0
-        if self._arm is not None and self._arm.needs_kv:
-            asked, steps = self._arm.loss, (self.state.global_step, self.args.max_steps)
-            kv_weight = kv_weight_at(*steps, asked.kv_weight, asked.kv_warmup, asked.kv_fade)
-        out: DistillOutput = model(batch, counts=num_items_in_batch, kv_weight=kv_weight)
+        out: DistillOutput = model(batch, counts=num_items_in_batch, **self._weights_now())
         self._watch(out)
         self._note_shares(out)
         if self._routing is not None and out.weights is not None:
             self._routing.add(out.weights, batch.mask_BT, batch.tasks)
         loss = out.loss * self.args.world_size  # ranks are averaged, counts are global
         return (loss, out) if return_outputs else loss
+
+    def _weights_now(self) -> dict[str, float | bool]:
+        """What the loss of this step is told: of latents everything begins where they do."""
+        arm, step, steps = self._arm, self.state.global_step, self.args.max_steps
+        if arm is None:
+            return {"kv_weight": 0.0}
+        start = arm.latent.start(steps) if arm.thinks else 0
+        thinks = step >= start
+
+        def weight(full: float) -> float:
+            return kv_weight_at(step - start, steps - start, full, arm.loss.kv_warmup, arm.loss.kv_fade)
+
+        kv_weight = weight(arm.loss.kv_weight) if arm.needs_kv and thinks else 0.0
+        if not arm.thinks:
+            return {"kv_weight": kv_weight}
+        return {
+            "kv_weight": kv_weight,
+            "self_weight": weight(arm.latent.self_weight) if arm.learns_from_itself and thinks else 0.0,
+            "thinks": thinks,
+        }
 
     def _watch(self, out: DistillOutput) -> None:
         """Stop at the first loss that is not a number, naming the term; keep sums for the log."""
@@ -229,7 +245,7 @@ class DistillTrainer(Trainer):
                     fix="lower train.learning_rate or loss.kv_weight, or look at this term's teacher; "
                     "then run the changed recipe in a new run_dir",
                 )
-            sums = self._sums.setdefault(name, [0.0, 0.0, 0.0])
+            sums = self._sums.setdefault(name, [0.0, 0.0, 0.0, self.state.global_step])
             sums[0] += value
             sums[1] = weight
             sums[2] += entered
@@ -245,15 +261,17 @@ class DistillTrainer(Trainer):
     # -- log ----------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """One row in log.jsonl: the step's means over the window, each term raw and weighted, and the routing."""
+        """One row in log.jsonl: the loss's mean over the window, each term's, raw and weighted, over those of its steps
+        that have it, and the routing."""
         if "loss" in logs:
             steps = max(1, self.state.global_step - self._last_logged)
-            terms = {
-                name: {"raw": raw / steps, "weight": weight, "weighted": weighted / steps}
-                for name, (raw, weight, weighted) in self._sums_of_all_ranks().items()
-            }
+            sums = self._sums_of_all_ranks()
+            terms = {}
+            for name, (raw, weight, weighted, before) in sums.items():  # those of latents begin inside a window
+                its = max(1, self.state.global_step - int(before))
+                terms[name] = {"raw": raw / its, "weight": weight, "weighted": weighted / its}
             # not the Trainer's own mean, which forgets the steps before a resume
-            logs["loss"] = sum(term["weighted"] for term in terms.values())
+            logs["loss"] = sum(weighted / steps for _, _, weighted, _ in sums.values())
             row: dict[str, Any] = {
                 "step": self.state.global_step,
                 "loss": logs["loss"],
@@ -289,20 +307,22 @@ class DistillTrainer(Trainer):
             write_json_lines(self._log_file, [rows[key] for key in sorted(rows)])
 
     def _sums_of_all_ranks(self) -> dict[str, list[float]]:
-        """Raw and weighted sums over ranks: each rank divides its own tokens by the counts of all."""
+        """Raw and weighted sums over ranks: each rank divides its own tokens by the counts of all. Behind them the
+        step before the first that had the term."""
         if self.args.world_size == 1 or not self._sums:
             return self._sums
-        own = torch.tensor([[raw, weighted] for raw, _, weighted in self._sums.values()], device=self.args.device)
-        total = self.accelerator.gather(own[None]).sum(0).tolist()
+        mine = torch.tensor([[raw, weighted] for raw, _, weighted, _ in self._sums.values()], device=self.args.device)
+        total = self.accelerator.gather(mine[None]).sum(0).tolist()
         return {
-            name: [raw, self._sums[name][1], weighted] for name, (raw, weighted) in zip(self._sums, total, strict=True)
+            name: [raw, own[1], weighted, own[3]]
+            for (name, own), (raw, weighted) in zip(self._sums.items(), total, strict=True)
         }
 
     # -- which weights, and until when --------------------------------------------------------
 
     def judge(self, step: int, nll: float | None) -> None:
         """A point of the learning curve was measured: is it the best so far, and does training end here?"""
-        if self._selection is None or not self._selection.is_point(step):
+        if self._selection is None or not self._selection.is_point(step) or not self._has_begun(step):
             return
         if nll is not None:
             self._selection.add(step, nll, self.accelerator.unwrap_model(self.model))
@@ -311,6 +331,10 @@ class DistillTrainer(Trainer):
             ends = self.accelerator.gather(ends)
         if ends[0] > 0:
             self.control.should_training_stop = self.control.should_save = True
+
+    def _has_begun(self, step: int) -> bool:
+        """Whether what validation judges was trained by then: of a student that thinks, its latents."""
+        return self._arm is None or not self._arm.thinks or step > self._arm.latent.start(self.args.max_steps)
 
     def _run_epoch(self, **options: Any) -> None:  # type: ignore[override]
         if not self.control.should_training_stop:  # a training that was over when it was interrupted
@@ -391,8 +415,9 @@ class DistillTrainer(Trainer):
         assert self.model is not None
         state = load_checkpoint(Path(resume_from_checkpoint), self.model)
         self.seen = torch.tensor(state["seen"], dtype=torch.float64)
-        self._sums = {name: list(values) for name, values in state["sums"].items()}
         self._last_logged = state["last_logged"]
+        # checkpoints of versions before terms began inside a window hold three values
+        self._sums = {name: [*values, self._last_logged][:4] for name, values in state["sums"].items()}
         self.has_unmeasured_step = state.get("unmeasured", False)
         self._clock.advance(*state["seconds"])
         if self._routing is not None and state["routing"] is not None:
