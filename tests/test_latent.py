@@ -4,6 +4,7 @@ time, without padding and without a cache, every pass over the whole text again.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -250,14 +251,17 @@ def test_latents_in_training_are_those_of_answering_and_padding_changes_nothing(
         token for answer in ANSWERS for token in answer
     ]
     assert thinking.row_N.tolist() == [0, 0, 1, 1, 1, 1, 1, 2]
-    assert thinking.seen.rope == ("none" if family == "gpt2" else "rotated")
+    rotated: Any = {"none": "none"}.get(thinking.kv.rope, "rotated")
+    assert rotated == ("none" if family == "gpt2" else "rotated")
+    slots = [tuple(x[:, :, -M:] for x in side) for side in thinking.seen]  # of all that the answer reads
+    seen = replace(thinking.kv, keys=slots[0], values=slots[1], rope=rotated)
     with torch.no_grad():
         answering = thought(student.eval().thinker)
     for place, layer in enumerate(layers):
         for mine, theirs in (("keys", "keys"), ("values", "values")):
             there = getattr(answering.cache.layers[layer], theirs)[:, :, -M:]
-            torch.testing.assert_close(getattr(thinking.seen, mine)[place], there, **NEAR)
-    plain = thinking.seen if keys == "rotated" else unrotate_keys(thinking.seen, student.thinker.backbone)
+            torch.testing.assert_close(getattr(seen, mine)[place], there, **NEAR)
+    plain = seen if keys == "rotated" else unrotate_keys(seen, student.thinker.backbone)
     for mine, theirs in zip(thinking.kv.keys, plain.keys, strict=True):
         torch.testing.assert_close(mine, theirs, **NEAR)
     start = 0
@@ -491,7 +495,7 @@ def test_thinking_costs_what_the_counter_counts(family, num_passes, inner, lora)
         thinking = student.think(questions)
     assert counter.get_total_flops() == forward
     loss = thinking.logits_NV.square().sum() + sum(
-        kv.square().sum() for kv in (*thinking.seen.keys, *thinking.seen.values)
+        kv[:, :, -3:].square().sum() for side in thinking.seen for kv in side
     )
     with FlopCounterMode(display=False) as counter:
         loss.backward()
