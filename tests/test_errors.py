@@ -27,9 +27,9 @@ from tiny_recipe import (
     write_recipe,
 )
 
-from kvdistill.arms.batches import data_order
 from kvdistill.arms.checks import check_saved_tokenizer
 from kvdistill.arms.experiment import Experiment
+from kvdistill.arms.order import data_order
 from kvdistill.core.errors import DataError, KVDistillError, RunFolderError, TrainingStopped
 from kvdistill.core.files import write_json
 from kvdistill.core.layout import refuse_foreign

@@ -27,9 +27,9 @@ from tiny_recipe import (
 )
 from transformers import AutoModelForCausalLM
 
-from kvdistill.arms.batches import data_order
 from kvdistill.arms.controls import mismatched_partner
 from kvdistill.arms.experiment import Experiment
+from kvdistill.arms.order import data_order
 from kvdistill.arms.student import CausalStudent
 from kvdistill.core.errors import TrainingStopped
 from kvdistill.core.files import read_json_lines, sha256_file

@@ -18,11 +18,12 @@ from transformers import PreTrainedModel
 
 from kvdistill.align import MapProjectionAligner
 from kvdistill.align.layers import parse_layer_range
-from kvdistill.arms.batches import ITSELF, Batch, BatchMaker, data_order
+from kvdistill.arms.batches import ITSELF, Batch, BatchMaker
 from kvdistill.arms.controls import Moments
 from kvdistill.arms.distiller import Distiller
 from kvdistill.arms.latent_student import LatentStudent
 from kvdistill.arms.lessons import RowsBehind, studied_beside, written_beside
+from kvdistill.arms.order import data_order
 from kvdistill.arms.pairing import Pairing
 from kvdistill.arms.questions import as_read, question_sizes
 from kvdistill.arms.setting import Setting

@@ -1,22 +1,18 @@
-"""The order of the examples, and one padded batch with its targets, as the arm's control leaves them (`controls.py`).
+"""One padded batch with its targets, as the arm's control leaves them (`controls.py`).
 
-The order is one list of example numbers for the whole training, a function of (seed, examples, steps, batch)
-only: every arm of a study sees the same examples in the same order, and resuming is skipping a prefix.
 Targets come from stored readers, or are left to whoever runs the teachers (`Batch.with_targets`).
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
 
 from kvdistill.align import TimeWarper
 from kvdistill.align.layers import slots_with_all
@@ -32,7 +28,6 @@ from kvdistill.arms.controls import (
 from kvdistill.arms.questions import Questions
 from kvdistill.arms.texts import TeacherText
 from kvdistill.compress import kept_tokens, selection_map, share_that_drops
-from kvdistill.core.errors import DataError
 from kvdistill.core.maps import SparseMap
 from kvdistill.core.recipe import ArmRecipe
 from kvdistill.core.runtime import derive_seed
@@ -61,66 +56,6 @@ def in_segments(segments: Tensor, codes: Sequence[int]) -> Tensor:
     Comparisons, because torch.isin needs the codes as a tensor: slower, and on a GPU a copy that every step waits for.
     """
     return functools.reduce(torch.logical_or, [segments == code for code in codes])
-
-
-def data_order(num_examples: int, num_needed: int, seed: int) -> list[int]:
-    """Seeded permutations one after another, cut to `num_needed` example numbers. DataError where there is none."""
-    if num_examples < 1:
-        raise DataError("no examples to learn from", place="data.tasks", fix="give a task a `train` count above 0")
-    order: list[int] = []
-    epoch = 0
-    while len(order) < num_needed:
-        generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
-        order += torch.randperm(num_examples, generator=generator).tolist()
-        epoch += 1
-    return order[:num_needed]
-
-
-def order_fingerprint(order: Sequence[int], examples: Sequence[Example]) -> str:
-    """Hash of which texts come when."""
-    digest = hashlib.sha256()
-    for i in order:
-        digest.update(examples[i].doc_hash.encode())
-        digest.update(examples[i].style.encode())
-    return digest.hexdigest()
-
-
-def order_prefixes(order: Sequence[int], examples: Sequence[Example]) -> dict[str, str]:
-    """The same of the first 1, 2, 4, … texts, by their number: two trainings of unlike length read the same texts in
-    the same order if they agree in the longest beginning that both have."""
-    digest, found = hashlib.sha256(), {}
-    for number, i in enumerate(order, start=1):
-        digest.update(examples[i].doc_hash.encode())
-        digest.update(examples[i].style.encode())
-        if number & (number - 1) == 0:
-            found[str(number)] = digest.hexdigest()[:16]
-    return found
-
-
-class ExampleNumbers(Dataset[int]):
-    """The numbers 0..n-1: batches are made from numbers by `BatchMaker`, which knows the rest."""
-
-    def __init__(self, num_examples: int) -> None:
-        self._num_examples = num_examples
-
-    def __len__(self) -> int:
-        return self._num_examples
-
-    def __getitem__(self, index: int) -> int:
-        return index
-
-
-class FixedOrder(Sampler[int]):
-    """Example numbers in the order given."""
-
-    def __init__(self, order: Sequence[int]) -> None:
-        self._order = order
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._order)
 
 
 @dataclass(frozen=True)

@@ -106,18 +106,9 @@ class LatentStudent(nn.Module):
         """What answers: thinks, then writes the answer."""
         return self.thinker
 
-    def forward(
-        self,
-        input_ids_BT: Tensor,
-        mask_BT: Tensor,
-        *,
-        layers: Sequence[int] | None = None,
-        queries: bool = False,
-        keys: RopeFrame = "unrotated",
-        head: Tensor | bool = True,
-    ) -> StudentOutput:
+    def forward(self, input_ids_BT: Tensor, mask_BT: Tensor, **asked: Any) -> StudentOutput:
         """As `Student.__call__`: of texts as they are written, without latents."""
-        return self.writer(input_ids_BT, mask_BT, layers=layers, queries=queries, keys=keys, head=head)
+        return self.writer(input_ids_BT, mask_BT, **asked)
 
     @nothing_recomputed
     def think(self, questions: Questions, layers: Sequence[int] = (), keys: RopeFrame = "unrotated") -> Thinking:

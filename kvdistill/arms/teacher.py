@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from kvdistill.align import layer_map, parse_layer_range
 from kvdistill.align.layers import read_layer_similarity
-from kvdistill.arms.batches import data_order
+from kvdistill.arms.order import data_order
 from kvdistill.arms.pairing import Pairing, shape_of
 from kvdistill.arms.setting import Setting
 from kvdistill.arms.teacher_pass import run_teacher

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from kvdistill.arms.arm import Arm
-from kvdistill.arms.batches import BatchMaker, order_fingerprint, order_prefixes
+from kvdistill.arms.batches import BatchMaker
 from kvdistill.arms.distiller import Distiller
+from kvdistill.arms.order import order_fingerprint, order_prefixes
 from kvdistill.arms.student import CausalStudent
 from kvdistill.arms.teacher import Teacher
 from kvdistill.arms.texts import spread

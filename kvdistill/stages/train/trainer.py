@@ -25,8 +25,9 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from kvdistill.arms.batches import Batch, BatchMaker, ExampleNumbers, FixedOrder, token_counts
+from kvdistill.arms.batches import Batch, BatchMaker, token_counts
 from kvdistill.arms.distiller import Distiller, DistillOutput
+from kvdistill.arms.order import ExampleNumbers, FixedOrder
 from kvdistill.arms.shares import gradient_shares
 from kvdistill.core.errors import Diverged
 from kvdistill.core.files import append_json_line, keep_json_lines, read_json_lines, write_json_lines
